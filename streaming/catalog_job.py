@@ -1,0 +1,268 @@
+"""Building a catalog: find slides, inspect them in a Ray Data job, keep what was done at every moment."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import pickle
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+
+from streaming import catalog as cat
+from streaming import cluster, storage
+from streaming.catalog import REJECTED_SCHEMA, SlideRow
+from streaming.errors import CatalogError, ConfigError, SlideError, StorageError
+from streaming.progress import ProgressLine
+from streaming.slide import SLIDE_SUFFIXES, Staging, open_slide
+from streaming.tissue import tissue_grid
+
+_KEY_COLUMNS = ("slide", "uri", "path", "filename", "file", "slide_id", "name")
+_SAVE_EVERY_S = 20.0
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A slide that can't be used, and why."""
+
+    slide: str
+    size: int
+    version: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What one run of the builder did, in slides."""
+
+    added: int
+    skipped: int
+    rejected: list[Rejected]
+    total: int
+    unmatched: int
+    """slides of the catalog without a row in the CSV"""
+
+
+def find_slides(sources: Sequence[str], options: storage.StorageOptions | None) -> list[storage.ObjectInfo]:
+    """The slides that files, folders, globs and prefixes name: each once, sorted.
+
+    In folders and globs a slide is told by its suffix; a file named outright is taken as it is.
+
+    Raises:
+        StorageError: a source is missing or can't be reached.
+        CatalogError: a source holds no slide.
+    """
+    found: dict[str, storage.ObjectInfo] = {}
+    for source in sources:
+        source = storage.canonical(source)
+        objects, outright = storage.expand(source, options)
+        slides = [o for o in objects if outright or o.uri.lower().endswith(SLIDE_SUFFIXES)]
+        if not slides:
+            what = f"none of its {len(objects)} files is a slide" if objects else "is empty"
+            raise CatalogError(f"{source}: {what} ({', '.join(SLIDE_SUFFIXES)}); name a folder or file with slides")
+        found.update({o.uri: o for o in slides})
+    return [found[uri] for uri in sorted(found)]
+
+
+def inspect(
+    info: storage.ObjectInfo, mpp: float | None, options: storage.StorageOptions | None, staging: Staging
+) -> SlideRow | Rejected:
+    """A slide's row, or why it has none; mpp stands in where the metadata has none."""
+    try:
+        slide = open_slide(info.uri, options, mpp=mpp, expected=info, staging=staging)
+        try:
+            grid = tissue_grid(slide)
+            if not grid.fraction.any():
+                return Rejected(info.uri, info.size, info.version, "no tissue found")
+            return cat.describe(slide, info, grid)
+        finally:
+            slide.close()
+    except (SlideError, StorageError) as error:
+        return Rejected(info.uri, info.size, info.version, str(error).removeprefix(f"{info.uri}: "))
+
+
+def inspect_all(
+    slides: Sequence[tuple[storage.ObjectInfo, float | None]],
+    options: storage.StorageOptions | None,
+    staging: Staging,
+) -> Iterator[SlideRow | Rejected]:
+    """Inspects slides, each with its stand-in mpp, as a Ray Data job; results come as they are done."""
+
+    def task(item: dict[str, Any]) -> dict[str, Any]:
+        info, mpp = pickle.loads(item["item"])
+        return {"result": pickle.dumps(inspect(info, mpp, options, staging))}
+
+    items = [{"item": pickle.dumps(slide)} for slide in slides]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(task)
+    # One slide a block: a slide that kills its process (a decoder's crash) costs itself alone.
+    dataset.context.max_errored_blocks = -1
+    pending = {info.uri: info for info, _ in slides}
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for item in batch["result"]:
+            result: SlideRow | Rejected = pickle.loads(item.as_py())
+            del pending[result.slide]
+            yield result
+    for info in pending.values():
+        yield Rejected(info.uri, info.size, info.version, "the process that read it died; is the file damaged?")
+
+
+def read_metadata(uri: str, options: storage.StorageOptions | None) -> dict[str, dict[str, str]]:
+    """A CSV of free columns as {slide's key: {column: value}}.
+
+    The key is the first of the columns slide, uri, path, filename, file, slide_id, name (else the first of all): a
+    slide's address, file name, or file name without suffix.
+
+    Raises:
+        ConfigError: the file is no CSV, or tells two things of one slide.
+        StorageError: it can't be read.
+    """
+    try:
+        reader = csv.DictReader(io.StringIO(storage.read_bytes(uri, options).decode("utf-8-sig")))
+        names = list(reader.fieldnames or [])
+        rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{uri}: not a CSV in UTF-8 ({error}); save it as one") from error
+    if len(names) < 2:
+        raise ConfigError(f"{uri}: a CSV with a header of a slide column and at least one more is needed, not {names}")
+    lower = {name.strip().lower(): name for name in names}
+    key = next((lower[name] for name in _KEY_COLUMNS if name in lower), names[0])
+    metadata: dict[str, dict[str, str]] = {}
+    for row in rows:
+        values = {n.strip().lower(): (row[n] or "").strip() for n in names if n != key and (row[n] or "").strip()}
+        slide = (row[key] or "").strip()
+        if metadata.setdefault(slide, values) != values:
+            raise ConfigError(f"{uri}: two different rows for slide {slide!r}; keep one")
+    return metadata
+
+
+def _lookup(metadata: dict[str, dict[str, str]], uri: str) -> dict[str, str] | None:
+    name = storage.name_of(uri)
+    return next((metadata[key] for key in (uri, name, PurePosixPath(name).stem) if key in metadata), None)
+
+
+def _stand_in_mpp(values: dict[str, str] | None, default: float | None, uri: str) -> float | None:
+    text = (values or {}).get("mpp")
+    if text is None:
+        return default
+    try:
+        mpp = float(text)
+    except ValueError:
+        mpp = 0.0
+    if not mpp > 0:
+        raise ConfigError(f"{uri}: mpp {text!r} in the CSV; it is µm per pixel, a number above 0")
+    return mpp
+
+
+def build_catalog(
+    sources: Sequence[str],
+    out: str,
+    *,
+    mpp: float | None = None,
+    metadata_csv: str | None = None,
+    options: storage.StorageOptions | None = None,
+    staging: Staging | None = None,
+) -> BuildReport:
+    """Builds a catalog at `out` (any fsspec URI), or extends the one that is there.
+
+    Unchanged slides are skipped, rejected ones tried again. What is done is saved every few seconds, so that an
+    interrupted build goes on where it was. mpp (µm/px) and the CSV's column `mpp` serve slides whose metadata has none.
+
+    Raises:
+        ConfigError: the CSV or mpp makes no sense.
+        CatalogError: a source holds no slide, none could be used, or `out` holds a catalog of another version.
+        StorageError: a source or `out` can't be reached.
+    """
+    if mpp is not None and not mpp > 0:
+        raise ConfigError(f"--mpp {mpp}; it is µm per pixel, a number above 0")
+    metadata = read_metadata(metadata_csv, options) if metadata_csv else {}
+    slides = find_slides(sources, options)
+    known = _known(out, options)
+    versions = dict(zip(known["slide"].to_pylist(), known["version"].to_pylist(), strict=True))
+    new = [info for info in slides if versions.get(info.uri) != info.version]
+    todo = [(info, _stand_in_mpp(_lookup(metadata, info.uri), mpp, info.uri)) for info in new]
+    rejected: list[Rejected] = []
+    tables = [known]
+    if todo:
+        cluster.connect(num_cpus=2)
+        for rows in _inspected(todo, rejected, options, staging or Staging()):
+            tables.append(cat.table_of(rows))
+            part = f"{int(time.time() * 1000)}-{uuid.uuid4().hex[:8]}.parquet"
+            storage.write_table(storage.join(out, cat.PARTS, part), tables[-1], options)
+    table = cat.newest_rows(tables)
+    unmatched = 0
+    if metadata:
+        table, unmatched = _with_metadata(table, metadata)
+    _write_rejected(out, rejected, {info.uri for info in slides}, options)
+    if table.num_rows == 0:
+        raise CatalogError(
+            f"{rejected[0].slide}: {rejected[0].reason} ({len(rejected)} of {len(slides)} slides rejected, none left; "
+            f"reasons in {storage.join(out, cat.REJECTED)})"
+        )
+    storage.write_table(storage.join(out, cat.SLIDES), table, options)
+    storage.remove(storage.join(out, cat.PARTS), options)
+    return BuildReport(len(todo) - len(rejected), len(slides) - len(todo), rejected, table.num_rows, unmatched)
+
+
+def _known(out: str, options: storage.StorageOptions | None) -> pa.Table:
+    """What earlier runs found out: the catalog, and the parts of a build that was interrupted."""
+    paths = [storage.join(out, cat.PARTS, name) for name in storage.list_names(storage.join(out, cat.PARTS), options)]
+    if storage.exists(storage.join(out, cat.SLIDES), options):
+        paths.insert(0, storage.join(out, cat.SLIDES))
+    tables = [storage.read_table(path, options) for path in paths if path.endswith(".parquet")]
+    for path, table in zip(paths, tables, strict=False):
+        cat.check_version(table, path)
+    return cat.newest_rows(tables) if tables else cat.table_of([])
+
+
+def _inspected(
+    todo: Sequence[tuple[storage.ObjectInfo, float | None]],
+    rejected: list[Rejected],
+    options: storage.StorageOptions | None,
+    staging: Staging,
+) -> Iterator[list[SlideRow]]:
+    """Rows in the lots in which they are worth saving; rejections are put on the list."""
+    lot: list[SlideRow] = []
+    saved_at = time.monotonic()
+    with ProgressLine("catalog", "slides", total=len(todo)) as progress:
+        for done, result in enumerate(inspect_all(todo, options, staging), start=1):
+            if isinstance(result, Rejected):
+                rejected.append(result)
+            else:
+                lot.append(result)
+            progress.update(done, f"{len(rejected)} rejected")
+            if lot and time.monotonic() - saved_at > _SAVE_EVERY_S:
+                yield lot
+                lot, saved_at = [], time.monotonic()
+    if lot:
+        yield lot
+
+
+def _with_metadata(table: pa.Table, metadata: dict[str, dict[str, str]]) -> tuple[pa.Table, int]:
+    """The table with the CSV's columns joined, and how many slides the CSV does not know; those keep what they had."""
+    rows = [cat.row_of(entry) for entry in table.to_pylist()]
+    found = [_lookup(metadata, row.slide) for row in rows]
+    joined = [
+        row if values is None else replace(row, metadata=json.dumps(values, sort_keys=True))
+        for row, values in zip(rows, found, strict=True)
+    ]
+    return cat.table_of(joined), sum(values is None for values in found)
+
+
+def _write_rejected(
+    out: str, rejected: Sequence[Rejected], seen: set[str], options: storage.StorageOptions | None
+) -> None:
+    """Replaces the record of the slides seen in this run; what other runs rejected stays."""
+    uri = storage.join(out, cat.REJECTED)
+    table = pa.Table.from_pylist([asdict(entry) for entry in rejected], schema=REJECTED_SCHEMA)
+    if storage.exists(uri, options):
+        earlier = storage.read_table(uri, options)
+        keep = [slide not in seen for slide in earlier["slide"].to_pylist()]
+        table = pa.concat_tables([earlier.filter(pa.array(keep, pa.bool_())), table])
+    storage.write_table(uri, table.sort_by("slide"), options)

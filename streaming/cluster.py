@@ -1,0 +1,44 @@
+"""The way into Ray: the cluster that RAY_ADDRESS names (`ray job submit` sets it), else a small one on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import ray
+from ray.data import DataContext
+
+# What Ray says at every start without need: token authentication is on, its own progress bars are off.
+_QUIET_LOGGERS = ("ray._private.authentication.authentication_token_setup", "ray.data", "ray.data._internal.progress")
+
+
+def connect(num_cpus: int, *, verbose: bool = False) -> None:
+    """Joins Ray unless this process has already.
+
+    num_cpus is how many CPU slots the work wants at least. On one machine that many are promised, even over the cores
+    there are: readers mostly wait for storage, and a laptop must be able to run everything. With `verbose`, what
+    workers print comes to this terminal; it lies in Ray's session folder anyhow.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not verbose:
+        quiet()
+    if not ray.is_initialized():
+        level = logging.INFO if verbose else logging.WARNING
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(logging_level=level, log_to_driver=verbose)
+        else:
+            cores = max(num_cpus, os.cpu_count() or 1)
+            ray.init(
+                address="local",
+                num_cpus=cores,
+                include_dashboard=False,
+                logging_level=level,
+                log_to_driver=verbose,
+            )
+
+
+def quiet() -> None:
+    """Turns off Ray's own progress bars and start-up notes in this process."""
+    for name in _QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    DataContext.get_current().enable_progress_bars = False

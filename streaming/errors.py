@@ -1,0 +1,69 @@
+"""What can go wrong, as one family.
+
+TilestreamError            everything a user can act on; the command line prints it as one line and exits 2
+├── ConfigError            a configuration or argument that makes no sense (also a ValueError)
+├── StorageError           a file, bucket or object that can't be reached, read or written
+├── SlideError             a slide that can't be opened or decoded, or has no usable mpp
+├── CatalogError           no catalog, an empty one, or one of another version
+├── PlanError              a catalog that can't give the tiles that the plan asks for
+├── CheckpointError        no checkpoint, a damaged one, or one of another architecture
+└── StreamError            more tiles fail than the run allows, or the stream gave other tiles than planned
+
+Members hold one string, so they pickle across Ray; where an error passes through a stage it gets a note (`add_note`).
+A message says what, where, the numbers, and the next action, in one line.
+"""
+
+from __future__ import annotations
+
+
+class TilestreamError(Exception):
+    """Base of all errors a user can act on."""
+
+
+class ConfigError(TilestreamError, ValueError):
+    """A configuration or argument that makes no sense."""
+
+
+class StorageError(TilestreamError):
+    """A file, bucket or object that can't be reached, read or written."""
+
+
+class SlideError(TilestreamError):
+    """A slide that can't be opened or decoded, or has no usable mpp."""
+
+
+class CatalogError(TilestreamError):
+    """No catalog, an empty one, or one of another version."""
+
+
+class PlanError(TilestreamError):
+    """A catalog that can't give the tiles that the plan asks for."""
+
+
+class CheckpointError(TilestreamError):
+    """No checkpoint, a damaged one, or one of another architecture."""
+
+
+class StreamError(TilestreamError):
+    """More tiles fail than the run allows, or the stream gave other tiles than planned."""
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The first TilestreamError in the chain behind an error, else the error itself.
+
+    Ray wraps what a worker raises (`RayTaskError`, `UserCodeException`, `WorkerGroupError`): the user wants the inside.
+    """
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        candidate = pending.pop(0)
+        if candidate is None or id(candidate) in seen:
+            continue
+        seen.add(id(candidate))
+        if isinstance(candidate, TilestreamError):
+            return candidate
+        pending += [getattr(candidate, "cause", None), candidate.__cause__, candidate.__context__]
+        failures = getattr(candidate, "worker_failures", None)
+        if isinstance(failures, dict):
+            pending += [failure for failure in failures.values() if isinstance(failure, BaseException)]
+    return error

@@ -1,0 +1,57 @@
+"""Progress on stderr: a live line on a terminal, a plain line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_LOG_EVERY_S = 10.0
+
+
+class ProgressLine:
+    """Counts towards a total (None: not known) and shows a line of text beside the count.
+
+    Use as a context manager; what it shows last stays on the screen.
+    """
+
+    def __init__(self, what: str, unit: str, total: int | None = None) -> None:
+        self._what, self._unit, self._total = what, unit, total
+        self._done, self._text, self._logged_at = 0, "", time.monotonic()
+        self._progress: Progress | None = None
+        console = Console(stderr=True)
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TextColumn(unit))
+            detail = (TextColumn("{task.fields[text]}", style="dim"), TimeRemainingColumn())
+            self._progress = Progress(*columns, *detail, console=console)
+
+    def __enter__(self) -> ProgressLine:
+        if self._progress is not None:
+            self._progress.start()
+            self._task = self._progress.add_task(self._what, total=self._total, text="")
+        return self
+
+    def update(self, done: int, text: str = "") -> None:
+        """Sets the count and the text."""
+        self._done, self._text = done, text
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, text=text)
+        elif time.monotonic() - self._logged_at >= _LOG_EVERY_S:
+            self._log()
+
+    def _log(self) -> None:
+        self._logged_at = time.monotonic()
+        of_total = f"/{self._total:,}" if self._total is not None else ""
+        sys.stderr.write(f"{self._what}: {self._done:,}{of_total} {self._unit}  {self._text}".rstrip() + "\n")
+        sys.stderr.flush()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        elif self._done:
+            self._log()

@@ -1,0 +1,152 @@
+"""The reader: sample indices in, uint8 tiles out. One actor holds one; it is as well called in-process."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from streaming.catalog import Catalog
+from streaming.errors import SlideError, StorageError, StreamError
+from streaming.plan import TilePlan
+from streaming.slide import Slide, Staging, open_slide
+from streaming.slide.geometry import Pixels
+from streaming.tissue import HsvRule
+
+Batch = dict[str, NDArray[Any]]
+Key = TypeVar("Key", bound=Hashable)
+
+# A tile is replaced this often before the run is told that hardly anything passes: at 80 % rejected tiles, once in
+# 10^24 samples.
+_MAX_ATTEMPTS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReaderOptions:
+    """How tiles are read and which are taken."""
+
+    hsv_rule: HsvRule = field(default_factory=HsvRule)
+    """which tiles are taken; the others are replaced"""
+    storage_options: dict[str, Any] = field(default_factory=dict)
+    """fsspec's options for the slides' storage"""
+    staging: Staging = field(default_factory=Staging)
+    """where copies of remote slides lie"""
+
+
+class SlidePool(Generic[Key]):
+    """Slides kept open, the least recently used one closed for the next; what can't be opened is not tried again."""
+
+    def __init__(self, opener: Callable[[Key], Slide], max_open: int = 64) -> None:
+        self._opener, self._max_open = opener, max_open
+        self._open: OrderedDict[Key, Slide] = OrderedDict()
+        self._broken: dict[Key, str] = {}
+
+    def read_tile(self, key: Key, x: int, y: int, mpp: float, size: int) -> Pixels:
+        """A tile of the slide that the opener opens for that key.
+
+        Raises:
+            SlideError, StorageError: the slide can't be opened, or this tile can't be read.
+        """
+        if key in self._broken:
+            raise SlideError(self._broken[key])
+        if key not in self._open:
+            try:
+                self._open[key] = self._opener(key)
+            except (SlideError, StorageError) as error:
+                self._broken[key] = str(error)
+                raise
+            if len(self._open) > self._max_open:
+                self._open.popitem(last=False)[1].close()
+        self._open.move_to_end(key)
+        try:
+            return self._open[key].read_tile(x, y, mpp, size)
+        except SlideError:
+            # OpenSlide answers every later read with the first error: a new handle may still read the rest.
+            self._open.pop(key).close()
+            raise
+
+
+class TileReader:
+    """Turns sample indices into tiles; a plain callable, which Ray Data runs in an actor.
+
+    A tile that can't be read, or that the HSV rule turns down, is replaced by the plan's next attempt for the same
+    index, so that the same indices give the same tiles wherever and however often they are read.
+    """
+
+    def __init__(
+        self,
+        plan: TilePlan | ray.ObjectRef[TilePlan],
+        catalog: Catalog | ray.ObjectRef[Catalog],
+        options: ReaderOptions,
+    ) -> None:
+        # A reference is one copy a node, in shared memory, for all its readers.
+        self._plan: TilePlan = ray.get(plan) if isinstance(plan, ray.ObjectRef) else plan
+        self._catalog: Catalog = ray.get(catalog) if isinstance(catalog, ray.ObjectRef) else catalog
+        self._options = options
+        self._pool = SlidePool(self._open)
+
+    def _open(self, row: int) -> Slide:
+        entry = self._catalog[row]
+        options = self._options
+        return open_slide(
+            entry.slide, options.storage_options, mpp=entry.mpp, expected=entry.info, staging=options.staging
+        )
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Reads the tiles of `batch["index"]`, int64 (n,).
+
+        Returns columns of n rows: `tile` uint8 (n, size, size, 3), `index`, `slide` (row of the catalog), `x`, `y`
+        (level-0 pixels), `mpp`, `filtered` (tiles of this index turned down by the HSV rule) and `failures` (JSON list
+        of [slide, reason] of tiles of this index that could not be read; empty where none).
+
+        Raises:
+            StreamError: hardly any tile passes.
+        """
+        index = np.asarray(batch["index"], dtype=np.int64)
+        plan = self._plan
+        n, size = len(index), plan.size
+        tiles = np.empty((n, size, size, 3), dtype=np.uint8)
+        columns: Batch = {
+            "index": index,
+            "slide": np.zeros(n, np.int32),
+            "x": np.zeros(n, np.int64),
+            "y": np.zeros(n, np.int64),
+            "mpp": np.zeros(n, np.float64),
+            "filtered": np.zeros(n, np.int32),
+        }
+        failures: list[list[tuple[str, str]]] = [[] for _ in range(n)]
+        pending = np.arange(n)
+        for attempt in range(_MAX_ATTEMPTS):
+            specs = plan.specs(index[pending], np.full(len(pending), attempt, dtype=np.int32))
+            again: list[int] = []
+            for i, at in enumerate(pending.tolist()):
+                row = int(specs.slide[i])
+                try:
+                    tile = self._pool.read_tile(row, int(specs.x[i]), int(specs.y[i]), float(specs.mpp[i]), size)
+                except (SlideError, StorageError) as error:
+                    failures[at].append((plan.slides[row], str(error)))
+                    again.append(at)
+                    continue
+                if not self._options.hsv_rule.accepts(tile):
+                    columns["filtered"][at] += 1
+                    again.append(at)
+                    continue
+                tiles[at] = tile
+                for name in ("slide", "x", "y", "mpp"):
+                    columns[name][at] = getattr(specs, name)[i]
+            pending = np.array(again, dtype=np.int64)
+            if not again:
+                reasons = np.array([json.dumps(entry) if entry else "" for entry in failures], dtype=np.str_)
+                return {"tile": tiles, **columns, "failures": reasons}
+        at = int(pending[0])
+        last = f"the last could not be read: {failures[at][-1][1]}" if failures[at] else "the HSV rule turned them down"
+        raise StreamError(
+            f"index {index[at]}: {_MAX_ATTEMPTS} tiles in a row failed ({last}); "
+            "loosen data.hsv_rule or look at the slides"
+        )

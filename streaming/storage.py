@@ -1,0 +1,271 @@
+"""The one place that turns a URI and its options into storage.
+
+A URI is a local path or anything fsspec knows (`s3://`, `gs://`, `az://`, `http(s)://`, …). `storage_options` are
+fsspec's, plus `region` for S3; what they leave open comes from the usual environment variables (`AWS_ACCESS_KEY_ID`,
+`AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT_URL`, …).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import posixpath
+import uuid
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from botocore.exceptions import BotoCoreError, ClientError
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from streaming.errors import StorageError
+
+StorageOptions = Mapping[str, Any]
+
+# A wrong endpoint should be told within seconds, not after botocore's minute-long default timeouts and retries.
+_S3_CONFIG = {"connect_timeout": 5, "read_timeout": 60, "retries": {"mode": "standard", "max_attempts": 5}}
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """A stored object: where it is and what tells its version (ETag where there is one, else the modification time)."""
+
+    uri: str
+    size: int
+    version: str
+
+
+def filesystem(uri: str, storage_options: StorageOptions | None = None) -> tuple[AbstractFileSystem, str]:
+    """The fsspec filesystem of a URI and the path within it.
+
+    Raises:
+        StorageError: the protocol is unknown, or its package is not installed.
+    """
+    options = dict(storage_options or {})
+    protocol = uri.split("://", 1)[0] if "://" in uri else "file"
+    if protocol in ("s3", "s3a"):
+        region = options.pop("region", None) or os.environ.get("AWS_REGION")
+        client = dict(options.pop("client_kwargs", {}))
+        if region:
+            client.setdefault("region_name", region)
+        options["client_kwargs"] = client
+        options["config_kwargs"] = {**_S3_CONFIG, **options.pop("config_kwargs", {})}
+    elif protocol == "file":
+        options = {}  # options configure remote stores; a run may mix both
+    # A listing must show what another process wrote a second ago, so no listing is cached.
+    options["use_listings_cache"] = False
+    try:
+        fs, path = url_to_fs(uri, **options)
+    except (ValueError, ImportError) as error:
+        raise StorageError(
+            f"{uri}: no storage for this address ({error}); install the fsspec package for it"
+        ) from error
+    return fs, path
+
+
+def is_local(uri: str) -> bool:
+    """Whether a URI names a path on this machine."""
+    return "://" not in uri or uri.startswith(("file://", "local://"))
+
+
+def local_path(uri: str) -> str:
+    """The absolute path of a local URI."""
+    return os.path.abspath(os.path.expanduser(uri.removeprefix("file://").removeprefix("local://")))
+
+
+def canonical(uri: str) -> str:
+    """The same address in one spelling: local paths absolute, no trailing slash."""
+    return local_path(uri) if is_local(uri) else uri.rstrip("/")
+
+
+def join(uri: str, *names: str) -> str:
+    """A URI below another."""
+    return posixpath.join(uri.rstrip("/") or "/", *names)
+
+
+def name_of(uri: str) -> str:
+    """The last part of a URI: a file's name with its suffix."""
+    return posixpath.basename(uri.rstrip("/"))
+
+
+@contextlib.contextmanager
+def storage_errors(uri: str) -> Generator[None]:
+    """Turns what the storage libraries raise into a StorageError with the remedy."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except FileNotFoundError as error:
+        what = "the bucket does not exist" if "bucket" in str(error).lower() else "not found"
+        raise StorageError(f"{uri}: {what}; check the address and the endpoint") from error
+    except PermissionError as error:
+        raise StorageError(f"{uri}: access denied; check the credentials and their rights ({error})") from error
+    except (BotoCoreError, ClientError) as error:
+        text = " ".join(str(error).split())
+        remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or storage_options"
+        if "credentials" not in text.lower():
+            remedy = "check AWS_ENDPOINT_URL, AWS_REGION and the network"
+        raise StorageError(f"{uri}: {text}; {remedy}") from error
+    except (OSError, ConnectionError, TimeoutError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise StorageError(f"{uri}: {text}; check that the storage answers and has room") from error
+
+
+def _info(fs: AbstractFileSystem, entry: Mapping[str, Any]) -> ObjectInfo:
+    etag = entry.get("ETag") or entry.get("etag")
+    changed = entry.get("mtime") or entry.get("LastModified") or entry.get("last_modified") or ""
+    version = str(etag).strip('"') if etag else repr(changed)
+    uri = str(entry["name"]) if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(entry["name"]))
+    return ObjectInfo(uri=uri, size=int(entry.get("size") or 0), version=version)
+
+
+def stat(uri: str, storage_options: StorageOptions | None = None) -> ObjectInfo:
+    """Size and version of one object.
+
+    Raises:
+        StorageError: it does not exist or can't be reached.
+    """
+    with storage_errors(uri):
+        fs, path = filesystem(uri, storage_options)
+        return _info(fs, fs.info(path))
+
+
+def exists(uri: str, storage_options: StorageOptions | None = None) -> bool:
+    """Whether there is an object or folder at the URI.
+
+    Raises:
+        StorageError: the storage can't be reached, the bucket does not exist, or access is denied.
+    """
+    with storage_errors(uri):
+        fs, path = filesystem(uri, storage_options)
+        try:
+            fs.info(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+
+def expand(uri: str, storage_options: StorageOptions | None = None) -> tuple[list[ObjectInfo], bool]:
+    """The objects that a file, folder, prefix or glob names, sorted, and whether it was one file named outright.
+
+    Raises:
+        StorageError: nothing is there, or it can't be reached.
+    """
+    with storage_errors(uri):
+        fs, path = filesystem(uri, storage_options)
+        if glob.has_magic(path) and not fs.exists(path):
+            found: dict[str, Any] = fs.glob(path, detail=True)  # type: ignore[assignment]
+            if not found:
+                raise StorageError(f"{uri}: no file matches; check the pattern (and quote it for the shell)")
+            return sorted((_info(fs, e) for e in found.values() if e["type"] == "file"), key=lambda o: o.uri), False
+        entry = fs.info(path)
+        if entry["type"] == "file":
+            return [_info(fs, entry)], True
+        below: dict[str, Any] = fs.find(path, detail=True)  # type: ignore[assignment]
+        # S3 marks an empty "folder" with an object whose name ends in a slash.
+        files = [_info(fs, e) for name, e in below.items() if not name.endswith("/")]
+        return sorted(files, key=lambda o: o.uri), False
+
+
+def list_names(uri: str, storage_options: StorageOptions | None = None) -> list[str]:
+    """Names of the entries directly below a folder; empty when there is none."""
+    with storage_errors(uri):
+        fs, path = filesystem(uri, storage_options)
+        try:
+            return sorted(name_of(str(name)) for name in fs.ls(path, detail=False))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+
+def read_bytes(uri: str, storage_options: StorageOptions | None = None) -> bytes:
+    """The whole content of an object.
+
+    Raises:
+        StorageError: it does not exist or can't be read.
+    """
+    with storage_errors(uri):
+        fs, path = filesystem(uri, storage_options)
+        content = fs.cat_file(path)
+        assert isinstance(content, bytes), "cat_file gives bytes unless asked for text"
+        return content
+
+
+def write_bytes(uri: str, content: bytes, storage_options: StorageOptions | None = None) -> None:
+    """Writes an object whole or not at all: a put is atomic in object stores, a rename is on disks.
+
+    Raises:
+        StorageError: it can't be written.
+    """
+    with storage_errors(uri):
+        fs, path = filesystem(uri, storage_options)
+        if not isinstance(fs, LocalFileSystem):
+            fs.pipe_file(path, content)
+            return
+        with whole_file(path) as temporary:
+            Path(temporary).write_bytes(content)
+
+
+@contextlib.contextmanager
+def whole_file(path: str) -> Generator[str]:
+    """A temporary path beside a local one, renamed to it when the block ends well and removed when it does not."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    temporary = f"{path}.part-{uuid.uuid4().hex[:8]}"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+
+
+def download(info: ObjectInfo, path: str, storage_options: StorageOptions | None = None) -> None:
+    """Copies an object to a local file, whole or not at all.
+
+    Raises:
+        StorageError: it can't be read, there is no room, or it has another size than expected.
+    """
+    with storage_errors(info.uri):
+        fs, remote = filesystem(info.uri, storage_options)
+        with whole_file(path) as temporary:
+            fs.get_file(remote, temporary)
+            size = os.path.getsize(temporary)
+            if size != info.size:
+                raise StorageError(f"{info.uri}: got {size:,} of {info.size:,} bytes; try again, or upload it anew")
+
+
+def remove(uri: str, storage_options: StorageOptions | None = None) -> None:
+    """Removes an object, or a folder with all below it; nothing there is fine."""
+    with storage_errors(uri):
+        fs, path = filesystem(uri, storage_options)
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm(path, recursive=True)
+
+
+def read_table(uri: str, storage_options: StorageOptions | None = None) -> pa.Table:
+    """A Parquet file as an Arrow table.
+
+    Raises:
+        StorageError: it does not exist, can't be read, or is no Parquet.
+    """
+    content = read_bytes(uri, storage_options)
+    try:
+        return pq.read_table(pa.BufferReader(content))
+    except pa.ArrowInvalid as error:
+        raise StorageError(f"{uri}: not a whole Parquet file ({error}); write it again") from error
+
+
+def write_table(uri: str, table: pa.Table, storage_options: StorageOptions | None = None) -> None:
+    """Writes an Arrow table as Parquet, whole or not at all.
+
+    Raises:
+        StorageError: it can't be written.
+    """
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_bytes(uri, sink.getvalue().to_pybytes(), storage_options)

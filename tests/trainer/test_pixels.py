@@ -1,0 +1,95 @@
+"""Oracle throughout: torchvision's functional transforms, one sample at a time."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torchvision.transforms.v2.functional as tv
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from trainer import pixels
+
+
+def images(num: int = 4, height: int = 24, width: int = 20) -> Tensor:
+    return torch.rand(num, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+@given(data=st.data(), size_in=st.integers(4, 40), size_out=st.integers(1, 40))
+@settings(max_examples=40, deadline=None)
+def test_resampling_equals_torchvisions_antialiased_bicubic_with_flips(
+    data: st.DataObject, size_in: int, size_out: int
+) -> None:
+    height, width = (data.draw(st.integers(1, size_in)) for _ in range(2))
+    top, left = data.draw(st.integers(0, size_in - height)), data.draw(st.integers(0, size_in - width))
+    hflip, vflip = data.draw(st.booleans()), data.draw(st.booleans())
+    image = images(1, size_in, size_in)
+    expected = tv.resized_crop(
+        image, top, left, height, width, [size_out, size_out], tv.InterpolationMode.BICUBIC, antialias=True
+    )
+    expected = tv.hflip(expected) if hflip else expected
+    expected = tv.vflip(expected) if vflip else expected
+    weights = [
+        pixels.resample_weights(*(torch.tensor([[x]]) for x in (start, length, flip)), size_in, size_out)
+        for start, length, flip in ((top, height, vflip), (left, width, hflip))
+    ]
+    found = pixels.resample(image.transpose(1, 2).contiguous(), *weights)
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-4)
+
+
+def test_each_view_and_sample_is_resampled_with_its_own_weights() -> None:
+    batch = images(3, 16, 16)
+    start = torch.tensor([[0, 1, 2], [3, 4, 5]])
+    no_flip = torch.zeros(2, 3, dtype=torch.bool)
+    weights = pixels.resample_weights(start, torch.full((2, 3), 8), no_flip, 16, 8)
+    crops = pixels.resample(batch.transpose(1, 2).contiguous(), weights, weights)
+    for v in range(2):
+        for b in range(3):
+            s = int(start[v, b])
+            torch.testing.assert_close(crops[v, b], batch[b, :, s : s + 8, s : s + 8], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("chosen", [[True, False], [False, True]])
+def test_transposition_touches_the_chosen_images_only(chosen: list[bool]) -> None:
+    batch = images(2, 8, 8)
+    expected = torch.stack([x.transpose(-1, -2) if c else x for x, c in zip(batch, chosen, strict=True)])
+    assert torch.equal(pixels.transpose(batch, torch.tensor(chosen)), expected)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "values"),
+    [
+        (pixels.adjust_brightness, tv.adjust_brightness, [0.6, 1.0, 1.4, 0.0]),
+        (pixels.adjust_contrast, tv.adjust_contrast, [0.6, 1.0, 1.4, 0.0]),
+        (pixels.adjust_saturation, tv.adjust_saturation, [0.8, 1.0, 1.2, 0.0]),
+        (pixels.adjust_hue, tv.adjust_hue, [-0.5, -0.1, 0.0, 0.1]),
+        (pixels.adjust_hue, tv.adjust_hue, [0.5, 0.03, -0.25, 0.3]),
+    ],
+)
+def test_colour_adjustments_equal_torchvisions(
+    ours: Callable[[Tensor, Tensor], Tensor], theirs: Callable[[Tensor, float], Tensor], values: list[float]
+) -> None:
+    batch = images()
+    batch[:, :, :4] = batch[:, :1, :4]  # grey pixels, whose hue is undefined
+    batch[:, :, 4:6] = torch.tensor([1.0, 0.0])  # black and white ones
+    batch[:, 1, 6:8] = batch[:, 0, 6:8]  # two channels share the maximum or the minimum
+    expected = torch.stack([theirs(x, value) for x, value in zip(batch, values, strict=True)])
+    torch.testing.assert_close(ours(batch, torch.tensor(values)), expected, rtol=0, atol=2e-6)
+
+
+def test_grey_equals_torchvisions_for_the_chosen_images_only() -> None:
+    batch = images(2)
+    grey = pixels.to_grey(batch, torch.tensor([True, False]))
+    torch.testing.assert_close(grey[0], tv.rgb_to_grayscale(batch[0], 3))
+    assert torch.equal(grey[1], batch[1])
+
+
+@given(sigma=st.lists(st.floats(0.1, 2.0), min_size=3, max_size=3), size=st.sampled_from([1, 3, 9]))
+@example(sigma=[0.1, 1.0, 2.0], size=9)
+@settings(max_examples=15, deadline=None)
+def test_blur_equals_torchvisions_gaussian_up_to_the_border(sigma: list[float], size: int) -> None:
+    batch = images(3)
+    expected = torch.stack([tv.gaussian_blur(x, [size, size], [s, s]) for x, s in zip(batch, sigma, strict=True)])
+    found = pixels.blur(batch, pixels.gaussian_kernels(torch.tensor(sigma), size))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

@@ -1,0 +1,237 @@
+"""Crops and colour on the device, for a whole batch at once, as a pure function of (seed, sample index, view).
+
+What is drawn stands here, what is done with it in `pixels.py`. The order: crop, resize, flips and quarter turn; with
+some probability colour jitter, always in the order brightness, contrast, saturation, hue; grey; blur; normalise.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainer import pixels
+from trainer.draws import uniform
+
+NUM_GLOBAL = 2
+_ATTEMPTS = 10  # of torchvision's RandomResizedCrop
+# What the draws of a (sample, view) are for; a number never changes its meaning, or old runs could not be replayed.
+_AREA, _ASPECT, _TOP, _LEFT, _HFLIP, _VFLIP, _TURN = 0, 10, 20, 21, 22, 23, 24
+_JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GREY, _BLUR, _SIGMA = range(30, 38)
+
+
+class Crops(NamedTuple):
+    """Normalised float32 crops of B samples, view first."""
+
+    global_: Tensor
+    """(2, B, 3, g, g)."""
+    local: Tensor
+    """(L, B, 3, l, l)."""
+
+
+class Parameters(NamedTuple):
+    """Everything drawn for V views of B samples, each field (V, B); replayed through torchvision it gives the crops."""
+
+    top: Tensor
+    left: Tensor
+    height: Tensor
+    width: Tensor
+    hflip: Tensor
+    vflip: Tensor
+    turns: Tensor
+    """Quarter turns, counter-clockwise, after the flips."""
+    brightness: Tensor
+    contrast: Tensor
+    saturation: Tensor
+    hue: Tensor
+    grey: Tensor
+    blur: Tensor
+    sigma: Tensor
+    """Standard deviation of the blur in pixels of the crop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """DINOv2's multi-crop augmentation, with vertical flips and quarter turns for tissue, which has no up."""
+
+    global_size: int = 224
+    """Side of a global crop in pixels."""
+    local_size: int = 98
+    """Side of a local crop in pixels."""
+    num_local: int = 8
+    """Local crops of each tile."""
+    global_scale: tuple[float, float] = (0.32, 1.0)
+    """Lowest and highest share of the tile's area in a global crop."""
+    local_scale: tuple[float, float] = (0.05, 0.32)
+    """Lowest and highest share of the tile's area in a local crop."""
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """Lowest and highest width/height of a crop before it is resized to a square."""
+    hflip_prob: float = 0.5
+    """Probability of a horizontal flip."""
+    vflip_prob: float = 0.5
+    """Probability of a vertical flip."""
+    quarter_turns: bool = True
+    """Whether crops are turned by 0, 90, 180 or 270 degrees, equally often."""
+    jitter_prob: float = 0.8
+    """Probability of the colour jitter, all four parts together."""
+    brightness: float = 0.4
+    """Brightness factor is within 1 ± this."""
+    contrast: float = 0.4
+    """Contrast factor is within 1 ± this."""
+    saturation: float = 0.2
+    """Saturation factor is within 1 ± this."""
+    hue: float = 0.1
+    """Hue shift is within ± this, in full turns."""
+    grey_prob: float = 0.2
+    """Probability of losing the colour."""
+    blur_probs: tuple[float, float, float] = (0.0, 0.9, 0.5)
+    """Probability of the blur on the first global, second global and local crops; the reference states 1, 0.1, 0.5
+    but inverts it, and its released weights were trained so."""
+    blur_kernel: int = 9
+    """Taps of the blur, odd."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Lowest and highest standard deviation of the blur in pixels of the crop."""
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Mean of red, green, blue (of 0..1) that is subtracted."""
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Standard deviation of red, green, blue (of 0..1) that is divided by."""
+
+    def __post_init__(self) -> None:
+        value = vars(self)
+        probs = ("hflip_prob", "vflip_prob", "jitter_prob", "grey_prob")
+        rules = {
+            "must be at least 1": [n for n in ("global_size", "local_size") if value[n] < 1],
+            "must not be negative": [n for n in ("num_local", "brightness", "contrast", "saturation") if value[n] < 0],
+            "must rise within (0, 1]": [
+                n for n in ("global_scale", "local_scale") if not 0 < value[n][0] <= value[n][1] <= 1
+            ],
+            "must rise and be above 0": [
+                n for n in ("aspect", "blur_sigma") if not 0 < value[n][0] <= value[n][1] < math.inf
+            ],
+            "must be in [0, 1]": [n for n in probs if not 0 <= value[n] <= 1]
+            + ["blur_probs"] * (not all(0 <= p <= 1 for p in self.blur_probs)),
+            "must be in [0, 0.5]": ["hue"] * (not 0 <= self.hue <= 0.5),
+            "must be odd and at most twice the smallest crop less one": ["blur_kernel"]
+            * (self.blur_kernel % 2 == 0 or not 0 < self.blur_kernel < 2 * min(self.global_size, self.local_size)),
+            "must be above 0": ["std"] * (not all(s > 0 for s in self.std)),
+        }
+        if wrong := [f"{name}={value[name]} {rule}" for rule, names in rules.items() for name in names]:
+            raise ValueError("Augmentation: " + "; ".join(wrong))
+
+    def multi_crop(self, tiles: Tensor, index: Tensor, seed: int) -> Crops:
+        """Crops of each tile, depending on its pixels, its index and the seed alone.
+
+        tiles uint8 (B, S, S, 3) or (B, 3, S, S), index int64 (B,) on the same device.
+
+        Raises:
+            ValueError: tiles of another shape or type, or another number of indices.
+        """
+        images = _rows_first(tiles)
+        if index.shape != tiles.shape[:1]:
+            raise ValueError(f"index {tuple(index.shape)}: one for each of {len(tiles)} tiles is needed")
+        global_, local = range(NUM_GLOBAL), range(NUM_GLOBAL, NUM_GLOBAL + self.num_local)
+        with torch.no_grad(), torch.autocast(tiles.device.type, enabled=False):
+            return Crops(
+                self._crops(images, index, seed, global_, self.global_size, self.global_scale),
+                self._crops(images, index, seed, local, self.local_size, self.local_scale),
+            )
+
+    def _crops(
+        self, images: Tensor, index: Tensor, seed: int, views: range, size: int, scale: tuple[float, float]
+    ) -> Tensor:
+        if not views or not len(images):  # a convolution of no groups is an error
+            return images.new_empty(len(views), len(images), 3, size, size)
+        drawn = self.draw(index, seed, views, images.shape[1], scale)
+        x = _cut(images, drawn, size).flatten(0, 1)
+        # The flat order of the parameters is that of the crops: view, then sample.
+        flat = Parameters(*(parameter.flatten() for parameter in drawn))
+        x = pixels.adjust_brightness(x, flat.brightness)
+        x = pixels.adjust_contrast(x, flat.contrast)
+        x = pixels.adjust_saturation(x, flat.saturation)
+        x = pixels.adjust_hue(x, flat.hue)
+        x = pixels.to_grey(x, flat.grey)
+        # All crops are convolved, the unchosen ones with a kernel of 1: choosing rows would wait for the device.
+        untouched = (torch.arange(self.blur_kernel, device=x.device) == self.blur_kernel // 2).float()
+        kernels = pixels.gaussian_kernels(flat.sigma, self.blur_kernel)
+        x = pixels.blur(x, torch.where(flat.blur[:, None], kernels, untouched))
+        mean, std = (torch.tensor(c, device=x.device)[:, None, None] for c in (self.mean, self.std))
+        return ((x - mean) / std).unflatten(0, drawn.top.shape)
+
+    def draw(self, index: Tensor, seed: int, views: range, tile_px: int, scale: tuple[float, float]) -> Parameters:
+        """Draws for the numbered views (0 and 1 are global) of samples index (B,), from tiles of tile_px pixels."""
+        view = torch.arange(views.start, views.stop, device=index.device)[:, None]
+        u = partial(uniform, seed, index, view)
+
+        jittered = u(_JITTER) < self.jitter_prob
+
+        def jitter(low: float, high: float, neutral: float, draw: int) -> Tensor:
+            return torch.where(jittered, low + (high - low) * u(draw), neutral)
+
+        def factor(width: float, draw: int) -> Tensor:
+            return jitter(max(1 - width, 0.0), 1 + width, 1.0, draw)
+
+        height, width = _draw_box(index, seed, view, tile_px, scale, self.aspect)
+        blur_probs = torch.tensor([self.blur_probs[min(v, NUM_GLOBAL)] for v in views], device=index.device)
+        return Parameters(
+            top=(u(_TOP) * (tile_px - height + 1)).long(),
+            left=(u(_LEFT) * (tile_px - width + 1)).long(),
+            height=height,
+            width=width,
+            hflip=u(_HFLIP) < self.hflip_prob,
+            vflip=u(_VFLIP) < self.vflip_prob,
+            turns=(4 * u(_TURN)).long() * self.quarter_turns,
+            brightness=factor(self.brightness, _BRIGHTNESS),
+            contrast=factor(self.contrast, _CONTRAST),
+            saturation=factor(self.saturation, _SATURATION),
+            hue=jitter(-self.hue, self.hue, 0.0, _HUE),
+            grey=u(_GREY) < self.grey_prob,
+            blur=u(_BLUR) < blur_probs[:, None],
+            sigma=self.blur_sigma[0] + (self.blur_sigma[1] - self.blur_sigma[0]) * u(_SIGMA),
+        )
+
+
+def _rows_first(tiles: Tensor) -> Tensor:
+    """Tiles as float32 (B, S, 3, S) in 0..1, the layout of `pixels.resample`."""
+    if tiles.ndim == 4:
+        rows_first = tiles.permute(0, 1, 3, 2) if tiles.shape[3] == 3 else tiles.permute(0, 2, 1, 3)
+        _, side, channels, columns = rows_first.shape
+        if tiles.dtype == torch.uint8 and channels == 3 and side == columns:
+            return rows_first.float().contiguous() / 255
+    raise ValueError(f"tiles {tiles.dtype} {tuple(tiles.shape)}: uint8 (B, S, S, 3) or (B, 3, S, S) is needed")
+
+
+def _draw_box(
+    index: Tensor, seed: int, view: Tensor, tile_px: int, scale: tuple[float, float], aspect: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Height and width in pixels, int64 (V, B): torchvision's `RandomResizedCrop` on a square tile.
+
+    Area uniform, aspect log-uniform, the first of ten attempts that fits; all ten are drawn, the first is chosen. If
+    none fits it is the whole tile, torchvision's central crop of a square.
+    """
+    attempts = torch.arange(_ATTEMPTS, device=index.device)
+    u = partial(uniform, seed, index[:, None], view[..., None])
+    area = tile_px**2 * (scale[0] + (scale[1] - scale[0]) * u(_AREA + attempts))
+    log_low, log_high = (math.log(a) for a in aspect)
+    ratio = torch.exp(log_low + (log_high - log_low) * u(_ASPECT + attempts))
+    width, height = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+    fits = (width >= 1) & (width <= tile_px) & (height >= 1) & (height <= tile_px)
+    first = fits.int().argmax(dim=-1, keepdim=True)
+    none_fits = ~fits.any(dim=-1)
+    height, width = (side.gather(-1, first)[..., 0] for side in (height, width))
+    return height.masked_fill(none_fits, tile_px), width.masked_fill(none_fits, tile_px)
+
+
+def _cut(images: Tensor, drawn: Parameters, size: int) -> Tensor:
+    """Crops (V, B, 3, size, size) in 0..1: resized, flipped and turned by the same two matrix products.
+
+    A half turn is two flips, a quarter turn a flip and a transposition: turning by 1 is mirroring x, then transposing.
+    """
+    hflip = drawn.hflip ^ (drawn.turns == 1) ^ (drawn.turns == 2)
+    vflip = drawn.vflip ^ (drawn.turns == 2) ^ (drawn.turns == 3)
+    weights_y = pixels.resample_weights(drawn.top, drawn.height, vflip, images.shape[1], size)
+    weights_x = pixels.resample_weights(drawn.left, drawn.width, hflip, images.shape[1], size)
+    crops = pixels.resample(images, weights_y, weights_x).clamp(0, 1)
+    turned = pixels.transpose(crops.flatten(0, 1), (drawn.turns % 2 == 1).flatten())
+    return turned.view(crops.shape)

@@ -1,0 +1,167 @@
+"""Checkpoints at any fsspec URI: a folder a step, whole or not at all, the newest few kept.
+
+`step-00000030/state.ckpt` is Lightning's checkpoint, `meta.json` beside it is written last and vouches for it: step,
+next sample index, catalog, SHA-256. A folder without it is an upload that did not finish, and is passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import CheckpointIO
+from torch import Tensor, nn
+
+from streaming import storage
+from streaming.errors import CheckpointError
+from trainer.config import Config
+
+STATE, META, CONFIG = "state.ckpt", "meta.json", "config.yaml"
+_STEP = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meta:
+    """What a checkpoint says of itself."""
+
+    step: int
+    next_index: int
+    """the first sample index that was not trained on"""
+    catalog: str
+    """fingerprint of the catalog"""
+    nbytes: int
+    sha256: str
+    version: int = 1
+
+
+def checkpoint_uri(run: str, step: int) -> str:
+    """Where a run keeps the checkpoint of a step."""
+    return storage.join(run, "checkpoints", f"step-{step:08d}")
+
+
+def steps_of(run: str, options: storage.StorageOptions | None = None) -> list[int]:
+    """Steps of a run's whole checkpoints, oldest first."""
+    names = storage.list_names(storage.join(run, "checkpoints"), options)
+    steps = sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name)))
+    return [step for step in steps if storage.exists(storage.join(checkpoint_uri(run, step), META), options)]
+
+
+def latest(run: str, options: storage.StorageOptions | None = None) -> str | None:
+    """The URI of a run's newest whole checkpoint, if it has one."""
+    steps = steps_of(run, options)
+    return checkpoint_uri(run, steps[-1]) if steps else None
+
+
+def find(uri: str, options: storage.StorageOptions | None = None) -> str:
+    """The checkpoint that a URI names: its own folder, or the newest of a run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if storage.exists(storage.join(uri, META), options):
+        return uri
+    found = latest(uri, options)
+    if found is None:
+        raise CheckpointError(
+            f"{uri}: no checkpoint here; name a run's folder or one of its checkpoints/step-… folders"
+        )
+    return found
+
+
+def read_meta(uri: str, options: storage.StorageOptions | None = None) -> Meta:
+    """What a checkpoint says of itself.
+
+    Raises:
+        CheckpointError: it is not one of this version.
+    """
+    try:
+        return Meta(**json.loads(storage.read_bytes(storage.join(uri, META), options)))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{uri}: {META} is damaged or of another version ({error}); take another step") from error
+
+
+def load(uri: str, options: storage.StorageOptions | None = None) -> dict[str, Any]:
+    """Lightning's checkpoint of a folder, on the CPU; nothing in it is ever executed.
+
+    Raises:
+        CheckpointError: it does not match its checksum, or holds more than tensors and plain values.
+    """
+    meta = read_meta(uri, options)
+    content = storage.read_bytes(storage.join(uri, STATE), options)
+    if hashlib.sha256(content).hexdigest() != meta.sha256:
+        raise CheckpointError(
+            f"{uri}: {STATE} of {len(content):,} bytes does not match its checksum ({meta.nbytes:,} were written); "
+            "delete this folder to go on from the one before"
+        )
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise CheckpointError(f"{uri}: {STATE} can't be read: {error}".splitlines()[0]) from error
+
+
+class FolderCheckpointIO(CheckpointIO):
+    """Lightning's way to storage, through this project's: `path` is a checkpoint's folder."""
+
+    def __init__(self, config: Config, catalog: str) -> None:
+        self._config, self._catalog = config, catalog
+        self._options = config.data.storage_options
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Writes the state and the configuration, then the note that vouches for them, then removes what is too old."""
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        content = buffer.getvalue()
+        step = int(checkpoint["global_step"])
+        meta = Meta(
+            step=step,
+            next_index=step * self._config.train.batch,
+            catalog=self._catalog,
+            nbytes=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
+        )
+        note = json.dumps(asdict(meta), indent=1)
+        storage.write_bytes(storage.join(str(path), STATE), content, self._options)
+        storage.write_bytes(storage.join(str(path), CONFIG), self._config.to_yaml().encode(), self._options)
+        storage.write_bytes(storage.join(str(path), META), note.encode(), self._options)
+        run = self._config.run.out
+        for old in steps_of(run, self._options)[: -self._config.train.keep_checkpoints]:
+            storage.remove(checkpoint_uri(run, old), self._options)
+
+    def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
+        """Reads the state; `weights_only` is always true."""
+        return load(str(path), self._options)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Removes a checkpoint's folder."""
+        storage.remove(str(path), self._options)
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], uri: str) -> None:
+    """Loads weights that must fit key by key and shape by shape.
+
+    Raises:
+        CheckpointError: naming what is missing, left over or of another shape.
+    """
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = sorted(key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape)
+    if not (missing or extra or shapes):
+        module.load_state_dict(weights)
+        return
+    parts = [f"{len(missing)} missing ({missing[0]})"] if missing else []
+    parts += [f"{len(extra)} left over ({extra[0]})"] if extra else []
+    if shapes:
+        key = shapes[0]
+        parts.append(
+            f"{len(shapes)} of another shape ({key}: {tuple(weights[key].shape)}, not {tuple(own[key].shape)})"
+        )
+    raise CheckpointError(
+        f"{uri}: weights of another architecture: {', '.join(parts)}; take the configuration of the run's start"
+    )

@@ -1,0 +1,320 @@
+"""The whole configuration of a run, one class a section; `--section.key value` sets any field."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from typing import Any, cast
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+from streaming import storage
+from streaming.errors import ConfigError
+from streaming.plan import DEFAULT_MPP
+from streaming.slide import Staging
+from streaming.stream import BatchShape
+from streaming.tissue import HsvRule
+from trainer.augment import Augmentation
+from trainer.masks import Masking
+from trainer.schedule import Schedules, scaled_lr
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run lives."""
+
+    out: str = "runs/default"
+    """folder or URI of the run: checkpoints, metrics, the resolved configuration; a run found there is resumed"""
+    seed: int = 0
+    """decides the tiles, the crops, the masks and the initial weights"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which tiles."""
+
+    catalog: str | None = None
+    """folder or URI that `tilestream catalog` wrote"""
+    storage_options: dict[str, Any] = field(default_factory=dict)
+    """fsspec's options for all remote URIs of the run; empty: the usual environment variables"""
+    mpp: dict[float, float] = field(default_factory=lambda: dict(DEFAULT_MPP))
+    """weight of each magnification in µm/px"""
+    cohorts: dict[str, float] | None = None
+    """weight of each value of the catalog's `cohort` column; none: every slide alike"""
+    tile_size: int = 256
+    """side of a tile in px"""
+    min_tissue: float = 0.4
+    """share of a tile's area that must be tissue"""
+    max_upsampling: float = 2.0
+    """a slide is left out at magnifications this many times finer than its own"""
+    hsv_rule: HsvRule = field(default_factory=HsvRule)
+    """filter on a tile's pixels"""
+    max_failed_share: float = 0.01
+    """share of unreadable tiles past which the run stops"""
+    readers: tuple[int, int] = (1, 2)
+    """least and most reader actors"""
+    reader_cpus: float = 1.0
+    """CPU slots of a reader actor"""
+    staging: str = Staging.folder
+    """local folder for copies of remote slides"""
+    staging_gb: float = 100.0
+    """disk that those copies may take, in GiB"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_failed_share <= 1:
+            raise ValueError(f"max_failed_share is a share from 0 to 1, not {self.max_failed_share}")
+        if not self.staging_gb > 0:
+            raise ValueError(f"staging_gb is {self.staging_gb}; it must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Backbone and heads."""
+
+    backbone: str = "vit_small_patch14_dinov2"
+    """name of a timm vision transformer"""
+    patch_size: int | None = None
+    """side of a patch in px; none: the backbone's own"""
+    num_registers: int | None = None
+    """register tokens; none: the backbone's own"""
+    layer_scale: float | None = 1e-5
+    """initial scale of residual branches"""
+    drop_path: float = 0.1
+    """stochastic depth of the student"""
+    num_prototypes: int = 65536
+    """width of the heads' output"""
+    head_hidden: int = 2048
+    """width of the heads' hidden layers"""
+    head_bottleneck: int = 256
+    """width before the prototypes"""
+    separate_heads: bool = False
+    """whether iBOT has a head of its own"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights and temperatures of the loss terms."""
+
+    dino_weight: float = 1.0
+    """weight of the class-token term"""
+    ibot_weight: float = 1.0
+    """weight of the masked-token term"""
+    koleo_weight: float = 0.1
+    """weight of the KoLeo regulariser, per view"""
+    student_temp: float = 0.1
+    """temperature of the student's softmax"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimiser and schedules, all in optimiser steps."""
+
+    base_lr: float = 2e-4
+    """learning rate at batch 1024; scaled by the square root of batch / 1024"""
+    min_lr: float = 1e-6
+    """learning rate at the end"""
+    warmup_steps: int = 100
+    """steps of linear learning-rate warm-up"""
+    beta2: float = 0.999
+    """AdamW's second momentum"""
+    weight_decay: float = 0.04
+    """weight decay at the start"""
+    weight_decay_end: float = 0.4
+    """weight decay at the end"""
+    layer_decay: float = 0.9
+    """factor of the learning rate from a block to the one below"""
+    patch_embed_lr_mult: float = 0.2
+    """factor of the patch embedding's learning rate"""
+    clip: float = 3.0
+    """highest gradient norm of the backbone and of each head"""
+    freeze_last_layer_steps: int = 0
+    """steps before the heads' last layers learn"""
+    momentum: float = 0.994
+    """the teacher's momentum at the start; 1 at the end"""
+    teacher_temp_start: float = 0.04
+    """teacher's temperature at step 0"""
+    teacher_temp: float = 0.07
+    """teacher's temperature after its warm-up"""
+    teacher_temp_warmup_steps: int = 0
+    """steps of that warm-up"""
+
+    def schedules(self, total_steps: int, batch: int) -> Schedules:
+        """The schedules of a run of that many steps and that global batch."""
+        return Schedules(
+            total_steps=total_steps,
+            lr=scaled_lr(self.base_lr, batch),
+            min_lr=self.min_lr,
+            warmup_steps=self.warmup_steps,
+            weight_decay=self.weight_decay,
+            weight_decay_end=self.weight_decay_end,
+            momentum=self.momentum,
+            teacher_temp_start=self.teacher_temp_start,
+            teacher_temp=self.teacher_temp,
+            teacher_temp_warmup_steps=self.teacher_temp_warmup_steps,
+            freeze_last_layer_steps=self.freeze_last_layer_steps,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, how large, on what."""
+
+    steps: int = 1000
+    """optimiser steps of the whole run"""
+    batch: int = 64
+    """tiles of an optimiser step, over all ranks and accumulation rounds"""
+    ranks: int = 1
+    """trainer workers"""
+    accumulate: int = 1
+    """rounds of gradient accumulation within a step"""
+    gpu: bool = False
+    """whether each rank takes a GPU"""
+    rank_cpus: float = 1.0
+    """CPU slots of a rank"""
+    precision: str = "32-true"
+    """Lightning's precision: 32-true, bf16-mixed, bf16-true"""
+    log_every: int = 10
+    """steps between two rows of the metrics"""
+    checkpoint_every: int = 500
+    """steps between two checkpoints"""
+    keep_checkpoints: int = 3
+    """newest checkpoints that are kept"""
+    max_restarts: int = 3
+    """how often Ray Train starts the workers again from the last checkpoint when one is lost"""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_restarts < 0:
+            raise ValueError(f"max_restarts is {self.max_restarts}; it must not be negative")
+        _ = self.shape  # tells at once when the ranks don't divide the batch
+
+    @property
+    def shape(self) -> BatchShape:
+        """How the batch is cut."""
+        return BatchShape(self.batch, self.ranks, self.accumulate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All of a run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: Augmentation = field(default_factory=Augmentation)
+    mask: Masking = field(default_factory=lambda: Masking(group_size=4))
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.optim.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"optim.warmup_steps {self.optim.warmup_steps} exceeds train.steps {self.train.steps}; lower it"
+            )
+        if self.augment.global_size > self.data.tile_size * 2:
+            raise ValueError(
+                f"augment.global_size {self.augment.global_size} is over twice data.tile_size {self.data.tile_size}"
+            )
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, as a file that `tilestream train` takes."""
+        return yaml.safe_dump(_plain(asdict(self)), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, tuple | list) else value
+
+
+def presets() -> list[str]:
+    """Names of the presets that come with the package."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _preset_folder().iterdir() if entry.name != "__init__")
+
+
+def _preset_folder() -> Any:
+    return resources.files("trainer") / "configs"
+
+
+def config_parser() -> ArgumentParser:
+    """A parser with an option for every field."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, prog="tilestream train CONFIG")
+    parser.add_class_arguments(Config, nested_key=None, sub_configs=False)
+    return parser
+
+
+def read_config(source: str, overrides: list[str]) -> Config:
+    """A YAML file (path or URI) or a preset's name, with `--section.key value` overrides.
+
+    Raises:
+        ConfigError: no such file or preset, an unknown key (with the nearest valid one), an ill-typed value, or values
+            that don't go together.
+        StorageError: the file can't be read.
+    """
+    if source in presets():
+        text = (_preset_folder() / f"{source}.yaml").read_text()
+    elif storage.exists(source):
+        text = storage.read_bytes(source).decode()
+    else:
+        raise ConfigError(f"{source}: neither a file nor a preset; presets: {', '.join(presets())}")
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: not a map of sections; see the presets for an example")
+    return parse_config(values, overrides, source)
+
+
+def parse_config(values: dict[str, Any], overrides: list[str], source: str = "configuration") -> Config:
+    """The configuration of nested values, with `--section.key value` overrides.
+
+    Raises:
+        ConfigError: as `read_config`.
+    """
+    parser = config_parser()
+    keys = sorted(list(parser.get_defaults().keys()))  # noqa: C414 — a Namespace iterates over values
+    for key in _leaf_keys(values):
+        _check_key(key, keys, source)
+    for option in overrides:
+        if option.startswith("--"):
+            _check_key(option[2:].split("=", 1)[0], keys, option)
+    try:
+        base = parser.parse_object(values)
+        namespace = parser.parse_args(overrides, namespace=base) if overrides else base
+        instantiated = cast(Namespace, parser.instantiate_classes(namespace))
+        return Config(**vars(instantiated))
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise ConfigError(f"{source}: {_one_line(error)}") from error
+
+
+def _leaf_keys(values: dict[str, Any], prefix: str = "") -> list[str]:
+    """Keys of the fields that values sets; dictionaries that are a field's value (weights, options) are not entered."""
+    keys: list[str] = []
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        is_section = isinstance(value, dict) and key not in _DICT_FIELDS
+        keys += _leaf_keys(value, f"{key}.") if is_section and value else [key]
+    return keys
+
+
+_DICT_FIELDS = {"data.mpp", "data.cohorts", "data.storage_options"}
+
+
+def _check_key(key: str, keys: list[str], source: str) -> None:
+    sections = {known.rsplit(".", 1)[0] for known in keys}
+    if key in keys or key in sections or any(key.startswith(f"{field_name}.") for field_name in _DICT_FIELDS):
+        return
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)
+    raise ConfigError(f"{source}: no key {key!r}; the nearest is {close[0]!r}")
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)

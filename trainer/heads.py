@@ -1,0 +1,71 @@
+"""The projection head of DINO and iBOT: features to cosines with learned prototypes."""
+
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Prototypes(nn.Linear):
+    """A linear layer without bias whose rows are used at norm 1: cosines with the prototypes, for unit inputs.
+
+    This is the reference's weight-normed last layer with its norms fixed at 1. Normalising in `forward` instead of by
+    `torch.nn.utils.parametrizations.weight_norm` keeps one plain parameter, which sharding, the teacher's moving
+    average and layer-wise groups treat like any other, and no frozen vector of ones in every checkpoint.
+    """
+
+    def __init__(self, in_features: int, num_prototypes: int) -> None:
+        super().__init__(in_features, num_prototypes, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps (…, in_features) to (…, num_prototypes)."""
+        return F.linear(input, F.normalize(self.weight, dim=-1))
+
+
+def _mlp(in_dim: int, hidden_dim: int, out_dim: int, num_layers: int) -> nn.Sequential:
+    widths = [in_dim, *[hidden_dim] * (num_layers - 1), out_dim]
+    mlp = nn.Sequential()
+    for i, (width_in, width_out) in enumerate(pairwise(widths)):
+        if i:
+            mlp.append(nn.GELU())
+        linear = nn.Linear(width_in, width_out)
+        nn.init.trunc_normal_(linear.weight, std=0.02)
+        nn.init.zeros_(linear.bias)
+        mlp.append(linear)
+    return mlp
+
+
+class DINOHead(nn.Module):
+    """MLP to a bottleneck, L2 normalisation, cosines with the prototypes (DINOv2's `DINOHead`).
+
+    Args:
+        in_dim: width of the backbone's tokens.
+        num_prototypes: width K of the output.
+        hidden_dim: width of the hidden layers.
+        bottleneck_dim: width before the prototypes.
+        num_layers: linear layers of the MLP, at least 1, with GELU between them.
+
+    Raises:
+        ValueError: an argument below 1, named in the message.
+    """
+
+    def __init__(
+        self, in_dim: int, num_prototypes: int, hidden_dim: int = 2048, bottleneck_dim: int = 256, num_layers: int = 3
+    ) -> None:
+        super().__init__()
+        sizes = {
+            "in_dim": in_dim,
+            "num_prototypes": num_prototypes,
+            "hidden_dim": hidden_dim,
+            "bottleneck_dim": bottleneck_dim,
+            "num_layers": num_layers,
+        }
+        if wrong := [f"{name}={value}" for name, value in sizes.items() if value < 1]:
+            raise ValueError(f"DINOHead: {', '.join(wrong)} must be at least 1")
+        self.mlp = _mlp(in_dim, hidden_dim, bottleneck_dim, num_layers)
+        # Keeps nn.Linear's own initial scale, as the reference does: it sets how far one AdamW step turns a prototype.
+        self.last_layer = Prototypes(bottleneck_dim, num_prototypes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Maps tokens (…, in_dim) to logits (…, K) in −1..1, before any temperature."""
+        return self.last_layer(F.normalize(self.mlp(tokens), dim=-1))

@@ -1,0 +1,167 @@
+"""DINOv2 as a Lightning module: student, EMA teacher, one optimiser step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from trainer import losses
+from trainer.backbone import Backbone, create_backbone
+from trainer.config import Config, ModelConfig
+from trainer.draws import random_bits
+from trainer.heads import DINOHead
+from trainer.masks import block_masks
+from trainer.schedule import parameter_groups, set_group_values
+
+# No crop has this number, so its random numbers are nobody else's.
+_GENERATOR_VIEW = 1 << 20
+
+
+class Network(nn.Module):
+    """A backbone with its heads; the student and the teacher are one each."""
+
+    def __init__(self, backbone: Backbone, config: ModelConfig) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+        def head() -> DINOHead:
+            return DINOHead(
+                backbone.embed_dim,
+                config.num_prototypes,
+                hidden_dim=config.head_hidden,
+                bottleneck_dim=config.head_bottleneck,
+            )
+
+        self.dino_head = head()
+        self.ibot_head = head() if config.separate_heads else None
+
+    def patch_logits(self, tokens: Tensor) -> Tensor:
+        """Prototype logits of patch tokens, by iBOT's own head or the shared one."""
+        return (self.ibot_head or self.dino_head)(tokens)
+
+
+def build_backbone(config: ModelConfig, crop_px: int, *, drop_path: float) -> Backbone:
+    """The backbone of a configuration, its position embedding made for crops of that size."""
+    return create_backbone(
+        config.backbone,
+        img_size=crop_px,
+        patch_size=config.patch_size,
+        num_registers=config.num_registers,
+        drop_path=drop_path,
+        layer_scale=config.layer_scale,
+    )
+
+
+class DinoModule(pl.LightningModule):
+    """Trains the student on the teacher's targets; the teacher is the student's moving average.
+
+    A step is the algorithm of DINOv2 (arXiv 2304.07193): crops and masks from (seed, index), the teacher's targets by
+    Sinkhorn-Knopp, the losses of the student, AdamW, the moving average.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        size = config.augment.global_size
+        torch.manual_seed(config.run.seed)
+        self.student = Network(build_backbone(config.model, size, drop_path=config.model.drop_path), config.model)
+        self.teacher = Network(build_backbone(config.model, size, drop_path=0.0), config.model)
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False)
+        self.grid = self.student.backbone.grid(size, size)
+        self.student.backbone.grid(config.augment.local_size, config.augment.local_size)
+        self.schedules = config.optim.schedules(config.train.steps, config.train.batch)
+        self.step_metrics: dict[str, Tensor | float] = {}
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The loss of one micro-batch: `tile` uint8 (B, S, S, 3), `index` int64 (B,)."""
+        config, seed = self.config, self.config.run.seed
+        values = self.schedules.at(self.global_step)
+        # Stochastic depth draws from torch's generator: seeded by the tiles, it draws the same in a resumed run.
+        torch.manual_seed(int(random_bits(seed, batch["index"][:1], _GENERATOR_VIEW, 0)))
+        crops = config.augment.multi_crop(batch["tile"], batch["index"], seed)
+        masks = block_masks(batch["index"].cpu(), self.grid, config.mask, seed).to(batch["index"].device)
+        globals_, flat_masks = crops.global_.flatten(0, 1), masks.flatten(0, 1)
+        num_views, size = masks.shape[:2]
+
+        with torch.no_grad():
+            seen = self.teacher.backbone(globals_)
+            class_targets = losses.sinkhorn(self.teacher.dino_head(seen.cls), values.teacher_temp)
+            patch_targets = losses.sinkhorn(self.teacher.patch_logits(seen.patches[flat_masks]), values.teacher_temp)
+
+        student_global = self.student.backbone(globals_, flat_masks)
+        student_local = self.student.backbone(crops.local.flatten(0, 1)).cls if len(crops.local) else globals_[:0, 0]
+        global_logits = self.student.dino_head(student_global.cls).unflatten(0, (num_views, size))
+        local_logits = (
+            self.student.dino_head(student_local).unflatten(0, (-1, size)) if len(crops.local) else global_logits[:0]
+        )
+        dino_global, dino_local = losses.dino_terms(
+            global_logits, local_logits, class_targets.unflatten(0, (num_views, size)), config.loss.student_temp
+        )
+        ibot = losses.ibot_loss(
+            self.student.patch_logits(student_global.patches[flat_masks]),
+            patch_targets,
+            losses.mask_weights(flat_masks),
+            num_views * size,
+            config.loss.student_temp,
+        )
+        koleo = torch.stack([losses.koleo(view) for view in student_global.cls.unflatten(0, (num_views, size))]).sum()
+        loss = (
+            config.loss.dino_weight * (dino_global + dino_local)
+            + config.loss.ibot_weight * ibot
+            + config.loss.koleo_weight * koleo
+        )
+        self.step_metrics |= {
+            "loss": loss.detach(),
+            "dino_global": dino_global.detach(),
+            "dino_local": dino_local.detach(),
+            "ibot": ibot.detach(),
+            "koleo": koleo.detach(),
+            "teacher_entropy": losses.teacher_entropy(class_targets),
+        }
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW over the student; learning rates and weight decays are written before each step."""
+        optim = self.config.optim
+        groups = parameter_groups(
+            dict(self.student.named_children()),
+            layer_decay=optim.layer_decay,
+            patch_embed_lr_mult=optim.patch_embed_lr_mult,
+        )
+        return torch.optim.AdamW(groups, lr=self.schedules.lr, betas=(0.9, optim.beta2))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips the backbone and each head by itself, as DINOv2 does."""
+        for name, part in self.student.named_children():
+            norm = nn.utils.clip_grad_norm_(part.parameters(), self.config.optim.clip)
+            self.step_metrics[f"grad_norm_{name}"] = norm.detach()
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """One step of the schedules, AdamW and the teacher."""
+        values = self.schedules.at(self.global_step)
+        set_group_values(optimizer.param_groups, values)
+        optimizer.step(closure=optimizer_closure)
+        self.step_metrics |= {"lr": values.lr, "momentum": values.momentum, "teacher_temp": values.teacher_temp}
+        self.update_teacher(values.momentum)
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """Teacher ← momentum · teacher + (1 − momentum) · student."""
+        for teacher, student in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+            teacher.lerp_(student, 1 - momentum)

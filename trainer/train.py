@@ -1,0 +1,228 @@
+"""Training: Ray Train starts the ranks, Ray Data feeds them, Lightning turns the steps."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import uuid
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import ray.train
+import ray.util.queue
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.data import DataIterator, Dataset, ExecutionOptions
+from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment, prepare_trainer
+from ray.train.torch import TorchTrainer
+
+from streaming import cluster, storage
+from streaming.catalog import Catalog
+from streaming.errors import CheckpointError, ConfigError, TilestreamError
+from streaming.plan import TilePlan
+from streaming.reader import ReaderOptions
+from streaming.slide import Staging
+from streaming.stream import TileStream, torch_batches
+from trainer import checkpoint
+from trainer.config import Config, DataConfig
+from trainer.module import DinoModule
+from trainer.watch import MetricsLog, Report, StepBatches, Watch
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a run ended."""
+
+    checkpoint: str
+    start: int
+    steps: int
+    summary: list[str]
+
+
+def load_catalog(data: DataConfig) -> Catalog:
+    """The catalog of a configuration.
+
+    Raises:
+        ConfigError: none is named.
+        CatalogError: there is none, or one of another version.
+    """
+    if not data.catalog:
+        raise ConfigError(
+            "data.catalog is not set; give --data.catalog URI, made by `tilestream catalog SLIDES... --out URI`"
+        )
+    return Catalog.load(data.catalog, data.storage_options)
+
+
+def make_plan(config: Config, catalog: Catalog) -> TilePlan:
+    """The plan of a configuration."""
+    data = config.data
+    return TilePlan(
+        catalog,
+        config.run.seed,
+        data.mpp,
+        data.tile_size,
+        cohorts=data.cohorts,
+        min_tissue=data.min_tissue,
+        max_upsampling=data.max_upsampling,
+    )
+
+
+def make_stream(config: Config, catalog: Catalog) -> TileStream:
+    """The stream of a configuration."""
+    data = config.data
+    reader = ReaderOptions(
+        hsv_rule=data.hsv_rule,
+        storage_options=data.storage_options,
+        staging=Staging(folder=data.staging, max_bytes=int(data.staging_gb * 2**30)),
+    )
+    return TileStream(
+        catalog,
+        make_plan(config, catalog),
+        config.train.shape,
+        reader=reader,
+        readers=data.readers,
+        reader_cpus=data.reader_cpus,
+    )
+
+
+def resume_point(config: Config, catalog: Catalog) -> tuple[int, str | None]:
+    """The step to go on from and the checkpoint to load: the run's newest, if it has one.
+
+    Raises:
+        CheckpointError: it was trained on another catalog or batch, so its next index would mean other tiles.
+    """
+    found = checkpoint.latest(config.run.out, config.data.storage_options)
+    if found is None:
+        return 0, None
+    meta = checkpoint.read_meta(found, config.data.storage_options)
+    if meta.catalog != catalog.fingerprint:
+        raise CheckpointError(
+            f"{found}: trained on another catalog ({meta.catalog}, now {catalog.fingerprint}); "
+            "restore that catalog or set another run.out"
+        )
+    if meta.next_index != meta.step * config.train.batch:
+        raise CheckpointError(
+            f"{found}: trained with batch {meta.next_index // meta.step}, now {config.train.batch}; "
+            "set train.batch back or set another run.out"
+        )
+    return meta.step, found
+
+
+def fit(config: Config, catalog: str, batches: StepBatches, resume: str | None, report: Report, **where: Any) -> None:
+    """Trains to the last step in this process; `where` is Lightning's strategy, plugins and devices."""
+    # Its advice (more workers for the loader, a product to try) does not apply here.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    plugins: list[Any] = [*where.pop("plugins", []), checkpoint.FolderCheckpointIO(config, catalog)]
+    train = config.train
+    trainer = pl.Trainer(
+        **where,
+        plugins=plugins,
+        accelerator="gpu" if train.gpu else "cpu",
+        max_steps=train.steps,
+        precision=train.precision,  # type: ignore[arg-type]
+        accumulate_grad_batches=train.accumulate,
+        callbacks=[Watch(config, batches, report)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    if "strategy" in where:
+        trainer = prepare_trainer(trainer)
+    try:
+        trainer.fit(DinoModule(config), train_dataloaders=batches, ckpt_path=resume, weights_only=True)
+    except RuntimeError as error:
+        if "Error(s) in loading state_dict" not in str(error):
+            raise
+        reason = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), "")
+        raise CheckpointError(
+            f"{resume}: weights of another architecture ({reason}); set the model back or set another run.out"
+        ) from error
+
+
+def _worker(loop: dict[str, Any]) -> None:
+    """One rank of Ray Train."""
+    config: Config = loop["config"]
+    messages: ray.util.queue.Queue = loop["messages"]
+    start, resume = resume_point(config, loop["catalog"])
+    shard = cast("DataIterator", ray.train.get_dataset_shard("tiles"))
+    batches = StepBatches(torch_batches(shard, config.train.shape.micro), start, config)
+    fit(
+        config,
+        loop["catalog"].fingerprint,
+        batches,
+        resume,
+        messages.put,
+        strategy=RayDDPStrategy(),
+        plugins=[RayLightningEnvironment()],
+        devices="auto",
+    )
+
+
+def _dataset(config: Config, catalog: Catalog) -> Dataset:
+    """The tiles not yet trained on; Ray Train calls this whenever it starts the workers."""
+    cluster.quiet()
+    start, _ = resume_point(config, catalog)
+    return make_stream(config, catalog).dataset(start, config.train.steps)
+
+
+def train(config: Config, *, debug: bool = False, verbose: bool = False) -> TrainResult:
+    """Runs a training to its last step, from the newest checkpoint of `run.out` if there is one.
+
+    With `debug`, reader and trainer run in this process, without Ray, so that a debugger stops in both.
+
+    Raises:
+        TilestreamError: bad input, told in one line.
+    """
+    catalog = load_catalog(config.data)
+    out, options, steps = config.run.out, config.data.storage_options, config.train.steps
+    start, resume = resume_point(config, catalog)
+    last = checkpoint.checkpoint_uri(out, steps)
+    if start >= steps:
+        return TrainResult(resume or last, start, steps, [f"{out} is trained to step {start} already"])
+    make_plan(config, catalog)  # what the catalog can't give is told before anything starts
+    DinoModule(config)  # and what the model can't be
+    storage.write_bytes(storage.join(out, checkpoint.CONFIG), config.to_yaml().encode(), options)
+    with MetricsLog(config, start) as log:
+        if debug:
+            if config.train.ranks != 1:
+                raise ConfigError(f"train.ranks is {config.train.ranks}; --debug runs one rank: add --train.ranks 1")
+            source = make_stream(config, catalog).local_batches(start, steps)
+            batches = StepBatches(source, start, config)
+            fit(config, catalog.fingerprint, batches, resume, log.add, devices=1)
+        else:
+            _fit_on_ray(config, catalog, log, verbose=verbose)
+    return TrainResult(last, start, steps, log.summary)
+
+
+def _fit_on_ray(config: Config, catalog: Catalog, log: MetricsLog, *, verbose: bool) -> None:
+    train, data, options = config.train, config.data, config.data.storage_options
+    cluster.connect(round(train.ranks * train.rank_cpus + data.readers[1] * data.reader_cpus) + 1, verbose=verbose)
+    messages = ray.util.queue.Queue(actor_options={"num_cpus": 0})
+    # Ray Train keeps its own notes in the run's storage, which all nodes reach.
+    notes = storage.join(storage.canonical(config.run.out), f".ray-{uuid.uuid4().hex[:8]}")
+    fs, path = storage.filesystem(notes, options)
+    handler = cast(Any, FSSpecHandler)(fs)  # its stubs call it abstract
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"config": config, "catalog": catalog, "messages": messages},
+        datasets={"tiles": partial(_dataset, config, catalog)},
+        dataset_config=ray.train.DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=train.ranks, use_gpu=train.gpu, resources_per_worker={"CPU": train.rank_cpus}
+        ),
+        run_config=ray.train.RunConfig(
+            name="train",
+            storage_path=path,
+            storage_filesystem=PyFileSystem(handler),
+            failure_config=ray.train.FailureConfig(max_failures=train.max_restarts),
+        ),
+    )
+    try:
+        with log.listening(messages):
+            trainer.fit()
+    finally:
+        with contextlib.suppress(TilestreamError):
+            storage.remove(notes, options)
