@@ -168,6 +168,7 @@ def build_catalog(
     metadata_csv: str | None = None,
     options: storage.StorageOptions | None = None,
     staging: Staging | None = None,
+    verbose: bool = False,
 ) -> BuildReport:
     """Builds a catalog at `out` (any fsspec URI), or extends the one that is there.
 
@@ -190,7 +191,7 @@ def build_catalog(
     rejected: list[Rejected] = []
     tables = [known]
     if todo:
-        cluster.connect(num_cpus=2)
+        cluster.connect(num_cpus=2, verbose=verbose)
         for rows in _inspected(todo, rejected, options, staging or Staging()):
             tables.append(cat.table_of(rows))
             part = f"{int(time.time() * 1000)}-{uuid.uuid4().hex[:8]}.parquet"

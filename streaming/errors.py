@@ -62,8 +62,8 @@ def root_cause(error: BaseException) -> BaseException:
         seen.add(id(candidate))
         if isinstance(candidate, TilestreamError):
             return candidate
-        pending += [getattr(candidate, "cause", None), candidate.__cause__, candidate.__context__]
-        failures = getattr(candidate, "worker_failures", None)
-        if isinstance(failures, dict):
-            pending += [failure for failure in failures.values() if isinstance(failure, BaseException)]
+        inside: list[object] = [getattr(candidate, name, None) for name in ("cause", "controller_failure")]
+        inside += dict(getattr(candidate, "worker_failures", None) or {}).values()
+        pending += [part for part in inside if isinstance(part, BaseException)]
+        pending += [candidate.__cause__, candidate.__context__]
     return error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import asdict, dataclass, field
-from importlib import resources
 from typing import Any, cast
 
 import yaml
@@ -17,6 +16,7 @@ from streaming.slide import Staging
 from streaming.stream import BatchShape
 from streaming.tissue import HsvRule
 from trainer.augment import Augmentation
+from trainer.configs import preset_text, presets
 from trainer.masks import Masking
 from trainer.schedule import Schedules, scaled_lr
 
@@ -232,15 +232,6 @@ def _plain(value: Any) -> Any:
     return [_plain(entry) for entry in value] if isinstance(value, tuple | list) else value
 
 
-def presets() -> list[str]:
-    """Names of the presets that come with the package."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in _preset_folder().iterdir() if entry.name != "__init__")
-
-
-def _preset_folder() -> Any:
-    return resources.files("trainer") / "configs"
-
-
 def config_parser() -> ArgumentParser:
     """A parser with an option for every field."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -258,7 +249,7 @@ def read_config(source: str, overrides: list[str]) -> Config:
         StorageError: the file can't be read.
     """
     if source in presets():
-        text = (_preset_folder() / f"{source}.yaml").read_text()
+        text = preset_text(source)
     elif storage.exists(source):
         text = storage.read_bytes(source).decode()
     else:

@@ -222,7 +222,8 @@ def embed(
         StorageError: something can't be reached.
     """
     stores = dict(storage_options or {})
-    found = checkpoint.find(checkpoint_uri, stores)
+    # Workers run in folders of their own, so a relative path would mean another place to them.
+    found = checkpoint.find(storage.canonical(checkpoint_uri), stores)
     load_backbone(found, stores)  # what is wrong with it is told before anything starts
     model = checkpoint.read_meta(found, stores).sha256
     settings = json.dumps([model, options.mpp, options.size, options.min_tissue, options.token])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -146,12 +146,22 @@ def _worker(loop: dict[str, Any]) -> None:
     """One rank of Ray Train."""
     config: Config = loop["config"]
     messages: ray.util.queue.Queue = loop["messages"]
-    start, resume = resume_point(config, loop["catalog"])
+    try:
+        _train_rank(config, loop["catalog"], messages)
+    except TilestreamError as error:
+        # Starting the workers again would meet the same error: `_dataset` looks here before it lets them.
+        with contextlib.suppress(ray.util.queue.Full):
+            loop["fatal"].put_nowait(error)
+        raise
+
+
+def _train_rank(config: Config, catalog: Catalog, messages: ray.util.queue.Queue) -> None:
+    start, resume = resume_point(config, catalog)
     shard = cast("DataIterator", ray.train.get_dataset_shard("tiles"))
     batches = StepBatches(torch_batches(shard, config.train.shape.micro), start, config)
     fit(
         config,
-        loop["catalog"].fingerprint,
+        catalog.fingerprint,
         batches,
         resume,
         messages.put,
@@ -161,9 +171,15 @@ def _worker(loop: dict[str, Any]) -> None:
     )
 
 
-def _dataset(config: Config, catalog: Catalog) -> Dataset:
-    """The tiles not yet trained on; Ray Train calls this whenever it starts the workers."""
+def _dataset(config: Config, catalog: Catalog, fatal: ray.util.queue.Queue) -> Dataset:
+    """The tiles not yet trained on; Ray Train calls this whenever it starts the workers.
+
+    Raises:
+        TilestreamError: what stopped the workers before, when no restart can mend it; Ray Train then gives up.
+    """
     cluster.quiet()
+    if not fatal.empty():
+        raise fatal.get()
     start, _ = resume_point(config, catalog)
     return make_stream(config, catalog).dataset(start, config.train.steps)
 
@@ -176,6 +192,8 @@ def train(config: Config, *, debug: bool = False, verbose: bool = False) -> Trai
     Raises:
         TilestreamError: bad input, told in one line.
     """
+    # Workers run in folders of their own, so a relative path would mean another place to each of them.
+    config = replace(config, run=replace(config.run, out=storage.canonical(config.run.out)))
     catalog = load_catalog(config.data)
     out, options, steps = config.run.out, config.data.storage_options, config.train.steps
     start, resume = resume_point(config, catalog)
@@ -200,15 +218,15 @@ def train(config: Config, *, debug: bool = False, verbose: bool = False) -> Trai
 def _fit_on_ray(config: Config, catalog: Catalog, log: MetricsLog, *, verbose: bool) -> None:
     train, data, options = config.train, config.data, config.data.storage_options
     cluster.connect(round(train.ranks * train.rank_cpus + data.readers[1] * data.reader_cpus) + 1, verbose=verbose)
-    messages = ray.util.queue.Queue(actor_options={"num_cpus": 0})
+    messages, fatal = (ray.util.queue.Queue(actor_options={"num_cpus": 0}) for _ in range(2))
     # Ray Train keeps its own notes in the run's storage, which all nodes reach.
-    notes = storage.join(storage.canonical(config.run.out), f".ray-{uuid.uuid4().hex[:8]}")
+    notes = storage.join(config.run.out, f".ray-{uuid.uuid4().hex[:8]}")
     fs, path = storage.filesystem(notes, options)
     handler = cast(Any, FSSpecHandler)(fs)  # its stubs call it abstract
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": config, "catalog": catalog, "messages": messages},
-        datasets={"tiles": partial(_dataset, config, catalog)},
+        train_loop_config={"config": config, "catalog": catalog, "messages": messages, "fatal": fatal},
+        datasets={"tiles": partial(_dataset, config, catalog, fatal)},
         dataset_config=ray.train.DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=train.ranks, use_gpu=train.gpu, resources_per_worker={"CPU": train.rank_cpus}

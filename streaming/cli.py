@@ -1,0 +1,194 @@
+"""The commands that need no model: `tilestream catalog` and `tilestream stream`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from streaming import storage
+from streaming.errors import ConfigError
+from streaming.slide import Staging
+
+Command = Callable[[Namespace], None]
+
+
+class OneLineParser(ArgumentParser):
+    """A parser that says what is wrong in one line and exits 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the line; `--help` shows the rest."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def out(line: str = "") -> None:
+    """A line of a command's result."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def add_command(commands: Any, name: str, what: str, example: str, run: Command) -> ArgumentParser:
+    """A subcommand with the options that all have."""
+    parser: ArgumentParser = commands.add_parser(
+        name,
+        help=what,
+        description=what[0].upper() + what[1:] + ".",
+        epilog=f"example:\n{example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--verbose", action="store_true", help="tracebacks, and what the workers print")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_storage_options(parser: ArgumentParser) -> None:
+    """Options for remote storage and the copies of remote slides."""
+    parser.add_argument(
+        "--storage",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="an fsspec option (endpoint_url, key, secret, region, anon, …); else the usual environment variables",
+    )
+
+
+def storage_options(args: Namespace) -> dict[str, Any]:
+    """The storage options of a command line.
+
+    Raises:
+        ConfigError: one is not KEY=VALUE.
+    """
+    options: dict[str, Any] = {}
+    for text in args.storage:
+        key, separator, value = str(text).partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--storage {text}; it is KEY=VALUE, for example endpoint_url=http://127.0.0.1:9000")
+        options[key] = {"true": True, "false": False}.get(value.lower(), value)
+    return options
+
+
+def pair(text: str) -> tuple[int, int]:
+    """`A:B` as two integers."""
+    first, separator, second = text.partition(":")
+    try:
+        if not separator:
+            raise ValueError
+        return int(first), int(second)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers A:B") from None
+
+
+def weights(text: str) -> dict[float, float]:
+    """`0.25,0.5` (equal weights) or `0.25=2,0.5=1` as a mapping."""
+    try:
+        parts = [part.partition("=") for part in text.split(",")]
+        return {float(key): float(value) if separator else 1.0 for key, separator, value in parts}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not µm/px values such as 0.25,0.5 or 0.25=2,0.5=1") from None
+
+
+def add_catalog(commands: Any) -> None:
+    """`tilestream catalog`."""
+    parser = add_command(
+        commands,
+        "catalog",
+        "build a catalog of slides, or extend one",
+        "  tilestream catalog s3://bucket/slides /data/more/*.svs --out s3://bucket/catalog --metadata patients.csv",
+        run_catalog,
+    )
+    parser.add_argument("slides", nargs="+", metavar="SLIDES", help="files, folders, globs, s3:// (or other) prefixes")
+    parser.add_argument("--out", required=True, metavar="URI", help="folder of the catalog; extended if it exists")
+    parser.add_argument("--mpp", type=float, metavar="µm/px", help="level-0 mpp of slides whose metadata has none")
+    parser.add_argument(
+        "--metadata",
+        metavar="CSV",
+        help="free columns by slide (patient, site, organ, cohort, stain, mpp, …); first column: address, name or stem",
+    )
+    add_storage_options(parser)
+
+
+def run_catalog(args: Namespace) -> None:
+    """Builds the catalog and says what became of the slides."""
+    from streaming.catalog import REJECTED
+    from streaming.catalog_job import build_catalog
+
+    report = build_catalog(
+        args.slides,
+        args.out,
+        mpp=args.mpp,
+        metadata_csv=args.metadata,
+        options=storage_options(args),
+        staging=Staging(),
+        verbose=args.verbose,
+    )
+    for entry in report.rejected[:5]:
+        sys.stderr.write(f"rejected: {entry.slide}: {entry.reason}\n")
+    if report.unmatched:
+        sys.stderr.write(f"{args.metadata}: {report.unmatched} of {report.total} slides have no row in it\n")
+    rejected = f"{len(report.rejected)} rejected"
+    if report.rejected:
+        rejected += f" (reasons in {storage.join(args.out, REJECTED)})"
+    out(f"{args.out}: {report.total} slides: {report.added} added, {report.skipped} unchanged, {rejected}")
+
+
+def add_stream(commands: Any) -> None:
+    """`tilestream stream`."""
+    parser = add_command(
+        commands,
+        "stream",
+        "pull batches of tiles and print the rate",
+        "  tilestream stream s3://bucket/catalog --steps 0:100 --batch 256 --ranks 2 --digest",
+        run_stream,
+    )
+    parser.add_argument("catalog", metavar="CATALOG", help="what `tilestream catalog` wrote")
+    parser.add_argument("--steps", type=pair, default=(0, 100), metavar="A:B", help="steps A to B-1 (0:100)")
+    parser.add_argument("--batch", type=int, default=256, metavar="G", help="tiles of a step, over all ranks (256)")
+    parser.add_argument("--ranks", type=int, default=1, metavar="W", help="consumers that share the batch (1)")
+    parser.add_argument("--readers", type=pair, default=(1, 2), metavar="MIN:MAX", help="reader actors (1:2)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the plan (0)")
+    parser.add_argument("--mpp", type=weights, metavar="LIST", help="µm/px, with weights if wanted (0.25,0.5,1,2)")
+    parser.add_argument("--size", type=int, default=256, help="side of a tile in px (256)")
+    parser.add_argument(
+        "--max-failed-share", type=float, default=0.01, help="unreadable tiles that are put up with (0.01)"
+    )
+    parser.add_argument("--digest", action="store_true", help="print a SHA-256 of each step's tiles in index order")
+    add_storage_options(parser)
+
+
+def run_stream(args: Namespace) -> None:
+    """Pulls the steps and prints a digest a step, then the rate."""
+    from streaming import cluster
+    from streaming.catalog import Catalog
+    from streaming.plan import DEFAULT_MPP, TilePlan
+    from streaming.progress import ProgressLine
+    from streaming.reader import ReaderOptions
+    from streaming.stats import FailureBudget
+    from streaming.stream import BatchShape, TileStream, step_digest
+
+    options = storage_options(args)
+    shape = BatchShape(args.batch, args.ranks)
+    catalog = Catalog.load(args.catalog, options)
+    plan = TilePlan(catalog, args.seed, args.mpp or DEFAULT_MPP, args.size)
+    stream = TileStream(catalog, plan, shape, reader=ReaderOptions(storage_options=options), readers=args.readers)
+    first, last = args.steps
+    steps = stream.steps(first, last)
+    cluster.connect(args.readers[1] + 1, verbose=args.verbose)
+    budget = FailureBudget(args.max_failed_share)
+    started = first_at = time.perf_counter()
+    with ProgressLine("stream", "steps", total=last - first) as progress:
+        for step, batches in enumerate(steps, start=first):
+            first_at = time.perf_counter() if step == first else first_at
+            for batch in batches:
+                budget.add(batch)
+            if args.digest:
+                out(f"step {step} {step_digest(batches)}")
+            progress.update(step + 1 - first, f"{budget.tiles / (time.perf_counter() - started):.0f} tiles/s")
+    ended = time.perf_counter()
+    for line in budget.summary():
+        sys.stderr.write(line + "\n")
+    rate = f"{(budget.tiles - args.batch) / (ended - first_at):,.0f} tiles/s" if last - first > 1 else "one step"
+    out(f"{budget.tiles:,} tiles of {last - first} steps: {rate} after the first batch at {first_at - started:.1f} s")

@@ -1,0 +1,169 @@
+"""The command line: `tilestream COMMAND …`. Exit status 0, 2 for bad input (one line says which), 1 for the rest."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from streaming.cli import (
+    OneLineParser,
+    add_catalog,
+    add_command,
+    add_storage_options,
+    add_stream,
+    out,
+    pair,
+    storage_options,
+)
+from streaming.errors import ConfigError, TilestreamError, root_cause
+from trainer.configs import presets
+
+
+def add_demo(commands: Any) -> None:
+    """`tilestream demo`."""
+    parser = add_command(
+        commands,
+        "demo",
+        "make slides, catalog, train, embed and report, in minutes on this machine",
+        "  tilestream demo --out demo-output",
+        run_demo_command,
+    )
+    parser.add_argument("--out", default="demo-output", metavar="FOLDER", help="where all of it goes (demo-output)")
+    parser.add_argument("--steps", type=int, default=60, help="optimiser steps (60)")
+
+
+def run_demo_command(args: Namespace) -> None:
+    """Runs the demo."""
+    from trainer.demo import run_demo
+
+    run_demo(args.out, steps=args.steps)
+
+
+def add_train(commands: Any) -> None:
+    """`tilestream train`."""
+    parser = add_command(
+        commands,
+        "train",
+        "train DINOv2 on tiles streamed from slides; a run found in run.out goes on",
+        "  tilestream train vits14 --data.catalog s3://bucket/catalog --run.out s3://bucket/runs/a --train.ranks 4\n"
+        "  tilestream train debug --data.catalog catalog --debug",
+        run_train,
+    )
+    parser.usage = "tilestream train CONFIG [--section.key value ...] [--debug] [--fields] [--print_config]"
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help=f"a YAML file or a preset: {', '.join(presets())}")
+    parser.add_argument("--debug", action="store_true", help="reader and trainer in this one process, for a debugger")
+    parser.add_argument("--fields", action="store_true", help="list all fields of the configuration and leave")
+    parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and leave")
+    parser.set_defaults(takes_overrides=True)
+
+
+def run_train(args: Namespace) -> None:
+    """Trains, and says where the checkpoint lies."""
+    from trainer.config import config_parser, read_config
+
+    if args.fields:
+        return config_parser().print_help()
+    if args.config is None:
+        raise ConfigError(f"no CONFIG given; name a YAML file or a preset: {', '.join(presets())}")
+    config = read_config(args.config, args.overrides)
+    if args.print_config:
+        return out(config.to_yaml().rstrip())
+    from trainer.train import train
+
+    result = train(config, debug=args.debug, verbose=args.verbose)
+    for line in result.summary:
+        sys.stderr.write(line + "\n")
+    out(f"trained steps {result.start} to {result.steps}: {result.checkpoint}")
+
+
+def add_embed(commands: Any) -> None:
+    """`tilestream embed`."""
+    parser = add_command(
+        commands,
+        "embed",
+        "embed every tissue tile of slides, a Parquet file a slide",
+        "  tilestream embed s3://bucket/runs/a s3://bucket/slides --out s3://bucket/embeddings --token cls+patch",
+        run_embed,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints/step-…")
+    parser.add_argument("slides", nargs="+", metavar="SLIDES", help="files, folders, globs, s3:// (or other) prefixes")
+    parser.add_argument("--out", required=True, metavar="URI", help="folder of the Parquet files; done slides stay")
+    parser.add_argument("--mpp", type=float, default=0.5, help="µm/px of the tiles (0.5)")
+    parser.add_argument("--size", type=int, default=256, help="side of a tile in px (256)")
+    parser.add_argument("--min-tissue", type=float, default=0.4, help="share that must be tissue (0.4)")
+    parser.add_argument(
+        "--token", choices=("cls", "patch", "cls+patch"), default="cls", help="class token, mean patch token, both"
+    )
+    parser.add_argument("--batch", type=int, default=64, help="tiles that the model sees at once (64)")
+    parser.add_argument("--readers", type=pair, default=(1, 2), metavar="MIN:MAX", help="reader actors (1:2)")
+    parser.add_argument("--models", type=int, default=1, help="actors that hold the model (1)")
+    parser.add_argument("--gpu", action="store_true", help="each of them takes a GPU")
+    parser.add_argument("--slide-mpp", type=float, metavar="µm/px", help="level-0 mpp of slides that have none")
+    add_storage_options(parser)
+
+
+def run_embed(args: Namespace) -> None:
+    """Embeds, and says what became of the slides."""
+    from streaming import storage
+    from trainer.embed import REJECTED, EmbedOptions, embed
+
+    names = ("mpp", "size", "min_tissue", "token", "batch", "readers", "models", "gpu", "slide_mpp")
+    options = EmbedOptions(**{name: getattr(args, name) for name in names})
+    report = embed(args.checkpoint, args.slides, args.out, options, storage_options(args), verbose=args.verbose)
+    for entry in report.rejected[:5]:
+        sys.stderr.write(f"rejected: {entry.slide}: {entry.reason}\n")
+    rejected = f"{len(report.rejected)} rejected"
+    if report.rejected:
+        rejected += f" (reasons in {storage.join(args.out, REJECTED)})"
+    done = f"{report.tiles:,} tiles of {report.slides} slides embedded"
+    out(f"{args.out}: {done}, {report.skipped} slides done before, {rejected}")
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of all commands."""
+    parser = OneLineParser(
+        prog="tilestream",
+        description="Training tiles for pathology foundation models, streamed from the original whole-slide images.",
+        allow_abbrev=False,
+    )
+    commands: Any = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in (add_demo, add_catalog, add_stream, add_train, add_embed):
+        add(commands)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and returns its exit status."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not getattr(args, "takes_overrides", False):
+        parser.error(f"unrecognised arguments: {' '.join(rest)}")
+    args.overrides = rest
+    if not args.verbose:
+        # What libraries warn their own callers of is nothing that a user of the command could act on.
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    except Exception as error:
+        cause = root_cause(error)
+        if args.verbose:
+            traceback.print_exc()
+        if isinstance(cause, TilestreamError):
+            sys.stderr.write(f"tilestream: {cause}\n")
+            return 2
+        what = " ".join(str(cause).split())[:400]
+        sys.stderr.write(f"tilestream: unexpected {type(cause).__name__}: {what}; --verbose shows the traceback\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
