@@ -16,12 +16,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor, nn
 
 from streaming import storage
-from streaming.errors import CheckpointError
-from trainer.config import Config
+from streaming.errors import CheckpointError, ConfigError
+from trainer.config import Config, parse_config
 
 STATE, META, CONFIG = "state.ckpt", "meta.json", "config.yaml"
 _STEP = re.compile(r"step-(\d{8})")
@@ -85,6 +86,19 @@ def read_meta(uri: str, options: storage.StorageOptions | None = None) -> Meta:
         return Meta(**json.loads(storage.read_bytes(storage.join(uri, META), options)))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{uri}: {META} is damaged or of another version ({error}); take another step") from error
+
+
+def read_config(uri: str, options: storage.StorageOptions | None = None) -> Config:
+    """The configuration that a checkpoint was trained with.
+
+    Raises:
+        CheckpointError: it is missing, or of another version of this project.
+    """
+    path = storage.join(uri, CONFIG)
+    try:
+        return parse_config(yaml.safe_load(storage.read_bytes(path, options)), [], path)
+    except (ConfigError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{error}; the checkpoint is of another version of tilestream") from error
 
 
 def load(uri: str, options: storage.StorageOptions | None = None) -> dict[str, Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from streaming import storage
 from streaming.errors import ConfigError
@@ -272,6 +272,8 @@ def parse_config(values: dict[str, Any], overrides: list[str], source: str = "co
     parser = config_parser()
     keys = sorted(list(parser.get_defaults().keys()))  # noqa: C414 — a Namespace iterates over values
     for key in _leaf_keys(values):
+        if any(known.startswith(f"{key}.") for known in keys):
+            raise ConfigError(f"{source}: {key!r} is a section; write its fields below it, for example {key}: {{…}}")
         _check_key(key, keys, source)
     for option in overrides:
         if option.startswith("--"):
@@ -279,7 +281,7 @@ def parse_config(values: dict[str, Any], overrides: list[str], source: str = "co
     try:
         base = parser.parse_object(values)
         namespace = parser.parse_args(overrides, namespace=base) if overrides else base
-        instantiated = cast(Namespace, parser.instantiate_classes(namespace))
+        instantiated = parser.instantiate(namespace)
         return Config(**vars(instantiated))
     except (ArgumentError, ValueError, TypeError) as error:
         raise ConfigError(f"{source}: {_one_line(error)}") from error
@@ -291,7 +293,7 @@ def _leaf_keys(values: dict[str, Any], prefix: str = "") -> list[str]:
     for name, value in values.items():
         key = f"{prefix}{name}"
         is_section = isinstance(value, dict) and key not in _DICT_FIELDS
-        keys += _leaf_keys(value, f"{key}.") if is_section and value else [key]
+        keys += _leaf_keys(value, f"{key}.") if is_section else [key]
     return keys
 
 

@@ -15,7 +15,6 @@ import pyarrow as pa
 import ray
 import ray.data
 import torch
-import yaml
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy
 
@@ -29,7 +28,7 @@ from streaming.slide import Slide, Staging, open_slide
 from streaming.tissue import CELL_UM, window_fraction
 from trainer import checkpoint
 from trainer.backbone import Backbone
-from trainer.config import Config, parse_config
+from trainer.config import Config
 from trainer.module import build_backbone
 
 Token = Literal["cls", "patch", "cls+patch"]
@@ -88,8 +87,7 @@ def load_backbone(uri: str, options: storage.StorageOptions | None = None) -> tu
         CheckpointError: there is none, it is damaged, or its weights don't fit its configuration.
     """
     found = checkpoint.find(uri, options)
-    text = storage.read_bytes(storage.join(found, checkpoint.CONFIG), options).decode()
-    config = parse_config(yaml.safe_load(text), [], storage.join(found, checkpoint.CONFIG))
+    config = checkpoint.read_config(found, options)
     state = checkpoint.load(found, options)
     backbone = build_backbone(config.model, config.augment.global_size, drop_path=0.0)
     prefix = "teacher.backbone."

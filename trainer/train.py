@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -90,7 +90,8 @@ def resume_point(config: Config, catalog: Catalog) -> tuple[int, str | None]:
     """The step to go on from and the checkpoint to load: the run's newest, if it has one.
 
     Raises:
-        CheckpointError: it was trained on another catalog or batch, so its next index would mean other tiles.
+        CheckpointError: it is of another model, or was trained on another catalog or batch, so that its next index
+            would mean other tiles.
     """
     found = checkpoint.latest(config.run.out, config.data.storage_options)
     if found is None:
@@ -106,6 +107,13 @@ def resume_point(config: Config, catalog: Catalog) -> tuple[int, str | None]:
             f"{found}: trained with batch {meta.next_index // meta.step}, now {config.train.batch}; "
             "set train.batch back or set another run.out"
         )
+    before = checkpoint.read_config(found, config.data.storage_options)
+    now = {**asdict(config.model), "global_size": config.augment.global_size}
+    was = {**asdict(before.model), "global_size": before.augment.global_size}
+    # What acts on the way and leaves the weights' shapes alone may change.
+    changed = [f"{key} {was[key]} (now {now[key]})" for key in now if was[key] != now[key] and key != "drop_path"]
+    if changed:
+        raise CheckpointError(f"{found}: of another model: {', '.join(changed)}; set it back or set another run.out")
     return meta.step, found
 
 
@@ -131,15 +139,7 @@ def fit(config: Config, catalog: str, batches: StepBatches, resume: str | None, 
     )
     if "strategy" in where:
         trainer = prepare_trainer(trainer)
-    try:
-        trainer.fit(DinoModule(config), train_dataloaders=batches, ckpt_path=resume, weights_only=True)
-    except RuntimeError as error:
-        if "Error(s) in loading state_dict" not in str(error):
-            raise
-        reason = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), "")
-        raise CheckpointError(
-            f"{resume}: weights of another architecture ({reason}); set the model back or set another run.out"
-        ) from error
+    trainer.fit(DinoModule(config), train_dataloaders=batches, ckpt_path=resume, weights_only=True)
 
 
 def _worker(loop: dict[str, Any]) -> None:

@@ -88,7 +88,8 @@ class Watch(Callback):
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, index: torch.Tensor) -> None:
         batch = self._config.train.batch
-        check_step(step - 1, batch, _of_all_ranks(pl_module, index).flatten().cpu().numpy())
+        seen = _of_all_ranks(pl_module, index).flatten().cpu().numpy()
+        check_step(step - 1, batch, seen)
         assert isinstance(pl_module, DinoModule)
         own = {name: float(value) for name, value in pl_module.step_metrics.items()}
         budget = self._batches.budget
@@ -99,8 +100,8 @@ class Watch(Callback):
         elapsed, steps = now - self._since, step - self._logged_step
         row: Row = dict(zip(own, mean, strict=False)) | {
             "step": step,
-            "first_index": (step - 1) * batch,
-            "next_index": step * batch,
+            "first_index": int(seen.min()),
+            "next_index": int(seen.max()) + 1,
             "tiles_per_s": steps * batch / elapsed,
             "data_wait_share": (mean[-1] - self._waited_s) / elapsed,
             "filtered": round(mean[-3] * trainer.world_size),

@@ -72,7 +72,7 @@ def test_colour_adjustments_equal_torchvisions(
 ) -> None:
     batch = images()
     batch[:, :, :4] = batch[:, :1, :4]  # grey pixels, whose hue is undefined
-    batch[:, :, 4:6] = torch.tensor([1.0, 0.0])  # black and white ones
+    batch[:, :, 4], batch[:, :, 5] = 1.0, 0.0  # white and black ones
     batch[:, 1, 6:8] = batch[:, 0, 6:8]  # two channels share the maximum or the minimum
     expected = torch.stack([theirs(x, value) for x, value in zip(batch, values, strict=True)])
     torch.testing.assert_close(ours(batch, torch.tensor(values)), expected, rtol=0, atol=2e-6)

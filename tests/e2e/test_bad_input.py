@@ -1,0 +1,131 @@
+"""Bad input: every command names it and the remedy in one line on stderr, and exits 2."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from trainer import checkpoint
+from trainer.cli import main
+from trainer.config import read_config
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The line that the command leaves on stderr, beside lines of progress."""
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as left:
+        status = left.code
+    assert status == 2
+    lines = capsys.readouterr().err.splitlines()
+    own = [line for line in lines if line.startswith("tilestream")]
+    assert len(own) == 1, lines
+    assert not any("Traceback" in line for line in lines)
+    return own[0]
+
+
+def test_a_missing_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    line = refusal(capsys, "catalog", tmp_path / "nowhere", "--out", tmp_path / "catalog")
+    assert str(tmp_path / "nowhere") in line
+    assert "not found; check the address" in line
+
+
+def test_an_empty_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    line = refusal(capsys, "catalog", tmp_path / "empty", "--out", tmp_path / "catalog")
+    assert str(tmp_path / "empty") in line
+    assert "is empty" in line
+
+
+def test_a_folder_without_slides(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no slide")
+    line = refusal(capsys, "embed", tmp_path, tmp_path, "--out", tmp_path / "out")
+    assert str(tmp_path) in line
+
+
+def test_a_bucket_that_does_not_exist(capsys: pytest.CaptureFixture[str], s3_bucket: str, tmp_path: Path) -> None:
+    line = refusal(capsys, "catalog", "s3://no-such-bucket/slides", "--out", tmp_path / "catalog")
+    assert "s3://no-such-bucket/slides" in line
+    assert "bucket does not exist" in line
+
+
+def test_no_credentials(
+    capsys: pytest.CaptureFixture[str], s3_bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    line = refusal(capsys, "catalog", f"{s3_bucket}/slides", "--out", tmp_path / "catalog")
+    assert f"{s3_bucket}/slides" in line
+    assert "AWS_ACCESS_KEY_ID" in line
+
+
+@pytest.mark.slow
+def test_a_file_that_is_no_slide(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "letter.svs").write_text("Dear reader, " * 100)
+    line = refusal(capsys, "catalog", tmp_path / "letter.svs", "--out", tmp_path / "catalog")
+    assert str(tmp_path / "letter.svs") in line
+    assert "not a slide" in line
+    reasons = pq.read_table(tmp_path / "catalog" / "rejected.parquet").to_pylist()
+    assert [entry["slide"] for entry in reasons] == [str(tmp_path / "letter.svs")]
+
+
+@pytest.mark.slow
+def test_a_truncated_slide(capsys: pytest.CaptureFixture[str], slides: list[Path], tmp_path: Path) -> None:
+    content = slides[0].read_bytes()
+    (tmp_path / "cut.svs").write_bytes(content[: len(content) // 2])
+    line = refusal(capsys, "catalog", tmp_path / "cut.svs", "--out", tmp_path / "catalog")
+    assert str(tmp_path / "cut.svs") in line
+
+
+def test_a_place_without_a_catalog(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for command in (["stream", tmp_path], ["train", "debug", "--data.catalog", tmp_path]):
+        line = refusal(capsys, *command)
+        assert str(tmp_path) in line
+        assert "tilestream catalog" in line
+
+
+def test_a_catalog_of_another_version(capsys: pytest.CaptureFixture[str], catalog: str, tmp_path: Path) -> None:
+    table = pq.read_table(Path(catalog, "slides.parquet"))
+    pq.write_table(table.replace_schema_metadata({"tilestream.catalog": "999"}), tmp_path / "slides.parquet")
+    line = refusal(capsys, "stream", tmp_path)
+    assert str(tmp_path) in line
+    assert "version 999" in line
+
+
+def test_a_folder_without_a_checkpoint(capsys: pytest.CaptureFixture[str], slides: list[Path], tmp_path: Path) -> None:
+    line = refusal(capsys, "embed", tmp_path, slides[0], "--out", tmp_path / "out")
+    assert str(tmp_path) in line
+    assert "no checkpoint" in line
+
+
+def test_a_checkpoint_of_another_architecture(
+    capsys: pytest.CaptureFixture[str], slides: list[Path], tmp_path: Path
+) -> None:
+    config = read_config("debug", ["--run.out", str(tmp_path / "run")])
+    uri = checkpoint.checkpoint_uri(str(tmp_path / "run"), 1)
+    state = {"global_step": 1, "state_dict": {"teacher.backbone.vit.other": checkpoint.torch.zeros(1)}}
+    checkpoint.FolderCheckpointIO(config, "c0ffee").save_checkpoint(state, uri)
+    line = refusal(capsys, "embed", tmp_path / "run", slides[0], "--out", tmp_path / "out")
+    assert uri in line
+    assert "another architecture" in line
+
+
+def test_a_configuration_with_a_typo(capsys: pytest.CaptureFixture[str], catalog: str) -> None:
+    line = refusal(capsys, "train", "debug", "--data.catalog", catalog, "--train.bach", "8")
+    assert "'train.bach'; the nearest is 'train.batch'" in line
+
+
+def test_a_batch_that_the_ranks_do_not_divide(capsys: pytest.CaptureFixture[str], catalog: str) -> None:
+    line = refusal(capsys, "train", "debug", "--data.catalog", catalog, "--train.batch", "10", "--train.ranks", "4")
+    assert "batch 10" in line
+    assert "8 or 12" in line
+    assert "batch 10" in refusal(capsys, "stream", catalog, "--batch", "10", "--ranks", "4")
+
+
+def test_a_command_line_with_a_typo(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--steps" in refusal(capsys, "stream", "catalog", "--steps", "5")
+    assert "trian" in refusal(capsys, "trian")
+    assert "KEY=VALUE" in refusal(capsys, "stream", "catalog", "--storage", "nonsense")

@@ -1,0 +1,108 @@
+"""The whole road by its command lines, as a user goes it: S3, several processes, a kill."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from streaming import open_slide, storage
+from trainer import checkpoint
+from trainer.embed import Embedder
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+TILESTREAM = (sys.executable, "-m", "trainer.cli")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*TILESTREAM, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_catalog_training_kill_resume_and_embedding_on_s3(s3_slides: str, s3_bucket: str, tmp_path: Path) -> None:
+    slides = storage.expand(s3_slides)[0]
+    catalog, out = f"{s3_bucket}/road/catalog", f"{s3_bucket}/road/run"
+    assert f"{len(slides)} slides: {len(slides)} added" in run("catalog", s3_slides, "--out", catalog).stdout
+    assert f"0 added, {len(slides)} unchanged" in run("catalog", s3_slides, "--out", catalog).stdout
+
+    arguments = ["train", "debug", "--data.catalog", catalog, "--run.out", out, "--train.steps", "8"]
+    arguments += ["--train.ranks", "2", "--train.batch", "8", "--train.checkpoint_every", "2"]
+    arguments += ["--optim.warmup_steps", "2", "--train.log_every", "1"]
+    killed = subprocess.Popen([*TILESTREAM, *arguments], start_new_session=True)
+    deadline = time.monotonic() + 240
+    while not checkpoint.steps_of(out):
+        assert killed.poll() is None, "training ended before its first checkpoint"
+        assert time.monotonic() < deadline, "no checkpoint in four minutes"
+        time.sleep(0.2)
+    os.killpg(killed.pid, signal.SIGKILL)  # driver, Ray, ranks and readers at once
+    killed.wait()
+    reached = checkpoint.steps_of(out)[-1]
+    assert reached < 8
+
+    assert f"trained steps {reached} to 8" in run(*arguments).stdout
+    metrics = storage.read_table(f"{out}/metrics.parquet").to_pylist()
+    resumed = [(row["first_index"], row["next_index"]) for row in metrics if row["step"] > reached]
+    assert resumed == [(8 * step, 8 * step + 8) for step in range(reached, 8)]
+
+    embeddings = f"{s3_bucket}/road/embeddings"
+    embed = ("embed", out, s3_slides, "--out", embeddings, "--mpp", "1.0", "--size", "128")
+    run(*embed)
+    assert f"0 tiles of 0 slides embedded, {len(slides)} slides done before" in run(*embed).stdout
+    files = [info.uri for info in storage.expand(embeddings)[0]]
+    assert len(files) == len(slides)
+    for uri in files:
+        table = storage.read_table(uri)
+        assert table.num_rows > 0
+        assert table.column_names == ["slide", "x", "y", "mpp", "size", "embedding"]
+    row = table.to_pylist()[-1]
+    tile = open_slide(row["slide"]).read_tile(row["x"], row["y"], 1.0, 128)
+    np.testing.assert_allclose(
+        Embedder(checkpoint.find(out), {}, "cls", gpu=False).embed(tile[None])[0], row["embedding"], atol=1e-5
+    )
+
+
+def test_a_killed_rank_is_started_again_and_trains_the_same_indices(catalog: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ["train", "debug", "--data.catalog", catalog, "--run.out", str(out), "--train.steps", "10"]
+    arguments += ["--train.ranks", "2", "--train.batch", "8", "--train.checkpoint_every", "2", "--train.log_every", "1"]
+    running = subprocess.Popen([*TILESTREAM, *arguments], start_new_session=True, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not checkpoint.steps_of(str(out)):
+        assert time.monotonic() < deadline, "no checkpoint in four minutes"
+        time.sleep(0.1)
+    ranks = subprocess.run(["pgrep", "-s", "0", "-f", "ray::RayTrainWorker"], capture_output=True, text=True)
+    found = ranks.stdout.split() or _pids_of("ray::RayTrainWorker")
+    os.kill(int(found[0]), signal.SIGKILL)
+    printed, _ = running.communicate(timeout=300)
+    assert running.returncode == 0
+    assert "trained steps 0 to 10" in printed
+    steps = pq.read_table(out / "metrics.parquet").to_pylist()
+    assert [(row["first_index"], row["next_index"]) for row in steps] == [(8 * s, 8 * s + 8) for s in range(10)]
+
+
+def _pids_of(name: str) -> list[str]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cmdline").read_bytes().startswith(name.encode()):
+                found.append(process.name)
+        except OSError:
+            continue
+    return found
+
+
+def test_the_digests_of_steps_do_not_depend_on_ranks_readers_or_where_a_run_starts(catalog: str) -> None:
+    def digests(*arguments: str) -> list[str]:
+        printed = run("stream", catalog, "--batch", "8", "--size", "64", "--digest", *arguments).stdout
+        return [line for line in printed.splitlines() if line.startswith("step ")]
+
+    whole = digests("--steps", "0:4", "--ranks", "1", "--readers", "1:1")
+    assert len(set(whole)) == 4
+    assert digests("--steps", "0:4", "--ranks", "4", "--readers", "2:2") == whole
+    assert digests("--steps", "2:4", "--ranks", "2") == whole[2:]

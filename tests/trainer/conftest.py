@@ -1,0 +1,66 @@
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from streaming.catalog import table_of
+from streaming.catalog_job import inspect
+from streaming.slide import Staging
+from streaming.slide.synthetic import SyntheticSlide, write_slide
+from streaming.storage import stat, write_table
+
+
+@pytest.fixture(scope="session")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("slides")
+    paths = [folder / f"patient{patient}.svs" for patient in range(3)]
+    for patient, path in enumerate(paths):
+        write_slide(SyntheticSlide(width=2048, height=1536, patient=patient, downsamples=(1, 4)), path)
+    return paths
+
+
+def write_catalog(folder: Path, slides: list[Path]) -> str:
+    rows = [inspect(stat(str(path)), None, None, Staging()) for path in slides]
+    write_table(str(folder / "slides.parquet"), table_of(rows))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def catalog(slides: list[Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_catalog(tmp_path_factory.mktemp("catalog"), slides)
+
+
+@pytest.fixture(scope="session")
+def other_catalog(slides: list[Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_catalog(tmp_path_factory.mktemp("other_catalog"), slides[:2])
+
+
+@pytest.fixture(scope="session")
+def s3_bucket() -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    before = dict(os.environ)
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+    }
+    boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="tiles")
+    yield "s3://tiles"
+    server.stop()
+    os.environ.clear()
+    os.environ |= before
+
+
+@pytest.fixture(scope="session")
+def s3_slides(s3_bucket: str, slides: list[Path]) -> str:
+    client = boto3.client("s3", region_name="us-east-1")
+    real = Path(__file__).parents[2].parent / "shared/data/CMU-1-crop.svs"
+    for path in [*slides, *([real] if real.exists() else [])]:
+        client.upload_file(str(path), "tiles", f"slides/{path.name}")
+    return f"{s3_bucket}/slides"
