@@ -74,7 +74,7 @@ class TileStream:
         if not 1 <= readers[0] <= readers[1]:
             raise ConfigError(f"readers {readers}: give the least and the most, the least at least 1")
         self.catalog, self.plan, self.shape = catalog, plan, shape
-        self._reader = reader or ReaderOptions()
+        self.reader = reader or ReaderOptions()
         self._readers, self._reader_cpus = readers, reader_cpus
 
     def dataset(self, start: int, stop: int) -> Dataset:
@@ -88,7 +88,7 @@ class TileStream:
         first, count = start * self.shape.batch, (stop - start) * self.shape.batch
         dataset = ray.data.range(count, override_num_blocks=count // self.shape.micro).map_batches(
             _ReaderActor,
-            fn_constructor_args=(first, ray.put(self.plan), ray.put(self.catalog), self._reader),
+            fn_constructor_args=(first, ray.put(self.plan), ray.put(self.catalog), self.reader),
             batch_size=self.shape.micro,
             compute=ActorPoolStrategy(min_size=self._readers[0], max_size=self._readers[1]),
             num_cpus=self._reader_cpus,
@@ -100,7 +100,7 @@ class TileStream:
 
     def local_batches(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """The same micro-batches read in this process, without Ray: for one rank, and for a debugger."""
-        reader = TileReader(self.plan, self.catalog, self._reader)
+        reader = TileReader(self.plan, self.catalog, self.reader)
         micro = self.shape.micro
         for first in range(start * self.shape.batch, stop * self.shape.batch, micro):
             yield TorchCollate()(reader({"index": np.arange(first, first + micro, dtype=np.int64)}))

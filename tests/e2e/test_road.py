@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,17 +20,21 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 TILESTREAM = (sys.executable, "-m", "trainer.cli")
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([*TILESTREAM, *arguments], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done
+def run(*arguments: str) -> str:
+    # Into files: Ray's processes outlive a command by moments, and would hold a pipe open.
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        status = subprocess.run([*TILESTREAM, *arguments], stdout=stdout, stderr=stderr, timeout=300).returncode
+        stdout.seek(0)
+        stderr.seek(0)
+        assert status == 0, stderr.read()
+        return stdout.read()
 
 
 def test_catalog_training_kill_resume_and_embedding_on_s3(s3_slides: str, s3_bucket: str, tmp_path: Path) -> None:
     slides = storage.expand(s3_slides)[0]
     catalog, out = f"{s3_bucket}/road/catalog", f"{s3_bucket}/road/run"
-    assert f"{len(slides)} slides: {len(slides)} added" in run("catalog", s3_slides, "--out", catalog).stdout
-    assert f"0 added, {len(slides)} unchanged" in run("catalog", s3_slides, "--out", catalog).stdout
+    assert f"{len(slides)} slides: {len(slides)} added" in run("catalog", s3_slides, "--out", catalog)
+    assert f"0 added, {len(slides)} unchanged" in run("catalog", s3_slides, "--out", catalog)
 
     arguments = ["train", "debug", "--data.catalog", catalog, "--run.out", out, "--train.steps", "8"]
     arguments += ["--train.ranks", "2", "--train.batch", "8", "--train.checkpoint_every", "2"]
@@ -45,7 +50,7 @@ def test_catalog_training_kill_resume_and_embedding_on_s3(s3_slides: str, s3_buc
     reached = checkpoint.steps_of(out)[-1]
     assert reached < 8
 
-    assert f"trained steps {reached} to 8" in run(*arguments).stdout
+    assert f"trained steps {reached} to 8" in run(*arguments)
     metrics = storage.read_table(f"{out}/metrics.parquet").to_pylist()
     resumed = [(row["first_index"], row["next_index"]) for row in metrics if row["step"] > reached]
     assert resumed == [(8 * step, 8 * step + 8) for step in range(reached, 8)]
@@ -53,7 +58,7 @@ def test_catalog_training_kill_resume_and_embedding_on_s3(s3_slides: str, s3_buc
     embeddings = f"{s3_bucket}/road/embeddings"
     embed = ("embed", out, s3_slides, "--out", embeddings, "--mpp", "1.0", "--size", "128")
     run(*embed)
-    assert f"0 tiles of 0 slides embedded, {len(slides)} slides done before" in run(*embed).stdout
+    assert f"0 tiles of 0 slides embedded, {len(slides)} slides done before" in run(*embed)
     files = [info.uri for info in storage.expand(embeddings)[0]]
     assert len(files) == len(slides)
     for uri in files:
@@ -71,27 +76,27 @@ def test_a_killed_rank_is_started_again_and_trains_the_same_indices(catalog: str
     out = tmp_path / "run"
     arguments = ["train", "debug", "--data.catalog", catalog, "--run.out", str(out), "--train.steps", "10"]
     arguments += ["--train.ranks", "2", "--train.batch", "8", "--train.checkpoint_every", "2", "--train.log_every", "1"]
-    running = subprocess.Popen([*TILESTREAM, *arguments], start_new_session=True, stdout=subprocess.PIPE, text=True)
+    printed = tmp_path / "printed"
+    # Into a file: Ray's processes outlive a command by moments, and would hold a pipe open.
+    with printed.open("w") as stdout:
+        running = subprocess.Popen([*TILESTREAM, *arguments], start_new_session=True, stdout=stdout)
     deadline = time.monotonic() + 240
     while not checkpoint.steps_of(str(out)):
         assert time.monotonic() < deadline, "no checkpoint in four minutes"
         time.sleep(0.1)
-    ranks = subprocess.run(["pgrep", "-s", "0", "-f", "ray::RayTrainWorker"], capture_output=True, text=True)
-    found = ranks.stdout.split() or _pids_of("ray::RayTrainWorker")
-    os.kill(int(found[0]), signal.SIGKILL)
-    printed, _ = running.communicate(timeout=300)
-    assert running.returncode == 0
-    assert "trained steps 0 to 10" in printed
+    os.kill(_pids_of("ray::RayTrainWorker")[0], signal.SIGKILL)
+    assert running.wait(timeout=300) == 0
+    assert "trained steps 0 to 10" in printed.read_text()
     steps = pq.read_table(out / "metrics.parquet").to_pylist()
     assert [(row["first_index"], row["next_index"]) for row in steps] == [(8 * s, 8 * s + 8) for s in range(10)]
 
 
-def _pids_of(name: str) -> list[str]:
-    found = []
+def _pids_of(name: str) -> list[int]:
+    found: list[int] = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if (process / "cmdline").read_bytes().startswith(name.encode()):
-                found.append(process.name)
+                found.append(int(process.name))
         except OSError:
             continue
     return found
@@ -99,7 +104,7 @@ def _pids_of(name: str) -> list[str]:
 
 def test_the_digests_of_steps_do_not_depend_on_ranks_readers_or_where_a_run_starts(catalog: str) -> None:
     def digests(*arguments: str) -> list[str]:
-        printed = run("stream", catalog, "--batch", "8", "--size", "64", "--digest", *arguments).stdout
+        printed = run("stream", catalog, "--batch", "8", "--size", "64", "--digest", *arguments)
         return [line for line in printed.splitlines() if line.startswith("step ")]
 
     whole = digests("--steps", "0:4", "--ranks", "1", "--readers", "1:1")

@@ -17,7 +17,16 @@ from trainer.watch import StepBatches
 
 SMALL = [
     *("--train.batch", "4", "--train.log_every", "1", "--optim.warmup_steps", "2", "--data.tile_size", "64"),
-    *("--data.mpp", "{1.0: 1}", "--augment.global_size", "32", "--augment.local_size", "16", "--augment.num_local", "2"),
+    *(
+        "--data.mpp",
+        "{1.0: 1}",
+        "--augment.global_size",
+        "32",
+        "--augment.local_size",
+        "16",
+        "--augment.num_local",
+        "2",
+    ),
     *("--model.num_prototypes", "32", "--model.head_hidden", "16", "--model.head_bottleneck", "8"),
 ]
 
