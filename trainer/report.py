@@ -41,13 +41,13 @@ _STYLE = """
 main{max-width:1120px;margin:0 auto;padding:32px 20px 64px}h1{font-size:28px;margin:0}
 h2{font-size:19px;margin:44px 0 4px}
 p{margin:4px 0 14px;color:var(--soft);max-width:76ch}img{max-width:100%;display:block;border-radius:6px}
-.numbers{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin-top:20px}
+.numbers{display:grid;grid-template-columns:repeat(auto-fit,minmax(200px,1fr));gap:10px;margin-top:20px}
 .numbers div,figure,details{background:var(--card);border:1px solid var(--line);border-radius:10px}
 .numbers div,figure,details{padding:12px 14px;margin:0}
 .numbers b{display:block;font-size:22px;color:var(--mark);font-weight:650}
 .numbers span,figcaption{color:var(--soft);font-size:13px}
 .row{display:grid;grid-template-columns:repeat(auto-fit,minmax(230px,1fr));gap:12px}
-.two{grid-template-columns:repeat(auto-fit,minmax(330px,1fr))}
+.two{grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr))}
 figure img{width:100%}figcaption{padding-top:8px}
 pre{overflow-x:auto;font:13px/1.5 ui-monospace,monospace;margin:0;white-space:pre-wrap}
 details{margin-top:12px}summary{cursor:pointer}
@@ -139,9 +139,9 @@ def _slides(catalog: Catalog, config: Config, most: int = 8) -> str:
         enough = row.grid.fraction >= 255 * config.data.min_tissue
         ys, xs = ((np.arange(n) / cell).astype(int) for n in image.shape[:2])
         inside = enough[np.ix_(ys.clip(max=enough.shape[0] - 1), xs.clip(max=enough.shape[1] - 1))]
-        image[inside] = 0.72 * image[inside] + 0.28 * _TINT
+        image[inside] = 0.88 * image[inside] + 0.12 * _TINT
         lines = inside & ((np.diff(ys, prepend=-1) > 0)[:, None] | (np.diff(xs, prepend=-1) > 0)[None, :])
-        image[lines] = 0.6 * image[lines] + 0.4 * _TINT
+        image[lines] = 0.7 * image[lines] + 0.3 * _TINT
         patient = f"patient {patients[number]}, " if patients[number] else ""
         size = f"{row.width:,} × {row.height:,} px at {row.mpp:g} µm/px, {len(row.levels)} levels"
         caption = f"{storage.name_of(row.slide)}: {patient}{size}, {row.tissue_mm2:.2f} mm² tissue"

@@ -60,7 +60,7 @@ def s3_bucket() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def s3_slides(s3_bucket: str, slides: list[Path]) -> str:
     client = boto3.client("s3", region_name="us-east-1")
-    real = Path(__file__).parents[2].parent / "shared/data/CMU-1-crop.svs"
+    real = Path(__file__).parents[1].parent / "shared/data/CMU-1-crop.svs"
     for path in [*slides, *([real] if real.exists() else [])]:
         client.upload_file(str(path), "tiles", f"slides/{path.name}")
     return f"{s3_bucket}/slides"
