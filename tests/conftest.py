@@ -1,5 +1,5 @@
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import boto3
@@ -26,6 +26,11 @@ def write_catalog(folder: Path, slides: list[Path]) -> str:
     rows = [inspect(stat(str(path)), None, None, Staging()) for path in slides]
     write_table(str(folder / "slides.parquet"), table_of(rows))
     return str(folder)
+
+
+@pytest.fixture
+def make_catalog() -> Callable[[Path, list[Path]], str]:
+    return write_catalog
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import pytest
 from streaming.errors import ConfigError
 from trainer.demo import run_demo
 
-CALL = "from trainer.demo import run_demo; run_demo({!r}, steps=4, slide_px=(2048, 1536), num_slides=2)"
+CALL = "from trainer.demo import run_demo; run_demo({!r}, steps=4, slide_px=(3072, 2304), num_slides=2)"
 
 
 class Page(HTMLParser):

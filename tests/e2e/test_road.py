@@ -17,6 +17,8 @@ from trainer import checkpoint
 from trainer.embed import Embedder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+# The made slides are too small for a tile at 2 µm/px.
+MIX = ("--data.mpp", "{0.5: 1, 1.0: 1}")
 TILESTREAM = (sys.executable, "-m", "trainer.cli")
 
 
@@ -37,7 +39,7 @@ def test_catalog_training_kill_resume_and_embedding_on_s3(s3_slides: str, s3_buc
     assert f"0 added, {len(slides)} unchanged" in run("catalog", s3_slides, "--out", catalog)
 
     arguments = ["train", "debug", "--data.catalog", catalog, "--run.out", out, "--train.steps", "8"]
-    arguments += ["--train.ranks", "2", "--train.batch", "8", "--train.checkpoint_every", "2"]
+    arguments += [*MIX, "--train.ranks", "2", "--train.batch", "8", "--train.checkpoint_every", "2"]
     arguments += ["--optim.warmup_steps", "2", "--train.log_every", "1"]
     killed = subprocess.Popen([*TILESTREAM, *arguments], start_new_session=True)
     deadline = time.monotonic() + 240
@@ -75,13 +77,15 @@ def test_catalog_training_kill_resume_and_embedding_on_s3(s3_slides: str, s3_buc
 def test_a_killed_rank_is_started_again_and_trains_the_same_indices(catalog: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ["train", "debug", "--data.catalog", catalog, "--run.out", str(out), "--train.steps", "10"]
-    arguments += ["--train.ranks", "2", "--train.batch", "8", "--train.checkpoint_every", "2", "--train.log_every", "1"]
+    arguments += [*MIX, "--train.ranks", "2", "--train.batch", "8"]
+    arguments += ["--train.checkpoint_every", "2", "--train.log_every", "1"]
     printed = tmp_path / "printed"
     # Into a file: Ray's processes outlive a command by moments, and would hold a pipe open.
     with printed.open("w") as stdout:
         running = subprocess.Popen([*TILESTREAM, *arguments], start_new_session=True, stdout=stdout)
     deadline = time.monotonic() + 240
     while not checkpoint.steps_of(str(out)):
+        assert running.poll() is None, "training ended before its first checkpoint"
         assert time.monotonic() < deadline, "no checkpoint in four minutes"
         time.sleep(0.1)
     os.kill(_pids_of("ray::RayTrainWorker")[0], signal.SIGKILL)

@@ -1,0 +1,86 @@
+"""Catalogs: built by Ray Data, extended, interrupted, read again."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from streaming import catalog_job, storage
+from streaming.catalog import Catalog
+from streaming.catalog_job import build_catalog, read_metadata
+from streaming.errors import CatalogError, ConfigError
+from streaming.slide.synthetic import SyntheticSlide, write_slide
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_catalog_is_built_extended_and_left_alone_where_nothing_changed(slides: list[Path], tmp_path: Path) -> None:
+    out = str(tmp_path / "catalog")
+    (tmp_path / "patients.csv").write_text("file,patient,cohort\npatient0,p0,tcga\npatient1.svs,p1,own\n")
+    assert build_catalog([str(slides[0])], out).added == 1
+    report = build_catalog([str(slides[0].parent)], out, metadata_csv=str(tmp_path / "patients.csv"))
+    assert (report.added, report.skipped, report.total, report.unmatched) == (2, 1, 3, 1)
+    catalog = Catalog.load(out)
+    table = catalog.to_arrow().to_pylist()
+    assert [row["slide"] for row in table] == [str(path) for path in slides]
+    assert [row["patient"] for row in table] == ["p0", "p1", None]
+    assert {(row["vendor"], row["mpp"], row["width"], row["height"]) for row in table} == {("aperio", 0.25, 2048, 1536)}
+    assert [level["compression"] for level in table[0]["levels"]] == ["JPEG", "JPEG"]
+    before = catalog.fingerprint
+    assert build_catalog([f"{slides[0].parent}/*.svs"], out).skipped == 3
+    assert Catalog.load(out).fingerprint == before
+
+
+def test_slides_that_cannot_be_used_are_rejected_with_the_reason_and_the_others_are_not_affected(
+    slides: list[Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    content = slides[0].read_bytes()
+    (folder / "good.svs").write_bytes(content)
+    (folder / "cut.svs").write_bytes(content[: len(content) // 2])
+    (folder / "text.svs").write_text("no slide")
+    write_slide(SyntheticSlide(width=1024, height=768, downsamples=(1,), write_mpp=False), folder / "bare.svs")
+    out = str(tmp_path / "catalog")
+    report = build_catalog([str(folder)], out)
+    assert (report.added, len(report.rejected)) == (1, 3)
+    reasons = {Path(r["slide"]).name: r["reason"] for r in pq.read_table(f"{out}/rejected.parquet").to_pylist()}
+    assert set(reasons) == {"cut.svs", "text.svs", "bare.svs"}
+    assert "not a slide" in reasons["text.svs"]
+    assert "no mpp" in reasons["bare.svs"]
+    # Rejected slides are tried again: this time with an mpp.
+    again = build_catalog([str(folder)], out, mpp=0.5)
+    assert (again.added, again.skipped, len(again.rejected)) == (1, 1, 2)
+    assert dict(zip(*[Catalog.load(out).to_arrow()[n].to_pylist() for n in ("slide", "mpp")], strict=True)) == {
+        str(folder / "bare.svs"): 0.5,
+        str(folder / "good.svs"): 0.25,
+    }
+
+
+def test_an_interrupted_build_goes_on_with_what_it_had_saved(
+    slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = str(tmp_path / "catalog")
+    monkeypatch.setattr(catalog_job, "_SAVE_EVERY_S", 0.0)
+    real = storage.write_table
+
+    def interrupted(uri: str, *arguments: object) -> None:
+        real(uri, *arguments)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage, "write_table", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_catalog([str(path) for path in slides], out)
+    monkeypatch.setattr(storage, "write_table", real)
+    with pytest.raises(CatalogError, match="interrupted"):
+        Catalog.load(out)
+    report = build_catalog([str(path) for path in slides], out)
+    assert (report.added, report.skipped, report.total) == (2, 1, 3)
+    assert not (tmp_path / "catalog" / "parts").exists()
+
+
+def test_a_csv_with_two_rows_for_a_slide_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "patients.csv"
+    path.write_text("slide,patient\na.svs,1\na.svs,2\n")
+    with pytest.raises(ConfigError, match=r"a\.svs"):
+        read_metadata(str(path), None)
