@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from s3fs import S3FileSystem
 
 from trainer import checkpoint
 from trainer.cli import main
@@ -57,7 +58,10 @@ def test_no_credentials(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    # fsspec keeps a filesystem with the credentials that it found first.
+    S3FileSystem.clear_instance_cache()
     line = refusal(capsys, "catalog", f"{s3_bucket}/slides", "--out", tmp_path / "catalog")
+    S3FileSystem.clear_instance_cache()
     assert f"{s3_bucket}/slides" in line
     assert "AWS_ACCESS_KEY_ID" in line
 
