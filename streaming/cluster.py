@@ -27,7 +27,8 @@ def connect(num_cpus: int, *, verbose: bool = False) -> None:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(logging_level=level, log_to_driver=verbose)
         else:
-            cores = max(num_cpus, os.cpu_count() or 1)
+            # Eight at least: the next job of this process may need more than the first, and would wait forever.
+            cores = max(num_cpus, os.cpu_count() or 1, 8)
             # A training has a dozen actors that hold no CPU slot; on two cores Ray would warn of them, on stdout.
             os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(cores, 8)))
             ray.init(
