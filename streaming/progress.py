@@ -7,9 +7,21 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
 _LOG_EVERY_S = 10.0
+
+
+class _DetailColumn(TextColumn):
+    """Text that is cut where the terminal ends; rich would squeeze count and unit just as much."""
+
+    def render(self, task: Task) -> Text:
+        """One line of the task's text."""
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
 
 
 class ProgressLine:
@@ -24,9 +36,12 @@ class ProgressLine:
         self._progress: Progress | None = None
         console = Console(stderr=True)
         if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TextColumn(unit))
-            detail = (TextColumn("{task.fields[text]}", style="dim"), TimeRemainingColumn())
-            self._progress = Progress(*columns, *detail, console=console)
+            bar = BarColumn(12, table_column=Column(no_wrap=True))
+            count = MofNCompleteColumn(table_column=Column(no_wrap=True))
+            left = TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True))
+            detail = _DetailColumn("{task.fields[text]}", style="dim", table_column=Column())
+            named = (TextColumn("{task.description}"), bar, count, TextColumn(unit))
+            self._progress = Progress(*named, left, detail, console=console)
 
     def __enter__(self) -> ProgressLine:
         if self._progress is not None:

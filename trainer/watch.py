@@ -156,7 +156,7 @@ class MetricsLog:
         self._rows.append(row)
         terms = "  ".join(f"{name} {row[name]:.3f}" for name in ("loss", "dino_global", "dino_local", "ibot", "koleo"))
         speed = f"{row['tiles_per_s']:.0f} tiles/s  waited {row['data_wait_share']:.0%}"
-        self._progress.update(int(row["step"]), f"{terms}  {speed}")
+        self._progress.update(int(row["step"]), f"{speed}  {terms}")
         if row["step"] % self._config.train.checkpoint_every == 0:
             self._save()
 
