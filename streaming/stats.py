@@ -1,4 +1,4 @@
-"""What a consumer of the stream counts: tiles, failures and the time spent waiting."""
+"""What a consumer of the stream counts: tiles and failures."""
 
 from __future__ import annotations
 
@@ -57,16 +57,3 @@ class FailureBudget:
         if len(self.by_slide) > 10:
             lines.append(f"… and {len(self.by_slide) - 10} more slides with failing tiles")
         return lines
-
-
-@dataclass
-class WaitClock:
-    """How long a consumer waited for data, of how long in all, in seconds."""
-
-    waited_s: float = 0.0
-    total_s: float = 0.0
-
-    @property
-    def share(self) -> float:
-        """Share of the time spent waiting, 0 to 1."""
-        return self.waited_s / self.total_s if self.total_s > 0 else 0.0

@@ -9,7 +9,8 @@ from moto.server import ThreadedMotoServer
 from streaming.catalog import table_of
 from streaming.catalog_job import inspect
 from streaming.slide import Staging
-from streaming.slide.synthetic import SyntheticSlide, write_slide
+from streaming.slide.synthetic import SyntheticSlide
+from streaming.slide.synthetic_svs import write_slide
 from streaming.storage import stat, write_table
 
 

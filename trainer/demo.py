@@ -17,7 +17,8 @@ from rich.console import Console
 from streaming import cluster, storage
 from streaming.catalog_job import build_catalog
 from streaming.errors import ConfigError
-from streaming.slide.synthetic import SyntheticSlide, write_slide
+from streaming.slide.synthetic import SyntheticSlide
+from streaming.slide.synthetic_svs import write_slide
 from trainer.config import read_config
 from trainer.embed import EmbedOptions, embed
 from trainer.report import own_slides_commands, write_report

@@ -9,7 +9,8 @@ from streaming import catalog_job, storage
 from streaming.catalog import Catalog
 from streaming.catalog_job import build_catalog, read_metadata
 from streaming.errors import CatalogError, ConfigError
-from streaming.slide.synthetic import SyntheticSlide, write_slide
+from streaming.slide.synthetic import SyntheticSlide
+from streaming.slide.synthetic_svs import write_slide
 
 pytestmark = pytest.mark.slow
 

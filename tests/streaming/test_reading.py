@@ -17,7 +17,8 @@ from streaming.errors import SlideError, StorageError, StreamError
 from streaming.plan import TilePlan
 from streaming.reader import ReaderOptions, TileReader
 from streaming.slide import Staging, open_slide
-from streaming.slide.synthetic import SyntheticSlide, tissue_classes, write_slide
+from streaming.slide.synthetic import SyntheticSlide, tissue_classes
+from streaming.slide.synthetic_svs import write_slide
 from streaming.stats import FailureBudget
 from streaming.tissue import HsvRule, tissue_grid, window_fraction
 

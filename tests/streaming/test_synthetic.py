@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming.slide import synthetic
-from streaming.slide.synthetic import SyntheticSlide, TissueClass, pixels, tissue_classes, write_slide
+from streaming.slide.synthetic import SyntheticSlide, TissueClass, pixels, tissue_classes
+from streaming.slide.synthetic_svs import write_slide
 
 SMALL = SyntheticSlide(width=1100, height=780)
 PATIENTS = range(4)
