@@ -100,8 +100,9 @@ def inspect_all(
         return {"result": pickle.dumps(inspect(info, mpp, options, staging))}
 
     items = [{"item": pickle.dumps(slide)} for slide in slides]
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(task)
-    # One slide a block: a slide that kills its process (a decoder's crash) costs itself alone.
+    # One slide a block: a slide that kills its process (a decoder's crash) costs itself alone. Ray Data would start the
+    # process again for ever; three times do for nodes that are lost.
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(task, max_retries=3)
     dataset.context.max_errored_blocks = -1
     pending = {info.uri: info for info, _ in slides}
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):

@@ -8,7 +8,7 @@ import os
 import ray
 from ray.data import DataContext
 
-# What Ray says at every start without need: token authentication is on, its own progress bars are off.
+# What Ray says without need: token authentication is on, its own progress bars are off; what fails raises anyhow.
 _QUIET_LOGGERS = ("ray._private.authentication.authentication_token_setup", "ray.data", "ray.data._internal.progress")
 
 
@@ -43,5 +43,5 @@ def connect(num_cpus: int, *, verbose: bool = False) -> None:
 def quiet() -> None:
     """Turns off Ray's own progress bars and start-up notes in this process."""
     for name in _QUIET_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     DataContext.get_current().enable_progress_bars = False

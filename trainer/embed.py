@@ -266,7 +266,7 @@ def _embedded(
     reader, embedder, chunks_of = cast(Any, GridReader), cast(Any, Embedder), cast(Any, _chunks)
     dataset = (
         ray.data.from_items(items, override_num_blocks=len(items))
-        .flat_map(chunks_of, fn_args=(options, stores), num_cpus=1)
+        .flat_map(chunks_of, fn_args=(options, stores), num_cpus=1, max_retries=3)
         .repartition(target_num_rows_per_block=1)
         .map(
             reader,

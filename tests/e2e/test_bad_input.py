@@ -1,7 +1,15 @@
 """Bad input: every command names it and the remedy in one line on stderr, and exits 2."""
 
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pyarrow.parquet as pq
 import pytest
 from s3fs import S3FileSystem
@@ -64,6 +72,65 @@ def test_no_credentials(
     S3FileSystem.clear_instance_cache()
     assert f"{s3_bucket}/slides" in line
     assert "AWS_ACCESS_KEY_ID" in line
+
+
+@pytest.fixture
+def closed_bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """A bucket whose server checks keys, and knows none of ours: moto does after its first, free request."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    environment = {**os.environ, "INITIAL_NO_AUTH_ACTION_COUNT": "1"}
+    with (tmp_path / "moto.log").open("w") as log, subprocess.Popen(command, env=environment, stderr=log) as server:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.1)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAREFUSED")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "refused")
+        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="closed")
+        S3FileSystem.clear_instance_cache()
+        yield "s3://closed"
+        S3FileSystem.clear_instance_cache()
+        server.terminate()
+
+
+def test_a_key_that_the_server_refuses(
+    capsys: pytest.CaptureFixture[str], closed_bucket: str, slides: list[Path], catalog: str, tmp_path: Path
+) -> None:
+    for source in ("slides", "a.svs", "*.svs"):
+        line = refusal(capsys, "catalog", f"{closed_bucket}/{source}", "--out", tmp_path / "catalog")
+        assert f"{closed_bucket}/{source}: access denied; check the credentials and their rights" in line
+    assert "access denied" in refusal(capsys, "stream", f"{closed_bucket}/catalog")
+    out = f"{closed_bucket}/run"
+    assert f"{out}" in refusal(capsys, "train", "debug", "--data.catalog", catalog, "--run.out", out)
+    assert "access denied" in refusal(capsys, "embed", out, slides[0], "--out", tmp_path / "out")
+    assert not (tmp_path / "catalog").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_slide_that_breaks_after_cataloguing_stops_training_or_is_replaced_where_that_is_allowed(
+    capsys: pytest.CaptureFixture[str], slides: list[Path], tmp_path: Path, make_catalog
+) -> None:
+    copies = [tmp_path / path.name for path in slides]
+    for path, copy in zip(slides, copies, strict=True):
+        copy.write_bytes(path.read_bytes())
+    catalog = make_catalog(tmp_path / "catalog", copies)
+    changed = copies[1].stat().st_mtime_ns
+    copies[1].write_bytes(os.urandom(copies[1].stat().st_size))
+    os.utime(copies[1], ns=(changed, changed))  # size and time as catalogued: only reading shows it
+    arguments = ["train", "debug", "--debug", "--data.catalog", catalog, "--run.out", str(tmp_path / "run")]
+    arguments += ["--data.mpp", "{0.5: 1, 1.0: 1}", "--train.ranks", "1", "--train.batch", "8", "--train.steps", "6"]
+    arguments += ["--optim.warmup_steps", "2"]
+    line = refusal(capsys, *arguments)
+    assert str(copies[1]) in line
+    assert "raise data.max_failed_share" in line
+    assert main([*arguments, "--data.max_failed_share", "0.9"]) == 0
+    assert f"tiles replaced: {copies[1]}: " in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,9 +1,13 @@
 """Catalogs: built by Ray Data, extended, interrupted, read again."""
 
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 
 from streaming import catalog_job, storage
 from streaming.catalog import Catalog
@@ -85,3 +89,29 @@ def test_a_csv_with_two_rows_for_a_slide_is_refused(tmp_path: Path) -> None:
     path.write_text("slide,patient\na.svs,1\na.svs,2\n")
     with pytest.raises(ConfigError, match=r"a\.svs"):
         read_metadata(str(path), None)
+
+
+def deadly_slide(path: Path) -> None:
+    """An Aperio slide whose block lengths, read as 64-bit, make OpenSlide 4.0.1 abort: no memory for them."""
+    image = np.random.default_rng(0).integers(0, 255, (512, 512, 3)).astype(np.uint8)
+    description = "Aperio Image Library v12|AppMag = 40|MPP = 0.25"
+    options = {"tile": (256, 256), "compression": "aperio_jp2000_rgb", "photometric": "rgb", "metadata": None}
+    with tifffile.TiffWriter(path, bigtiff=True) as tiff:
+        tiff.write(image, description=description, **options)
+    with tifffile.TiffFile(path) as tiff:
+        kind_at = tiff.pages[0].tags["TileByteCounts"].offset + 2
+    content = bytearray(path.read_bytes())
+    content[kind_at : kind_at + 2] = (16).to_bytes(2, "little")
+    path.write_bytes(content)
+
+
+def test_a_slide_that_kills_its_process_costs_itself_alone(slides: list[Path], tmp_path: Path) -> None:
+    deadly_slide(tmp_path / "deadly.svs")
+    read = "import openslide, sys; openslide.OpenSlide(sys.argv[1]).read_region((0, 0), 0, (9, 9))"
+    killed = subprocess.run([sys.executable, "-c", read, tmp_path / "deadly.svs"], capture_output=True)
+    assert killed.returncode < 0, "OpenSlide learnt to refuse it: this test needs another slide"
+    report = build_catalog([str(tmp_path / "deadly.svs"), str(slides[0])], str(tmp_path / "catalog"))
+    assert report.added == 1
+    (rejected,) = report.rejected
+    assert rejected.slide == str(tmp_path / "deadly.svs")
+    assert "the process that read it died" in rejected.reason
