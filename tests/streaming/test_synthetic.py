@@ -9,7 +9,7 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streaming.slide import synthetic
+from streaming.slide import synthetic_svs
 from streaming.slide.synthetic import SyntheticSlide, TissueClass, pixels, tissue_classes
 from streaming.slide.synthetic_svs import write_slide
 
@@ -168,7 +168,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest
             raise OSError("disk full")
         return pixels(slide, x, y, width, height)
 
-    monkeypatch.setattr(synthetic, "pixels", failing)
+    monkeypatch.setattr(synthetic_svs, "pixels", failing)
     with pytest.raises(OSError, match="disk full"):
         write_slide(SMALL, tmp_path / "a.svs")
     assert list(tmp_path.iterdir()) == []
