@@ -1,7 +1,7 @@
 """The catalog: one row a slide, all a training run has to know before it reads a pixel.
 
-A catalog is a folder with `slides.parquet`, `rejected.parquet` (slides that could not be used, with the reason) and,
-while it is being built, `parts/`.
+A catalog is a folder with `slides.parquet`, `blocks/` (where each slide's compressed blocks lie, a file a slide),
+`rejected.parquet` (slides that could not be used, with the reason) and, while it is being built, `parts/`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 
 from streaming import storage
 from streaming.errors import CatalogError
-from streaming.slide import Slide
+from streaming.slide import Slide, Staging, open_slide
+from streaming.slide.block_index import open_index
 from streaming.tissue import CELL_UM, TissueGrid
 
-VERSION = 1
-SLIDES, REJECTED, PARTS = "slides.parquet", "rejected.parquet", "parts"
+VERSION = 2
+SLIDES, REJECTED, PARTS, BLOCKS = "slides.parquet", "rejected.parquet", "parts", "blocks"
 
 LEVEL_TYPE = pa.struct(
     [("width", pa.int64()), ("height", pa.int64()), ("downsample", pa.float64()), ("compression", pa.string())]
@@ -38,6 +39,10 @@ SCHEMA = pa.schema(
         ("width", pa.int64()),
         ("height", pa.int64()),
         ("levels", pa.list_(LEVEL_TYPE)),
+        ("backend", pa.string()),
+        # The block index's file in `blocks/` and its size; none where OpenSlide serves.
+        ("index", pa.string()),
+        ("index_nbytes", pa.int64()),
         ("tissue_rows", pa.int32()),
         ("tissue_columns", pa.int32()),
         ("tissue_fraction", pa.binary()),
@@ -64,6 +69,9 @@ class SlideRow:
     width: int
     height: int
     levels: list[dict[str, Any]]
+    backend: str
+    index: str | None
+    index_nbytes: int
     tissue_rows: int
     tissue_columns: int
     tissue_fraction: bytes
@@ -83,8 +91,14 @@ class SlideRow:
         return TissueGrid(fraction=fraction, threshold=self.tissue_threshold)
 
 
-def describe(slide: Slide, info: storage.ObjectInfo, grid: TissueGrid) -> SlideRow:
-    """The catalog's row for an open slide with a known mpp."""
+def index_name(info: storage.ObjectInfo) -> str:
+    """The file of a slide's block index: its name, and a digest of its address and version."""
+    digest = hashlib.sha256(f"{info.uri}\n{info.version}\n{info.size}".encode()).hexdigest()[:16]
+    return f"{storage.name_of(info.uri)}-{digest}"
+
+
+def describe(slide: Slide, info: storage.ObjectInfo, grid: TissueGrid, index: bytes | None) -> SlideRow:
+    """The catalog's row for an open slide with a known mpp, and its block index if it has one."""
     assert slide.mpp is not None, "a slide without mpp has no tissue grid"
     levels = [
         {"width": width, "height": height, "downsample": downsample, "compression": compression}
@@ -102,6 +116,9 @@ def describe(slide: Slide, info: storage.ObjectInfo, grid: TissueGrid) -> SlideR
         width=slide.level_dimensions[0][0],
         height=slide.level_dimensions[0][1],
         levels=levels,
+        backend=slide.backend,
+        index=index_name(info) if index else None,
+        index_nbytes=len(index or b""),
         tissue_rows=rows,
         tissue_columns=columns,
         tissue_fraction=grid.fraction.tobytes(),
@@ -153,13 +170,33 @@ class Catalog:
         check_version(table, uri)
         if table.num_rows == 0:
             raise CatalogError(f"{uri}: the catalog holds no slide; see {REJECTED} there for the reasons")
-        return cls(uri, table.sort_by("slide"))
+        return cls(storage.canonical(uri), table.sort_by("slide"))
 
     def __len__(self) -> int:
         return self.table.num_rows
 
     def __getitem__(self, row: int) -> SlideRow:
         return row_of(self.table.slice(row, 1).to_pylist()[0])
+
+    def open_slide(self, row: int, storage_options: storage.StorageOptions | None, staging: Staging) -> Slide:
+        """The slide of a row, by its block index if it has one; an index that lies remote is staged first.
+
+        Raises:
+            SlideError: it can't be opened, or is not the version that was catalogued.
+            StorageError: it can't be reached.
+            CatalogError: its block index is damaged.
+        """
+        entry = self[row]
+        index = None
+        if entry.index is not None:
+            uri = storage.join(self.uri, BLOCKS, entry.index)
+            if not storage.is_local(uri):
+                # Its name tells its content, so there is nothing to ask of the storage before.
+                uri = staging.fetch(storage.ObjectInfo(uri, entry.index_nbytes, entry.index), storage_options)
+            index = open_index(uri)
+        return open_slide(
+            entry.slide, storage_options, mpp=entry.mpp, index=index, expected=entry.info, staging=staging
+        )
 
     def to_arrow(self) -> pa.Table:
         """One row a slide, the metadata spread into columns."""

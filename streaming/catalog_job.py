@@ -21,7 +21,8 @@ from streaming import cluster, storage
 from streaming.catalog import REJECTED_SCHEMA, SlideRow
 from streaming.errors import CatalogError, ConfigError, SlideError, StorageError
 from streaming.progress import ProgressLine
-from streaming.slide import SLIDE_SUFFIXES, Staging, open_slide
+from streaming.slide import SLIDE_SUFFIXES, Staging, make_index, open_slide
+from streaming.slide.block_index import unpack
 from streaming.tissue import tissue_grid
 
 _KEY_COLUMNS = ("slide", "uri", "path", "filename", "file", "slide_id", "name")
@@ -72,16 +73,27 @@ def find_slides(sources: Sequence[str], options: storage.StorageOptions | None) 
 
 
 def inspect(
-    info: storage.ObjectInfo, mpp: float | None, options: storage.StorageOptions | None, staging: Staging
+    info: storage.ObjectInfo,
+    mpp: float | None,
+    options: storage.StorageOptions | None,
+    staging: Staging,
+    out: str | None = None,
 ) -> SlideRow | Rejected:
-    """A slide's row, or why it has none; mpp stands in where the metadata has none."""
+    """A slide's row, or why it has none; mpp stands in where the metadata has none.
+
+    Its block index is written to the catalog at `out`.
+    """
     try:
-        slide = open_slide(info.uri, options, mpp=mpp, expected=info, staging=staging)
+        content = make_index(info.uri, options)
+        index = unpack(content) if content else None
+        slide = open_slide(info.uri, options, mpp=mpp, index=index, expected=info, staging=staging)
         try:
             grid = tissue_grid(slide)
             if not grid.fraction.any():
                 return Rejected(info.uri, info.size, info.version, "no tissue found")
-            return cat.describe(slide, info, grid)
+            if content and out is not None:
+                storage.write_bytes(storage.join(out, cat.BLOCKS, cat.index_name(info)), content, options)
+            return cat.describe(slide, info, grid, content)
         finally:
             slide.close()
     except (SlideError, StorageError) as error:
@@ -92,12 +104,13 @@ def inspect_all(
     slides: Sequence[tuple[storage.ObjectInfo, float | None]],
     options: storage.StorageOptions | None,
     staging: Staging,
+    out: str,
 ) -> Iterator[SlideRow | Rejected]:
     """Inspects slides, each with its stand-in mpp, as a Ray Data job; results come as they are done."""
 
     def task(item: dict[str, Any]) -> dict[str, Any]:
         info, mpp = pickle.loads(item["item"])
-        return {"result": pickle.dumps(inspect(info, mpp, options, staging))}
+        return {"result": pickle.dumps(inspect(info, mpp, options, staging, out))}
 
     items = [{"item": pickle.dumps(slide)} for slide in slides]
     # One slide a block: a slide that kills its process (a decoder's crash) costs itself alone. Ray Data would start the
@@ -193,7 +206,7 @@ def build_catalog(
     tables = [known]
     if todo:
         cluster.connect(num_cpus=2, verbose=verbose)
-        for rows in _inspected(todo, rejected, options, staging or Staging()):
+        for rows in _inspected(todo, rejected, options, staging or Staging(), storage.canonical(out)):
             tables.append(cat.table_of(rows))
             part = f"{int(time.time() * 1000)}-{uuid.uuid4().hex[:8]}.parquet"
             storage.write_table(storage.join(out, cat.PARTS, part), tables[-1], options)
@@ -228,12 +241,13 @@ def _inspected(
     rejected: list[Rejected],
     options: storage.StorageOptions | None,
     staging: Staging,
+    out: str,
 ) -> Iterator[list[SlideRow]]:
     """Rows in the lots in which they are worth saving; rejections are put on the list."""
     lot: list[SlideRow] = []
     saved_at = time.monotonic()
     with ProgressLine("catalog", "slides", total=len(todo)) as progress:
-        for done, result in enumerate(inspect_all(todo, options, staging), start=1):
+        for done, result in enumerate(inspect_all(todo, options, staging, out), start=1):
             if isinstance(result, Rejected):
                 rejected.append(result)
             else:

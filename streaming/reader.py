@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -14,8 +16,8 @@ from numpy.typing import NDArray
 
 from streaming.catalog import Catalog
 from streaming.errors import SlideError, StorageError, StreamError
-from streaming.plan import TilePlan
-from streaming.slide import Slide, Staging, open_slide
+from streaming.plan import TilePlan, TileSpecs
+from streaming.slide import Slide, Staging
 from streaming.slide.geometry import Pixels
 from streaming.tissue import HsvRule
 
@@ -40,36 +42,60 @@ class ReaderOptions:
 
 
 class SlidePool(Generic[Key]):
-    """Slides kept open, the least recently used one closed for the next; what can't be opened is not tried again."""
+    """Slides kept open; what can't be opened is not tried again. Safe to use from several threads.
+
+    Of slides that OpenSlide serves, the least recently used one is let go of for the next; others hold nothing open.
+    """
 
     def __init__(self, opener: Callable[[Key], Slide], max_open: int = 64) -> None:
         self._opener, self._max_open = opener, max_open
-        self._open: OrderedDict[Key, Slide] = OrderedDict()
+        self._slides: dict[Key, Slide] = {}
+        self._recent: OrderedDict[Key, None] = OrderedDict()
         self._broken: dict[Key, str] = {}
+        self._lock = threading.Lock()
 
-    def read_tile(self, key: Key, x: int, y: int, mpp: float, size: int) -> Pixels:
-        """A tile of the slide that the opener opens for that key.
+    def begin_tile(self, key: Key, x: int, y: int, mpp: float, size: int) -> Callable[[Pixels], None]:
+        """Asks for a tile of the slide that the opener opens for that key; the answer fills uint8 (size, size, 3).
 
-        Raises:
+        Raises (both):
             SlideError, StorageError: the slide can't be opened, or this tile can't be read.
         """
-        if key in self._broken:
-            raise SlideError(self._broken[key])
-        if key not in self._open:
+        slide = self._slide(key)
+        begun = slide.begin_tile(x, y, mpp, size)
+
+        def finish(out: Pixels) -> None:
             try:
-                self._open[key] = self._opener(key)
-            except (SlideError, StorageError) as error:
-                self._broken[key] = str(error)
+                begun(out)
+            except SlideError:
+                # OpenSlide answers every later read with the first error: a new handle may still read the rest.
+                self._forget(key)
                 raise
-            if len(self._open) > self._max_open:
-                self._open.popitem(last=False)[1].close()
-        self._open.move_to_end(key)
-        try:
-            return self._open[key].read_tile(x, y, mpp, size)
-        except SlideError:
-            # OpenSlide answers every later read with the first error: a new handle may still read the rest.
-            self._open.pop(key).close()
-            raise
+
+        return finish
+
+    def _slide(self, key: Key) -> Slide:
+        with self._lock:
+            if key in self._broken:
+                raise SlideError(self._broken[key])
+            if key not in self._slides:
+                try:
+                    self._slides[key] = self._opener(key)
+                except (SlideError, StorageError) as error:
+                    self._broken[key] = str(error)
+                    raise
+            slide = self._slides[key]
+            if slide.backend == "openslide":
+                self._recent[key] = None
+                self._recent.move_to_end(key)
+                if len(self._recent) > self._max_open:
+                    # Another thread may still read it: it closes when nobody holds it any more.
+                    del self._slides[self._recent.popitem(last=False)[0]]
+            return slide
+
+    def _forget(self, key: Key) -> None:
+        with self._lock:
+            self._slides.pop(key, None)
+            self._recent.pop(key, None)
 
 
 class TileReader:
@@ -92,11 +118,16 @@ class TileReader:
         self._pool = SlidePool(self._open)
 
     def _open(self, row: int) -> Slide:
-        entry = self._catalog[row]
-        options = self._options
-        return open_slide(
-            entry.slide, options.storage_options, mpp=entry.mpp, expected=entry.info, staging=options.staging
-        )
+        return self._catalog.open_slide(row, self._options.storage_options, self._options.staging)
+
+    def _begin(self, specs: TileSpecs, i: int) -> Callable[[Pixels], None]:
+        """Asks for a tile's bytes; what is wrong is told by the answer."""
+        try:
+            return self._pool.begin_tile(
+                int(specs.slide[i]), int(specs.x[i]), int(specs.y[i]), float(specs.mpp[i]), specs.size
+            )
+        except (SlideError, StorageError) as error:
+            return partial(_fail, error)
 
     def __call__(self, batch: Batch) -> Batch:
         """Reads the tiles of `batch["index"]`, int64 (n,).
@@ -125,19 +156,19 @@ class TileReader:
         for attempt in range(_MAX_ATTEMPTS):
             specs = plan.specs(index[pending], np.full(len(pending), attempt, dtype=np.int32))
             again: list[int] = []
+            # All requests go out before the first block is decoded: storage works while this decodes.
+            begun = [self._begin(specs, i) for i in range(len(pending))]
             for i, at in enumerate(pending.tolist()):
-                row = int(specs.slide[i])
                 try:
-                    tile = self._pool.read_tile(row, int(specs.x[i]), int(specs.y[i]), float(specs.mpp[i]), size)
+                    begun[i](tiles[at])
                 except (SlideError, StorageError) as error:
-                    failures[at].append((plan.slides[row], str(error)))
+                    failures[at].append((plan.slides[int(specs.slide[i])], str(error)))
                     again.append(at)
                     continue
-                if not self._options.hsv_rule.accepts(tile):
+                if not self._options.hsv_rule.accepts(tiles[at]):
                     columns["filtered"][at] += 1
                     again.append(at)
                     continue
-                tiles[at] = tile
                 for name in ("slide", "x", "y", "mpp"):
                     columns[name][at] = getattr(specs, name)[i]
             pending = np.array(again, dtype=np.int64)
@@ -150,3 +181,7 @@ class TileReader:
             f"index {index[at]}: {_MAX_ATTEMPTS} tiles in a row failed ({last}); "
             "loosen data.hsv_rule or look at the slides"
         )
+
+
+def _fail(error: Exception, _: Pixels) -> None:
+    raise error

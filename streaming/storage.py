@@ -14,15 +14,20 @@ import posixpath
 import uuid
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import boto3
+import obstore.exceptions
 import pyarrow as pa
 import pyarrow.parquet as pq
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from obstore.auth.boto3 import Boto3CredentialProvider
+from obstore.store import AzureStore, GCSStore, HTTPStore, ObjectStore, S3Store
 
 from streaming.errors import StorageError
 
@@ -69,6 +74,73 @@ def filesystem(uri: str, storage_options: StorageOptions | None = None) -> tuple
     return fs, path
 
 
+_S3, _GCS, _AZURE, _HTTP = ("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss"), ("http", "https")
+
+
+def has_ranges(uri: str) -> bool:
+    """Whether `object_store` knows the protocol of a URI."""
+    return uri.split("://", 1)[0] in (*_S3, *_GCS, *_AZURE, *_HTTP)
+
+
+def split_bucket(uri: str) -> tuple[str, str]:
+    """A remote URI as its bucket (or host) and the key within."""
+    protocol, rest = uri.split("://", 1)
+    bucket, _, key = rest.partition("/")
+    return f"{protocol}://{bucket}", key
+
+
+def store_environment() -> str:
+    """The part of the environment that decides what a store is."""
+    return repr(sorted((k, v) for k, v in os.environ.items() if k.startswith(("AWS_", "GOOGLE_", "AZURE_"))))
+
+
+def object_store(bucket: str, storage_options: StorageOptions | None = None) -> ObjectStore:
+    """The obstore store of a bucket, for ranged reads, with the same options and environment as `filesystem`'s.
+
+    Throttling (429, 503), timeouts and resets are tried again for a minute, with backoff and jitter.
+    """
+    options = dict(storage_options or {})
+    protocol, name = bucket.split("://", 1)
+    client: Any = {"allow_http": True, "connect_timeout": "5s", "timeout": "60s"}
+    retry: Any = {"max_retries": 10, "retry_timeout": timedelta(seconds=60)}
+    if protocol in _HTTP:
+        return HTTPStore.from_url(bucket, client_options=client, retry_config=retry)
+    if protocol in _GCS:
+        config = {"service_account_path": options["token"]} if isinstance(options.get("token"), str) else {}
+        return GCSStore(name, config=cast(Any, config), client_options=client, retry_config=retry)
+    if protocol in _AZURE:
+        known = ("account_name", "account_key", "sas_token", "tenant_id", "client_id", "client_secret")
+        config = {key: options[key] for key in known if options.get(key)}
+        return AzureStore(name, config=cast(Any, config), client_options=client, retry_config=retry)
+    inner = options.get("client_kwargs", {})
+    session = boto3.Session(
+        aws_access_key_id=options.get("key"),
+        aws_secret_access_key=options.get("secret"),
+        aws_session_token=options.get("token"),
+        profile_name=options.get("profile"),
+    )
+    config = {
+        "region": options.get("region")
+        or inner.get("region_name")
+        or os.environ.get("AWS_REGION")
+        or session.region_name,
+        "endpoint": options.get("endpoint_url")
+        or inner.get("endpoint_url")
+        or os.environ.get("AWS_ENDPOINT_URL_S3")
+        or os.environ.get("AWS_ENDPOINT_URL"),
+        "skip_signature": True if options.get("anon") else None,
+    }
+    if not options.get("anon") and session.get_credentials() is None:
+        raise NoCredentialsError
+    return S3Store(
+        name,
+        config=cast(Any, {key: value for key, value in config.items() if value}),
+        credential_provider=None if options.get("anon") else Boto3CredentialProvider(session),
+        client_options=client,
+        retry_config=retry,
+    )
+
+
 def is_local(uri: str) -> bool:
     """Whether a URI names a path on this machine."""
     return "://" not in uri or uri.startswith(("file://", "local://"))
@@ -106,6 +178,11 @@ def storage_errors(uri: str) -> Generator[None]:
         raise StorageError(f"{uri}: {what}; check the address and the endpoint") from error
     except PermissionError as error:
         raise StorageError(f"{uri}: access denied; check the credentials and their rights ({error})") from error
+    except (obstore.exceptions.PermissionDeniedError, obstore.exceptions.UnauthenticatedError) as error:
+        raise StorageError(f"{uri}: access denied; check the credentials and their rights") from error
+    except obstore.exceptions.BaseError as error:
+        text = " ".join(str(error).split("Debug source")[0].split())
+        raise StorageError(f"{uri}: {text}; check AWS_ENDPOINT_URL, AWS_REGION and the network") from error
     except (BotoCoreError, ClientError) as error:
         text = " ".join(str(error).split())
         remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or storage_options"

@@ -99,7 +99,7 @@ def thumbnail(slide: Slide, mpp: float = THUMBNAIL_MPP) -> Pixels:
         first, last = round(top * level_height / height), round(bottom * level_height / height)
         box = LevelBox(level, 0, first, level_width, max(1, last - first))
         pixels = slide.read_region((0, round(first * downsample)), level, (box.width, box.height))
-        image[top:bottom] = geometry.resize(pixels, width, bottom - top)
+        geometry.resize(pixels, image[top:bottom])
     return image
 
 

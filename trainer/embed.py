@@ -186,8 +186,9 @@ class GridReader:
         tiles = np.zeros((len(corners), options.size, options.size, 3), dtype=np.uint8)
         key = (storage.ObjectInfo(item["slide"], item["size"], item["version"]), item["slide_mpp"])
         try:
-            for i, (x, y) in enumerate(corners):
-                tiles[i] = self._pool.read_tile(key, int(x), int(y), options.mpp, options.size)
+            begun = [self._pool.begin_tile(key, int(x), int(y), options.mpp, options.size) for x, y in corners]
+            for finish, tile in zip(begun, tiles, strict=True):
+                finish(tile)
         except (SlideError, StorageError) as error:
             return {**item, "tiles": tiles[:0], "corners": corners[:0], "reason": str(error)}
         return {**item, "tiles": tiles}

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from streaming import storage
+from streaming.errors import SlideError
+from streaming.ranges import open_ranges
+from streaming.slide import block_index, geometry
+from streaming.slide.block_index import BlockIndex
+from streaming.slide.blocks import BlockSlide
 from streaming.slide.geometry import Pixels
 from streaming.slide.staged import Staging, open_staged
+from streaming.slide.tiff import read_tiff
 
 # What a folder is searched for; a file named outright is tried whatever its suffix.
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi")
@@ -30,7 +37,11 @@ class Slide(Protocol):
         """Pixels of one level as uint8 (h, w, 3); location in level-0 pixels, size in the level's."""
         ...
 
-    def read_tile(self, x: int, y: int, mpp: float, size: int) -> Pixels:
+    def begin_tile(self, x: int, y: int, mpp: float, size: int, *, exact: bool = False) -> Callable[[Pixels], None]:
+        """Asks for a tile's bytes; calling the answer waits for them and fills uint8 (size, size, 3)."""
+        ...
+
+    def read_tile(self, x: int, y: int, mpp: float, size: int, *, exact: bool = False) -> Pixels:
         """A tile of uint8 (size, size, 3); x, y the level-0 pixel of its top-left corner, mpp its µm/px."""
         ...
 
@@ -39,24 +50,50 @@ class Slide(Protocol):
         ...
 
 
+def make_index(uri: str, storage_options: storage.StorageOptions | None = None) -> bytes | None:
+    """The block index of a slide as a file's content, from its TIFF tags alone; None where it goes through OpenSlide.
+
+    Raises:
+        SlideError: it is broken.
+        StorageError: it can't be reached.
+    """
+    ranges = open_ranges(uri, storage_options)
+    tiff = read_tiff(uri, ranges) if ranges is not None else None
+    if ranges is None or tiff is None:
+        return None
+    return block_index.pack(tiff, ranges.tag, geometry.plausible_mpp(uri, tiff.mpp))
+
+
 def open_slide(
     uri: str,
     storage_options: storage.StorageOptions | None = None,
     *,
     mpp: float | None = None,
+    index: BlockIndex | None = None,
     expected: storage.ObjectInfo | None = None,
     staging: Staging | None = None,
 ) -> Slide:
     """Opens a whole-slide image by file path, s3://, gs://, az:// or http(s)://.
 
-    mpp (µm/px at level 0) serves where the metadata has none. With `expected`, a slide of another size or version is
-    refused. Remote slides are copied to `staging` first.
+    Tiled TIFFs (SVS, Philips, OME, generic) are read block by block where they lie; other formats go through OpenSlide,
+    remote ones on a copy in `staging`. mpp (µm/px at level 0) serves where the metadata has none. With a block index
+    the slide's tags are not read at all. With `expected`, a slide of another size or version is refused.
 
     Raises:
         SlideError: it is no slide, is broken, or is not the version that was expected.
         StorageError: it can't be reached.
     """
-    return open_staged(uri, storage_options, mpp, expected, staging or Staging())
+    if index is None:
+        info = storage.stat(uri, storage_options)
+        if expected is not None and (info.size, info.version) != (expected.size, expected.version):
+            raise SlideError(f"{uri}: changed since it was catalogued; run `tilestream catalog` on it again")
+        content = make_index(uri, storage_options)
+        if content is None:
+            return open_staged(info, storage_options, mpp, staging or Staging())
+        index = block_index.unpack(content)
+    ranges = open_ranges(uri, storage_options, index.tag)
+    assert ranges is not None, "an index is made of ranges"
+    return BlockSlide(uri, ranges, index, mpp)
 
 
-__all__ = ["SLIDE_SUFFIXES", "Slide", "Staging", "open_slide"]
+__all__ = ["SLIDE_SUFFIXES", "Slide", "Staging", "make_index", "open_slide"]

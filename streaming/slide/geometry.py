@@ -5,7 +5,7 @@ Level-0 pixels are `x, y`; pixels of another level say so. mpp is µm per pixel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -19,6 +19,11 @@ Pixels = NDArray[np.uint8]
 # Downsamples are ratios of rounded dimensions (4443/2221 = 2.0005) and scanners' mpp vary in the third digit: a level
 # this little coarser than asked still counts as fine enough.
 LEVEL_TOLERANCE = 0.01
+
+# µm/px outside this is a default or a unit mix-up in the metadata (72 dpi reads as 352 µm/px), not a microscope.
+_PLAUSIBLE_MPP = (0.02, 20.0)
+# More than this is a mistake, not a region: 3 GiB of pixels.
+_MAX_REGION_PX = 2**30
 
 
 @dataclass(frozen=True)
@@ -53,25 +58,49 @@ def tile_box(mpp: float, level_downsamples: Sequence[float], x: int, y: int, wan
     return LevelBox(level, round(x / downsample), round(y / downsample), extent, extent)
 
 
-def resize(pixels: Pixels, width: int, height: int) -> Pixels:
-    """Resamples uint8 (h, w, 3): exact area average when it shrinks, bicubic when it grows."""
-    if pixels.shape[:2] == (height, width):
-        return pixels
+def decode_scale(box: LevelBox, size: int, scales: Sequence[int]) -> int:
+    """The largest of some whole reductions that a box can be decoded at on its way to size × size px.
+
+    The box must be whole pixels of the reduced level, or the tile would be shifted by a part of one.
+    """
+    fitting = [scale for scale in scales if box.width >= size * scale]
+    return max((s for s in fitting if not (box.x % s or box.y % s or box.width % s or box.height % s)), default=1)
+
+
+def resize(pixels: Pixels, out: Pixels) -> None:
+    """Resamples uint8 (h, w, 3) into another: exact area average when it shrinks, bicubic when it grows."""
+    height, width = out.shape[:2]
+    if pixels.shape == out.shape:
+        out[:] = pixels
+        return
     shrinks = pixels.shape[0] >= height and pixels.shape[1] >= width
-    resized = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
-    return np.asarray(resized, dtype=np.uint8)
+    how = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+    resized = cv2.resize(pixels, (width, height), dst=out, interpolation=how)
+    assert np.shares_memory(resized, out), "out is contiguous uint8"
 
 
-def read_tile(
-    read_box: Callable[[LevelBox], Pixels],
-    mpp: float | None,
-    level_downsamples: Sequence[float],
-    x: int,
-    y: int,
-    wanted_mpp: float,
-    size: int,
-) -> Pixels:
-    """A tile of uint8 (size, size, 3) through any backend's reader of level boxes.
+def downsamples(level_dimensions: Sequence[tuple[int, int]]) -> tuple[float, ...]:
+    """Level-0 px per px of each level: the mean of both axes, as OpenSlide has it."""
+    (width, height), *_ = level_dimensions
+    return tuple((width / w + height / h) / 2 for w, h in level_dimensions)
+
+
+def check_region(uri: str, num_levels: int, level: int, size: tuple[int, int]) -> None:
+    """Refuses what is no region.
+
+    Raises:
+        SlideError: no such level, a negative size, or more than 2^30 px.
+    """
+    if not 0 <= level < num_levels:
+        raise SlideError(f"{uri}: no level {level}; it has levels 0 to {num_levels - 1}")
+    if min(size) < 0 or size[0] * size[1] > _MAX_REGION_PX:
+        raise SlideError(f"{uri}: no region of {size[0]} × {size[1]} px; ask for up to {_MAX_REGION_PX:,} px at once")
+
+
+def checked_tile_box(
+    mpp: float | None, level_downsamples: Sequence[float], x: int, y: int, wanted_mpp: float, size: int
+) -> LevelBox:
+    """`tile_box` of a slide whose mpp may not be known.
 
     Raises:
         SlideError: the slide has no mpp, or what is asked is no tile.
@@ -81,4 +110,21 @@ def read_tile(
     if size < 1 or not wanted_mpp > 0:
         raise SlideError(f"no tile of {size} px at {wanted_mpp} µm/px; both must be above 0")
     box = tile_box(mpp, level_downsamples, x, y, wanted_mpp, size)
-    return resize(read_box(box), size, size)
+    if box.width * box.height > _MAX_REGION_PX:
+        raise SlideError(
+            f"a tile of {size} px at {wanted_mpp} µm/px is {box.width:,} px wide; take a coarser slide level"
+        )
+    return box
+
+
+def plausible_mpp(uri: str, values: Sequence[float]) -> float | None:
+    """The µm/px that metadata give for the axes, as one number; None where they can't be a microscope's.
+
+    Raises:
+        SlideError: the pixels are not square.
+    """
+    if not values or not all(_PLAUSIBLE_MPP[0] <= value <= _PLAUSIBLE_MPP[1] for value in values):
+        return None
+    if max(values) > 1.05 * min(values):
+        raise SlideError(f"{uri}: pixels of {values[0]} × {values[1]} µm are not square; resample the slide")
+    return sum(values) / len(values)

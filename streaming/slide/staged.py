@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,14 +24,10 @@ from filelock import FileLock
 from streaming import storage
 from streaming.errors import SlideError, StorageError
 from streaming.slide import geometry
-from streaming.slide.geometry import LevelBox, Pixels
-from streaming.slide.tiff import level_compressions
+from streaming.slide.geometry import Pixels
 
 # Formats whose pixels lie in other files beside the one that is opened; one object alone is not the slide.
 _MULTI_FILE_SUFFIXES = {".mrxs", ".vms", ".vmu", ".dcm"}
-
-# µm/px outside this is a default or a unit mix-up in the metadata (72 dpi reads as 352 µm/px), not a microscope.
-_PLAUSIBLE_MPP = (0.02, 20.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,35 +97,34 @@ class OpenSlideSlide:
         for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y):
             with contextlib.suppress(KeyError, ValueError):
                 values.append(float(self._handle.properties[name]))
-        if not values or not all(_PLAUSIBLE_MPP[0] <= value <= _PLAUSIBLE_MPP[1] for value in values):
-            return None
-        if max(values) > 1.05 * min(values):
-            raise SlideError(f"{self.uri}: pixels of {values[0]} × {values[1]} µm are not square; resample the slide")
-        return sum(values) / len(values)
+        return geometry.plausible_mpp(self.uri, values)
 
     def level_compressions(self) -> list[str | None]:
         """The compression of each level by name, None where unknown."""
-        return level_compressions(self._path, self.level_dimensions)
+        return [None] * len(self.level_dimensions)
 
     def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Pixels:
         """Pixels of one level as uint8 (h, w, 3); location in level-0 pixels; black outside the slide, as OpenSlide."""
-        if not 0 <= level < len(self.level_dimensions):
-            raise SlideError(f"{self.uri}: no level {level}; it has levels 0 to {len(self.level_dimensions) - 1}")
+        geometry.check_region(self.uri, len(self.level_dimensions), level, size)
         try:
             region = self._handle.read_region(location, level, size)
         except (openslide.OpenSlideError, ctypes.ArgumentError, ValueError) as error:
             raise SlideError(f"{self.uri}: level {level}, region {location} {size}: {error}") from error
         return np.asarray(region, dtype=np.uint8)[:, :, :3]
 
-    def read_box(self, box: LevelBox) -> Pixels:
-        """Pixels of a rectangle in its level's own coordinates."""
+    def begin_tile(self, x: int, y: int, mpp: float, size: int, *, exact: bool = False) -> Callable[[Pixels], None]:
+        """A tile that is read when the answer is called; it fills uint8 (size, size, 3)."""
+        del exact  # OpenSlide always is
+        box = geometry.checked_tile_box(self.mpp, self.level_downsamples, x, y, mpp, size)
         downsample = self.level_downsamples[box.level]
         location = (round(box.x * downsample), round(box.y * downsample))
-        return self.read_region(location, box.level, (box.width, box.height))
+        return lambda out: geometry.resize(self.read_region(location, box.level, (box.width, box.height)), out)
 
-    def read_tile(self, x: int, y: int, mpp: float, size: int) -> Pixels:
+    def read_tile(self, x: int, y: int, mpp: float, size: int, *, exact: bool = False) -> Pixels:
         """A tile of uint8 (size, size, 3); x, y the level-0 pixel of its top-left corner, mpp its µm/px."""
-        return geometry.read_tile(self.read_box, self.mpp, self.level_downsamples, x, y, mpp, size)
+        tile = np.empty((size, size, 3), dtype=np.uint8)
+        self.begin_tile(x, y, mpp, size, exact=exact)(tile)
+        return tile
 
     def close(self) -> None:
         """Lets go of the file."""
@@ -136,21 +132,15 @@ class OpenSlideSlide:
 
 
 def open_staged(
-    uri: str,
-    options: storage.StorageOptions | None,
-    mpp: float | None,
-    expected: storage.ObjectInfo | None,
-    staging: Staging,
+    info: storage.ObjectInfo, options: storage.StorageOptions | None, mpp: float | None, staging: Staging
 ) -> OpenSlideSlide:
     """Opens a slide through OpenSlide, on a staged copy where it is remote.
 
     Raises:
-        SlideError: it is no slide, is broken, or is not the version that was expected.
+        SlideError: it is no slide, or is broken.
         StorageError: it can't be reached.
     """
-    info = storage.stat(uri, options)
-    if expected is not None and (info.size, info.version) != (expected.size, expected.version):
-        raise SlideError(f"{uri}: changed since it was catalogued; run `tilestream catalog` on it again")
+    uri = info.uri
     if storage.is_local(uri):
         return OpenSlideSlide(uri, storage.local_path(uri), mpp)
     if Path(storage.name_of(uri)).suffix.lower() in _MULTI_FILE_SUFFIXES:

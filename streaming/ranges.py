@@ -1,0 +1,185 @@
+"""Byte ranges of stored objects: many in flight at once, and never bytes of another version of the object."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Protocol
+
+import obstore
+from obstore.store import ObjectStore
+
+from streaming import storage
+from streaming.errors import SlideError
+
+# A store that answers in 20 ms serves 1,600 requests a second to this many.
+_IN_FLIGHT = 32
+
+
+class Ranges(Protocol):
+    """An object whose byte ranges can be asked for. Safe to use from several threads."""
+
+    size: int
+    tag: str
+
+    def begin(self, start: int, end: int) -> Callable[[], bytes]:
+        """Asks for the bytes [start, end); the answer waits for them.
+
+        Raises (the answer):
+            StorageError: they can't be read.
+            SlideError: the object is not the one that was opened any more, or ends too early.
+        """
+        ...
+
+
+class LocalRanges:
+    """Ranges of a file; opened for each, so that thousands of slides hold no descriptors."""
+
+    def __init__(self, uri: str, tag: str | None = None) -> None:
+        """A tag (see `Ranges.tag`) binds it to that version.
+
+        Raises:
+            StorageError: the file can't be read.
+            SlideError: it has another tag.
+        """
+        self._uri, self._path = uri, storage.local_path(uri)
+        with storage.storage_errors(uri):
+            self.size, found = _file_tag(os.stat(self._path))
+        self.tag = _same(uri, found, tag)
+
+    def begin(self, start: int, end: int) -> Callable[[], bytes]:
+        """Reads when the answer is called for: a page cache needs no company."""
+        return lambda: self._read(start, end)
+
+    def _read(self, start: int, end: int) -> bytes:
+        with storage.storage_errors(self._uri):
+            file = os.open(self._path, os.O_RDONLY)
+            try:
+                _same(self._uri, _file_tag(os.fstat(file))[1], self.tag)
+                return _whole(self._uri, os.pread(file, end - start, start), start, end)
+            finally:
+                os.close(file)
+
+
+class RemoteRanges:
+    """Ranges of an object in a store that obstore knows."""
+
+    def __init__(self, uri: str, options: storage.StorageOptions | None = None, tag: str | None = None) -> None:
+        """A tag binds it to that version of the object, without asking for it now.
+
+        Raises:
+            StorageError: the object can't be reached.
+        """
+        self._uri = uri
+        self._store, self._path = _store(uri, options)
+        self.size, self.tag = 0, tag or ""
+        if not tag:
+            with storage.storage_errors(uri):
+                meta = obstore.head(self._store, self._path)
+            self.size, self.tag = meta["size"], meta["e_tag"] or meta["last_modified"].isoformat()
+
+    def begin(self, start: int, end: int) -> Callable[[], bytes]:
+        """Sends the request at once, or as soon as others have come back."""
+        return _requests().submit(self._read, start, end).result
+
+    def _read(self, start: int, end: int) -> bytes:
+        with storage.storage_errors(self._uri):
+            answer = obstore.get(self._store, self._path, options={"range": (start, end)})
+            meta = answer.meta
+            _same(self._uri, meta["e_tag"] or meta["last_modified"].isoformat(), self.tag)
+            return _whole(self._uri, answer.bytes().to_bytes(), start, end)
+
+
+def open_ranges(uri: str, options: storage.StorageOptions | None = None, tag: str | None = None) -> Ranges | None:
+    """The ranges of an object, bound to a version by its tag; None where only fsspec knows the store.
+
+    Raises:
+        StorageError: it can't be reached.
+        SlideError: it has another tag.
+    """
+    if storage.is_local(uri):
+        return LocalRanges(uri, tag)
+    return RemoteRanges(uri, options, tag) if storage.has_ranges(uri) else None
+
+
+def _file_tag(stat: os.stat_result) -> tuple[int, str]:
+    return stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}"
+
+
+def _same(uri: str, found: str, wanted: str | None) -> str:
+    if wanted and found != wanted:
+        raise SlideError(
+            f"{uri}: changed since it was catalogued (version {found}, not {wanted}); "
+            "run `tilestream catalog` on it again"
+        )
+    return found
+
+
+def _whole(uri: str, content: bytes, start: int, end: int) -> bytes:
+    if len(content) != end - start:
+        raise SlideError(
+            f"{uri}: ends after {len(content):,} of the {end - start:,} bytes from {start:,} on; "
+            "the upload was cut off? compare the size with the source"
+        )
+    return content
+
+
+@lru_cache(maxsize=1)
+def _requests() -> ThreadPoolExecutor:
+    """This process's requests under way. obstore lets go of the interpreter while it waits."""
+    return ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix="ranges")
+
+
+_stores: dict[tuple[str, str], ObjectStore] = {}
+
+
+def _store(uri: str, options: storage.StorageOptions | None) -> tuple[ObjectStore, str]:
+    """One store a bucket and set of options: it holds the connections."""
+    root, path = storage.split_bucket(uri)
+    key = (root, repr(sorted((options or {}).items(), key=str)) + storage.store_environment())
+    if key not in _stores:
+        with storage.storage_errors(uri):
+            _stores[key] = storage.object_store(root, options)
+    return _stores[key], path
+
+
+class RangeFile:
+    """A read-only seekable file over ranges, for parsers: what lies near is fetched with what is asked for.
+
+    Pages of 64 KiB are kept, a hundred at most.
+    """
+
+    _PAGE = 2**16
+
+    def __init__(self, ranges: Ranges) -> None:
+        self._ranges, self._at = ranges, 0
+        self._page = lru_cache(maxsize=100)(self._fetch)
+
+    def _fetch(self, page: int) -> bytes:
+        start = page * self._PAGE
+        return self._ranges.begin(start, min(start + self._PAGE, self._ranges.size))()
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """As io's."""
+        self._at = max(0, offset + (0, self._at, self._ranges.size)[whence])
+        return self._at
+
+    def tell(self) -> int:
+        """As io's."""
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        """As io's: fewer bytes at the end."""
+        end = self._ranges.size if size < 0 else min(self._at + size, self._ranges.size)
+        if end <= self._at:
+            return b""
+        first, last = self._at // self._PAGE, (end - 1) // self._PAGE
+        if last - first > 8:
+            content = self._ranges.begin(self._at, end)()
+        else:
+            pages = b"".join(self._page(page) for page in range(first, last + 1))
+            content = pages[self._at - first * self._PAGE : end - first * self._PAGE]
+        self._at = end
+        return content

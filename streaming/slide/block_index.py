@@ -1,0 +1,199 @@
+"""The block index: one small file a slide that tells how to read its blocks, and where each lies, without the slide.
+
+    magic, length of the header │ header: JSON │ table of level 0 │ table of level 1 │ …
+
+A table is records of 64 blocks in the grid's order: the offset of the first as uint64, then the blocks' lengths, then
+the gaps before each, both in as few bytes as the level needs (scanners write blocks one after the other: no gaps, two
+or three bytes of length, so some 2.2 to 3.2 bytes a block; blocks in no order take up to 8 bytes of gap more). One
+block's place costs one small read, which the page cache shares between all processes of a node.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streaming.errors import CatalogError
+from streaming.slide.codecs import BlockFormat
+from streaming.slide.tiff import BlockLevel, TiffSlide
+
+_MAGIC = b"tilestream blocks 1\n"
+_RECORD = 64
+
+Ints = NDArray[np.int64]
+ReadBytes = Callable[[int, int], bytes]
+
+
+@dataclass(frozen=True)
+class IndexedLevel:
+    """A level as a grid of blocks; width, height in its own pixels. `places` knows where they lie."""
+
+    width: int
+    height: int
+    form: BlockFormat
+    at: int
+    """Where its table begins in the index."""
+    length_bytes: int
+    gap_bytes: int
+    read: ReadBytes = field(repr=False, compare=False)
+
+    @property
+    def columns(self) -> int:
+        """Blocks in a row."""
+        return -(-self.width // self.form.width)
+
+    def places(self, first: int, last: int) -> tuple[Ints, Ints]:
+        """Offsets and lengths, int64, of the blocks first to last (row by row, both included)."""
+        size = 8 + _RECORD * (self.length_bytes + self.gap_bytes)
+        begin, end = first // _RECORD, last // _RECORD + 1
+        raw = np.frombuffer(self.read(self.at + begin * size, (end - begin) * size), np.uint8).reshape(-1, size)
+        base = raw[:, :8].copy().view("<i8")
+        split = 8 + _RECORD * self.length_bytes
+        nbytes = _unpack(raw[:, 8:split], self.length_bytes)
+        gaps = _unpack(raw[:, split:], self.gap_bytes)
+        gaps = (gaps >> 1) ^ -(gaps & 1)
+        ends = (base + np.cumsum(nbytes + gaps, axis=1)).ravel()
+        nbytes = nbytes.ravel()
+        kept = slice(first - begin * _RECORD, last + 1 - begin * _RECORD)
+        return (ends - nbytes)[kept], nbytes[kept]
+
+
+@dataclass(frozen=True)
+class BlockIndex:
+    """All that reading a slide's blocks needs; mpp is the metadata's in µm/px, None where it has none.
+
+    tag is the version of the object that the index describes (`streaming.ranges.Ranges`).
+    """
+
+    tag: str
+    vendor: str
+    mpp: float | None
+    levels: tuple[IndexedLevel, ...]
+
+
+def pack(slide: TiffSlide, tag: str, mpp: float | None) -> bytes:
+    """The index of a slide as a file's content."""
+    levels: list[dict[str, Any]] = []
+    tables: list[bytes] = []
+    at = 0
+    for level in slide.levels:
+        table, length_bytes, gap_bytes = _table(level)
+        form = level.form
+        levels.append(
+            {
+                "size": [level.width, level.height],
+                "block": [form.width, form.height],
+                "codec": form.codec,
+                "prefix": base64.b64encode(form.prefix).decode(),
+                "predictor": form.predictor,
+                "at": at,
+                "bytes": [length_bytes, gap_bytes],
+            }
+        )
+        tables.append(table)
+        at += len(table)
+    header = json.dumps({"tag": tag, "vendor": slide.vendor, "mpp": mpp, "levels": levels}).encode()
+    return b"".join([_MAGIC, len(header).to_bytes(8, "little"), header, *tables])
+
+
+def unpack(content: bytes) -> BlockIndex:
+    """An index from its content, which stays in memory."""
+    return _index("the index", content, lambda offset, size: content[offset : offset + size])
+
+
+def open_index(path: str) -> BlockIndex:
+    """An index by its local path; its tables stay on disk.
+
+    Raises:
+        CatalogError: it is missing or damaged.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4096)
+            needed = len(_MAGIC) + 8 + int.from_bytes(start[len(_MAGIC) : len(_MAGIC) + 8], "little")
+            start += file.read(max(0, needed - len(start)))
+    except OSError as error:
+        raise CatalogError(f"{path}: can't read this block index ({error.strerror}); build the catalog anew") from error
+    return _index(path, start, partial(_read, path))
+
+
+def _read(path: str, offset: int, size: int) -> bytes:
+    # Opened for each read: 12,000 slides would be 12,000 descriptors, and a memory map counts as resident.
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise CatalogError(f"{path}: can't read this block index ({error.strerror}); build the catalog anew") from error
+    try:
+        content = os.pread(file, size, offset)
+    finally:
+        os.close(file)
+    if len(content) != size:
+        raise CatalogError(f"{path}: the block index is cut off; build the catalog anew")
+    return content
+
+
+def _index(name: str, start: bytes, read: ReadBytes) -> BlockIndex:
+    body = len(_MAGIC) + 8
+    if start[: len(_MAGIC)] != _MAGIC:
+        raise CatalogError(f"{name}: not a block index of this version; build the catalog anew")
+    size = int.from_bytes(start[len(_MAGIC) : body], "little")
+    try:
+        header = json.loads(start[body : body + size])
+    except ValueError as error:
+        raise CatalogError(f"{name}: the block index is cut off; build the catalog anew") from error
+    levels = tuple(_level(entry, body + size, read) for entry in header["levels"])
+    return BlockIndex(header["tag"], header["vendor"], header["mpp"], levels)
+
+
+def _level(entry: dict[str, Any], tables_at: int, read: ReadBytes) -> IndexedLevel:
+    width, height = entry["block"]
+    return IndexedLevel(
+        width=entry["size"][0],
+        height=entry["size"][1],
+        form=BlockFormat(entry["codec"], width, height, base64.b64decode(entry["prefix"]), entry["predictor"]),
+        at=tables_at + entry["at"],
+        length_bytes=entry["bytes"][0],
+        gap_bytes=entry["bytes"][1],
+        read=read,
+    )
+
+
+def _table(level: BlockLevel) -> tuple[bytes, int, int]:
+    missing = -len(level.nbytes) % _RECORD
+    nbytes = np.pad(level.nbytes, (0, missing)).reshape(-1, _RECORD)
+    # An empty block lies nowhere: where the one before ends costs no gap.
+    offsets = np.pad(level.offsets, (0, missing)).reshape(-1, _RECORD).copy()
+    used = nbytes > 0
+    last_used = np.maximum.accumulate(np.where(used, np.arange(_RECORD), -1), axis=1)
+    ends = np.take_along_axis(offsets + nbytes, np.maximum(last_used, 0), axis=1)
+    first = np.take_along_axis(offsets, used.argmax(axis=1)[:, None], axis=1)
+    offsets = np.where(used, offsets, np.where(last_used < 0, first, ends))
+    gaps = np.diff(offsets, axis=1, prepend=offsets[:, :1])
+    gaps[:, 1:] -= nbytes[:, :-1]
+    zigzag = (gaps << 1) ^ (gaps >> 63)
+    length_bytes, gap_bytes = _width(nbytes), _width(zigzag)
+    parts = [offsets[:, :1].astype("<i8").view(np.uint8), _pack(nbytes, length_bytes), _pack(zigzag, gap_bytes)]
+    return np.concatenate(parts, axis=1).tobytes(), length_bytes, gap_bytes
+
+
+def _width(values: Ints) -> int:
+    """Bytes that the largest of some values from 0 on needs."""
+    return (int(values.max(initial=0)).bit_length() + 7) // 8
+
+
+def _pack(values: Ints, width: int) -> NDArray[np.uint8]:
+    return values.astype("<i8")[..., None].view(np.uint8)[..., :width].reshape(len(values), -1)
+
+
+def _unpack(raw: NDArray[np.uint8], width: int) -> Ints:
+    out = np.zeros((len(raw), _RECORD, 8), np.uint8)
+    out[..., :width] = raw.reshape(len(raw), _RECORD, width)
+    return out.view("<i8")[..., 0]

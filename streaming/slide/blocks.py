@@ -1,0 +1,135 @@
+"""Slides as grids of compressed blocks: only the blocks that a region touches are fetched and decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from streaming.errors import SlideError
+from streaming.ranges import Ranges
+from streaming.slide import geometry
+from streaming.slide.block_index import BlockIndex
+from streaming.slide.codecs import decode
+from streaming.slide.geometry import LevelBox, Pixels
+
+# Neighbours in the file are fetched at once over a gap of this many bytes: word alignment, not another block.
+_MAX_GAP = 64
+
+
+class BlockSlide:
+    """A slide read block by block; what `streaming.slide.Slide` describes.
+
+    The pixels equal OpenSlide's wherever a position is a whole pixel of its level (elsewhere OpenSlide blends
+    neighbouring pixels, and this takes the nearest).
+    """
+
+    backend = "blocks"
+
+    def __init__(self, uri: str, ranges: Ranges, index: BlockIndex, mpp: float | None = None) -> None:
+        self.uri, self.vendor = uri, index.vendor
+        self.mpp = index.mpp or mpp
+        self._ranges, self._levels = ranges, index.levels
+        self.level_dimensions: tuple[tuple[int, int], ...] = tuple(
+            (level.width, level.height) for level in index.levels
+        )
+        self.level_downsamples = geometry.downsamples(self.level_dimensions)
+
+    def level_compressions(self) -> list[str | None]:
+        """The compression of each level by name."""
+        return [level.form.codec for level in self._levels]
+
+    def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Pixels:
+        """Pixels of one level as uint8 (h, w, 3); location in level-0 pixels; black outside the slide, as OpenSlide.
+
+        Raises:
+            SlideError: no such level, or a block that can't be read; names it.
+            StorageError: the storage can't be reached.
+        """
+        geometry.check_region(self.uri, len(self._levels), level, size)
+        downsample = self.level_downsamples[level]
+        box = LevelBox(level, round(location[0] / downsample), round(location[1] / downsample), *size)
+        return self._begin_box(box)()
+
+    def begin_tile(self, x: int, y: int, mpp: float, size: int, *, exact: bool = False) -> Callable[[Pixels], None]:
+        """Asks for a tile's bytes; calling the answer waits for them and fills uint8 (size, size, 3).
+
+        Raises (both):
+            SlideError, StorageError: as `read_region`.
+        """
+        box = geometry.checked_tile_box(self.mpp, self.level_downsamples, x, y, mpp, size)
+        level = self._levels[box.level]
+        inside = min(box.x, box.y) >= 0 and box.x + box.width <= level.width and box.y + box.height <= level.height
+        scale = geometry.decode_scale(box, size, level.form.scales) if inside and not exact else 1
+        finish = self._begin_box(box, scale)
+        return lambda out: geometry.resize(finish(), out)
+
+    def read_tile(self, x: int, y: int, mpp: float, size: int, *, exact: bool = False) -> Pixels:
+        """A tile of uint8 (size, size, 3); x, y the level-0 pixel of its top-left corner, mpp its µm/px.
+
+        JPEG is decoded at 1/2, 1/4 or 1/8 where that fits; `exact` decodes in full.
+        """
+        tile = np.empty((size, size, 3), dtype=np.uint8)
+        self.begin_tile(x, y, mpp, size, exact=exact)(tile)
+        return tile
+
+    def _begin_box(self, box: LevelBox, scale: int = 1) -> Callable[[], Pixels]:
+        """Asks for the blocks of a rectangle; the answer gives its pixels, uint8 (h / scale, w / scale, 3)."""
+        level = self._levels[box.level]
+        wide, high = level.form.width, level.form.height
+        left, top = max(box.x, 0), max(box.y, 0)
+        right, bottom = min(box.x + box.width, level.width), min(box.y + box.height, level.height)
+        asked: list[tuple[int, int, Callable[[], bytes], list[tuple[int, int, int]]]] = []
+        if left < right and top < bottom:
+            first, last = left // wide, (right - 1) // wide
+            for row in range(top // high, (bottom - 1) // high + 1):
+                begin = row * level.columns + first
+                offsets, nbytes = level.places(begin, row * level.columns + last)
+                asked += [
+                    (row, start, self._ranges.begin(start, end), blocks)
+                    for start, end, blocks in _merged(offsets.tolist(), nbytes.tolist(), first)
+                ]
+
+        def finish() -> Pixels:
+            pixels = np.zeros((box.height // scale, box.width // scale, 3), dtype=np.uint8)
+            for row, start, answer, blocks in asked:
+                content = answer()
+                y0, y1 = max(top, row * high), min(bottom, row * high + high)
+                for column, offset, size in blocks:
+                    block = content[offset - start : offset - start + size]
+                    x0, x1 = max(left, column * wide), min(right, column * wide + wide)
+                    try:
+                        decoded = decode(block, level.form, scale)
+                    except (ValueError, RuntimeError, MemoryError) as error:
+                        raise self._broken(box.level, row * level.columns + column, error) from error
+                    pixels[
+                        (y0 - box.y) // scale : -(-(y1 - box.y) // scale),
+                        (x0 - box.x) // scale : -(-(x1 - box.x) // scale),
+                    ] = decoded[
+                        (y0 - row * high) // scale : -(-(y1 - row * high) // scale),
+                        (x0 - column * wide) // scale : -(-(x1 - column * wide) // scale),
+                    ]
+            return pixels
+
+        return finish
+
+    def _broken(self, level: int, block: int, error: Exception) -> SlideError:
+        reason = " ".join(str(error).split())
+        return SlideError(f"{self.uri}: level {level}, block {block}: {reason}; compare the slide with its source")
+
+    def close(self) -> None:
+        """Holds nothing open."""
+
+
+def _merged(offsets: list[int], nbytes: list[int], first: int) -> list[tuple[int, int, list[tuple[int, int, int]]]]:
+    """Spans [start, end) to fetch, each with its blocks (column, offset, length); empty blocks are in none."""
+    spans: list[tuple[int, int, list[tuple[int, int, int]]]] = []
+    for column, (offset, size) in enumerate(zip(offsets, nbytes, strict=True), start=first):
+        if not size:
+            continue
+        if spans and 0 <= offset - spans[-1][1] <= _MAX_GAP:
+            start, _, blocks = spans[-1]
+            spans[-1] = (start, offset + size, [*blocks, (column, offset, size)])
+        else:
+            spans.append((offset, offset + size, [(column, offset, size)]))
+    return spans

@@ -1,0 +1,114 @@
+"""Bytes of one compressed block → pixels, JPEG also at 1/2, 1/4 and 1/8 of its size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import imagecodecs
+import numpy as np
+import simplejpeg
+
+from streaming.slide.geometry import Pixels
+
+_SOI, _APP0, _APP14 = b"\xff\xd8", b"\xff\xe0", b"\xff\xee"
+
+# TIFF's compression tag → name: Adobe TIFF 6.0 and its supplements; 33003 and 33005 are Aperio's.
+CODECS = {1: "NONE", 5: "LZW", 7: "JPEG", 8: "DEFLATE", 32946: "DEFLATE", 33003: "JP2K_YCBCR", 33005: "JP2K_RGB"}
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """How the blocks of a level are compressed; width and height of a block in the level's pixels.
+
+    prefix stands before what follows a JPEG block's start marker: colour transform and shared tables. predictor: rows
+    hold differences of neighbouring pixels.
+    """
+
+    codec: str
+    width: int
+    height: int
+    prefix: bytes = field(default=b"", repr=False)
+    predictor: bool = False
+
+    @property
+    def scales(self) -> tuple[int, ...]:
+        """By how much a block can be decoded smaller, the most first."""
+        if self.codec != "JPEG":
+            return (1,)
+        return (8, 4, 2, 1) if self.width % 8 == self.height % 8 == 0 else (1,)
+
+
+def jpeg_prefix(tables: bytes, *, rgb: bool) -> bytes:
+    """The start of every JPEG block of a level: start marker, Adobe's colour transform, shared tables.
+
+    The TIFF's photometric tag is what counts, as for OpenSlide; libjpeg believes Adobe's marker (TIFF Technical Note 2;
+    Adobe Technical Note 5116: transform 0 is RGB, 1 is YCbCr).
+    """
+    adobe = _APP14 + b"\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + (b"\x00" if rgb else b"\x01")
+    return _SOI + adobe + tables.removeprefix(_SOI).removesuffix(b"\xff\xd9")
+
+
+def decode(block: bytes, form: BlockFormat, scale: int = 1) -> Pixels:
+    """The pixels of a block, uint8 (height / scale, width / scale, 3); a scale above 1 only of `BlockFormat.scales`.
+
+    Raises:
+        ValueError: it is damaged, or of another size than the level's blocks.
+    """
+    if form.codec == "JPEG":
+        return _decode_jpeg(block, form, scale)
+    pixels = _decode_jpeg2000(block, form) if form.codec.startswith("JP2K") else _decode_plain(block, form)
+    wanted = (form.height, form.width, 3)
+    if pixels.shape != wanted or pixels.dtype != np.uint8:
+        raise ValueError(f"it holds {pixels.shape} of {pixels.dtype}, not {wanted} of uint8")
+    return cast(Pixels, pixels)
+
+
+def _decode_jpeg(block: bytes, form: BlockFormat, scale: int) -> Pixels:
+    if block[:2] != _SOI:
+        raise ValueError("it does not begin as a JPEG")
+    start = 2
+    # A block's own colour markers would speak against the TIFF's.
+    while block[start : start + 2] in (_APP0, _APP14):
+        start += 2 + int.from_bytes(block[start + 2 : start + 4])
+    whole = form.prefix + block[start:]
+    height, width, *_ = simplejpeg.decode_jpeg_header(whole)
+    # Before a byte is allocated for it: a header can claim 65,535 × 65,535 px.
+    if (height, width) != (form.height, form.width):
+        raise ValueError(f"it is of {width} × {height} px, not {form.width} × {form.height}")
+    if scale == 1:
+        return cast(Pixels, simplejpeg.decode_jpeg(whole))
+    height, width = form.height // scale, form.width // scale
+    return cast(Pixels, simplejpeg.decode_jpeg(whole, min_height=height, min_width=width, min_factor=scale))
+
+
+def _decode_jpeg2000(block: bytes, form: BlockFormat) -> Any:
+    # SIZ: image and tile extents, all 32-bit, tell what would be allocated (ISO/IEC 15444-1, A.5.1).
+    at = block.find(b"\xff\x51", 0, 200)
+    right, bottom, left, top = (int.from_bytes(block[at + 6 + 4 * i : at + 10 + 4 * i]) for i in range(4))
+    if at < 0 or (bottom - top, right - left) != (form.height, form.width):
+        raise ValueError(f"it is no JPEG 2000 image of {form.width} × {form.height} px")
+    pixels = imagecodecs.jpeg2k_decode(block)
+    return _rgb_of_ycbcr(pixels) if form.codec == "JP2K_YCBCR" and pixels.ndim == 3 else pixels
+
+
+def _rgb_of_ycbcr(pixels: Pixels) -> Pixels:
+    """BT.601 full range, as JFIF has it: what OpenSlide makes of Aperio's 33003."""
+    y, cb, cr = (pixels[..., i].astype(np.float32) - (0, 128, 128)[i] for i in range(3))
+    rgb = np.stack((y + 1.402 * cr, y - 0.34414 * cb - 0.71414 * cr, y + 1.772 * cb), axis=-1)
+    return np.clip(rgb, 0, 255).astype(np.uint8)
+
+
+def _decode_plain(block: bytes, form: BlockFormat) -> Any:
+    nbytes = form.height * form.width * 3
+    out = np.empty(nbytes, dtype=np.uint8)
+    if form.codec == "NONE":
+        content = np.frombuffer(block, np.uint8)
+    elif form.codec == "LZW":
+        content = np.frombuffer(imagecodecs.lzw_decode(block, out=cast(Any, out)), np.uint8)
+    else:
+        content = np.frombuffer(imagecodecs.zlib_decode(block, out=cast(Any, out)), np.uint8)
+    if content.size != nbytes:
+        raise ValueError(f"it holds {content.size:,} of {nbytes:,} bytes")
+    pixels = content.reshape(form.height, form.width, 3)
+    return imagecodecs.delta_decode(pixels, axis=1) if form.predictor else pixels
