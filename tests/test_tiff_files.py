@@ -66,6 +66,20 @@ def test_openslide_refuses_big_endian_classic_tiff_and_tifffile_reads_it(tmp_pat
             assert off.mean() <= LOSS.get(compression, 0)
 
 
+@pytest.mark.parametrize(("block", "opens"), [((32, 32), True), ((64, 48), True), ((48, 48), False)])
+def test_openslide_reads_uncompressed_blocks_of_multiples_of_1024_bytes_only(tmp_path: Path, block, opens) -> None:
+    path = write_tiff(TiffSlide(block=block, compression="none"), tmp_path / "slide.svs")
+    with tifffile.TiffFile(path) as tiff:
+        np.testing.assert_array_equal(tiff.pages[0].asarray(), level_pixels(TiffSlide(), 0))
+    with openslide.OpenSlide(path) as slide:
+        if opens:
+            read_level(slide, 0)
+        else:
+            # The libtiff of openslide-bin 4.0.1 compares with a buffer rounded up; also for a file by tifffile.
+            with pytest.raises(openslide.OpenSlideError, match="Invalid tile byte count"):
+                read_level(slide, 0)
+
+
 @pytest.mark.parametrize("compression", JPEG_2000)
 def test_openslide_reads_jpeg_2000_in_aperio_slides_and_refuses_it_elsewhere(tmp_path: Path, compression) -> None:
     slide = TiffSlide(compression=compression, downsamples=(1, 4))
