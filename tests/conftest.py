@@ -24,7 +24,7 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def write_catalog(folder: Path, slides: list[Path]) -> str:
-    rows = [inspect(stat(str(path)), None, None, Staging()) for path in slides]
+    rows = [inspect(stat(str(path)), None, None, Staging(), str(folder)) for path in slides]
     write_table(str(folder / "slides.parquet"), table_of(rows))
     return str(folder)
 

@@ -22,6 +22,7 @@ LEVEL_TOLERANCE = 0.01
 
 # µm/px outside this is a default or a unit mix-up in the metadata (72 dpi reads as 352 µm/px), not a microscope.
 _PLAUSIBLE_MPP = (0.02, 20.0)
+_MIN_REMAINING_RATIO = 2.5
 # More than this is a mistake, not a region: 3 GiB of pixels.
 _MAX_REGION_PX = 2**30
 
@@ -61,10 +62,17 @@ def tile_box(mpp: float, level_downsamples: Sequence[float], x: int, y: int, wan
 def decode_scale(box: LevelBox, size: int, scales: Sequence[int]) -> int:
     """The largest of some whole reductions that a box can be decoded at on its way to size × size px.
 
-    The box must be whole pixels of the reduced level, or the tile would be shifted by a part of one.
+    The box must be whole pixels of the reduced level, or the tile would be shifted by a part of one. What remains to
+    be averaged must be a whole number of them, or many: pixels cut by 1.1 to 2 lose the fine detail (28 to 37 dB
+    against the full decode on CMU-1, from 2.5 on 39 dB and more; whole numbers 49 dB and more).
     """
-    fitting = [scale for scale in scales if box.width >= size * scale]
-    return max((s for s in fitting if not (box.x % s or box.y % s or box.width % s or box.height % s)), default=1)
+
+    def fits(scale: int) -> bool:
+        if box.x % scale or box.y % scale or box.width % scale or box.height % scale:
+            return False
+        return box.width % (size * scale) == 0 or box.width >= _MIN_REMAINING_RATIO * size * scale
+
+    return max(filter(fits, scales), default=1)
 
 
 def resize(pixels: Pixels, out: Pixels) -> None:

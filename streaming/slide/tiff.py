@@ -113,7 +113,8 @@ def _slide(uri: str, tiff: tifffile.TiffFile, file_nbytes: int) -> TiffSlide | N
     ]
     usable = [level for level in blocks if level is not None]
     # OpenSlide paints Aperio's empty blocks from other levels.
-    if len(usable) < len(blocks) or (vendor == "aperio" and any((level.nbytes == 0).any() for level in usable)):
+    painted = vendor == "aperio" and len(usable) > 1 and any((level.nbytes == 0).any() for level in usable)
+    if len(usable) < len(blocks) or painted:
         return None
     return TiffSlide(vendor, mpp, tuple(usable))
 

@@ -18,11 +18,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from streaming.slide import Slide, open_slide
-from streaming.slide.synthetic import SyntheticSlide, write_slide
+from streaming.slide.synthetic import SyntheticSlide
+from streaming.slide.synthetic_svs import write_slide
 from tests.tiff_files import TiffSlide, level_pixels, write_tiff
 
 # True once tiled TIFFs are served by their blocks and not by OpenSlide.
-FAST_PATH = False
+FAST_PATH = True
 
 DATA = Path(__file__).parents[2].parent / "shared/data"
 REAL = {"CMU-1-crop.svs": 0, "TCGA-CR-7395-TS1.svs": 1}  # grey levels that two JPEG 2000 decoders may differ by
