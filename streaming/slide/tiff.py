@@ -22,6 +22,7 @@ from streaming.slide.codecs import CODECS, BlockFormat, jpeg_prefix
 _RGB, _YCBCR = 2, 6
 _XMP, _NDPI_FORMAT = 700, 65420
 _MAX_BLOCK_PX = 2**24
+_MAX_PAGES = 1000  # the largest Z-stacks have some hundred
 _UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0}  # TIFF's ResolutionUnit: inch, cm
 
 
@@ -73,7 +74,7 @@ def _slide(uri: str, tiff: tifffile.TiffFile, file_nbytes: int) -> TiffSlide | N
     first = tiff.pages.first
     if not first.is_tiled:
         return None
-    pages = [page for page in tiff.pages if isinstance(page, tifffile.TiffPage)]
+    pages = _pages(uri, tiff)
     description = first.description or ""
     software = str(first.tags.valueof(305) or "")
     if description.startswith("Aperio"):
@@ -117,6 +118,18 @@ def _slide(uri: str, tiff: tifffile.TiffFile, file_nbytes: int) -> TiffSlide | N
     if len(usable) < len(blocks) or painted:
         return None
     return TiffSlide(vendor, mpp, tuple(usable))
+
+
+def _pages(uri: str, tiff: tifffile.TiffFile) -> list[tifffile.TiffPage]:
+    pages: dict[int, tifffile.TiffPage] = {}
+    for page in tiff.pages:
+        if page.offset in pages or len(pages) == _MAX_PAGES:
+            raise SlideError(
+                f"{uri}: its directories of tags form a loop, or are more than {_MAX_PAGES}; compare it with its source"
+            )
+        assert isinstance(page, tifffile.TiffPage), "frames are only made where they are asked for"
+        pages[page.offset] = page
+    return list(pages.values())
 
 
 def _blocks(
