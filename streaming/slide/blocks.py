@@ -16,6 +16,8 @@ from streaming.slide.geometry import LevelBox, Pixels
 # Neighbours in the file are fetched at once over a gap of this many bytes: word alignment, not another block.
 _MAX_GAP = 64
 
+_Place = tuple[int, int, int]  # column of a block, its offset and length
+
 
 class BlockSlide:
     """A slide read block by block; what `streaming.slide.Slide` describes.
@@ -49,7 +51,9 @@ class BlockSlide:
         geometry.check_region(self.uri, len(self._levels), level, size)
         downsample = self.level_downsamples[level]
         box = LevelBox(level, round(location[0] / downsample), round(location[1] / downsample), *size)
-        return self._begin_box(box)()
+        pixels = np.empty((size[1], size[0], 3), dtype=np.uint8)
+        self._begin_box(box)(pixels)
+        return pixels
 
     def begin_tile(self, x: int, y: int, mpp: float, size: int, *, exact: bool = False) -> Callable[[Pixels], None]:
         """Asks for a tile's bytes; calling the answer waits for them and fills uint8 (size, size, 3).
@@ -61,8 +65,17 @@ class BlockSlide:
         level = self._levels[box.level]
         inside = min(box.x, box.y) >= 0 and box.x + box.width <= level.width and box.y + box.height <= level.height
         scale = geometry.decode_scale(box, size, level.form.scales) if inside and not exact else 1
-        finish = self._begin_box(box, scale)
-        return lambda out: geometry.resize(finish(), out)
+        fill = self._begin_box(box, scale)
+
+        def finish(out: Pixels) -> None:
+            if (box.width, box.height) == (size * scale, size * scale):
+                fill(out)
+                return
+            pixels = geometry.scratch("box", box.height // scale, box.width // scale)
+            fill(pixels)
+            geometry.resize(pixels, out)
+
+        return finish
 
     def read_tile(self, x: int, y: int, mpp: float, size: int, *, exact: bool = False) -> Pixels:
         """A tile of uint8 (size, size, 3); x, y the level-0 pixel of its top-left corner, mpp its µm/px.
@@ -73,45 +86,41 @@ class BlockSlide:
         self.begin_tile(x, y, mpp, size, exact=exact)(tile)
         return tile
 
-    def _begin_box(self, box: LevelBox, scale: int = 1) -> Callable[[], Pixels]:
-        """Asks for the blocks of a rectangle; the answer gives its pixels, uint8 (h / scale, w / scale, 3)."""
+    def _begin_box(self, box: LevelBox, scale: int = 1) -> Callable[[Pixels], None]:
+        """Asks for the blocks of a rectangle; the answer fills uint8 (h / scale, w / scale, 3)."""
         level = self._levels[box.level]
         wide, high = level.form.width, level.form.height
         left, top = max(box.x, 0), max(box.y, 0)
         right, bottom = min(box.x + box.width, level.width), min(box.y + box.height, level.height)
-        asked: list[tuple[int, int, Callable[[], bytes], list[tuple[int, int, int]]]] = []
-        if left < right and top < bottom:
-            first, last = left // wide, (right - 1) // wide
-            for row in range(top // high, (bottom - 1) // high + 1):
-                begin = row * level.columns + first
-                offsets, nbytes = level.places(begin, row * level.columns + last)
-                asked += [
-                    (row, start, self._ranges.begin(start, end), blocks)
-                    for start, end, blocks in _merged(offsets.tolist(), nbytes.tolist(), first)
-                ]
+        if left >= right or top >= bottom:
+            return lambda out: out.fill(0)
+        whole = (left, top, right - left, bottom - top) == (box.x, box.y, box.width, box.height)
+        first, last = left // wide, (right - 1) // wide
+        asked: list[tuple[int, int, Callable[[], bytes], list[_Place]]] = []
+        for row in range(top // high, (bottom - 1) // high + 1):
+            offsets, nbytes = level.places(row * level.columns + first, row * level.columns + last)
+            whole = whole and bool(nbytes.all())
+            for start, end, blocks in _merged(offsets.tolist(), nbytes.tolist(), first):
+                asked.append((row, start, self._ranges.begin(start, end), blocks))
 
-        def finish() -> Pixels:
-            pixels = np.zeros((box.height // scale, box.width // scale, 3), dtype=np.uint8)
+        def fill(out: Pixels) -> None:
+            if not whole:
+                out.fill(0)  # black past the slide and where a block is empty, as OpenSlide
             for row, start, answer, blocks in asked:
                 content = answer()
                 y0, y1 = max(top, row * high), min(bottom, row * high + high)
-                for column, offset, size in blocks:
-                    block = content[offset - start : offset - start + size]
+                for column, offset, nbytes in blocks:
                     x0, x1 = max(left, column * wide), min(right, column * wide + wide)
                     try:
-                        decoded = decode(block, level.form, scale)
+                        block = decode(content[offset - start : offset - start + nbytes], level.form, scale)
                     except (ValueError, RuntimeError, MemoryError) as error:
                         raise self._broken(box.level, row * level.columns + column, error) from error
-                    pixels[
-                        (y0 - box.y) // scale : -(-(y1 - box.y) // scale),
-                        (x0 - box.x) // scale : -(-(x1 - box.x) // scale),
-                    ] = decoded[
-                        (y0 - row * high) // scale : -(-(y1 - row * high) // scale),
-                        (x0 - column * wide) // scale : -(-(x1 - column * wide) // scale),
+                    rows, columns = _scaled(y0, y1, box.y, scale), _scaled(x0, x1, box.x, scale)
+                    out[rows, columns] = block[
+                        _scaled(y0, y1, row * high, scale), _scaled(x0, x1, column * wide, scale)
                     ]
-            return pixels
 
-        return finish
+        return fill
 
     def _broken(self, level: int, block: int, error: Exception) -> SlideError:
         reason = " ".join(str(error).split())
@@ -121,9 +130,14 @@ class BlockSlide:
         """Holds nothing open."""
 
 
-def _merged(offsets: list[int], nbytes: list[int], first: int) -> list[tuple[int, int, list[tuple[int, int, int]]]]:
+def _scaled(start: int, stop: int, origin: int, scale: int) -> slice:
+    """A span of level pixels, counted from an origin and in pixels reduced by scale."""
+    return slice((start - origin) // scale, -((origin - stop) // scale))
+
+
+def _merged(offsets: list[int], nbytes: list[int], first: int) -> list[tuple[int, int, list[_Place]]]:
     """Spans [start, end) to fetch, each with its blocks (column, offset, length); empty blocks are in none."""
-    spans: list[tuple[int, int, list[tuple[int, int, int]]]] = []
+    spans: list[tuple[int, int, list[_Place]]] = []
     for column, (offset, size) in enumerate(zip(offsets, nbytes, strict=True), start=first):
         if not size:
             continue

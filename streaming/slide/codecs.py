@@ -9,7 +9,7 @@ import imagecodecs
 import numpy as np
 import simplejpeg
 
-from streaming.slide.geometry import Pixels
+from streaming.slide.geometry import Pixels, scratch
 
 _SOI, _APP0, _APP14 = b"\xff\xd8", b"\xff\xe0", b"\xff\xee"
 
@@ -52,6 +52,8 @@ def jpeg_prefix(tables: bytes, *, rgb: bool) -> bytes:
 def decode(block: bytes, form: BlockFormat, scale: int = 1) -> Pixels:
     """The pixels of a block, uint8 (height / scale, width / scale, 3); a scale above 1 only of `BlockFormat.scales`.
 
+    They may lie in memory that this thread's next call overwrites.
+
     Raises:
         ValueError: it is damaged, or of another size than the level's blocks.
     """
@@ -76,10 +78,10 @@ def _decode_jpeg(block: bytes, form: BlockFormat, scale: int) -> Pixels:
     # Before a byte is allocated for it: a header can claim 65,535 × 65,535 px.
     if (height, width) != (form.height, form.width):
         raise ValueError(f"it is of {width} × {height} px, not {form.width} × {form.height}")
-    if scale == 1:
-        return cast(Pixels, simplejpeg.decode_jpeg(whole))
     height, width = form.height // scale, form.width // scale
-    return cast(Pixels, simplejpeg.decode_jpeg(whole, min_height=height, min_width=width, min_factor=scale))
+    out = scratch("block", height, width)
+    simplejpeg.decode_jpeg(whole, min_height=height, min_width=width, min_factor=scale, buffer=cast(Any, out))
+    return out
 
 
 def _decode_jpeg2000(block: bytes, form: BlockFormat) -> Any:

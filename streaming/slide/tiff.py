@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import cast
 from xml.etree import ElementTree
 
 import numpy as np
@@ -128,6 +129,12 @@ def _pages(uri: str, tiff: tifffile.TiffFile) -> list[tifffile.TiffPage]:
                 f"{uri}: its directories of tags form a loop, or are more than {_MAX_PAGES}; compare it with its source"
             )
         assert isinstance(page, tifffile.TiffPage), "frames are only made where they are asked for"
+        if page.is_tiled and not 0 < page.tilewidth * page.tilelength <= _MAX_BLOCK_PX:
+            # OpenSlide 4.0.1 aborts the process where it can't allocate one.
+            raise SlideError(
+                f"{uri}: blocks of {page.tilewidth:,} × {page.tilelength:,} px in directory {page.index}; "
+                "compare it with its source"
+            )
         pages[page.offset] = page
     return list(pages.values())
 
@@ -135,7 +142,24 @@ def _pages(uri: str, tiff: tifffile.TiffFile) -> list[tifffile.TiffPage]:
 def _blocks(
     uri: str, level: int, page: tifffile.TiffPage, size: tuple[int, int], file_nbytes: int
 ) -> BlockLevel | None:
-    """A page's blocks, None where they are not plain 8-bit RGB in a codec of ours."""
+    """A page's blocks, None where they are not plain 8-bit RGB in a codec of ours.
+
+    What a tag must be in any TIFF is checked first: OpenSlide 4.0.1 aborts the process where it can't allocate.
+    """
+    width, height = page.tilewidth, page.tilelength
+    if not 0 < width * height <= _MAX_BLOCK_PX or min(size) < 1:
+        raise SlideError(
+            f"{uri}: level {level}: blocks of {width} × {height} px for {size}; compare it with its source"
+        )
+    columns, rows = -(-page.imagewidth // width), -(-page.imagelength // height)
+    offsets, nbytes = np.array(page.dataoffsets, np.int64), np.array(page.databytecounts, np.int64)
+    num_planes = page.samplesperpixel if page.planarconfig == 2 else 1
+    if not len(offsets) == len(nbytes) == rows * columns * num_planes * page.imagedepth:
+        raise SlideError(
+            f"{uri}: level {level}: {len(offsets):,} offsets and {len(nbytes):,} lengths for {rows * columns:,} blocks"
+            "; compare it with its source"
+        )
+    _check_places(uri, level, offsets, nbytes, file_nbytes)
     plain = page.samplesperpixel == 3 and page.bitspersample == 8 and page.planarconfig == 1 and page.imagedepth == 1
     codec = CODECS.get(int(page.compression))
     photometric = int(page.photometric)  # type: ignore[arg-type]
@@ -145,23 +169,13 @@ def _blocks(
         return None
     if codec not in ("JPEG", "JP2K_YCBCR", "JP2K_RGB") and photometric != _RGB:
         return None
-    width, height = page.tilewidth, page.tilelength
-    if not 0 < width * height <= _MAX_BLOCK_PX or min(size) < 1:
-        raise SlideError(
-            f"{uri}: level {level}: blocks of {width} × {height} px for {size}; compare it with its source"
-        )
-    columns, rows = -(-page.imagewidth // width), -(-page.imagelength // height)
-    offsets, nbytes = np.array(page.dataoffsets, np.int64), np.array(page.databytecounts, np.int64)
-    if not len(offsets) == len(nbytes) == rows * columns:
-        raise SlideError(
-            f"{uri}: level {level}: {len(offsets):,} offsets and {len(nbytes):,} lengths for {rows * columns:,} blocks"
-            "; compare it with its source"
-        )
+    tables = cast(object, page.jpegtables or b"")
+    if not isinstance(tables, bytes):
+        raise SlideError(f"{uri}: level {level}: its JPEG tables are no bytes; compare it with its source")
     # Philips cuts its levels off its blocks: what lies past the picture is never read.
     kept = (np.arange(-(-size[1] // height))[:, None] * columns + np.arange(-(-size[0] // width))).ravel()
     offsets, nbytes = offsets[kept], nbytes[kept]
-    _check_places(uri, level, offsets, nbytes, file_nbytes)
-    prefix = jpeg_prefix(page.jpegtables or b"", rgb=photometric == _RGB) if codec == "JPEG" else b""
+    prefix = jpeg_prefix(tables, rgb=photometric == _RGB) if codec == "JPEG" else b""
     form = BlockFormat(codec, width, height, prefix, int(page.predictor) == 2)
     return BlockLevel(*size, form, offsets, nbytes)
 
