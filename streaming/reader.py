@@ -1,11 +1,16 @@
-"""The reader: sample indices in, uint8 tiles out. One actor holds one; it is as well called in-process."""
+"""The reader: sample indices in, uint8 tiles out. One actor holds one; it is as well called in-process.
+
+While blocks are decoded, the next ones are on their way: all requests of a batch go out at once, and an actor works on
+two batches.
+"""
 
 from __future__ import annotations
 
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -27,6 +32,8 @@ Key = TypeVar("Key", bound=Hashable)
 # A tile is replaced this often before the run is told that hardly anything passes: at 80 % rejected tiles, once in
 # 10^24 samples.
 _MAX_ATTEMPTS = 256
+# A slide of a remote catalog costs a request or two to open, and at first nearly every tile is of a new one.
+_MAX_OPENING = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +56,16 @@ class SlidePool(Generic[Key]):
 
     def __init__(self, opener: Callable[[Key], Slide], max_open: int = 64) -> None:
         self._opener, self._max_open = opener, max_open
-        self._slides: dict[Key, Slide] = {}
+        self._slides: dict[Key, Future[Slide]] = {}
         self._recent: OrderedDict[Key, None] = OrderedDict()
-        self._broken: dict[Key, str] = {}
         self._lock = threading.Lock()
+        self._openers = ThreadPoolExecutor(_MAX_OPENING, thread_name_prefix="open")
+
+    def open_all(self, keys: Iterable[Key]) -> None:
+        """Opens slides side by side, those that are not open yet; what can't be opened is told by `begin_tile`."""
+        new = [key for key in keys if key not in self._slides]
+        if len(new) > 1:
+            list(self._openers.map(self._opened, new))
 
     def begin_tile(self, key: Key, x: int, y: int, mpp: float, size: int) -> Callable[[Pixels], None]:
         """Asks for a tile of the slide that the opener opens for that key; the answer fills uint8 (size, size, 3).
@@ -74,23 +87,33 @@ class SlidePool(Generic[Key]):
         return finish
 
     def _slide(self, key: Key) -> Slide:
-        with self._lock:
-            if key in self._broken:
-                raise SlideError(self._broken[key])
-            if key not in self._slides:
-                try:
-                    self._slides[key] = self._opener(key)
-                except (SlideError, StorageError) as error:
-                    self._broken[key] = str(error)
-                    raise
-            slide = self._slides[key]
-            if slide.backend == "openslide":
+        opened = self._opened(key)
+        error = opened.exception()
+        if error is not None:
+            # Another one each time: raised again and again, the same would gather tracebacks without end.
+            raise type(error)(*error.args)
+        slide = opened.result()
+        if slide.backend == "openslide":
+            with self._lock:
                 self._recent[key] = None
                 self._recent.move_to_end(key)
                 if len(self._recent) > self._max_open:
                     # Another thread may still read it: it closes when nobody holds it any more.
-                    del self._slides[self._recent.popitem(last=False)[0]]
-            return slide
+                    self._slides.pop(self._recent.popitem(last=False)[0], None)
+        return slide
+
+    def _opened(self, key: Key) -> Future[Slide]:
+        """The slide, or why it can't be opened; whoever asks first opens it, others wait."""
+        with self._lock:
+            first = key not in self._slides
+            opened = self._slides.setdefault(key, Future())
+        if first:
+            try:
+                opened.set_result(self._opener(key))
+            except BaseException as error:
+                opened.set_exception(error)
+        wait([opened])
+        return opened
 
     def _forget(self, key: Key) -> None:
         with self._lock:
@@ -99,7 +122,7 @@ class SlidePool(Generic[Key]):
 
 
 class TileReader:
-    """Turns sample indices into tiles; a plain callable, which Ray Data runs in an actor.
+    """Turns sample indices into tiles; a plain callable, which Ray Data runs in an actor, from several threads.
 
     A tile that can't be read, or that the HSV rule turns down, is replaced by the plan's next attempt for the same
     index, so that the same indices give the same tiles wherever and however often they are read.
@@ -157,6 +180,7 @@ class TileReader:
             specs = plan.specs(index[pending], np.full(len(pending), attempt, dtype=np.int32))
             again: list[int] = []
             # All requests go out before the first block is decoded: storage works while this decodes.
+            self._pool.open_all(np.unique(specs.slide).tolist())
             begun = [self._begin(specs, i) for i in range(len(pending))]
             for i, at in enumerate(pending.tolist()):
                 try:

@@ -90,7 +90,13 @@ class TileStream:
             _ReaderActor,
             fn_constructor_args=(first, ray.put(self.plan), ray.put(self.catalog), self.reader),
             batch_size=self.shape.micro,
-            compute=ActorPoolStrategy(min_size=self._readers[0], max_size=self._readers[1]),
+            compute=ActorPoolStrategy(
+                min_size=self._readers[0],
+                max_size=self._readers[1],
+                # While one batch is decoded, the other's bytes are on their way.
+                max_concurrent_calls_per_actor=2,
+                enable_true_multi_threading=True,
+            ),
             num_cpus=self._reader_cpus,
         )
         dataset.context.execution_options.preserve_order = True
