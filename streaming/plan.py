@@ -222,6 +222,8 @@ class TilePlan:
         cell = self._cell_of_rank(rank) - self._start[slide]
         cell_px = CELL_UM / self._slide_mpp[slide]
         extent = self.size * self._mpp_values[mpp_row] / self._slide_mpp[slide]
+        # Corners are whole pixels of the tile: then a JPEG block can be decoded at 1/2, 1/4 or 1/8.
+        whole = np.maximum(1, np.rint(self._mpp_values[mpp_row] / self._slide_mpp[slide])).astype(np.int64)
         # A point on tissue, then a tile around it, anywhere that keeps the point in the tile and the tile on the slide:
         # places are drawn in proportion to their tissue, and none piles up at the slide's edges.
         corner: list[NDArray[np.int64]] = []
@@ -234,7 +236,8 @@ class TilePlan:
             last = np.floor(self._extent_limit[axis, slide] - extent)
             point = (position + number(inside, trial)) * cell_px
             low, high = np.clip(point - extent, 0, last), np.clip(point, 0, last)
-            corner.append(np.floor(low + number(offset, trial) * (high - low)).astype(np.int64))
+            drawn = np.floor(low + number(offset, trial) * (high - low)).astype(np.int64)
+            corner.append(drawn - drawn % whole)
         x, y = corner
         return slide, x, y, self._tissue_share(slide, x, y, mpp_row) >= self.min_tissue
 
