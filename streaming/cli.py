@@ -1,12 +1,14 @@
-"""The commands that need no model: `tilestream catalog` and `tilestream stream`."""
+"""The commands that need no model: `tilestream catalog`, `stream` and `bench`."""
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from streaming import storage
@@ -192,3 +194,35 @@ def run_stream(args: Namespace) -> None:
         sys.stderr.write(line + "\n")
     rate = f"{(budget.tiles - args.batch) / (ended - first_at):,.0f} tiles/s" if last - first > 1 else "one step"
     out(f"{budget.tiles:,} tiles of {last - first} steps: {rate} after the first batch at {first_at - started:.1f} s")
+
+
+def add_bench(commands: Any) -> None:
+    """`tilestream bench`."""
+    parser = add_command(
+        commands,
+        "bench",
+        "measure against others, side by side on this machine",
+        "  tilestream bench reader\n  tilestream bench reader --json",
+        run_bench,
+    )
+    parser.usage = "tilestream bench [NAME ...] [arguments of the benchmark]"
+    parser.add_argument("names", nargs="*", metavar="NAME", help="reader (default: all)")
+    parser.set_defaults(takes_overrides=True)
+
+
+def run_bench(args: Namespace) -> None:
+    """Runs benchmarks of the source tree, each in a process of its own.
+
+    Raises:
+        ConfigError: there is no such benchmark, or no source tree.
+    """
+    folder = Path(__file__).parents[1] / "benchmarks"
+    known = sorted(path.stem for path in folder.glob("*.py") if not path.stem.endswith("_server"))
+    if not known:
+        raise ConfigError(f"{folder}: no benchmarks here; they are part of the source tree: run this in a clone")
+    for name in args.names or known:
+        if name not in known:
+            raise ConfigError(f"bench {name}: no such benchmark; take {', '.join(known)}")
+        status = subprocess.run([sys.executable, str(folder / f"{name}.py"), *args.overrides]).returncode
+        if status:
+            sys.exit(status)

@@ -11,6 +11,7 @@ from typing import Any
 
 from streaming.cli import (
     OneLineParser,
+    add_bench,
     add_catalog,
     add_command,
     add_storage_options,
@@ -131,7 +132,7 @@ def build_parser() -> ArgumentParser:
         allow_abbrev=False,
     )
     commands: Any = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (add_demo, add_catalog, add_stream, add_train, add_embed):
+    for add in (add_demo, add_catalog, add_stream, add_train, add_embed, add_bench):
         add(commands)
     return parser
 

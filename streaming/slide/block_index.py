@@ -58,9 +58,11 @@ class IndexedLevel:
         base = raw[:, :8].copy().view("<i8")
         split = 8 + _RECORD * self.length_bytes
         nbytes = _unpack(raw[:, 8:split], self.length_bytes)
-        gaps = _unpack(raw[:, split:], self.gap_bytes)
-        gaps = (gaps >> 1) ^ -(gaps & 1)
-        ends = (base + np.cumsum(nbytes + gaps, axis=1)).ravel()
+        steps = nbytes
+        if self.gap_bytes:
+            gaps = _unpack(raw[:, split:], self.gap_bytes)
+            steps = nbytes + ((gaps >> 1) ^ -(gaps & 1))
+        ends = (base + np.cumsum(steps, axis=1)).ravel()
         nbytes = nbytes.ravel()
         kept = slice(first - begin * _RECORD, last + 1 - begin * _RECORD)
         return (ends - nbytes)[kept], nbytes[kept]
