@@ -40,7 +40,7 @@ from streaming.stream import BatchShape, TileStream, torch_batches
 from streaming.tissue import HsvRule
 
 MPPS = (0.25, 0.5, 1.0, 2.0)
-SIZE, BATCH, TURNS, LATENCY_S = 256, 64, 3, 0.02
+SIZE, BATCH, TURNS, LATENCY_S = 256, 128, 3, 0.02
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tilestream bench reader", description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     parser.add_argument("--tiles", type=int, default=200, help="tiles a turn of the CPU lines (200)")
-    parser.add_argument("--steps", type=int, default=60, help=f"steps of {BATCH} tiles a turn of the stream lines (60)")
+    parser.add_argument("--steps", type=int, default=80, help=f"steps of {BATCH} tiles a turn of the stream lines (80)")
     parser.add_argument("--slides", type=int, default=2, help="slides that are made for it (2)")
     parser.add_argument(
         "--folder", type=Path, default=Path(tempfile.gettempdir(), "tilestream-bench"), help="where those are kept"

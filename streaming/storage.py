@@ -174,7 +174,8 @@ def storage_errors(uri: str) -> Generator[None]:
     except StorageError:
         raise
     except FileNotFoundError as error:
-        what = "the bucket does not exist" if "bucket" in str(error).lower() else "not found"
+        no_bucket = any(sign in str(error) for sign in ("NoSuchBucket", "bucket does not exist"))
+        what = "the bucket does not exist" if no_bucket else "not found"
         raise StorageError(f"{uri}: {what}; check the address and the endpoint") from error
     except PermissionError as error:
         raise StorageError(f"{uri}: access denied; check the credentials and their rights ({error})") from error
