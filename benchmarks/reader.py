@@ -32,7 +32,7 @@ from streaming.catalog import BLOCKS, Catalog, table_of
 from streaming.catalog_job import Rejected, inspect
 from streaming.plan import TilePlan
 from streaming.reader import ReaderOptions
-from streaming.slide import Slide, Staging, codecs, make_index, open_slide
+from streaming.slide import Slide, Staging, codecs, open_slide
 from streaming.slide.block_index import open_index
 from streaming.slide.synthetic import SyntheticSlide
 from streaming.slide.synthetic_svs import write_slide
@@ -109,7 +109,7 @@ def cpu_ms(reads: Sequence[Callable[[], object]]) -> float:
 def cpu_lines(paths: list[Path], tiles: int) -> list[Line]:
     """CPU per tile from a local file in the page cache."""
     index = Path(tempfile.mkdtemp()) / "index"
-    index.write_bytes(make_index(str(paths[0])) or b"")
+    index.write_bytes(open_slide(str(paths[0])).packed_index or b"")
     slide = open_slide(str(paths[0]), index=open_index(str(index)))
     theirs = OpenSlideTiles(paths[:1])
     width, height = slide.level_dimensions[0]
@@ -164,8 +164,8 @@ def _decode_all(blocks: list[tuple[bytes, codecs.BlockFormat]], barrier: Any, ta
     taken.put(time.perf_counter() - started)
 
 
-def decode_limit(plan: TilePlan, paths: list[Path], tiles: int) -> tuple[float, int]:
-    """Tiles per second that two processes decode when the blocks are in memory; and the blocks' bytes."""
+def touched_blocks(plan: TilePlan, paths: list[Path], tiles: int) -> list[list[tuple[bytes, codecs.BlockFormat]]]:
+    """The compressed blocks of each of the plan's first tiles."""
     slides = [open_slide(str(path)) for path in paths]
     specs = plan.specs(np.arange(tiles))
     per_tile: list[list[tuple[bytes, codecs.BlockFormat]]] = []
@@ -179,6 +179,11 @@ def decode_limit(plan: TilePlan, paths: list[Path], tiles: int) -> tuple[float, 
         places = [[int(part[0]) for part in level.places(i, i)] for i in ids]
         ranges = slides[slide]._ranges
         per_tile.append([(ranges.begin(at, at + size)(), level.form) for at, size in places])
+    return per_tile
+
+
+def decode_limit(per_tile: list[list[tuple[bytes, codecs.BlockFormat]]]) -> float:
+    """Tiles per second that two processes decode when the blocks are in memory."""
     context = multiprocessing.get_context("spawn")
     barrier, taken = context.Barrier(2), context.Queue()
     shares = [[block for tile in per_tile[i::2] for block in tile] for i in range(2)]
@@ -188,7 +193,7 @@ def decode_limit(plan: TilePlan, paths: list[Path], tiles: int) -> tuple[float, 
     slowest = max(taken.get() for _ in workers)
     for worker in workers:
         worker.join()
-    return tiles / slowest, sum(len(content) for tile in per_tile for content, _ in tile)
+    return len(per_tile) / slowest
 
 
 def stream_lines(folder: Path, paths: list[Path], steps: int) -> tuple[list[Line], str]:
@@ -210,18 +215,18 @@ def stream_lines(folder: Path, paths: list[Path], steps: int) -> tuple[list[Line
         stream = TileStream(catalog, plan, BatchShape(BATCH), reader=reader, readers=(2, 2))
         cluster.connect(8)
         ours, theirs, limits, fetched = [], [], [], 0.0
+        total = (skip + steps) * BATCH
+        touched = touched_blocks(plan, paths, total)
         for turn in range(TURNS):
             requests_before, bytes_before = server.sent()
-            total = (skip + steps) * BATCH
             (shard,) = stream.dataset(0, skip + steps).streaming_split(1, equal=True)
             batches = torch_batches(shard, BATCH)
             ours.append(_rate(batches, skip, steps))
             del batches, shard
             requests, sent = server.sent()
-            limit, whole = decode_limit(plan, paths, total)
-            limits.append(limit)
+            limits.append(decode_limit(touched))
             if turn == 0:
-                fetched = (sent - bytes_before) / whole
+                fetched = (sent - bytes_before) / sum(len(content) for tile in touched for content, _ in tile)
                 sys.stderr.write(f"{(requests - requests_before) / total:.2f} requests a tile\n")
             loader = DataLoader(LocalTiles(plan, paths, total), batch_size=BATCH, num_workers=2)
             theirs.append(_rate(iter(loader), skip, steps))

@@ -93,12 +93,11 @@ class SlideRow:
 
 def index_name(info: storage.ObjectInfo) -> str:
     """The file of a slide's block index: its name, and a digest of its address and version."""
-    digest = hashlib.sha256(f"{info.uri}\n{info.version}\n{info.size}".encode()).hexdigest()[:16]
-    return f"{storage.name_of(info.uri)}-{digest}"
+    return f"{storage.name_of(info.uri)}-{info.digest[:16]}"
 
 
-def describe(slide: Slide, info: storage.ObjectInfo, grid: TissueGrid, index: bytes | None) -> SlideRow:
-    """The catalog's row for an open slide with a known mpp, and its block index if it has one."""
+def describe(slide: Slide, info: storage.ObjectInfo, grid: TissueGrid) -> SlideRow:
+    """The catalog's row for an open slide with a known mpp."""
     assert slide.mpp is not None, "a slide without mpp has no tissue grid"
     levels = [
         {"width": width, "height": height, "downsample": downsample, "compression": compression}
@@ -117,8 +116,8 @@ def describe(slide: Slide, info: storage.ObjectInfo, grid: TissueGrid, index: by
         height=slide.level_dimensions[0][1],
         levels=levels,
         backend=slide.backend,
-        index=index_name(info) if index else None,
-        index_nbytes=len(index or b""),
+        index=index_name(info) if slide.packed_index else None,
+        index_nbytes=len(slide.packed_index or b""),
         tissue_rows=rows,
         tissue_columns=columns,
         tissue_fraction=grid.fraction.tobytes(),

@@ -21,8 +21,7 @@ from streaming import cluster, storage
 from streaming.catalog import REJECTED_SCHEMA, SlideRow
 from streaming.errors import CatalogError, ConfigError, SlideError, StorageError
 from streaming.progress import ProgressLine
-from streaming.slide import SLIDE_SUFFIXES, Staging, make_index, open_slide
-from streaming.slide.block_index import unpack
+from streaming.slide import SLIDE_SUFFIXES, Staging, open_slide
 from streaming.tissue import tissue_grid
 
 _KEY_COLUMNS = ("slide", "uri", "path", "filename", "file", "slide_id", "name")
@@ -84,16 +83,15 @@ def inspect(
     Its block index is written to the catalog at `out`.
     """
     try:
-        content = make_index(info.uri, options)
-        index = unpack(content) if content else None
-        slide = open_slide(info.uri, options, mpp=mpp, index=index, expected=info, staging=staging)
+        slide = open_slide(info.uri, options, mpp=mpp, expected=info, staging=staging)
         try:
             grid = tissue_grid(slide)
             if not grid.fraction.any():
                 return Rejected(info.uri, info.size, info.version, "no tissue found")
-            if content and out is not None:
-                storage.write_bytes(storage.join(out, cat.BLOCKS, cat.index_name(info)), content, options)
-            return cat.describe(slide, info, grid, content)
+            if slide.packed_index and out is not None:
+                uri = storage.join(out, cat.BLOCKS, cat.index_name(info))
+                storage.write_bytes(uri, slide.packed_index, options)
+            return cat.describe(slide, info, grid)
         finally:
             slide.close()
     except (SlideError, StorageError) as error:

@@ -10,7 +10,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -103,7 +103,7 @@ class SlidePool(Generic[Key]):
         return slide
 
     def _opened(self, key: Key) -> Future[Slide]:
-        """The slide, or why it can't be opened; whoever asks first opens it, others wait."""
+        """The slide, or why it can't be opened; whoever asks first opens it, others wait for the result."""
         with self._lock:
             first = key not in self._slides
             opened = self._slides.setdefault(key, Future())
@@ -112,7 +112,6 @@ class SlidePool(Generic[Key]):
                 opened.set_result(self._opener(key))
             except BaseException as error:
                 opened.set_exception(error)
-        wait([opened])
         return opened
 
     def _forget(self, key: Key) -> None:

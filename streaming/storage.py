@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import os
 import posixpath
 import uuid
@@ -33,6 +34,8 @@ from streaming.errors import StorageError
 
 StorageOptions = Mapping[str, Any]
 
+_S3, _GCS, _AZURE, _HTTP = ("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss"), ("http", "https")
+
 # A wrong endpoint should be told within seconds, not after botocore's minute-long default timeouts and retries.
 _S3_CONFIG = {"connect_timeout": 5, "read_timeout": 60, "retries": {"mode": "standard", "max_attempts": 5}}
 
@@ -45,6 +48,11 @@ class ObjectInfo:
     size: int
     version: str
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all three, in hex: names what is made of just this version."""
+        return hashlib.sha256(f"{self.uri}\n{self.version}\n{self.size}".encode()).hexdigest()
+
 
 def filesystem(uri: str, storage_options: StorageOptions | None = None) -> tuple[AbstractFileSystem, str]:
     """The fsspec filesystem of a URI and the path within it.
@@ -54,7 +62,7 @@ def filesystem(uri: str, storage_options: StorageOptions | None = None) -> tuple
     """
     options = dict(storage_options or {})
     protocol = uri.split("://", 1)[0] if "://" in uri else "file"
-    if protocol in ("s3", "s3a"):
+    if protocol in _S3:
         region = options.pop("region", None) or os.environ.get("AWS_REGION")
         client = dict(options.pop("client_kwargs", {}))
         if region:
@@ -72,9 +80,6 @@ def filesystem(uri: str, storage_options: StorageOptions | None = None) -> tuple
             f"{uri}: no storage for this address ({error}); install the fsspec package for it"
         ) from error
     return fs, path
-
-
-_S3, _GCS, _AZURE, _HTTP = ("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss"), ("http", "https")
 
 
 def has_ranges(uri: str) -> bool:

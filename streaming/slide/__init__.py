@@ -28,6 +28,8 @@ class Slide(Protocol):
     mpp: float | None
     level_dimensions: tuple[tuple[int, int], ...]
     level_downsamples: tuple[float, ...]
+    packed_index: bytes | None
+    """Its block index as a file's content, if it was opened by its tags; None where OpenSlide serves"""
 
     def level_compressions(self) -> list[str | None]:
         """The compression of each level by name, None where unknown."""
@@ -50,20 +52,6 @@ class Slide(Protocol):
         ...
 
 
-def make_index(uri: str, storage_options: storage.StorageOptions | None = None) -> bytes | None:
-    """The block index of a slide as a file's content, from its TIFF tags alone; None where it goes through OpenSlide.
-
-    Raises:
-        SlideError: it is broken.
-        StorageError: it can't be reached.
-    """
-    ranges = open_ranges(uri, storage_options)
-    tiff = read_tiff(uri, ranges) if ranges is not None else None
-    if ranges is None or tiff is None:
-        return None
-    return block_index.pack(tiff, ranges.tag, geometry.plausible_mpp(uri, tiff.mpp))
-
-
 def open_slide(
     uri: str,
     storage_options: storage.StorageOptions | None = None,
@@ -83,17 +71,19 @@ def open_slide(
         SlideError: it is no slide, is broken, or is not the version that was expected.
         StorageError: it can't be reached.
     """
-    if index is None:
-        info = storage.stat(uri, storage_options)
-        if expected is not None and (info.size, info.version) != (expected.size, expected.version):
-            raise SlideError(f"{uri}: changed since it was catalogued; run `tilestream catalog` on it again")
-        content = make_index(uri, storage_options)
-        if content is None:
-            return open_staged(info, storage_options, mpp, staging or Staging())
-        index = block_index.unpack(content)
-    ranges = open_ranges(uri, storage_options, index.tag)
-    assert ranges is not None, "an index is made of ranges"
-    return BlockSlide(uri, ranges, index, mpp)
+    if index is not None:
+        ranges = open_ranges(uri, storage_options, index.tag)
+        assert ranges is not None, "an index is made of ranges"
+        return BlockSlide(uri, ranges, index, mpp)
+    info = storage.stat(uri, storage_options)
+    if expected is not None and (info.size, info.version) != (expected.size, expected.version):
+        raise SlideError(f"{uri}: changed since it was catalogued; run `tilestream catalog` on it again")
+    ranges = open_ranges(uri, storage_options)
+    tiff = read_tiff(uri, ranges) if ranges is not None else None
+    if ranges is None or tiff is None:
+        return open_staged(info, storage_options, mpp, staging or Staging())
+    packed = block_index.pack(tiff, ranges.tag, geometry.plausible_mpp(uri, tiff.mpp))
+    return BlockSlide(uri, ranges, block_index.unpack(packed), mpp, packed)
 
 
-__all__ = ["SLIDE_SUFFIXES", "Slide", "Staging", "make_index", "open_slide"]
+__all__ = ["SLIDE_SUFFIXES", "Slide", "Staging", "open_slide"]

@@ -26,6 +26,7 @@ from streaming.slide.codecs import BlockFormat
 from streaming.slide.tiff import BlockLevel, TiffSlide
 
 _MAGIC = b"tilestream blocks 1\n"
+_BODY = len(_MAGIC) + 8
 _RECORD = 64
 
 Ints = NDArray[np.int64]
@@ -117,41 +118,45 @@ def open_index(path: str) -> BlockIndex:
     Raises:
         CatalogError: it is missing or damaged.
     """
-    try:
-        with open(path, "rb") as file:
-            start = file.read(4096)
-            needed = len(_MAGIC) + 8 + int.from_bytes(start[len(_MAGIC) : len(_MAGIC) + 8], "little")
-            start += file.read(max(0, needed - len(start)))
-    except OSError as error:
-        raise CatalogError(f"{path}: can't read this block index ({error.strerror}); build the catalog anew") from error
+    start = _pread(path, 0, 4096)
+    end = _header_end(path, start)
+    if end > len(start):
+        start += _pread(path, len(start), end - len(start))
     return _index(path, start, partial(_read, path))
 
 
-def _read(path: str, offset: int, size: int) -> bytes:
+def _pread(path: str, offset: int, size: int) -> bytes:
     # Opened for each read: 12,000 slides would be 12,000 descriptors, and a memory map counts as resident.
     try:
         file = os.open(path, os.O_RDONLY)
+        try:
+            return os.pread(file, size, offset)
+        finally:
+            os.close(file)
     except OSError as error:
         raise CatalogError(f"{path}: can't read this block index ({error.strerror}); build the catalog anew") from error
-    try:
-        content = os.pread(file, size, offset)
-    finally:
-        os.close(file)
+
+
+def _read(path: str, offset: int, size: int) -> bytes:
+    content = _pread(path, offset, size)
     if len(content) != size:
         raise CatalogError(f"{path}: the block index is cut off; build the catalog anew")
     return content
 
 
-def _index(name: str, start: bytes, read: ReadBytes) -> BlockIndex:
-    body = len(_MAGIC) + 8
+def _header_end(name: str, start: bytes) -> int:
     if start[: len(_MAGIC)] != _MAGIC:
         raise CatalogError(f"{name}: not a block index of this version; build the catalog anew")
-    size = int.from_bytes(start[len(_MAGIC) : body], "little")
+    return _BODY + int.from_bytes(start[len(_MAGIC) : _BODY], "little")
+
+
+def _index(name: str, start: bytes, read: ReadBytes) -> BlockIndex:
+    end = _header_end(name, start)
     try:
-        header = json.loads(start[body : body + size])
+        header = json.loads(start[_BODY:end])
     except ValueError as error:
         raise CatalogError(f"{name}: the block index is cut off; build the catalog anew") from error
-    levels = tuple(_level(entry, body + size, read) for entry in header["levels"])
+    levels = tuple(_level(entry, end, read) for entry in header["levels"])
     return BlockIndex(header["tag"], header["vendor"], header["mpp"], levels)
 
 

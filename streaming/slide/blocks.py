@@ -28,8 +28,10 @@ class BlockSlide:
 
     backend = "blocks"
 
-    def __init__(self, uri: str, ranges: Ranges, index: BlockIndex, mpp: float | None = None) -> None:
-        self.uri, self.vendor = uri, index.vendor
+    def __init__(
+        self, uri: str, ranges: Ranges, index: BlockIndex, mpp: float | None = None, packed_index: bytes | None = None
+    ) -> None:
+        self.uri, self.vendor, self.packed_index = uri, index.vendor, packed_index
         self.mpp = index.mpp or mpp
         self._ranges, self._levels = ranges, index.levels
         self.level_dimensions: tuple[tuple[int, int], ...] = tuple(

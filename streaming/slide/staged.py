@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import os
 import shutil
 import tempfile
@@ -43,7 +42,7 @@ class Staging:
         Raises:
             StorageError: it can't be read, or is larger than the whole cache.
         """
-        key = hashlib.sha256(f"{info.uri}\n{info.version}\n{info.size}".encode()).hexdigest()[:32]
+        key = info.digest[:32]
         path = Path(self.folder, key, storage.name_of(info.uri))
         Path(self.folder).mkdir(parents=True, exist_ok=True)
         with FileLock(os.path.join(self.folder, f"{key}.lock")):
@@ -77,6 +76,7 @@ class OpenSlideSlide:
     """A slide read by OpenSlide; what `streaming.slide.Slide` describes."""
 
     backend = "openslide"
+    packed_index: bytes | None = None
 
     def __init__(self, uri: str, path: str, mpp: float | None = None) -> None:
         self.uri = uri

@@ -78,6 +78,7 @@ def _slide(uri: str, tiff: tifffile.TiffFile, file_nbytes: int) -> TiffSlide | N
     pages = _pages(uri, tiff)
     description = first.description or ""
     software = str(first.tags.valueof(305) or "")
+    spacings: list[tuple[float, ...]] = []
     if description.startswith("Aperio"):
         vendor = "aperio"
         levels = [page for page in pages if page.is_tiled]
@@ -102,7 +103,6 @@ def _slide(uri: str, tiff: tifffile.TiffFile, file_nbytes: int) -> TiffSlide | N
         mpp = _resolution_mpp(first)
     sizes = [(page.imagewidth, page.imagelength) for page in levels]
     if vendor == "philips":
-        spacings = _philips_spacings(description)
         if len(spacings) < len(levels):
             return None
         # Philips' tags count whole blocks; the spacing tells how much of a level is picture.

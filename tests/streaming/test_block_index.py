@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming.errors import CatalogError
-from streaming.slide import make_index, open_slide
+from streaming.slide import open_slide
 from streaming.slide.block_index import open_index, pack, unpack
 from streaming.slide.codecs import BlockFormat
 from streaming.slide.tiff import BlockLevel, TiffSlide
@@ -61,7 +61,7 @@ def test_an_index_takes_less_than_four_bytes_a_block_where_blocks_lie_in_order()
 
 
 def test_an_index_on_disk_reads_as_in_memory_and_as_tifffile_has_it(slides: list[Path], tmp_path: Path) -> None:
-    content = make_index(str(slides[0]))
+    content = open_slide(str(slides[0])).packed_index
     path = tmp_path / "index"
     path.write_bytes(content)
     with tifffile.TiffFile(slides[0]) as tiff:
@@ -77,7 +77,7 @@ def test_an_index_on_disk_reads_as_in_memory_and_as_tifffile_has_it(slides: list
 
 
 def test_a_missing_a_foreign_and_a_cut_index_are_told(slides: list[Path], tmp_path: Path) -> None:
-    content = make_index(str(slides[0]))
+    content = open_slide(str(slides[0])).packed_index
     path = tmp_path / "index"
     with pytest.raises(CatalogError, match=r"index: can't read this block index \(No such file"):
         open_index(str(path))

@@ -22,9 +22,6 @@ from streaming.slide.synthetic import SyntheticSlide
 from streaming.slide.synthetic_svs import write_slide
 from tests.tiff_files import TiffSlide, level_pixels, write_tiff
 
-# True once tiled TIFFs are served by their blocks and not by OpenSlide.
-FAST_PATH = True
-
 DATA = Path(__file__).parents[2].parent / "shared/data"
 REAL = {"CMU-1-crop.svs": 0, "TCGA-CR-7395-TS1.svs": 1}  # grey levels that two JPEG 2000 decoders may differ by
 CMU = DATA / "CMU-1-crop.svs"
@@ -39,8 +36,7 @@ PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=N
 
 
 def assert_fast(slide: Slide) -> None:
-    if FAST_PATH:
-        assert slide.backend == "blocks"
+    assert slide.backend == "blocks"
 
 
 def oracle(path: Path, location: tuple[int, int], level: int, size: tuple[int, int]) -> np.ndarray:
@@ -184,7 +180,6 @@ def test_empty_blocks_of_a_pyramid_read_as_openslide_reads_them(tmp_path: Path, 
 
 @pytest.mark.parametrize("compression", EXACT)
 @pytest.mark.parametrize("byte_order", ["<", ">"])
-@pytest.mark.skipif(not FAST_PATH, reason="OpenSlide knows no SubIFDs")
 def test_subifds_of_an_ome_tiff_are_its_levels(tmp_path: Path, compression, byte_order) -> None:
     made = TiffSlide(
         vendor="ome",
@@ -207,7 +202,6 @@ def test_subifds_of_an_ome_tiff_are_its_levels(tmp_path: Path, compression, byte
 
 
 @pytest.mark.parametrize("made", BEYOND_OPENSLIDE, ids=["big-endian classic", "uncompressed 48 px blocks"])
-@pytest.mark.skipif(not FAST_PATH, reason="OpenSlide refuses these")
 def test_layouts_that_openslide_refuses_are_read_all_the_same(tmp_path: Path, made: TiffSlide) -> None:
     slide = open_slide(str(write_tiff(made, tmp_path / "slide.svs")))
     assert_fast(slide)
