@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
+# Ray keeps repeated lines back and prints them when it leaves: after pytest's last line.
+test test-fast: export RAY_DEDUP_LOGS = 0
+
 .PHONY: demo test test-fast lint lock clean
 
 demo: $(INSTALLED)
