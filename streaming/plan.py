@@ -97,7 +97,8 @@ class TilePlan:
         self._rows = catalog.column("tissue_rows").astype(np.int64)
         self._columns = catalog.column("tissue_columns").astype(np.int64)
         self._start, self._total = catalog.column("tissue_offset"), catalog.column("tissue_total")
-        self._chooser = SlideChooser(catalog, seed, mpp, size, cohorts, max_upsampling, universe or Universe())
+        self.universe = universe or Universe()
+        self._chooser = SlideChooser(catalog, seed, mpp, size, cohorts, max_upsampling, self.universe)
         self._mpp_values = self._chooser.mpp_values
 
     @property
@@ -109,6 +110,11 @@ class TilePlan:
     def num_tiles(self) -> int | None:
         """Distinct tiles of the universe; None: without bound."""
         return self._chooser.num_tiles
+
+    @property
+    def is_exhaustive(self) -> bool:
+        """Whether each of them comes once before any comes again."""
+        return not self.universe.replacement
 
     def shuffle_quality(self, batches: Iterable[NDArray[np.int32]]) -> ShuffleQuality:
         """How well batches are mixed, each the slides of its tiles: int32 (batch,), rows of the catalog."""
