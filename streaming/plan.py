@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from streaming.catalog import Catalog
 from streaming.errors import ConfigError, PlanError
 from streaming.tissue import CELL_UM, window_fraction
+from streaming.tissue_map import CHUNK
 
 Indices = NDArray[np.int64]
 
@@ -27,8 +28,8 @@ DEFAULT_MPP: Mapping[float, float] = {0.25: 1, 0.5: 1, 1.0: 1, 2.0: 1}
 _TRIES_PER_SLIDE = 8
 _MAX_TRIES = 128
 
-# Tissue cells are found by rank: a running count every so many cells, then a look at the cells between.
-_CHUNK = 32
+# So many tiles are drawn at once: bounds what is mapped of a large catalog's tissue, some 100 KB a tile.
+_MAX_DRAW = 512
 
 # What a random number decides; new decisions get new numbers, so that old plans stay what they were.
 _MPP, _COHORT, _SLIDE, _CELL, _CELL_X, _CELL_Y, _OFFSET_X, _OFFSET_Y = range(8)
@@ -112,29 +113,13 @@ class TilePlan:
         self.size = size
         self.min_tissue = min_tissue
         self._mpp_values, self._mpp_cumulative = _weights("mpp", mpp)
-        self._slides = catalog.slides()
+        self._slides, self._tissue = catalog.slides(), catalog.tissue
         self._slide_mpp = catalog.column("mpp")
         self._extent_limit = np.stack([catalog.column("width"), catalog.column("height")])
-        self._index_tissue(catalog)
-        self._pool_slides(catalog, cohorts, max_upsampling)
-
-    def _index_tissue(self, catalog: Catalog) -> None:
         self._rows = catalog.column("tissue_rows").astype(np.int64)
         self._columns = catalog.column("tissue_columns").astype(np.int64)
-        sizes = self._rows * self._columns
-        padded = -(-sizes // _CHUNK) * _CHUNK
-        self._start = np.concatenate([[0], np.cumsum(padded)[:-1]]).astype(np.int64)
-        self._fraction = np.zeros(int(padded.sum()), dtype=np.uint8)
-        for start, fraction in zip(self._start, catalog.table["tissue_fraction"], strict=True):
-            cells = np.frombuffer(cast(bytes, fraction.as_py()), dtype=np.uint8)
-            self._fraction[start : start + len(cells)] = cells
-        self._tissue_level = max(1, int(np.ceil(self.min_tissue * 255)))
-        per_chunk = (self._fraction >= self._tissue_level).reshape(-1, _CHUNK).sum(axis=1, dtype=np.int64)
-        # Tissue cells before each chunk, over all slides; a slide's own begin at its first chunk.
-        self._rank = np.concatenate([[0], np.cumsum(per_chunk)])
-        first_chunk = self._start // _CHUNK
-        self._first_rank = self._rank[first_chunk]
-        self._num_tissue = self._rank[first_chunk + padded // _CHUNK] - self._first_rank
+        self._start, self._total = catalog.column("tissue_offset"), catalog.column("tissue_total")
+        self._pool_slides(catalog, cohorts, max_upsampling)
 
     def _pool_slides(self, catalog: Catalog, cohorts: Mapping[str, float] | None, max_upsampling: float) -> None:
         names: list[str | None] = [None] * len(self._slides) if cohorts is None else catalog.metadata("cohort")
@@ -143,7 +128,7 @@ class TilePlan:
         self._cohort_cumulative = np.zeros((len(self._mpp_values), len(cohort_values)))
         for row, mpp in enumerate(self._mpp_values):
             extent = self.size * mpp / self._slide_mpp
-            usable = (self._slide_mpp <= max_upsampling * mpp * 1.01) & (self._num_tissue > 0)
+            usable = (self._slide_mpp <= max_upsampling * mpp * 1.01) & (self._total > 0)
             usable &= (extent <= self._extent_limit).all(axis=0)
             weights: list[float] = []
             for cohort in cohort_values:
@@ -185,6 +170,7 @@ class TilePlan:
         Raises:
             ConfigError: a negative index.
             PlanError: a magnification at which hardly any place shows enough tissue.
+            CatalogError, StorageError: the catalog's tissue can't be read.
         """
         index = np.asarray(index, dtype=np.int64)
         if index.size and int(index.min()) < 0:
@@ -197,8 +183,13 @@ class TilePlan:
         slide, x, y = np.zeros(len(index), np.int32), np.zeros(len(index), np.int64), np.zeros(len(index), np.int64)
         pending = np.arange(len(index))
         for trial in range(_MAX_TRIES):
-            drawn = self._draw(index[pending], attempt[pending], trial, mpp_row[pending], pool[pending])
-            slide[pending], x[pending], y[pending], enough = drawn
+            enough = np.zeros(len(pending), dtype=np.bool_)
+            for first in range(0, len(pending), _MAX_DRAW):
+                part = slice(first, first + _MAX_DRAW)
+                at = pending[part]
+                drawn = self._draw(index[at], attempt[at], trial, mpp_row[at], pool[at])
+                slide[at], x[at], y[at], enough[part] = drawn
+                self._tissue.release()
             pending = pending[~enough]
             if not len(pending):
                 return TileSpecs(index, attempt, slide, x, y, self._mpp_values[mpp_row], self.size)
@@ -218,8 +209,7 @@ class TilePlan:
 
         in_pool = (number(_SLIDE, trial // _TRIES_PER_SLIDE) * self._pool_size[pool]).astype(np.int64)
         slide = self._pool[self._pool_start[pool] + in_pool]
-        rank = self._first_rank[slide] + (number(_CELL, trial) * self._num_tissue[slide]).astype(np.int64)
-        cell = self._cell_of_rank(rank) - self._start[slide]
+        cell = self._drawn_cell(slide, number(_CELL, trial))
         cell_px = CELL_UM / self._slide_mpp[slide]
         extent = self.size * self._mpp_values[mpp_row] / self._slide_mpp[slide]
         # Corners are whole pixels of the tile: then a JPEG block can be decoded at 1/2, 1/4 or 1/8.
@@ -241,11 +231,14 @@ class TilePlan:
         x, y = corner
         return slide, x, y, self._tissue_share(slide, x, y, mpp_row) >= self.min_tissue
 
-    def _cell_of_rank(self, rank: Indices) -> Indices:
-        chunk = np.searchsorted(self._rank, rank, side="right") - 1
-        cells = chunk[:, None] * _CHUNK + np.arange(_CHUNK)
-        counted = (self._fraction[cells] >= self._tissue_level).cumsum(axis=1)
-        return chunk * _CHUNK + (counted > (rank - self._rank[chunk])[:, None]).argmax(axis=1)
+    def _drawn_cell(self, slide: NDArray[np.int32], number: NDArray[np.float64]) -> Indices:
+        """A cell of each slide's grid, as likely as it has tissue."""
+        sums, start = self._tissue.sums, self._start[slide]
+        wanted = sums[start // CHUNK] + (number * self._total[slide]).astype(np.int64)
+        chunk = np.searchsorted(sums, wanted, side="right") - 1
+        cells = self._tissue.cells[chunk[:, None] * CHUNK + np.arange(CHUNK)]
+        passed = cells.cumsum(axis=1, dtype=np.int32) <= (wanted - sums[chunk])[:, None]
+        return chunk * CHUNK + passed.sum(axis=1) - start
 
     def _tissue_share(self, slide: NDArray[np.int32], x: Indices, y: Indices, mpp_row: Indices) -> NDArray[np.float64]:
         share = np.zeros(len(slide))
@@ -253,7 +246,7 @@ class TilePlan:
             at = np.flatnonzero(mpp_row == row)
             on, cell_px = slide[at], CELL_UM / self._slide_mpp[slide[at]]
             share[at] = window_fraction(
-                self._fraction,
+                self._tissue.cells,
                 self._start[on],
                 self._rows[on],
                 self._columns[on],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import obstore
 from obstore.store import ObjectStore
 
-from streaming import storage
+from streaming import counters, storage
 from streaming.errors import SlideError
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class LocalRanges:
 
     def begin(self, start: int, end: int) -> Callable[[], bytes]:
         """Reads when the answer is called for: a page cache needs no company."""
+        _count(start, end)
         return lambda: self._read(start, end)
 
     def _read(self, start: int, end: int) -> bytes:
@@ -85,6 +86,7 @@ class RemoteRanges:
 
     def begin(self, start: int, end: int) -> Callable[[], bytes]:
         """Sends the request at once, or as soon as others have come back."""
+        _count(start, end)
         return _requests().submit(self._read, start, end).result
 
     def _read(self, start: int, end: int) -> bytes:
@@ -104,6 +106,12 @@ def open_ranges(uri: str, options: storage.StorageOptions | None = None, tag: st
     if storage.is_local(uri):
         return LocalRanges(uri, tag)
     return RemoteRanges(uri, options, tag) if storage.has_ranges(uri) else None
+
+
+def _count(start: int, end: int) -> None:
+    count = counters.mine()
+    count.requests += 1
+    count.nbytes += end - start
 
 
 def _file_tag(stat: os.stat_result) -> str:
