@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from streaming.catalog import Catalog
 from streaming.errors import ConfigError, PlanError
 from streaming.tissue import CELL_UM, window_fraction
-from streaming.tissue_map import CHUNK
+from streaming.tissue_map import CHUNK, padded
 
 Indices = NDArray[np.int64]
 
@@ -28,8 +28,8 @@ DEFAULT_MPP: Mapping[float, float] = {0.25: 1, 0.5: 1, 1.0: 1, 2.0: 1}
 _TRIES_PER_SLIDE = 8
 _MAX_TRIES = 128
 
-# So many tiles are drawn at once: bounds what is mapped of a large catalog's tissue, some 100 KB a tile.
-_MAX_DRAW = 512
+# So many tiles are drawn at once: bounds what is mapped of a large catalog's tissue, some 50 KB a tile.
+_MAX_DRAW = 2048
 
 # What a random number decides; new decisions get new numbers, so that old plans stay what they were.
 _MPP, _COHORT, _SLIDE, _CELL, _CELL_X, _CELL_Y, _OFFSET_X, _OFFSET_Y = range(8)
@@ -119,6 +119,8 @@ class TilePlan:
         self._rows = catalog.column("tissue_rows").astype(np.int64)
         self._columns = catalog.column("tissue_columns").astype(np.int64)
         self._start, self._total = catalog.column("tissue_offset"), catalog.column("tissue_total")
+        self._padded = padded(self._rows * self._columns)
+        self._bisections = int(self._padded.max() // CHUNK).bit_length()
         self._pool_slides(catalog, cohorts, max_upsampling)
 
     def _pool_slides(self, catalog: Catalog, cohorts: Mapping[str, float] | None, max_upsampling: float) -> None:
@@ -235,7 +237,12 @@ class TilePlan:
         """A cell of each slide's grid, as likely as it has tissue."""
         sums, start = self._tissue.sums, self._start[slide]
         wanted = sums[start // CHUNK] + (number * self._total[slide]).astype(np.int64)
-        chunk = np.searchsorted(sums, wanted, side="right") - 1
+        # The last chunk that begins at or before it. `searchsorted` would look all over the file, each look some pages.
+        chunk, behind = start // CHUNK, (start + self._padded[slide]) // CHUNK
+        for _ in range(self._bisections):
+            middle = (chunk + behind) // 2
+            before = sums[middle] <= wanted
+            chunk, behind = np.where(before, middle, chunk), np.where(before, behind, middle)
         cells = self._tissue.cells[chunk[:, None] * CHUNK + np.arange(CHUNK)]
         passed = cells.cumsum(axis=1, dtype=np.int32) <= (wanted - sums[chunk])[:, None]
         return chunk * CHUNK + passed.sum(axis=1) - start
