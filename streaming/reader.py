@@ -6,6 +6,7 @@ two batches.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections import OrderedDict
@@ -19,6 +20,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from streaming.careful import CarefulPool
 from streaming.catalog import Catalog
 from streaming.errors import SlideError, StorageError, StreamError
 from streaming.plan import TilePlan, TileSpecs
@@ -137,30 +139,29 @@ class TileReader:
         self._plan: TilePlan = ray.get(plan) if isinstance(plan, ray.ObjectRef) else plan
         self._catalog: Catalog = ray.get(catalog) if isinstance(catalog, ray.ObjectRef) else catalog
         self._options = options
-        self._pool = SlidePool(self._open)
+        self._pool: SlidePool[int] = SlidePool(self._open)
 
     def _open(self, row: int) -> Slide:
         return self._catalog.open_slide(row, self._options.storage_options, self._options.staging)
 
-    def _begin(self, specs: TileSpecs, i: int) -> Callable[[Pixels], None]:
-        """Asks for a tile's bytes; what is wrong is told by the answer."""
-        try:
-            return self._pool.begin_tile(
-                int(specs.slide[i]), int(specs.x[i]), int(specs.y[i]), float(specs.mpp[i]), specs.size
-            )
-        except (SlideError, StorageError) as error:
-            return partial(_fail, error)
-
-    def __call__(self, batch: Batch) -> Batch:
+    def __call__(self, batch: Batch, *, careful: bool = False) -> Batch:
         """Reads the tiles of `batch["index"]`, int64 (n,).
 
         Returns columns of n rows: `tile` uint8 (n, size, size, 3), `index`, `slide` (row of the catalog), `x`, `y`
         (level-0 pixels), `mpp`, `filtered` (tiles of this index turned down by the HSV rule) and `failures` (JSON list
-        of [slide, reason] of tiles of this index that could not be read; empty where none).
+        of [slide, reason] of tiles of this index that could not be read; empty where none). With `careful`, tiles are
+        read in a process apart, and one that crashes it has failed.
 
         Raises:
             StreamError: hardly any tile passes.
         """
+        if not careful:
+            return self._read(batch, self._pool)
+        pool = CarefulPool(self._catalog, self._options.storage_options, self._options.staging)
+        with contextlib.closing(pool):
+            return self._read(batch, pool)
+
+    def _read(self, batch: Batch, pool: SlidePool[int] | CarefulPool) -> Batch:
         index = np.asarray(batch["index"], dtype=np.int64)
         plan = self._plan
         n, size = len(index), plan.size
@@ -179,8 +180,8 @@ class TileReader:
             specs = plan.specs(index[pending], np.full(len(pending), attempt, dtype=np.int32))
             again: list[int] = []
             # All requests go out before the first block is decoded: storage works while this decodes.
-            self._pool.open_all(np.unique(specs.slide).tolist())
-            begun = [self._begin(specs, i) for i in range(len(pending))]
+            pool.open_all(np.unique(specs.slide).tolist())
+            begun = [_begin(pool, specs, i) for i in range(len(pending))]
             for i, at in enumerate(pending.tolist()):
                 try:
                     begun[i](tiles[at])
@@ -204,6 +205,14 @@ class TileReader:
             f"index {index[at]}: {_MAX_ATTEMPTS} tiles in a row failed ({last}); "
             "loosen data.hsv_rule or look at the slides"
         )
+
+
+def _begin(pool: SlidePool[int] | CarefulPool, specs: TileSpecs, i: int) -> Callable[[Pixels], None]:
+    """Asks for a tile's bytes; what is wrong is told by the answer."""
+    try:
+        return pool.begin_tile(int(specs.slide[i]), int(specs.x[i]), int(specs.y[i]), float(specs.mpp[i]), specs.size)
+    except (SlideError, StorageError) as error:
+        return partial(_fail, error)
 
 
 def _fail(error: Exception, _: Pixels) -> None:
