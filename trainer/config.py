@@ -15,6 +15,7 @@ from streaming.plan import DEFAULT_MPP
 from streaming.slide import Staging
 from streaming.stream import BatchShape
 from streaming.tissue import HsvRule
+from streaming.universe import Universe
 from trainer.augment import Augmentation
 from trainer.configs import preset_text, presets
 from trainer.masks import Masking
@@ -49,6 +50,8 @@ class DataConfig:
     """share of a tile's area that must be tissue"""
     max_upsampling: float = 2.0
     """a slide is left out at magnifications this many times finer than its own"""
+    universe: Universe = field(default_factory=Universe)
+    """which part of the catalog's tiles may be drawn, and in what order"""
     hsv_rule: HsvRule = field(default_factory=HsvRule)
     """filter on a tile's pixels"""
     max_failed_share: float = 0.01
@@ -57,6 +60,8 @@ class DataConfig:
     """least and most reader actors"""
     reader_cpus: float = 1.0
     """CPU slots of a reader actor"""
+    requests_in_flight: int = 32
+    """requests to the storage that a reader keeps under way"""
     reader_labels: dict[str, str] = field(default_factory=dict)
     """labels of the nodes that readers run on; empty: any node"""
     segment_blocks: int = 2000
@@ -73,6 +78,8 @@ class DataConfig:
             raise ValueError(f"max_failed_share is a share from 0 to 1, not {self.max_failed_share}")
         if not self.staging_gb > 0:
             raise ValueError(f"staging_gb is {self.staging_gb}; it must be above 0")
+        if self.requests_in_flight < 1:
+            raise ValueError(f"requests_in_flight is {self.requests_in_flight}; it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

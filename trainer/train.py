@@ -74,6 +74,7 @@ def make_plan(config: Config, catalog: Catalog) -> TilePlan:
         cohorts=data.cohorts,
         min_tissue=data.min_tissue,
         max_upsampling=data.max_upsampling,
+        universe=data.universe,
     )
 
 
