@@ -85,6 +85,7 @@ def make_stream(config: Config, catalog: Catalog) -> TileStream:
         hsv_rule=data.hsv_rule,
         storage_options=data.storage_options,
         staging=staging(data),
+        requests_in_flight=data.requests_in_flight,
     )
     return TileStream(
         catalog,
