@@ -284,7 +284,7 @@ def add_bench(commands: Any) -> None:
         run_bench,
     )
     parser.usage = "tilestream bench [NAME ...] [arguments of the benchmark]"
-    parser.add_argument("names", nargs="*", metavar="NAME", help="reader (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="reader, stream (default: all)")
     parser.set_defaults(takes_overrides=True)
 
 
@@ -295,7 +295,7 @@ def run_bench(args: Namespace) -> None:
         ConfigError: there is no such benchmark, or no source tree.
     """
     folder = Path(__file__).parents[1] / "benchmarks"
-    known = sorted(path.stem for path in folder.glob("*.py") if not path.stem.endswith("_server"))
+    known = sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("common", "latency_server"))
     if not known:
         raise ConfigError(f"{folder}: no benchmarks here; they are part of the source tree: run this in a clone")
     for name in args.names or known:
