@@ -17,7 +17,7 @@ from streaming.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class StageCosts:
-    """What one tile costs, measured by `tilestream bench scale`; the defaults are of 256 px JPEG tiles at 0.25 µm/px."""
+    """What one tile costs, measured by `tilestream bench scale`; the defaults are 256 px JPEG tiles at 0.25 µm/px."""
 
     reader_cpu_s: float = 0.0016
     """CPU seconds in the reader: plan, requests, decoding, filter, assembling"""
