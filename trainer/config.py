@@ -173,6 +173,8 @@ class TrainConfig:
     """whether each rank takes a GPU"""
     rank_cpus: float = 1.0
     """CPU slots of a rank"""
+    rank_resources: dict[str, float] = field(default_factory=dict)
+    """what else a rank takes of its node: Ray's resources by name, such as another maker's accelerator"""
     precision: str = "32-true"
     """Lightning's precision: 32-true, bf16-mixed, bf16-true"""
     log_every: int = 10
@@ -297,7 +299,7 @@ def _leaf_keys(values: dict[str, Any], prefix: str = "") -> list[str]:
     return keys
 
 
-_DICT_FIELDS = {"data.mpp", "data.cohorts", "data.storage_options"}
+_DICT_FIELDS = {"data.mpp", "data.cohorts", "data.storage_options", "train.rank_resources"}
 
 
 def _check_key(key: str, keys: list[str], source: str) -> None:

@@ -234,7 +234,9 @@ def _fit_on_ray(config: Config, catalog: Catalog, log: MetricsLog, *, verbose: b
         datasets={"tiles": partial(_dataset, config, catalog, fatal)},
         dataset_config=ray.train.DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=train.ranks, use_gpu=train.gpu, resources_per_worker={"CPU": train.rank_cpus}
+            num_workers=train.ranks,
+            use_gpu=train.gpu,
+            resources_per_worker={"CPU": train.rank_cpus, **train.rank_resources},
         ),
         run_config=ray.train.RunConfig(
             name="train",
