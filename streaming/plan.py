@@ -17,14 +17,14 @@ from streaming.choice import MAX_TRIES, Choice, SlideChooser
 from streaming.draws import Indices, uniform
 from streaming.errors import ConfigError, PlanError
 from streaming.tissue import CELL_UM, window_fraction
-from streaming.tissue_map import CHUNK
+from streaming.tissue_map import CHUNK, padded
 from streaming.universe import ShuffleQuality, Universe, shuffle_quality
 
 # The four magnifications of arXiv 2404.15217; their weights are not published, so equal.
 DEFAULT_MPP: Mapping[float, float] = {0.25: 1, 0.5: 1, 1.0: 1, 2.0: 1}
 
-# So many tiles are drawn at once: bounds what is mapped of a large catalog's tissue, some 100 KB a tile.
-_MAX_DRAW = 512
+# So many tiles are drawn at once: bounds what is mapped of a large catalog's tissue, some 50 KB a tile.
+_MAX_DRAW = 2048
 
 # What a random number decides; new decisions get new numbers, so that old plans stay what they were. 0 to 2 are
 # `streaming.choice`'s.
@@ -97,8 +97,11 @@ class TilePlan:
         self._rows = catalog.column("tissue_rows").astype(np.int64)
         self._columns = catalog.column("tissue_columns").astype(np.int64)
         self._start, self._total = catalog.column("tissue_offset"), catalog.column("tissue_total")
-        self._chooser = SlideChooser(catalog, seed, mpp, size, cohorts, max_upsampling, universe or Universe())
+        self.universe = universe or Universe()
+        self._chooser = SlideChooser(catalog, seed, mpp, size, cohorts, max_upsampling, self.universe)
         self._mpp_values = self._chooser.mpp_values
+        self._padded = padded(self._rows * self._columns)
+        self._bisections = int(self._padded.max() // CHUNK).bit_length()
 
     @property
     def slides(self) -> list[str]:
@@ -109,6 +112,11 @@ class TilePlan:
     def num_tiles(self) -> int | None:
         """Distinct tiles of the universe; None: without bound."""
         return self._chooser.num_tiles
+
+    @property
+    def is_exhaustive(self) -> bool:
+        """Whether each of them comes once before any comes again."""
+        return not self.universe.replacement
 
     def shuffle_quality(self, batches: Iterable[NDArray[np.int32]]) -> ShuffleQuality:
         """How well batches are mixed, each the slides of its tiles: int32 (batch,), rows of the catalog."""
@@ -200,7 +208,12 @@ class TilePlan:
         """A cell of each slide's grid, as likely as it has tissue."""
         sums, start = self._tissue.sums, self._start[slide]
         wanted = sums[start // CHUNK] + (number * self._total[slide]).astype(np.int64)
-        chunk = np.searchsorted(sums, wanted, side="right") - 1
+        # The last chunk that begins at or before it. `searchsorted` would look all over the file, each look some pages.
+        chunk, behind = start // CHUNK, (start + self._padded[slide]) // CHUNK
+        for _ in range(self._bisections):
+            middle = (chunk + behind) // 2
+            before = sums[middle] <= wanted
+            chunk, behind = np.where(before, middle, chunk), np.where(before, behind, middle)
         cells = self._tissue.cells[chunk[:, None] * CHUNK + np.arange(CHUNK)]
         passed = cells.cumsum(axis=1, dtype=np.int32) <= (wanted - sums[chunk])[:, None]
         return chunk * CHUNK + passed.sum(axis=1) - start

@@ -17,8 +17,7 @@ from streaming.errors import SlideError
 if TYPE_CHECKING:
     from obstore import ObjectMeta  # there is none at run time
 
-# A store that answers in 20 ms serves 1,600 requests a second to this many.
-_IN_FLIGHT = 32
+_in_flight = 32
 
 
 class Ranges(Protocol):
@@ -140,10 +139,18 @@ def _whole(uri: str, content: bytes, start: int, end: int) -> bytes:
     return content
 
 
+def keep_in_flight(requests: int) -> None:
+    """Sets how many requests this process keeps under way."""
+    global _in_flight
+    if requests != _in_flight:
+        _in_flight = requests
+        _requests.cache_clear()  # those under way in the former threads come to their end
+
+
 @lru_cache(maxsize=1)
 def _requests() -> ThreadPoolExecutor:
     """This process's requests under way. obstore lets go of the interpreter while it waits."""
-    return ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix="ranges")
+    return ThreadPoolExecutor(_in_flight, thread_name_prefix="ranges")
 
 
 _stores: dict[tuple[str, str], ObjectStore] = {}

@@ -13,17 +13,17 @@ from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from streaming import counters
+from streaming import counters, ranges
 from streaming.catalog import Catalog
 from streaming.counters import Counters, counting
-from streaming.errors import SlideError, StorageError, StreamError
+from streaming.errors import ConfigError, SlideError, StorageError, StreamError
 from streaming.plan import TilePlan, TileSpecs
 from streaming.slide import Slide, Staging
 from streaming.slide.geometry import Pixels
@@ -49,6 +49,12 @@ class ReaderOptions:
     """fsspec's options for the slides' storage"""
     staging: Staging = field(default_factory=Staging)
     """where copies of remote slides lie"""
+    requests_in_flight: int = 32
+    """requests to the storage that a reader keeps under way; 32 of 20 ms are 1,600 a second"""
+
+    def __post_init__(self) -> None:
+        if self.requests_in_flight < 1:
+            raise ConfigError(f"requests_in_flight is {self.requests_in_flight}; it must be at least 1")
 
 
 class SlidePool(Generic[Key]):
@@ -149,6 +155,7 @@ class TileReader:
         self._plan: TilePlan = ray.get(plan) if isinstance(plan, ray.ObjectRef) else plan
         self._catalog: Catalog = ray.get(catalog) if isinstance(catalog, ray.ObjectRef) else catalog
         self._options = options
+        ranges.keep_in_flight(options.requests_in_flight)
         self._pool = SlidePool(self._open)
         self._totals, self._lock = Counters(), threading.Lock()
 
@@ -175,7 +182,7 @@ class TileReader:
         Returns columns of n rows: `tile` uint8 (n, size, size, 3), `index`, `slide` (row of the catalog), `x`, `y`
         (level-0 pixels), `mpp`, `filtered` (tiles of this index turned down by the HSV rule), `failures` (JSON list
         of [slide, reason] of tiles of this index that could not be read; empty where none) and `stages` (in the first
-        row what this batch took, JSON of `streaming.counters.Counters`; empty in the others).
+        row what this batch took, JSON of `streaming.counters.Counters`, and when it ended, `ended_at`; else empty).
 
         Raises:
             StreamError: hardly any tile passes.
@@ -189,7 +196,8 @@ class TileReader:
         with self._lock:
             self._totals.add(counted)
         stages = np.full(len(index), "", dtype=object)
-        stages[:1] = json.dumps({name: round(value, 6) for name, value in counted.as_dict().items()})
+        taken = {name: round(value, 6) for name, value in counted.as_dict().items()}
+        stages[:1] = json.dumps({**taken, "ended_at": time()})
         return {**columns, "stages": stages}
 
     def _read(self, index: NDArray[np.int64]) -> Batch:
