@@ -57,6 +57,12 @@ class DataConfig:
     """least and most reader actors"""
     reader_cpus: float = 1.0
     """CPU slots of a reader actor"""
+    reader_labels: dict[str, str] = field(default_factory=dict)
+    """labels of the nodes that readers run on; empty: any node"""
+    segment_blocks: int = 2000
+    """micro-batches that Ray Data plans at once; a run is a chain of such segments"""
+    stall_s: float | None = 900.0
+    """seconds that a rank waits for a batch before the run stops and says why; none: for ever"""
     staging: str = Staging.folder
     """local folder for copies of remote slides"""
     staging_gb: float = 100.0
@@ -175,6 +181,8 @@ class TrainConfig:
     """CPU slots of a rank"""
     rank_resources: dict[str, float] = field(default_factory=dict)
     """what else a rank takes of its node: Ray's resources by name, such as another maker's accelerator"""
+    rank_labels: dict[str, str] = field(default_factory=dict)
+    """labels of the nodes that ranks run on; empty: any node"""
     precision: str = "32-true"
     """Lightning's precision: 32-true, bf16-mixed, bf16-true"""
     log_every: int = 10
@@ -299,7 +307,14 @@ def _leaf_keys(values: dict[str, Any], prefix: str = "") -> list[str]:
     return keys
 
 
-_DICT_FIELDS = {"data.mpp", "data.cohorts", "data.storage_options", "train.rank_resources"}
+_DICT_FIELDS = {
+    "data.mpp",
+    "data.cohorts",
+    "data.storage_options",
+    "data.reader_labels",
+    "train.rank_labels",
+    "train.rank_resources",
+}
 
 
 def _check_key(key: str, keys: list[str], source: str) -> None:

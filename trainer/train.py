@@ -10,16 +10,20 @@ from functools import partial
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import ray
 import ray.train
+import ray.train.collective
 import ray.util.queue
 from pyarrow.fs import FSSpecHandler, PyFileSystem
-from ray.data import DataIterator, Dataset, ExecutionOptions
+from ray.actor import ActorHandle
+from ray.train import UserCallback
 from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment, prepare_trainer
 from ray.train.torch import TorchTrainer
 
 from streaming import cluster, storage
 from streaming.catalog import Catalog
-from streaming.errors import CheckpointError, ConfigError, TilestreamError
+from streaming.chain import Source, chained, start_chain
+from streaming.errors import CheckpointError, ConfigError, TilestreamError, root_cause
 from streaming.plan import TilePlan
 from streaming.reader import ReaderOptions
 from streaming.slide import Staging
@@ -88,11 +92,14 @@ def make_stream(config: Config, catalog: Catalog) -> TileStream:
         reader=reader,
         readers=data.readers,
         reader_cpus=data.reader_cpus,
+        reader_labels=data.reader_labels,
+        segment_blocks=data.segment_blocks,
+        stall_s=data.stall_s,
     )
 
 
-def resume_point(config: Config, catalog: Catalog) -> tuple[int, str | None]:
-    """The step to go on from and the checkpoint to load: the run's newest, if it has one.
+def resume_point(config: Config, catalog: str) -> tuple[int, str | None]:
+    """The step to go on from and the checkpoint to load: the run's newest, if it has one; catalog is its fingerprint.
 
     Raises:
         CheckpointError: it is of another model, or was trained on another catalog or batch, so that its next index
@@ -102,9 +109,9 @@ def resume_point(config: Config, catalog: Catalog) -> tuple[int, str | None]:
     if found is None:
         return 0, None
     meta = checkpoint.read_meta(found, config.data.storage_options)
-    if meta.catalog != catalog.fingerprint:
+    if meta.catalog != catalog:
         raise CheckpointError(
-            f"{found}: trained on another catalog ({meta.catalog}, now {catalog.fingerprint}); "
+            f"{found}: trained on another catalog ({meta.catalog}, now {catalog}); "
             "restore that catalog or set another run.out"
         )
     if meta.next_index != meta.step * config.train.batch:
@@ -147,46 +154,52 @@ def fit(config: Config, catalog: str, batches: StepBatches, resume: str | None, 
     trainer.fit(DinoModule(config), train_dataloaders=batches, ckpt_path=resume, weights_only=True)
 
 
-def _worker(loop: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class _Loop:
+    """What each rank is given."""
+
+    config: Config
+    catalog: str
+    """its fingerprint"""
+    source: Source
+    chain: ActorHandle[Any]
+    messages: ray.util.queue.Queue
+
+
+def _worker(given: dict[str, _Loop]) -> None:
     """One rank of Ray Train."""
-    config: Config = loop["config"]
-    messages: ray.util.queue.Queue = loop["messages"]
-    try:
-        _train_rank(config, loop["catalog"], messages)
-    except TilestreamError as error:
-        # Starting the workers again would meet the same error: `_dataset` looks here before it lets them.
-        with contextlib.suppress(ray.util.queue.Full):
-            loop["fatal"].put_nowait(error)
-        raise
-
-
-def _train_rank(config: Config, catalog: Catalog, messages: ray.util.queue.Queue) -> None:
-    start, resume = resume_point(config, catalog)
-    shard = cast("DataIterator", ray.train.get_dataset_shard("tiles"))
-    batches = StepBatches(torch_batches(shard, config.train.shape.micro), start, config)
+    loop = given["loop"]
+    config = loop.config
+    rank = ray.train.get_context().get_world_rank()
+    # One looks where the run stands, so that no two can see different checkpoints.
+    found = (*resume_point(config, loop.catalog), uuid.uuid4().hex) if rank == 0 else None
+    start, resume, generation = cast(
+        "tuple[int, str | None, str]", ray.train.collective.broadcast_from_rank_zero(found)
+    )
+    read = partial(torch_batches, micro=config.train.shape.micro)
+    tiles = chained(loop.chain, loop.source, generation, rank, (start, config.train.steps), read)
     fit(
         config,
-        catalog.fingerprint,
-        batches,
+        loop.catalog,
+        StepBatches(tiles, start, config),
         resume,
-        messages.put,
+        loop.messages.put,
         strategy=RayDDPStrategy(),
         plugins=[RayLightningEnvironment()],
         devices="auto",
     )
 
 
-def _dataset(config: Config, catalog: Catalog, fatal: ray.util.queue.Queue) -> Dataset:
-    """The tiles not yet trained on; Ray Train calls this whenever it starts the workers.
+class _EndForGood(UserCallback):
+    """Ends a run at an error that starting the workers again would only meet again."""
 
-    Raises:
-        TilestreamError: what stopped the workers before, when no restart can mend it; Ray Train then gives up.
-    """
-    cluster.quiet()
-    if not fatal.empty():
-        raise fatal.get()
-    start, _ = resume_point(config, catalog)
-    return make_stream(config, catalog).dataset(start, config.train.steps)
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Ray Train calls this before it decides about a restart; what is raised here ends the run."""
+        del run_context
+        causes = [root_cause(error) for error in worker_exceptions.values()]
+        for cause in causes:
+            if isinstance(cause, TilestreamError):
+                raise cause
 
 
 def train(config: Config, *, debug: bool = False, verbose: bool = False) -> TrainResult:
@@ -201,7 +214,7 @@ def train(config: Config, *, debug: bool = False, verbose: bool = False) -> Trai
     config = replace(config, run=replace(config.run, out=storage.canonical(config.run.out)))
     catalog = load_catalog(config.data)
     out, options, steps = config.run.out, config.data.storage_options, config.train.steps
-    start, resume = resume_point(config, catalog)
+    start, resume = resume_point(config, catalog.fingerprint)
     last = checkpoint.checkpoint_uri(out, steps)
     if start >= steps:
         return TrainResult(resume or last, start, steps, [f"{out} is trained to step {start} already"])
@@ -223,31 +236,33 @@ def train(config: Config, *, debug: bool = False, verbose: bool = False) -> Trai
 def _fit_on_ray(config: Config, catalog: Catalog, log: MetricsLog, *, verbose: bool) -> None:
     train, data, options = config.train, config.data, config.data.storage_options
     cluster.connect(round(train.ranks * train.rank_cpus + data.readers[1] * data.reader_cpus) + 1, verbose=verbose)
-    messages, fatal = (ray.util.queue.Queue(actor_options={"num_cpus": 0}) for _ in range(2))
+    source = make_stream(config, catalog).source
+    chain, messages = start_chain(source), ray.util.queue.Queue(actor_options={"num_cpus": 0})
     # Ray Train keeps its own notes in the run's storage, which all nodes reach.
     notes = storage.join(config.run.out, f".ray-{uuid.uuid4().hex[:8]}")
     fs, path = storage.filesystem(notes, options)
     handler = cast(Any, FSSpecHandler)(fs)  # its stubs call it abstract
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": config, "catalog": catalog, "messages": messages, "fatal": fatal},
-        datasets={"tiles": partial(_dataset, config, catalog, fatal)},
-        dataset_config=ray.train.DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
+        train_loop_config={"loop": _Loop(config, catalog.fingerprint, source, chain, messages)},
         scaling_config=ray.train.ScalingConfig(
             num_workers=train.ranks,
             use_gpu=train.gpu,
             resources_per_worker={"CPU": train.rank_cpus, **train.rank_resources},
+            label_selector=train.rank_labels or None,
         ),
         run_config=ray.train.RunConfig(
             name="train",
             storage_path=path,
             storage_filesystem=PyFileSystem(handler),
             failure_config=ray.train.FailureConfig(max_failures=train.max_restarts),
+            callbacks=[_EndForGood()],
         ),
     )
     try:
         with log.listening(messages):
             trainer.fit()
     finally:
+        ray.kill(chain)
         with contextlib.suppress(TilestreamError):
             storage.remove(notes, options)

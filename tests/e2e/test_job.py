@@ -5,7 +5,6 @@ import json
 import os
 import re
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -112,12 +111,11 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         yield Nodes(f"http://127.0.0.1:{dashboard}", agents, metrics, environment)
     finally:
         for node, _, _ in started:
-            family = [node.pid, *(child.pid for child in psutil.Process(node.pid).children(recursive=True))]
-            for pid in family:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(node.pid).children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
+            node.kill()
             node.wait()
 
 
