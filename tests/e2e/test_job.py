@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,8 @@ class Nodes:
     """The cluster: its job server, its nodes' agents and metrics, and an environment that holds the token."""
 
     dashboard: str
-    agents: list[str]
-    metrics: list[str]
+    agents: Sequence[str]
+    metrics: Sequence[str]
     environment: dict[str, str]
 
     def ray(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -99,16 +99,20 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     head += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard), "--temp-dir", str(folder)]
     reader = ["--num-cpus", "2", "--labels", "tilestream-role=reader"]
     trainer = ["--num-cpus", "2", "--labels", "tilestream-role=trainer", "--resources", '{"accelerator": 2}']
-    started = [start_node(environment, folder / "head.log", *head)]
+    started: list[tuple[subprocess.Popen[bytes], str, str]] = []
     try:
-        wait_for(f"http://127.0.0.1:{dashboard}/api/gcs_healthz", started[0][0], folder / "head.log")
-        for number, kind in enumerate([reader, reader, trainer]):
-            address = ["--address", f"127.0.0.1:{port}"]
-            started.append(start_node(environment, folder / f"node{number}.log", *address, *kind))
-        agents, metrics = ([node[at] for node in started] for at in (1, 2))
-        for node, agent, _ in started:
-            wait_for(f"{agent}/api/local_raylet_healthz", node, folder / "head.log")
-        yield Nodes(f"http://127.0.0.1:{dashboard}", agents, metrics, environment)
+        for kind in (head, reader, reader, trainer):
+            address = ["--address", f"127.0.0.1:{port}"] if started else []
+            # Ray gives a node 30 s to start, too few on a loaded machine: hence tries, and one after the other.
+            for attempt in range(5):
+                log = folder / f"node{len(started)}-{attempt}.log"
+                node, agent, metrics = start_node(environment, log, *address, *kind)
+                if answers(f"{agent}/api/local_raylet_healthz", node, log):
+                    break
+            started.append((node, agent, metrics))
+        assert answers(f"http://127.0.0.1:{dashboard}/api/gcs_healthz", started[0][0], folder / "node0-0.log")
+        _, agents, endpoints = zip(*started, strict=True)
+        yield Nodes(f"http://127.0.0.1:{dashboard}", agents, endpoints, environment)
     finally:
         for node, _, _ in started:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -119,16 +123,16 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
             node.wait()
 
 
-def wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def answers(address: str, process: subprocess.Popen[bytes], log: Path) -> bool:
+    """Waits for a node's server; False if the node gave up."""
     deadline = time.monotonic() + 180
-    while True:
-        try:
+    while process.poll() is None:
+        with contextlib.suppress(OSError):
             urllib.request.urlopen(address, timeout=5).close()
-            return
-        except OSError:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.3)
+            return True
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.3)
+    return False
 
 
 def test_nobody_submits_or_looks_without_the_token_but_probes_get_their_answer(nodes: Nodes) -> None:
