@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -17,6 +17,7 @@ from streaming.stream import BatchShape
 from streaming.tissue import HsvRule
 from trainer.augment import Augmentation
 from trainer.configs import preset_text, presets
+from trainer.health import WatchConfig
 from trainer.masks import Masking
 from trainer.schedule import Schedules, scaled_lr
 
@@ -173,12 +174,20 @@ class TrainConfig:
     """whether each rank takes a GPU"""
     rank_cpus: float = 1.0
     """CPU slots of a rank"""
-    precision: str = "32-true"
-    """Lightning's precision: 32-true, bf16-mixed, bf16-true"""
+    precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
+    """32-true; bf16-mixed: weights in float32, products in bfloat16; bf16-true: all in bfloat16"""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: each rank holds the model; fsdp: each holds its share of weights, gradients, moments and teacher (FSDP2)"""
+    compile: bool = False
+    """whether torch.compile is run on the blocks"""
+    activation_checkpointing: bool = False
+    """whether the backward pass computes the blocks' activations anew instead of keeping them"""
     log_every: int = 10
     """steps between two rows of the metrics"""
     checkpoint_every: int = 500
     """steps between two checkpoints"""
+    checkpoint_minutes: float | None = 30.0
+    """minutes after which a checkpoint is due besides; none: only by steps"""
     keep_checkpoints: int = 3
     """newest checkpoints that are kept"""
     max_restarts: int = 3
@@ -188,6 +197,8 @@ class TrainConfig:
         for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.checkpoint_minutes is not None and not self.checkpoint_minutes > 0:
+            raise ValueError(f"checkpoint_minutes is {self.checkpoint_minutes}; it must be above 0, or none")
         if self.max_restarts < 0:
             raise ValueError(f"max_restarts is {self.max_restarts}; it must not be negative")
         _ = self.shape  # tells at once when the ranks don't divide the batch
@@ -210,6 +221,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     def __post_init__(self) -> None:
         if self.optim.warmup_steps > self.train.steps:

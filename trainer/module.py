@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from trainer import losses
+from trainer import health, losses
 from trainer.backbone import Backbone, create_backbone
 from trainer.config import Config, ModelConfig
 from trainer.draws import random_bits
@@ -121,9 +121,14 @@ class DinoModule(pl.LightningModule):
             "dino_local": dino_local.detach(),
             "ibot": ibot.detach(),
             "koleo": koleo.detach(),
-            "teacher_entropy": losses.teacher_entropy(class_targets),
         }
+        if self.is_logged(self.global_step + 1):
+            self.step_metrics |= health.teacher_metrics(class_targets, seen.cls)
         return loss
+
+    def is_logged(self, step: int) -> bool:
+        """Whether the metrics get a row for that step, counted from 1."""
+        return step % self.config.train.log_every == 0 or step == self.config.train.steps
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over the student; learning rates and weight decays are written before each step."""

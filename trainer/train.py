@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
+import threading
 import uuid
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import ray.train
+import ray.train.torch
 import ray.util.queue
+import torch
+import torch.distributed as dist
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.data import DataIterator, Dataset, ExecutionOptions
-from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment, prepare_trainer
+from ray.train.lightning import RayLightningEnvironment
 from ray.train.torch import TorchTrainer
 
 from streaming import cluster, storage
@@ -27,7 +33,8 @@ from streaming.stream import TileStream, torch_batches
 from trainer import checkpoint
 from trainer.config import Config, DataConfig
 from trainer.module import DinoModule
-from trainer.watch import MetricsLog, Report, StepBatches, Watch
+from trainer.strategy import OneDevice, Replicas
+from trainer.watch import MetricsLog, Report, Signals, StepBatches, Watch
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ def resume_point(config: Config, catalog: Catalog) -> tuple[int, str | None]:
         CheckpointError: it is of another model, or was trained on another catalog or batch, so that its next index
             would mean other tiles.
     """
-    found = checkpoint.latest(config.run.out, config.data.storage_options)
+    found = checkpoint.newest_good(config.run.out, config.data.storage_options)
     if found is None:
         return 0, None
     meta = checkpoint.read_meta(found, config.data.storage_options)
@@ -117,29 +124,39 @@ def resume_point(config: Config, catalog: Catalog) -> tuple[int, str | None]:
     return meta.step, found
 
 
-def fit(config: Config, catalog: str, batches: StepBatches, resume: str | None, report: Report, **where: Any) -> None:
-    """Trains to the last step in this process; `where` is Lightning's strategy, plugins and devices."""
+def fit(
+    config: Config,
+    catalog: str,
+    batches: StepBatches,
+    resume: str | None,
+    report: Report,
+    signals: Signals,
+    device: torch.device | None = None,
+) -> None:
+    """Trains to the last step, or until told to stop, in this process: alone, or on `device` as a rank of Ray Train."""
     # Its advice (more workers for the loader, a product to try) does not apply here.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    plugins: list[Any] = [*where.pop("plugins", []), checkpoint.FolderCheckpointIO(config, catalog)]
-    train = config.train
+    train, to_storage = config.train, checkpoint.FolderCheckpointIO(config, catalog)
+    ours = OneDevice(torch.device("cuda" if train.gpu else "cpu")) if device is None else Replicas(device)
     trainer = pl.Trainer(
-        **where,
-        plugins=plugins,
+        strategy=ours,
+        plugins=[to_storage] if device is None else [RayLightningEnvironment(), to_storage],
+        devices=1 if device is None else "auto",
         accelerator="gpu" if train.gpu else "cpu",
         max_steps=train.steps,
         precision=train.precision,  # type: ignore[arg-type]
         accumulate_grad_batches=train.accumulate,
-        callbacks=[Watch(config, batches, report)],
+        callbacks=[Watch(config, batches, report, to_storage, signals)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    if "strategy" in where:
-        trainer = prepare_trainer(trainer)
-    trainer.fit(DinoModule(config), train_dataloaders=batches, ckpt_path=resume, weights_only=True)
+    try:
+        trainer.fit(DinoModule(config), train_dataloaders=batches, ckpt_path=resume, weights_only=True)
+    finally:
+        to_storage.teardown()
 
 
 def _worker(loop: dict[str, Any]) -> None:
@@ -147,7 +164,7 @@ def _worker(loop: dict[str, Any]) -> None:
     config: Config = loop["config"]
     messages: ray.util.queue.Queue = loop["messages"]
     try:
-        _train_rank(config, loop["catalog"], messages)
+        _train_rank(config, loop["catalog"], messages, loop["orders"])
     except TilestreamError as error:
         # Starting the workers again would meet the same error: `_dataset` looks here before it lets them.
         with contextlib.suppress(ray.util.queue.Full):
@@ -155,20 +172,31 @@ def _worker(loop: dict[str, Any]) -> None:
         raise
 
 
-def _train_rank(config: Config, catalog: Catalog, messages: ray.util.queue.Queue) -> None:
-    start, resume = resume_point(config, catalog)
+def _train_rank(config: Config, catalog: Catalog, messages: ray.util.queue.Queue, orders: ray.util.queue.Queue) -> None:
+    start, resume = _shared_resume_point(config, catalog)
     shard = cast("DataIterator", ray.train.get_dataset_shard("tiles"))
     batches = StepBatches(torch_batches(shard, config.train.shape.micro), start, config)
-    fit(
-        config,
-        catalog.fingerprint,
-        batches,
-        resume,
-        messages.put,
-        strategy=RayDDPStrategy(),
-        plugins=[RayLightningEnvironment()],
-        devices="auto",
+    signals = Signals(
+        stop=_order(orders) if ray.train.get_context().get_world_rank() == 0 else lambda: False,
+        leaving=lambda: ray.train.get_preemption_info() is not None,
     )
+    device = ray.train.torch.get_device()
+    fit(config, catalog.fingerprint, batches, resume, messages.put, signals, device)
+
+
+def _shared_resume_point(config: Config, catalog: Catalog) -> tuple[int, str | None]:
+    """`resume_point` of rank 0 for all ranks: looking for damage means to read the whole checkpoint."""
+    rank = ray.train.get_context().get_world_rank()
+    found: list[Any] = [resume_point(config, catalog) if rank == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _order(orders: ray.util.queue.Queue) -> Callable[[], bool]:
+    """Whether the driver has put an order, asked without waiting."""
+    order = cast(Any, orders.actor).get.remote()
+    return lambda: bool(ray.wait([order], timeout=0)[0])
 
 
 def _dataset(config: Config, catalog: Catalog, fatal: ray.util.queue.Queue) -> Dataset:
@@ -203,29 +231,55 @@ def train(config: Config, *, debug: bool = False, verbose: bool = False) -> Trai
     make_plan(config, catalog)  # what the catalog can't give is told before anything starts
     DinoModule(config)  # and what the model can't be
     storage.write_bytes(storage.join(out, checkpoint.CONFIG), config.to_yaml().encode(), options)
-    with MetricsLog(config, start) as log:
+    with MetricsLog(config, start) as log, terminated() as stop:
         if debug:
             if config.train.ranks != 1:
                 raise ConfigError(f"train.ranks is {config.train.ranks}; --debug runs one rank: add --train.ranks 1")
             source = make_stream(config, catalog).local_batches(start, steps)
             batches = StepBatches(source, start, config)
-            fit(config, catalog.fingerprint, batches, resume, log.add, devices=1)
+            fit(config, catalog.fingerprint, batches, resume, log.add, Signals(stop=stop.is_set))
         else:
-            _fit_on_ray(config, catalog, log, verbose=verbose)
-    return TrainResult(last, start, steps, log.summary)
+            _fit_on_ray(config, catalog, log, stop, verbose=verbose)
+    reached = checkpoint.steps_of(out, options)[-1]
+    return TrainResult(checkpoint.checkpoint_uri(out, reached), start, reached, log.summary)
 
 
-def _fit_on_ray(config: Config, catalog: Catalog, log: MetricsLog, *, verbose: bool) -> None:
+@contextlib.contextmanager
+def terminated() -> Generator[threading.Event]:
+    """An event that SIGTERM sets while the block runs (spot machines send it); a second one kills the process."""
+    event, term = threading.Event(), signal.SIGTERM
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # only the main thread may listen to signals
+        return
+
+    def note(*_: Any) -> None:
+        event.set()
+        signal.signal(term, signal.SIG_DFL)
+
+    before = signal.signal(term, note)
+    try:
+        yield event
+    finally:
+        signal.signal(term, before)
+
+
+def _fit_on_ray(config: Config, catalog: Catalog, log: MetricsLog, stop: threading.Event, *, verbose: bool) -> None:
     train, data, options = config.train, config.data, config.data.storage_options
     cluster.connect(round(train.ranks * train.rank_cpus + data.readers[1] * data.reader_cpus) + 1, verbose=verbose)
-    messages, fatal = (ray.util.queue.Queue(actor_options={"num_cpus": 0}) for _ in range(2))
+    messages, fatal, orders = (ray.util.queue.Queue(actor_options={"num_cpus": 0}) for _ in range(3))
     # Ray Train keeps its own notes in the run's storage, which all nodes reach.
     notes = storage.join(config.run.out, f".ray-{uuid.uuid4().hex[:8]}")
     fs, path = storage.filesystem(notes, options)
     handler = cast(Any, FSSpecHandler)(fs)  # its stubs call it abstract
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": config, "catalog": catalog, "messages": messages, "fatal": fatal},
+        train_loop_config={
+            "config": config,
+            "catalog": catalog,
+            "messages": messages,
+            "fatal": fatal,
+            "orders": orders,
+        },
         datasets={"tiles": partial(_dataset, config, catalog, fatal)},
         dataset_config=ray.train.DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
         scaling_config=ray.train.ScalingConfig(
@@ -239,8 +293,28 @@ def _fit_on_ray(config: Config, catalog: Catalog, log: MetricsLog, *, verbose: b
         ),
     )
     try:
-        with log.listening(messages):
+        with log.listening(messages), _passing_on(stop, orders):
             trainer.fit()
     finally:
         with contextlib.suppress(TilestreamError):
             storage.remove(notes, options)
+
+
+@contextlib.contextmanager
+def _passing_on(stop: threading.Event, orders: ray.util.queue.Queue) -> Generator[None]:
+    """Tells rank 0 of the event while the block runs."""
+    done = threading.Event()
+
+    def wait() -> None:
+        while not done.is_set():
+            if stop.wait(0.5):
+                orders.put("stop")
+                return
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    try:
+        yield
+    finally:
+        done.set()
+        waiting.join()

@@ -178,7 +178,9 @@ def test_a_checkpoint_of_another_architecture(
     config = read_config("debug", ["--run.out", str(tmp_path / "run")])
     uri = checkpoint.checkpoint_uri(str(tmp_path / "run"), 1)
     state = {"global_step": 1, "state_dict": {"teacher.backbone.vit.other": checkpoint.torch.zeros(1)}}
-    checkpoint.FolderCheckpointIO(config, "c0ffee").save_checkpoint(state, uri)
+    to_storage = checkpoint.FolderCheckpointIO(config, "c0ffee")
+    to_storage.save_checkpoint(state, uri)
+    to_storage.wait()
     line = refusal(capsys, "embed", tmp_path / "run", slides[0], "--out", tmp_path / "out")
     assert uri in line
     assert "another architecture" in line

@@ -1,0 +1,148 @@
+"""How ranks share the model: replicas (DDP) or shards (FSDP2), with checkpoints that are the same for both.
+
+State dicts hold whole tensors by name, gathered on rank 0 and copied, so that a run may go on with another number of
+ranks or another strategy, and that a checkpoint can be written while the next steps change the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.strategy import Strategy
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """The state with memory of its own."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), state)
+
+
+def _bare(optimizer: Optimizer) -> Optimizer:
+    return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+class _WholeState(Strategy):
+    """Saves and loads whole tensors by name, through rank 0."""
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Weights are loaded where they will stay: NCCL can't send what lies on the host."""
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """The optimiser's state is loaded through this class, too."""
+        return True
+
+    def _gathered(self, state: dict[str, Any]) -> dict[str, Any]:
+        # On a GPU, moving the state to the host has copied it already.
+        return _copied(state) if self.root_device.type == "cpu" else state
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Student and teacher; empty on other ranks than 0."""
+        assert self.lightning_module is not None
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return self._gathered(get_model_state_dict(self.lightning_module, options=options))
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """AdamW's moments by parameter name; empty on other ranks than 0."""
+        assert self.lightning_module is not None
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_optimizer_state_dict(self.lightning_module, _bare(optimizer), options=options)
+        return self._gathered(cast(dict[str, Any], state))
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Spreads rank 0's weights over all ranks."""
+        assert self.lightning_module is not None
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=_several_ranks(), strict=strict)
+        set_model_state_dict(self.lightning_module, checkpoint["state_dict"], options=options)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Spreads rank 0's moments over all ranks."""
+        assert self.lightning_module is not None
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=_several_ranks())
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            set_optimizer_state_dict(self.lightning_module, optimizer, state, options=options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads on rank 0; the others get all but the tensors."""
+        if not _several_ranks():
+            return self.checkpoint_io.load_checkpoint(checkpoint_path)
+        whole = self.checkpoint_io.load_checkpoint(checkpoint_path) if self.is_global_zero else {}
+        heavy: dict[str, Any] = {"state_dict": {}, "optimizer_states": [{}] * len(self.optimizers)}
+        light = [{**whole, **heavy}]
+        dist.broadcast_object_list(light, src=0)
+        return whole if self.is_global_zero else light[0]
+
+    def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any | None = None) -> None:
+        """Rank 0 hands it to the storage, which writes while training goes on."""
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath)
+
+
+class OneDevice(_WholeState, SingleDeviceStrategy):
+    """One process without a process group."""
+
+
+class Replicas(_WholeState, DDPStrategy):
+    """Each rank holds the whole model (DDP)."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(gradient_as_bucket_view=True)
+        self._device = device
+
+    @property
+    def root_device(self) -> torch.device:
+        """This rank's device, as whoever started the rank chose it."""
+        return self._device
+
+
+class Shards(_WholeState, ModelParallelStrategy):
+    """Each rank holds its share of every weight, gradient, moment and teacher weight (FSDP2)."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+        self._device = device
+
+    @property
+    def root_device(self) -> torch.device:
+        """This rank's device, as whoever started the rank chose it."""
+        return self._device
+
+    def setup_environment(self) -> None:
+        """Spreads the shards over all ranks."""
+        assert self.cluster_environment is not None
+        self._data_parallel_size = self.cluster_environment.world_size()
+        super().setup_environment()
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None]:
+        """Keeps gradients unreduced within an accumulation, as DDP's `no_sync` does."""
+        assert self.lightning_module is not None
+        shards = [module for module in self.lightning_module.modules() if isinstance(module, FSDPModule)]
+        for module in shards:
+            module.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            for module in shards:
+                module.set_requires_gradient_sync(True)
