@@ -16,11 +16,13 @@ from trainer import losses
 def rankme(features: Tensor) -> Tensor:
     """Effective rank of (M, D): exp of the entropy of the singular values' shares, 1 when all rows are parallel.
 
-    It can't exceed min(M, D), so values of other batch sizes don't compare. Returns a float32 scalar.
+    It can't exceed min(M, D), so values of other batch sizes don't compare. Returns a float32 scalar, NaN where a
+    feature is not finite.
     Source: RankMe, arXiv 2210.02885.
     """
-    values = torch.linalg.svdvals(features.float())
-    return torch.special.entr(values / values.sum()).sum().exp()
+    finite = features.isfinite().all()
+    values = torch.linalg.svdvals(features.float().nan_to_num())  # it raises on what is not finite
+    return torch.where(finite, torch.special.entr(values / values.sum()).sum().exp(), torch.nan)
 
 
 @torch.no_grad()

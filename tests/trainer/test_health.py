@@ -56,3 +56,7 @@ def test_an_infinite_value_counts_at_once() -> None:
 def test_floors_can_be_switched_off() -> None:
     guard = Guard(WatchConfig(min_rankme=None, min_teacher_entropy=None, grace_steps=0, patience=1))
     assert guard.trouble({"step": 1, "rankme": 1.0, "teacher_entropy": 0.0}) is None
+
+
+def test_the_effective_rank_of_what_is_not_finite_is_not_a_number() -> None:
+    assert math.isnan(rankme(torch.tensor([[1.0, math.nan], [0.0, 1.0]])))
