@@ -28,7 +28,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from streaming import cluster, storage
-from streaming.catalog import BLOCKS, Catalog, table_of
+from streaming.catalog import BLOCKS, Catalog, merge, part_of, write
 from streaming.catalog_job import Rejected, inspect
 from streaming.plan import TilePlan
 from streaming.reader import ReaderOptions
@@ -205,9 +205,7 @@ def stream_lines(folder: Path, paths: list[Path], steps: int) -> tuple[list[Line
         rows = [inspect(storage.stat(f"s3://bench/{p.name}", options), None, options, Staging(), out) for p in paths]
         rejected = [row for row in rows if isinstance(row, Rejected)]
         assert not rejected, rejected
-        storage.write_table(
-            storage.join(out, "slides.parquet"), table_of([r for r in rows if not isinstance(r, Rejected)])
-        )
+        write(out, *merge([part_of([row for row in rows if not isinstance(row, Rejected)])], None), None)
         assert Path(out, BLOCKS).exists()
         catalog = Catalog.load(out)
         plan = TilePlan(catalog, mpp={0.25: 1}, size=SIZE)

@@ -9,11 +9,19 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from streaming import storage
 from streaming.errors import ConfigError
 from streaming.slide import Staging
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from streaming.catalog import Catalog
+    from streaming.plan import TilePlan
+    from streaming.stream import TileStream
 
 Command = Callable[[Namespace], None]
 
@@ -87,10 +95,15 @@ def pair(text: str) -> tuple[int, int]:
 def weights(text: str) -> dict[float, float]:
     """`0.25,0.5` (equal weights) or `0.25=2,0.5=1` as a mapping."""
     try:
-        parts = [part.partition("=") for part in text.split(",")]
-        return {float(key): float(value) if separator else 1.0 for key, separator, value in parts}
+        return {float(key): value for key, value in named_weights(text).items()}
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not µm/px values such as 0.25,0.5 or 0.25=2,0.5=1") from None
+
+
+def named_weights(text: str) -> dict[str, float]:
+    """`a,b` (equal weights) or `a=2,b=1` as a mapping."""
+    parts = [part.partition("=") for part in text.split(",")]
+    return {key: float(value) if separator else 1.0 for key, separator, value in parts}
 
 
 def add_catalog(commands: Any) -> None:
@@ -158,41 +171,110 @@ def add_stream(commands: Any) -> None:
         "--max-failed-share", type=float, default=0.01, help="unreadable tiles that are put up with (0.01)"
     )
     parser.add_argument("--digest", action="store_true", help="print a SHA-256 of each step's tiles in index order")
+    parser.add_argument("--in-flight", type=int, default=32, metavar="N", help="requests of a reader under way (32)")
+    parser.add_argument("--dry-run", action="store_true", help="read nothing; print how well the steps are mixed")
+    _add_universe(parser)
     add_storage_options(parser)
 
 
-def run_stream(args: Namespace) -> None:
-    """Pulls the steps and prints a digest a step, then the rate."""
-    from streaming import cluster
-    from streaming.catalog import Catalog
+def _add_universe(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("which tiles may be drawn (all of all slides)")
+    group.add_argument("--slides", type=float, default=1.0, metavar="SHARE", help="share of the slides, by patient (1)")
+    group.add_argument("--tiles-per-slide", type=int, metavar="K", help="distinct tiles of each slide")
+    group.add_argument("--no-replacement", action="store_true", help="each of those once before any comes again")
+    group.add_argument(
+        "--universe-seed", type=int, default=0, metavar="SEED", help="which slides and tiles (0)"
+    )
+    group.add_argument(
+        "--cohorts", type=named_weights, metavar="LIST", help="cohorts and weights: a=2,b=1"
+    )
+    group.add_argument("--window", type=int, metavar="TILES", help="tiles in a row that come from few slides")
+    group.add_argument("--window-slides", type=int, default=64, metavar="N", help="how many these are (64)")
+
+
+def _plan(args: Namespace, catalog: Catalog) -> TilePlan:
     from streaming.plan import DEFAULT_MPP, TilePlan
-    from streaming.progress import ProgressLine
+    from streaming.universe import Universe
+
+    universe = Universe(
+        slides=args.slides,
+        tiles_per_slide=args.tiles_per_slide,
+        replacement=not args.no_replacement,
+        seed=args.universe_seed,
+        window=args.window,
+        window_slides=args.window_slides,
+    )
+    return TilePlan(catalog, args.seed, args.mpp or DEFAULT_MPP, args.size, cohorts=args.cohorts, universe=universe)
+
+
+def run_stream(args: Namespace) -> None:
+    """Pulls the steps and prints a digest a step, then the rate, where the time went and how well it was mixed."""
+    from streaming.catalog import Catalog
     from streaming.reader import ReaderOptions
-    from streaming.stats import FailureBudget
-    from streaming.stream import BatchShape, TileStream, step_digest
+    from streaming.stream import BatchShape, TileStream, check_steps
 
     options = storage_options(args)
     shape = BatchShape(args.batch, args.ranks)
+    check_steps(*args.steps)
     catalog = Catalog.load(args.catalog, options)
-    plan = TilePlan(catalog, args.seed, args.mpp or DEFAULT_MPP, args.size)
-    stream = TileStream(catalog, plan, shape, reader=ReaderOptions(storage_options=options), readers=args.readers)
+    plan = _plan(args, catalog)
+    if args.dry_run:
+        _print_mix(plan, [plan.slides_of(index) for index in _some_batches(args.steps, args.batch)], args.batch)
+        return
+    reader = ReaderOptions(storage_options=options, requests_in_flight=args.in_flight)
+    _pull(TileStream(catalog, plan, shape, reader=reader, readers=args.readers), args)
+
+
+def _some_batches(steps: tuple[int, int], batch: int) -> list[NDArray[np.int64]]:
+    """The indices of the steps, of a thousand at most."""
+    import numpy as np
+
+    return [np.arange(step * batch, (step + 1) * batch) for step in range(*steps)[:1000]]
+
+
+def _print_mix(plan: TilePlan, batches: list[NDArray[np.int32]], batch: int) -> None:
+    if plan.num_tiles is not None:
+        epoch = f"an epoch is {plan.num_tiles / batch:,.1f} steps" if plan.is_exhaustive else "drawn with replacement"
+        out(f"universe: {plan.num_tiles:,} tiles, {epoch}")
+    out(f"mix: {plan.shuffle_quality(batches).line()}")
+
+
+def _pull(stream: TileStream, args: Namespace) -> None:
+    """Takes the steps' tiles, and tells what it saw."""
+    import numpy as np
+    from rich.console import Console
+
+    from streaming import cluster
+    from streaming.progress import ProgressLine
+    from streaming.stats import FailureBudget, TimeUse
+    from streaming.stream import step_digest
+
     first, last = args.steps
-    steps = stream.steps(first, last)
+    steps = iter(stream.steps(first, last))
     cluster.connect(args.readers[1] + 1, verbose=args.verbose)
-    budget = FailureBudget(args.max_failed_share)
+    budget, use, drawn = FailureBudget(args.max_failed_share), TimeUse(), list[Any]()
     started = first_at = time.perf_counter()
     with ProgressLine("stream", "steps", total=last - first) as progress:
-        for step, batches in enumerate(steps, start=first):
-            first_at = time.perf_counter() if step == first else first_at
+        for step in range(first, last):
+            asked = time.perf_counter()
+            batches = next(steps)
+            if step == first:
+                first_at = time.perf_counter()
+            else:  # the first one waits for readers to start
+                use.waited(time.perf_counter() - asked)
             for batch in batches:
                 budget.add(batch)
+                use.add(batch, time.time())
+            drawn = [*drawn[-999:], np.concatenate([batch["slide"] for batch in batches])]
             if args.digest:
                 out(f"step {step} {step_digest(batches)}")
             progress.update(step + 1 - first, f"{budget.tiles / (time.perf_counter() - started):.0f} tiles/s")
-    ended = time.perf_counter()
+    took_s = time.perf_counter() - first_at
     for line in budget.summary():
         sys.stderr.write(line + "\n")
-    rate = f"{(budget.tiles - args.batch) / (ended - first_at):,.0f} tiles/s" if last - first > 1 else "one step"
+    use.print(took_s, Console())
+    _print_mix(stream.plan, drawn, args.batch)
+    rate = f"{(budget.tiles - args.batch) / took_s:,.0f} tiles/s" if last - first > 1 else "one step"
     out(f"{budget.tiles:,} tiles of {last - first} steps: {rate} after the first batch at {first_at - started:.1f} s")
 
 

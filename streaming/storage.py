@@ -12,8 +12,10 @@ import glob
 import hashlib
 import os
 import posixpath
+import shutil
+import tempfile
 import uuid
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -337,6 +339,28 @@ def whole_file(path: str) -> Generator[str]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
+
+
+@contextlib.contextmanager
+def written_file(uri: Callable[[], str], storage_options: StorageOptions | None = None) -> Generator[str]:
+    """A local path to write a large object to, which appears whole under its address when the block ends well.
+
+    The address is asked for at the end, so that it may tell the content.
+
+    Raises:
+        StorageError: it can't be written.
+    """
+    with tempfile.TemporaryDirectory(prefix="tilestream-") as folder:
+        path = os.path.join(folder, "file")
+        yield path
+        target = uri()
+        with storage_errors(target):
+            fs, remote = filesystem(target, storage_options)
+            if not isinstance(fs, LocalFileSystem):
+                fs.put_file(path, remote)
+                return
+            with whole_file(remote) as temporary:
+                shutil.move(path, temporary)
 
 
 def download(info: ObjectInfo, path: str, storage_options: StorageOptions | None = None) -> None:

@@ -47,6 +47,11 @@ class TrainResult:
     summary: list[str]
 
 
+def staging(data: DataConfig) -> Staging:
+    """Where a configuration puts copies of remote objects."""
+    return Staging(folder=data.staging, max_bytes=int(data.staging_gb * 2**30))
+
+
 def load_catalog(data: DataConfig) -> Catalog:
     """The catalog of a configuration.
 
@@ -58,7 +63,7 @@ def load_catalog(data: DataConfig) -> Catalog:
         raise ConfigError(
             "data.catalog is not set; give --data.catalog URI, made by `tilestream catalog SLIDES... --out URI`"
         )
-    return Catalog.load(data.catalog, data.storage_options)
+    return Catalog.load(data.catalog, data.storage_options, staging(data))
 
 
 def make_plan(config: Config, catalog: Catalog) -> TilePlan:
@@ -81,7 +86,7 @@ def make_stream(config: Config, catalog: Catalog) -> TileStream:
     reader = ReaderOptions(
         hsv_rule=data.hsv_rule,
         storage_options=data.storage_options,
-        staging=Staging(folder=data.staging, max_bytes=int(data.staging_gb * 2**30)),
+        staging=staging(data),
     )
     return TileStream(
         catalog,
