@@ -111,7 +111,9 @@ def resume_point(config: Config, catalog: Catalog) -> tuple[int, str | None]:
     now = {**asdict(config.model), "global_size": config.augment.global_size}
     was = {**asdict(before.model), "global_size": before.augment.global_size}
     # What acts on the way and leaves the weights' shapes alone may change.
-    changed = [f"{key} {was[key]} (now {now[key]})" for key in now if was[key] != now[key] and key != "drop_path"]
+    changed = [
+        f"{key} {was[key]} (now {now[key]})" for key in now if was[key] != now[key] and key not in ("drop_path", "init")
+    ]
     if changed:
         raise CheckpointError(f"{found}: of another model: {', '.join(changed)}; set it back or set another run.out")
     return meta.step, found
@@ -139,7 +141,9 @@ def fit(config: Config, catalog: str, batches: StepBatches, resume: str | None, 
     )
     if "strategy" in where:
         trainer = prepare_trainer(trainer)
-    trainer.fit(DinoModule(config), train_dataloaders=batches, ckpt_path=resume, weights_only=True)
+    trainer.fit(
+        DinoModule(config, resumed=resume is not None), train_dataloaders=batches, ckpt_path=resume, weights_only=True
+    )
 
 
 def _worker(loop: dict[str, Any]) -> None:
@@ -201,7 +205,7 @@ def train(config: Config, *, debug: bool = False, verbose: bool = False) -> Trai
     if start >= steps:
         return TrainResult(resume or last, start, steps, [f"{out} is trained to step {start} already"])
     make_plan(config, catalog)  # what the catalog can't give is told before anything starts
-    DinoModule(config)  # and what the model can't be
+    DinoModule(config, resumed=resume is not None)  # and what the model can't be
     storage.write_bytes(storage.join(out, checkpoint.CONFIG), config.to_yaml().encode(), options)
     with MetricsLog(config, start) as log:
         if debug:
