@@ -80,6 +80,8 @@ class ModelConfig:
     """side of a patch in px; none: the backbone's own"""
     num_registers: int | None = None
     """register tokens; none: the backbone's own"""
+    ffn: Literal["mlp", "swiglu"] | None = None
+    """feed-forward part of the blocks; none: the backbone's own"""
     layer_scale: float | None = 1e-5
     """initial scale of residual branches"""
     drop_path: float = 0.1
@@ -92,6 +94,17 @@ class ModelConfig:
     """width before the prototypes"""
     separate_heads: bool = False
     """whether iBOT has a head of its own"""
+    ibot_prototypes: int | None = None
+    """width of that head's output; none: num_prototypes"""
+    ibot_bottleneck: int | None = None
+    """width before its prototypes; none: head_bottleneck"""
+    init: str | None = None
+    """weights to start from: a checkpoint of ours (student, teacher and heads), a file of DINOv2 weights in timm's
+    naming (.safetensors, .pth), or a name of timm's hub such as vit_small_patch14_dinov2.lvd142m; none: random"""
+
+    def __post_init__(self) -> None:
+        if not self.separate_heads and (self.ibot_prototypes or self.ibot_bottleneck):
+            raise ValueError("ibot_prototypes and ibot_bottleneck are of iBOT's own head; set separate_heads true")
 
 
 @dataclass(frozen=True, kw_only=True)

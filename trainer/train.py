@@ -123,7 +123,9 @@ def resume_point(config: Config, catalog: Catalog) -> tuple[int, str | None]:
     now = {**asdict(config.model), "global_size": config.augment.global_size}
     was = {**asdict(before.model), "global_size": before.augment.global_size}
     # What acts on the way and leaves the weights' shapes alone may change.
-    changed = [f"{key} {was[key]} (now {now[key]})" for key in now if was[key] != now[key] and key != "drop_path"]
+    changed = [
+        f"{key} {was[key]} (now {now[key]})" for key in now if was[key] != now[key] and key not in ("drop_path", "init")
+    ]
     if changed:
         raise CheckpointError(f"{found}: of another model: {', '.join(changed)}; set it back or set another run.out")
     return meta.step, found
@@ -158,8 +160,9 @@ def fit(
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+    module = DinoModule(config, resumed=resume is not None)
     try:
-        trainer.fit(DinoModule(config), train_dataloaders=batches, ckpt_path=resume, weights_only=True)
+        trainer.fit(module, train_dataloaders=batches, ckpt_path=resume, weights_only=True)
     finally:
         to_storage.teardown()
 
@@ -234,7 +237,7 @@ def train(config: Config, *, debug: bool = False, verbose: bool = False) -> Trai
     if start >= steps:
         return TrainResult(resume or last, start, steps, [f"{out} is trained to step {start} already"])
     make_plan(config, catalog)  # what the catalog can't give is told before anything starts
-    DinoModule(config)  # and what the model can't be
+    DinoModule(config, resumed=resume is not None)  # and what the model can't be
     storage.write_bytes(storage.join(out, checkpoint.CONFIG), config.to_yaml().encode(), options)
     with MetricsLog(config, start) as log, terminated() as stop:
         if debug:
