@@ -182,12 +182,8 @@ def _add_universe(parser: ArgumentParser) -> None:
     group.add_argument("--slides", type=float, default=1.0, metavar="SHARE", help="share of the slides, by patient (1)")
     group.add_argument("--tiles-per-slide", type=int, metavar="K", help="distinct tiles of each slide")
     group.add_argument("--no-replacement", action="store_true", help="each of those once before any comes again")
-    group.add_argument(
-        "--universe-seed", type=int, default=0, metavar="SEED", help="which slides and tiles (0)"
-    )
-    group.add_argument(
-        "--cohorts", type=named_weights, metavar="LIST", help="cohorts and weights: a=2,b=1"
-    )
+    group.add_argument("--universe-seed", type=int, default=0, metavar="SEED", help="which slides and tiles (0)")
+    group.add_argument("--cohorts", type=named_weights, metavar="LIST", help="cohorts and weights: a=2,b=1")
     group.add_argument("--window", type=int, metavar="TILES", help="tiles in a row that come from few slides")
     group.add_argument("--window-slides", type=int, default=64, metavar="N", help="how many these are (64)")
 

@@ -17,6 +17,7 @@ from trainer.draws import random_bits
 from trainer.heads import DINOHead
 from trainer.masks import block_masks
 from trainer.schedule import parameter_groups, set_group_values
+from trainer.strategy import prepare, whole
 
 # No crop has this number, so its random numbers are nobody else's.
 _GENERATOR_VIEW = 1 << 20
@@ -103,6 +104,7 @@ class DinoModule(pl.LightningModule):
             weights.start_from(config.model.init, self.student, self.teacher, config.data.storage_options)
         self.schedules = config.optim.schedules(config.train.steps, config.train.batch)
         self.step_metrics: dict[str, Tensor | float] = {}
+        self._is_prepared = False
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss of one micro-batch: `tile` uint8 (B, S, S, 3), `index` int64 (B,)."""
@@ -156,6 +158,15 @@ class DinoModule(pl.LightningModule):
         """Whether the metrics get a row for that step, counted from 1."""
         return step % self.config.train.log_every == 0 or step == self.config.train.steps
 
+    def configure_model(self) -> None:
+        """Makes the model ready for its ranks, once; Lightning calls this before the optimiser is made."""
+        if not self._is_prepared:
+            mesh = self.device_mesh["data_parallel"] if self.device_mesh is not None else None
+            for network in (self.student, self.teacher):
+                blocks, parts = network.backbone.vit.blocks, [network.dino_head, network.ibot_head]
+                prepare(network, blocks, [part for part in parts if part is not None], self.config.train, mesh)
+            self._is_prepared = True
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over the student; learning rates and weight decays are written before each step."""
         optim = self.config.optim
@@ -164,7 +175,7 @@ class DinoModule(pl.LightningModule):
             layer_decay=optim.layer_decay,
             patch_embed_lr_mult=optim.patch_embed_lr_mult,
         )
-        return torch.optim.AdamW(groups, lr=self.schedules.lr, betas=(0.9, optim.beta2))
+        return torch.optim.AdamW(groups, lr=self.schedules.lr, betas=(0.9, optim.beta2), fused=True)
 
     def configure_gradient_clipping(
         self,
@@ -175,7 +186,7 @@ class DinoModule(pl.LightningModule):
         """Clips the backbone and each head by itself, as DINOv2 does."""
         for name, part in self.student.named_children():
             norm = nn.utils.clip_grad_norm_(part.parameters(), self.config.optim.clip)
-            self.step_metrics[f"grad_norm_{name}"] = norm.detach()
+            self.step_metrics[f"grad_norm_{name}"] = whole(norm.detach())
 
     def optimizer_step(
         self,

@@ -6,8 +6,9 @@ ranks or another strategy, and that a checkpoint can be written while the next s
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.strategy import Strategy
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -22,9 +24,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+from trainer.config import TrainConfig
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
@@ -97,6 +104,48 @@ class _WholeState(Strategy):
         """Rank 0 hands it to the storage, which writes while training goes on."""
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that the shards of all ranks make up, on each; one that is not sharded as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def prepare(
+    network: nn.Module,
+    blocks: Iterable[nn.Module],
+    parts: Iterable[nn.Module],
+    train: TrainConfig,
+    mesh: DeviceMesh | None,
+) -> None:
+    """Checkpoints activations, compiles and shards a network as the configuration says, block by block.
+
+    `parts` are further modules that are gathered by themselves, mesh the ranks to shard over. Names of parameters stay.
+    """
+    shard = partial(fully_shard, mesh=mesh, mp_policy=_mixed_precision(train)) if mesh is not None else None
+    for block in blocks:
+        if train.activation_checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if train.compile:
+            block.compile()
+        if shard is not None:
+            shard(block)
+    if shard is not None:
+        for part in parts:
+            shard(part)
+        shard(network)
+
+
+def _mixed_precision(train: TrainConfig) -> MixedPrecisionPolicy:
+    """Gathers bfloat16 weights and adds gradients up in float32, which autocast would gather in float32, too."""
+    if train.precision != "bf16-mixed":
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+def autocast_precision(train: TrainConfig) -> str:
+    """What Lightning is told: shards see to mixed precision themselves."""
+    return "32-true" if train.strategy == "fsdp" and train.precision == "bf16-mixed" else train.precision
 
 
 class OneDevice(_WholeState, SingleDeviceStrategy):

@@ -18,6 +18,7 @@ import ray.train.torch
 import ray.util.queue
 import torch
 import torch.distributed as dist
+from lightning.pytorch.plugins.environments import ClusterEnvironment
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.data import DataIterator, Dataset, ExecutionOptions
 from ray.train.lightning import RayLightningEnvironment
@@ -33,7 +34,7 @@ from streaming.stream import TileStream, torch_batches
 from trainer import checkpoint
 from trainer.config import Config, DataConfig
 from trainer.module import DinoModule
-from trainer.strategy import OneDevice, Replicas
+from trainer.strategy import OneDevice, Replicas, Shards, autocast_precision
 from trainer.watch import MetricsLog, Report, Signals, StepBatches, Watch
 
 
@@ -131,6 +132,14 @@ def resume_point(config: Config, catalog: Catalog) -> tuple[int, str | None]:
     return meta.step, found
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands among the others."""
+
+    device: torch.device
+    environment: ClusterEnvironment
+
+
 def fit(
     config: Config,
     catalog: str,
@@ -138,20 +147,23 @@ def fit(
     resume: str | None,
     report: Report,
     signals: Signals,
-    device: torch.device | None = None,
+    place: Place | None = None,
 ) -> None:
-    """Trains to the last step, or until told to stop, in this process: alone, or on `device` as a rank of Ray Train."""
+    """Trains to the last step, or until told to stop, in this process: alone, or as a rank at its place."""
     # Its advice (more workers for the loader, a product to try) does not apply here.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     train, to_storage = config.train, checkpoint.FolderCheckpointIO(config, catalog)
-    ours = OneDevice(torch.device("cuda" if train.gpu else "cpu")) if device is None else Replicas(device)
+    if place is None:
+        strategy = OneDevice(torch.device("cuda" if train.gpu else "cpu"))
+    else:
+        strategy = (Shards if train.strategy == "fsdp" else Replicas)(place.device)
     trainer = pl.Trainer(
-        strategy=ours,
-        plugins=[to_storage] if device is None else [RayLightningEnvironment(), to_storage],
-        devices=1 if device is None else "auto",
+        strategy=strategy,
+        plugins=[to_storage] if place is None else [place.environment, to_storage],
+        devices=1 if place is None else "auto",
         accelerator="gpu" if train.gpu else "cpu",
         max_steps=train.steps,
-        precision=train.precision,  # type: ignore[arg-type]
+        precision=autocast_precision(train),  # type: ignore[arg-type]
         accumulate_grad_batches=train.accumulate,
         callbacks=[Watch(config, batches, report, to_storage, signals)],
         logger=False,
@@ -188,8 +200,8 @@ def _train_rank(config: Config, catalog: Catalog, messages: ray.util.queue.Queue
         stop=_order(orders) if ray.train.get_context().get_world_rank() == 0 else lambda: False,
         leaving=lambda: ray.train.get_preemption_info() is not None,
     )
-    device = ray.train.torch.get_device()
-    fit(config, catalog.fingerprint, batches, resume, messages.put, signals, device)
+    place = Place(ray.train.torch.get_device(), RayLightningEnvironment())
+    fit(config, catalog.fingerprint, batches, resume, messages.put, signals, place)
 
 
 def _shared_resume_point(config: Config, catalog: Catalog) -> tuple[int, str | None]:
@@ -295,6 +307,8 @@ def _fit_on_ray(config: Config, catalog: Catalog, log: MetricsLog, stop: threadi
         ),
         run_config=ray.train.RunConfig(
             name="train",
+            # Crops of two sizes tear the GPU's memory into pieces.
+            worker_runtime_env={"env_vars": {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}} if train.gpu else None,
             storage_path=path,
             storage_filesystem=PyFileSystem(handler),
             failure_config=ray.train.FailureConfig(max_failures=train.max_restarts),
