@@ -57,6 +57,7 @@ def add_train(commands: Any) -> None:
     parser.usage = "tilestream train CONFIG [--section.key value ...] [--dry-run] [--debug] [--fields] [--print_config]"
     parser.add_argument("config", metavar="CONFIG", nargs="?", help=f"a YAML file or a preset: {', '.join(presets())}")
     parser.add_argument("--debug", action="store_true", help="reader and trainer in this one process, for a debugger")
+    parser.add_argument("--force", action="store_true", help="go on with a run by another recipe than it began with")
     parser.add_argument("--dry-run", action="store_true", help="say what would be trained and what it needs, and leave")
     parser.add_argument("--fields", action="store_true", help="list all fields of the configuration and leave")
     parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and leave")
@@ -82,7 +83,7 @@ def run_train(args: Namespace) -> None:
         return None
     from trainer.train import train
 
-    result = train(config, debug=args.debug, verbose=args.verbose)
+    result = train(config, debug=args.debug, verbose=args.verbose, force=args.force)
     for line in result.summary:
         sys.stderr.write(line + "\n")
     out(f"trained steps {result.start} to {result.steps}: {result.checkpoint}")

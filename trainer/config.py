@@ -251,6 +251,45 @@ class Config:
         return yaml.safe_dump(_plain(asdict(self)), sort_keys=False)
 
 
+# What may change from one start of a run to the next without changing what is trained.
+FREE_FIELDS = {
+    "run": ("out",),
+    "data": (
+        *("catalog", "storage_options", "max_failed_share", "readers", "reader_cpus", "reader_labels"),
+        *("segment_blocks", "stall_s", "staging", "staging_gb"),
+    ),
+    "model": ("init",),
+    "train": (
+        *("ranks", "gpu", "rank_cpus", "rank_labels", "strategy", "compile", "activation_checkpointing"),
+        *("log_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "max_restarts"),
+    ),
+    "watch": ("min_rankme", "min_teacher_entropy", "grace_steps", "patience"),
+}
+# What no force can change: another model's weights don't fit, another batch's next index lies within a step.
+_FIXED = ("model.", "train.batch", "augment.global_size")
+
+
+def recipe_changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
+    """Fields of the recipe that differ, with both values: those that may be forced, and those that can't be."""
+    was, becomes = _flat(_plain(asdict(before))), _flat(_plain(asdict(now)))
+    free = {f"{section}.{name}" for section, names in FREE_FIELDS.items() for name in names}
+    changed = [
+        key
+        for key in becomes | was
+        if was.get(key) != becomes.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in free)
+    ]
+    fixed = [key for key in changed if key.startswith(_FIXED) and key != "model.drop_path"]
+    told = {key: f"{key} {was.get(key)} (now {becomes.get(key)})" for key in changed}
+    return [told[key] for key in changed if key not in fixed], [told[key] for key in fixed]
+
+
+def _flat(values: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}

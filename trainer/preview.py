@@ -15,7 +15,7 @@ from trainer.augment import NUM_GLOBAL
 from trainer.config import Config, TrainConfig
 from trainer.module import DinoModule
 from trainer.schedule import Schedules
-from trainer.train import load_catalog, make_plan
+from trainer.train import check_model, load_catalog, make_plan
 
 PICTURE = "schedules.png"
 _GIB = 2**30
@@ -52,7 +52,8 @@ def model_size(config: Config) -> Size:
     """
     with torch.device("meta"):
         student = DinoModule(config, resumed=True).student
-    vit, sizes = student.backbone.vit, (config.augment.global_size, config.augment.local_size)
+    vit, grid = student.backbone.vit, student.backbone.grid
+    large, small = (2 * (side,) for side in (config.augment.global_size, config.augment.local_size))
 
     def count(module: nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
@@ -63,7 +64,7 @@ def model_size(config: Config) -> Size:
         heads=count(student) - backbone,
         depth=len(vit.blocks),
         width=vit.embed_dim,
-        patches=tuple(math.prod(student.backbone.grid(size, size)) for size in sizes),
+        patches=(math.prod(grid(*large)), math.prod(grid(*small))),
         prefix_tokens=vit.num_prefix_tokens,
     )
 
@@ -110,6 +111,7 @@ def describe(config: Config) -> Iterator[str]:
         ConfigError, ValueError: a model, crops or schedules that make no sense.
         CatalogError, PlanError: no catalog, or one that can't give what is asked for.
     """
+    check_model(config, resumed=True)
     size = model_size(config)
     train = config.train
     yield config.to_yaml().rstrip()

@@ -122,7 +122,10 @@ def prepare(
 
     `parts` are further modules that are gathered by themselves, mesh the ranks to shard over. Names of parameters stay.
     """
-    shard = partial(fully_shard, mesh=mesh, mp_policy=_mixed_precision(train)) if mesh is not None else None
+    shard = None
+    if mesh is not None:
+        # The outermost part of a network would else stay whole after a forward pass, the teacher's for good.
+        shard = partial(fully_shard, mesh=mesh, mp_policy=_mixed_precision(train), reshard_after_forward=True)
     for block in blocks:
         if train.activation_checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -8,7 +8,7 @@ import signal
 import threading
 import uuid
 from collections.abc import Callable, Generator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ import ray.train.torch
 import ray.util.queue
 import torch
 import torch.distributed as dist
-from lightning.pytorch.plugins.environments import ClusterEnvironment
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.data import DataIterator, Dataset, ExecutionOptions
 from ray.train.lightning import RayLightningEnvironment
@@ -32,7 +32,7 @@ from streaming.reader import ReaderOptions
 from streaming.slide import Staging
 from streaming.stream import TileStream, torch_batches
 from trainer import checkpoint
-from trainer.config import Config, DataConfig
+from trainer.config import Config, DataConfig, recipe_changes
 from trainer.module import DinoModule
 from trainer.strategy import OneDevice, Replicas, Shards, autocast_precision
 from trainer.watch import MetricsLog, Report, Signals, StepBatches, Watch
@@ -99,37 +99,48 @@ def make_stream(config: Config, catalog: Catalog) -> TileStream:
     )
 
 
-def resume_point(config: Config, catalog: Catalog) -> tuple[int, str | None]:
-    """The step to go on from and the checkpoint to load: the run's newest, if it has one.
+def resume_point(config: Config, catalog: Catalog, *, force: bool = False) -> tuple[int, str | None]:
+    """The step to go on from and the checkpoint to load: the run's newest that is not damaged, if it has one.
+
+    With `force`, another recipe or catalog is taken as meant.
 
     Raises:
-        CheckpointError: it is of another model, or was trained on another catalog or batch, so that its next index
-            would mean other tiles.
+        CheckpointError: it is of another model, or was trained by another recipe, or on another catalog or batch, so
+            that its next index would mean other tiles.
     """
     found = checkpoint.newest_good(config.run.out, config.data.storage_options)
     if found is None:
         return 0, None
     meta = checkpoint.read_meta(found, config.data.storage_options)
-    if meta.catalog != catalog.fingerprint:
-        raise CheckpointError(
-            f"{found}: trained on another catalog ({meta.catalog}, now {catalog.fingerprint}); "
-            "restore that catalog or set another run.out"
-        )
-    if meta.next_index != meta.step * config.train.batch:
-        raise CheckpointError(
-            f"{found}: trained with batch {meta.next_index // meta.step}, now {config.train.batch}; "
-            "set train.batch back or set another run.out"
-        )
     before = checkpoint.read_config(found, config.data.storage_options)
-    now = {**asdict(config.model), "global_size": config.augment.global_size}
-    was = {**asdict(before.model), "global_size": before.augment.global_size}
-    # What acts on the way and leaves the weights' shapes alone may change.
-    changed = [
-        f"{key} {was[key]} (now {now[key]})" for key in now if was[key] != now[key] and key not in ("drop_path", "init")
-    ]
-    if changed:
-        raise CheckpointError(f"{found}: of another model: {', '.join(changed)}; set it back or set another run.out")
+    changed, fixed = recipe_changes(before, config)
+    if fixed:
+        raise CheckpointError(
+            f"{found}: does not fit the configuration: {', '.join(fixed)}; set it back or set another run.out"
+        )
+    if meta.catalog != catalog.fingerprint:
+        changed.append(f"the catalog's content {meta.catalog} (now {catalog.fingerprint}, {len(catalog)} slides)")
+    if changed and not force:
+        raise CheckpointError(
+            f"{found}: trained by another recipe: {', '.join(changed)}; set it back, set another run.out, "
+            "or go on all the same with --force"
+        )
     return meta.step, found
+
+
+def check_model(config: Config, *, resumed: bool = False) -> None:
+    """Builds the model, without memory for it where it need not load weights.
+
+    Raises:
+        ConfigError: a model, crops or schedules that make no sense.
+        CheckpointError: weights of `model.init` that don't fit.
+    """
+    loads = config.model.init is not None and not resumed
+    try:
+        with contextlib.nullcontext() if loads else torch.device("meta"):
+            DinoModule(config, resumed=resumed)
+    except ValueError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
 
 
 @dataclass(frozen=True)
@@ -205,9 +216,9 @@ def _train_rank(config: Config, catalog: Catalog, messages: ray.util.queue.Queue
 
 
 def _shared_resume_point(config: Config, catalog: Catalog) -> tuple[int, str | None]:
-    """`resume_point` of rank 0 for all ranks: looking for damage means to read the whole checkpoint."""
+    """`resume_point` of rank 0 for all: to look for damage is to read a whole checkpoint. The driver has compared."""
     rank = ray.train.get_context().get_world_rank()
-    found: list[Any] = [resume_point(config, catalog) if rank == 0 else None]
+    found: list[Any] = [resume_point(config, catalog, force=True) if rank == 0 else None]
     if dist.is_initialized():
         dist.broadcast_object_list(found, src=0)
     return found[0]
@@ -228,14 +239,15 @@ def _dataset(config: Config, catalog: Catalog, fatal: ray.util.queue.Queue) -> D
     cluster.quiet()
     if not fatal.empty():
         raise fatal.get()
-    start, _ = resume_point(config, catalog)
+    start, _ = resume_point(config, catalog, force=True)
     return make_stream(config, catalog).dataset(start, config.train.steps)
 
 
-def train(config: Config, *, debug: bool = False, verbose: bool = False) -> TrainResult:
+def train(config: Config, *, debug: bool = False, verbose: bool = False, force: bool = False) -> TrainResult:
     """Runs a training to its last step, from the newest checkpoint of `run.out` if there is one.
 
-    With `debug`, reader and trainer run in this process, without Ray, so that a debugger stops in both.
+    With `debug`, reader and trainer run in this process, without Ray, so that a debugger stops in both. With `force`,
+    a run goes on by another recipe than it began with.
 
     Raises:
         TilestreamError: bad input, told in one line.
@@ -244,12 +256,12 @@ def train(config: Config, *, debug: bool = False, verbose: bool = False) -> Trai
     config = replace(config, run=replace(config.run, out=storage.canonical(config.run.out)))
     catalog = load_catalog(config.data)
     out, options, steps = config.run.out, config.data.storage_options, config.train.steps
-    start, resume = resume_point(config, catalog)
+    start, resume = resume_point(config, catalog, force=force)
     last = checkpoint.checkpoint_uri(out, steps)
     if start >= steps:
         return TrainResult(resume or last, start, steps, [f"{out} is trained to step {start} already"])
     make_plan(config, catalog)  # what the catalog can't give is told before anything starts
-    DinoModule(config, resumed=resume is not None)  # and what the model can't be
+    check_model(config, resumed=resume is not None)
     storage.write_bytes(storage.join(out, checkpoint.CONFIG), config.to_yaml().encode(), options)
     with MetricsLog(config, start) as log, terminated() as stop:
         if debug:

@@ -171,4 +171,3 @@ def test_bfloat16_keeps_float32_weights_and_trains_near_float32(trained: Path, n
     assert not torch.equal(weights[key], reference[key])
     moved = (reference[key] - end(trained, "one")["state_dict"][key.replace("student", "teacher")]).norm()
     assert (weights[key] - reference[key]).norm() < 0.5 * moved
-

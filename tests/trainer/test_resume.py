@@ -98,7 +98,7 @@ def test_sigterm_saves_the_step_and_leaves_and_the_run_goes_on_from_there(catalo
     checkpoint.verify(stopped.checkpoint)
     assert [row["step"] for row in logged(tmp_path / "run")] == list(range(1, stopped.steps + 1))
     longer = replace(config, train=replace(config.train, steps=stopped.steps + 1))
-    assert train(longer, debug=True).start == stopped.steps
+    assert train(longer, debug=True, force=True).start == stopped.steps
 
 
 def test_checkpoints_come_by_minutes_too(catalog: str, tmp_path: Path) -> None:
@@ -145,3 +145,35 @@ def test_a_recipe_that_collapses_stops_the_run(catalog: str, tmp_path: Path) -> 
     limits = ("--watch.grace_steps", "2", "--watch.patience", "2", "--watch.min_rankme", "1.1")
     with pytest.raises(TrainingError, match=r"collapsed: rankme|not finite"):
         train(tiny(catalog, tmp_path / "run", *broken, *limits), debug=True)
+
+
+def test_post_training_at_a_higher_resolution_goes_on_from_a_checkpoint_with_its_heads(
+    catalog: str, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    short = ("--train.steps", "2", "--train.checkpoint_every", "1")
+    train(tiny(catalog, first, *short, "--augment.global_size", "64", "--augment.local_size", "32"), debug=True)
+    warm = ("--optim.momentum", "0.9995", "--optim.teacher_temp_start", "0.07", "--optim.warmup_steps", "0")
+    larger = ("--augment.global_size", "112", "--augment.local_size", "48", "--data.tile_size", "128")
+    overrides = [
+        *short,
+        *warm,
+        *larger,
+        "--data.mpp",
+        "{0.5: 1}",
+        "--model.init",
+        str(first),
+        "--optim.base_lr",
+        "1e-12",
+    ]
+    train(tiny(catalog, second, *overrides), debug=True)
+    before = checkpoint.load(checkpoint.checkpoint_uri(str(first), 2))["state_dict"]
+    after = checkpoint.load(checkpoint.checkpoint_uri(str(second), 2))["state_dict"]
+    positions = "student.backbone.vit.pos_embed"
+    assert before[positions].shape[1] == 1 + 4 * 4
+    assert after[positions].shape[1] == 1 + 7 * 7
+    for key in before.keys() - {positions, positions.replace("student", "teacher")}:
+        torch.testing.assert_close(after[key], before[key], rtol=0, atol=1e-6, msg=key)
+    rows = logged(second)
+    assert rows[0]["momentum"] == pytest.approx(0.9995)
+    assert rows[0]["teacher_temp"] == pytest.approx(0.07)
