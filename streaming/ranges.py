@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
@@ -89,7 +92,7 @@ class RemoteRanges:
         return _requests().submit(self._read, start, end).result
 
     def _read(self, start: int, end: int) -> bytes:
-        with storage.storage_errors(self._uri):
+        with storage.storage_errors(self._uri), _under_way(self._uri):
             answer = obstore.get(self._store, self._path, options={"range": (start, end)})
             _same(self._uri, _object_tag(answer.meta), self.tag)
             return _whole(self._uri, answer.bytes().to_bytes(), start, end)
@@ -151,6 +154,24 @@ def keep_in_flight(requests: int) -> None:
 def _requests() -> ThreadPoolExecutor:
     """This process's requests under way. obstore lets go of the interpreter while it waits."""
     return ThreadPoolExecutor(_in_flight, thread_name_prefix="ranges")
+
+
+_asked: dict[int, tuple[str, float]] = {}
+
+
+@contextlib.contextmanager
+def _under_way(uri: str) -> Generator[None]:
+    """A request, while its thread waits for it."""
+    _asked[threading.get_ident()] = uri, time.monotonic()
+    try:
+        yield
+    finally:
+        del _asked[threading.get_ident()]
+
+
+def oldest_request() -> tuple[str, float] | None:
+    """Address and start (as time.monotonic) of this process's request that has been under way for longest."""
+    return min(list(_asked.values()), key=lambda entry: entry[1], default=None)
 
 
 _stores: dict[tuple[str, str], ObjectStore] = {}

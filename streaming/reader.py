@@ -6,10 +6,11 @@ two batches.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Generator, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,7 @@ import ray
 from numpy.typing import NDArray
 
 from streaming import counters, ranges
+from streaming.careful import CarefulPool
 from streaming.catalog import Catalog
 from streaming.counters import Counters, counting
 from streaming.errors import ConfigError, SlideError, StorageError, StreamError
@@ -156,7 +158,7 @@ class TileReader:
         self._catalog: Catalog = ray.get(catalog) if isinstance(catalog, ray.ObjectRef) else catalog
         self._options = options
         ranges.keep_in_flight(options.requests_in_flight)
-        self._pool = SlidePool(self._open)
+        self._pool: SlidePool[int] = SlidePool(self._open)
         self._totals, self._lock = Counters(), threading.Lock()
 
     def counters(self) -> dict[str, float]:
@@ -167,30 +169,22 @@ class TileReader:
     def _open(self, row: int) -> Slide:
         return self._catalog.open_slide(row, self._options.storage_options, self._options.staging)
 
-    def _begin(self, specs: TileSpecs, i: int) -> Callable[[Pixels], None]:
-        """Asks for a tile's bytes; what is wrong is told by the answer."""
-        try:
-            return self._pool.begin_tile(
-                int(specs.slide[i]), int(specs.x[i]), int(specs.y[i]), float(specs.mpp[i]), specs.size
-            )
-        except (SlideError, StorageError) as error:
-            return partial(_fail, error)
-
-    def __call__(self, batch: Batch) -> Batch:
+    def __call__(self, batch: Batch, *, careful: bool = False) -> Batch:
         """Reads the tiles of `batch["index"]`, int64 (n,).
 
         Returns columns of n rows: `tile` uint8 (n, size, size, 3), `index`, `slide` (row of the catalog), `x`, `y`
         (level-0 pixels), `mpp`, `filtered` (tiles of this index turned down by the HSV rule), `failures` (JSON list
         of [slide, reason] of tiles of this index that could not be read; empty where none) and `stages` (in the first
         row what this batch took, JSON of `streaming.counters.Counters`, and when it ended, `ended_at`; else empty).
+        With `careful`, tiles are read in a process apart, and one that crashes it has failed.
 
         Raises:
             StreamError: hardly any tile passes.
         """
         index = np.asarray(batch["index"], dtype=np.int64)
-        with counting() as counted:
+        with counting() as counted, self._slides(careful) as pool:
             started = perf_counter()
-            columns = self._read(index)
+            columns = self._read(index, pool)
             counted.total_s = perf_counter() - started
             counted.tiles = len(index)
         with self._lock:
@@ -200,7 +194,16 @@ class TileReader:
         stages[:1] = json.dumps({**taken, "ended_at": time()})
         return {**columns, "stages": stages}
 
-    def _read(self, index: NDArray[np.int64]) -> Batch:
+    @contextlib.contextmanager
+    def _slides(self, careful: bool) -> Generator[SlidePool[int] | CarefulPool]:
+        if not careful:
+            yield self._pool
+            return
+        pool = CarefulPool(self._catalog, self._options.storage_options, self._options.staging)
+        with contextlib.closing(pool):
+            yield pool
+
+    def _read(self, index: NDArray[np.int64], pool: SlidePool[int] | CarefulPool) -> Batch:
         count, n, size = counters.mine(), len(index), self._plan.size
         tiles = np.empty((n, size, size, 3), dtype=np.uint8)
         columns: Batch = {
@@ -219,7 +222,7 @@ class TileReader:
             count.plan_s += perf_counter() - started
             for name in ("slide", "x", "y", "mpp"):
                 columns[name][pending] = getattr(specs, name)
-            failed = self._read_specs(specs, tiles, pending)
+            failed = self._read_specs(specs, pool, tiles, pending)
             for i, error in failed.items():
                 if error is None:
                     columns["filtered"][pending[i]] += 1
@@ -237,14 +240,14 @@ class TileReader:
         )
 
     def _read_specs(
-        self, specs: TileSpecs, tiles: Pixels, rows: NDArray[np.int64]
+        self, specs: TileSpecs, pool: SlidePool[int] | CarefulPool, tiles: Pixels, rows: NDArray[np.int64]
     ) -> dict[int, SlideError | StorageError | None]:
         """Reads specs into rows of `tiles`; tells which are to be replaced: why, or None where the HSV rule says so."""
         count = counters.mine()
         # All requests go out before the first block is decoded: storage works while this decodes.
-        self._pool.open_all(np.unique(specs.slide).tolist())
+        pool.open_all(np.unique(specs.slide).tolist())
         started = perf_counter()
-        begun = [self._begin(specs, i) for i in range(len(specs))]
+        begun = [_begin(pool, specs, i) for i in range(len(specs))]
         count.request_s += perf_counter() - started
         failed: dict[int, SlideError | StorageError | None] = {}
         for i, row in enumerate(rows.tolist()):
@@ -258,6 +261,14 @@ class TileReader:
                 failed[i] = None
             count.filter_s += perf_counter() - started
         return failed
+
+
+def _begin(pool: SlidePool[int] | CarefulPool, specs: TileSpecs, i: int) -> Callable[[Pixels], None]:
+    """Asks for a tile's bytes; what is wrong is told by the answer."""
+    try:
+        return pool.begin_tile(int(specs.slide[i]), int(specs.x[i]), int(specs.y[i]), float(specs.mpp[i]), specs.size)
+    except (SlideError, StorageError) as error:
+        return partial(_fail, error)
 
 
 def _fail(error: Exception, _: Pixels) -> None:

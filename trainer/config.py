@@ -58,6 +58,12 @@ class DataConfig:
     """least and most reader actors"""
     reader_cpus: float = 1.0
     """CPU slots of a reader actor"""
+    reader_labels: dict[str, str] = field(default_factory=dict)
+    """labels of the nodes that readers run on; empty: any node"""
+    segment_blocks: int = 2000
+    """micro-batches that Ray Data plans at once; a run is a chain of such segments"""
+    stall_s: float | None = 900.0
+    """seconds that a rank waits for a batch before the run stops and says why; none: for ever"""
     staging: str = Staging.folder
     """local folder for copies of remote slides"""
     staging_gb: float = 100.0
@@ -187,6 +193,8 @@ class TrainConfig:
     """whether each rank takes a GPU"""
     rank_cpus: float = 1.0
     """CPU slots of a rank"""
+    rank_labels: dict[str, str] = field(default_factory=dict)
+    """labels of the nodes that ranks run on; empty: any node"""
     precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
     """32-true; bf16-mixed: weights in float32, products in bfloat16; bf16-true: all in bfloat16"""
     strategy: Literal["ddp", "fsdp"] = "ddp"
@@ -361,7 +369,7 @@ def _leaf_keys(values: dict[str, Any], prefix: str = "") -> list[str]:
     return keys
 
 
-_DICT_FIELDS = {"data.mpp", "data.cohorts", "data.storage_options"}
+_DICT_FIELDS = {"data.mpp", "data.cohorts", "data.storage_options", "data.reader_labels", "train.rank_labels"}
 
 
 def _check_key(key: str, keys: list[str], source: str) -> None:

@@ -13,20 +13,23 @@ from functools import partial
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import ray
 import ray.train
+import ray.train.collective
 import ray.train.torch
 import ray.util.queue
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from pyarrow.fs import FSSpecHandler, PyFileSystem
-from ray.data import DataIterator, Dataset, ExecutionOptions
+from ray.actor import ActorHandle
+from ray.train import UserCallback
 from ray.train.lightning import RayLightningEnvironment
 from ray.train.torch import TorchTrainer
 
 from streaming import cluster, storage
 from streaming.catalog import Catalog
-from streaming.errors import CheckpointError, ConfigError, TilestreamError
+from streaming.chain import Source, chained, start_chain
+from streaming.errors import CheckpointError, ConfigError, TilestreamError, root_cause
 from streaming.plan import TilePlan
 from streaming.reader import ReaderOptions
 from streaming.slide import Staging
@@ -96,13 +99,16 @@ def make_stream(config: Config, catalog: Catalog) -> TileStream:
         reader=reader,
         readers=data.readers,
         reader_cpus=data.reader_cpus,
+        reader_labels=data.reader_labels,
+        segment_blocks=data.segment_blocks,
+        stall_s=data.stall_s,
     )
 
 
-def resume_point(config: Config, catalog: Catalog, *, force: bool = False) -> tuple[int, str | None]:
+def resume_point(config: Config, catalog: str, *, force: bool = False) -> tuple[int, str | None]:
     """The step to go on from and the checkpoint to load: the run's newest that is not damaged, if it has one.
 
-    With `force`, another recipe or catalog is taken as meant.
+    catalog is its fingerprint. With `force`, another recipe or catalog is taken as meant.
 
     Raises:
         CheckpointError: it is of another model, or was trained by another recipe, or on another catalog or batch, so
@@ -118,8 +124,8 @@ def resume_point(config: Config, catalog: Catalog, *, force: bool = False) -> tu
         raise CheckpointError(
             f"{found}: does not fit the configuration: {', '.join(fixed)}; set it back or set another run.out"
         )
-    if meta.catalog != catalog.fingerprint:
-        changed.append(f"the catalog's content {meta.catalog} (now {catalog.fingerprint}, {len(catalog)} slides)")
+    if meta.catalog != catalog:
+        changed.append(f"the catalog's content {meta.catalog} (now {catalog})")
     if changed and not force:
         raise CheckpointError(
             f"{found}: trained by another recipe: {', '.join(changed)}; set it back, set another run.out, "
@@ -190,38 +196,40 @@ def fit(
         to_storage.teardown()
 
 
-def _worker(loop: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class _Loop:
+    """What each rank is given."""
+
+    config: Config
+    catalog: str
+    """its fingerprint"""
+    source: Source
+    chain: ActorHandle[Any]
+    messages: ray.util.queue.Queue
+    """of rank 0 to the driver"""
+    orders: ray.util.queue.Queue
+    """of the driver to rank 0"""
+
+
+def _worker(given: dict[str, _Loop]) -> None:
     """One rank of Ray Train."""
-    config: Config = loop["config"]
-    messages: ray.util.queue.Queue = loop["messages"]
-    try:
-        _train_rank(config, loop["catalog"], messages, loop["orders"])
-    except TilestreamError as error:
-        # Starting the workers again would meet the same error: `_dataset` looks here before it lets them.
-        with contextlib.suppress(ray.util.queue.Full):
-            loop["fatal"].put_nowait(error)
-        raise
-
-
-def _train_rank(config: Config, catalog: Catalog, messages: ray.util.queue.Queue, orders: ray.util.queue.Queue) -> None:
-    start, resume = _shared_resume_point(config, catalog)
-    shard = cast("DataIterator", ray.train.get_dataset_shard("tiles"))
-    batches = StepBatches(torch_batches(shard, config.train.shape.micro), start, config)
+    loop = given["loop"]
+    config = loop.config
+    rank = ray.train.get_context().get_world_rank()
+    # One looks where the run stands, so that no two can see different checkpoints; the driver has compared recipes.
+    found = (*resume_point(config, loop.catalog, force=True), uuid.uuid4().hex) if rank == 0 else None
+    start, resume, generation = cast(
+        "tuple[int, str | None, str]", ray.train.collective.broadcast_from_rank_zero(found)
+    )
+    read = partial(torch_batches, micro=config.train.shape.micro)
+    tiles = chained(loop.chain, loop.source, generation, rank, (start, config.train.steps), read)
+    batches = StepBatches(tiles, start, config)
     signals = Signals(
-        stop=_order(orders) if ray.train.get_context().get_world_rank() == 0 else lambda: False,
+        stop=_order(loop.orders) if rank == 0 else lambda: False,
         leaving=lambda: ray.train.get_preemption_info() is not None,
     )
     place = Place(ray.train.torch.get_device(), RayLightningEnvironment())
-    fit(config, catalog.fingerprint, batches, resume, messages.put, signals, place)
-
-
-def _shared_resume_point(config: Config, catalog: Catalog) -> tuple[int, str | None]:
-    """`resume_point` of rank 0 for all: to look for damage is to read a whole checkpoint. The driver has compared."""
-    rank = ray.train.get_context().get_world_rank()
-    found: list[Any] = [resume_point(config, catalog, force=True) if rank == 0 else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found, src=0)
-    return found[0]
+    fit(config, loop.catalog, batches, resume, loop.messages.put, signals, place)
 
 
 def _order(orders: ray.util.queue.Queue) -> Callable[[], bool]:
@@ -230,17 +238,16 @@ def _order(orders: ray.util.queue.Queue) -> Callable[[], bool]:
     return lambda: bool(ray.wait([order], timeout=0)[0])
 
 
-def _dataset(config: Config, catalog: Catalog, fatal: ray.util.queue.Queue) -> Dataset:
-    """The tiles not yet trained on; Ray Train calls this whenever it starts the workers.
+class _EndForGood(UserCallback):
+    """Ends a run at an error that starting the workers again would only meet again."""
 
-    Raises:
-        TilestreamError: what stopped the workers before, when no restart can mend it; Ray Train then gives up.
-    """
-    cluster.quiet()
-    if not fatal.empty():
-        raise fatal.get()
-    start, _ = resume_point(config, catalog, force=True)
-    return make_stream(config, catalog).dataset(start, config.train.steps)
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Ray Train calls this before it decides about a restart; what is raised here ends the run."""
+        del run_context
+        causes = [root_cause(error) for error in worker_exceptions.values()]
+        for cause in causes:
+            if isinstance(cause, TilestreamError):
+                raise cause
 
 
 def train(config: Config, *, debug: bool = False, verbose: bool = False, force: bool = False) -> TrainResult:
@@ -256,7 +263,7 @@ def train(config: Config, *, debug: bool = False, verbose: bool = False, force: 
     config = replace(config, run=replace(config.run, out=storage.canonical(config.run.out)))
     catalog = load_catalog(config.data)
     out, options, steps = config.run.out, config.data.storage_options, config.train.steps
-    start, resume = resume_point(config, catalog, force=force)
+    start, resume = resume_point(config, catalog.fingerprint, force=force)
     last = checkpoint.checkpoint_uri(out, steps)
     if start >= steps:
         return TrainResult(resume or last, start, steps, [f"{out} is trained to step {start} already"])
@@ -298,24 +305,21 @@ def terminated() -> Generator[threading.Event]:
 def _fit_on_ray(config: Config, catalog: Catalog, log: MetricsLog, stop: threading.Event, *, verbose: bool) -> None:
     train, data, options = config.train, config.data, config.data.storage_options
     cluster.connect(round(train.ranks * train.rank_cpus + data.readers[1] * data.reader_cpus) + 1, verbose=verbose)
-    messages, fatal, orders = (ray.util.queue.Queue(actor_options={"num_cpus": 0}) for _ in range(3))
+    source = make_stream(config, catalog).source
+    chain = start_chain(source)
+    messages, orders = (ray.util.queue.Queue(actor_options={"num_cpus": 0}) for _ in range(2))
     # Ray Train keeps its own notes in the run's storage, which all nodes reach.
     notes = storage.join(config.run.out, f".ray-{uuid.uuid4().hex[:8]}")
     fs, path = storage.filesystem(notes, options)
     handler = cast(Any, FSSpecHandler)(fs)  # its stubs call it abstract
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={
-            "config": config,
-            "catalog": catalog,
-            "messages": messages,
-            "fatal": fatal,
-            "orders": orders,
-        },
-        datasets={"tiles": partial(_dataset, config, catalog, fatal)},
-        dataset_config=ray.train.DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
+        train_loop_config={"loop": _Loop(config, catalog.fingerprint, source, chain, messages, orders)},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=train.ranks, use_gpu=train.gpu, resources_per_worker={"CPU": train.rank_cpus}
+            num_workers=train.ranks,
+            use_gpu=train.gpu,
+            resources_per_worker={"CPU": train.rank_cpus},
+            label_selector=train.rank_labels or None,
         ),
         run_config=ray.train.RunConfig(
             name="train",
@@ -324,12 +328,14 @@ def _fit_on_ray(config: Config, catalog: Catalog, log: MetricsLog, stop: threadi
             storage_path=path,
             storage_filesystem=PyFileSystem(handler),
             failure_config=ray.train.FailureConfig(max_failures=train.max_restarts),
+            callbacks=[_EndForGood()],
         ),
     )
     try:
         with log.listening(messages), _passing_on(stop, orders):
             trainer.fit()
     finally:
+        ray.kill(chain)
         with contextlib.suppress(TilestreamError):
             storage.remove(notes, options)
 

@@ -190,7 +190,8 @@ def test_tiles_of_an_unreadable_slide_are_replaced_alike_every_time_and_recorded
         budget.add(one)
     tolerant = FailureBudget(max_share=0.9)
     tolerant.add(one)
-    assert tolerant.failed == sum(len(entries) for entries in failed)
+    # A slide counts once an index, however often it was tried for it.
+    assert tolerant.failed == sum(len(dict(entries)) for entries in failed)
 
 
 def test_tiles_that_the_hsv_rule_turns_down_are_replaced_and_counted_apart(catalog: str) -> None:

@@ -33,7 +33,7 @@ def tiny(catalog: str, out: Path, *overrides: str) -> Config:
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict | list):
+    if isinstance(value, dict | list | tuple):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         return {key: leaf for name, inner in pairs for key, leaf in flat(inner, f"{prefix}/{name}").items()}
     return {prefix: value}

@@ -109,7 +109,7 @@ def test_a_finished_run_is_left_alone(config: Config, tmp_path: Path) -> None:
         (["--train.batch", "8"], "batch 4 .now 8"),
         (["--augment.hue", "0.2"], r"augment.hue 0.1 \(now 0.2\).*--force"),
         (["--data.mpp", "{0.5: 1}"], r"data.mpp.1.0 1.0 \(now None\)"),
-        (["--data.catalog", "OTHER"], r"the catalog's content .*2 slides"),
+        (["--data.catalog", "OTHER"], r"the catalog's content"),
     ],
 )
 def test_a_run_does_not_go_on_with_what_does_not_fit_it(
