@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import boto3
 import obstore.exceptions
@@ -336,6 +336,38 @@ def write_bytes(uri: str, content: bytes, storage_options: StorageOptions | None
             return
         with whole_file(path) as temporary:
             Path(temporary).write_bytes(content)
+
+
+@contextlib.contextmanager
+def writing(uri: str, storage_options: StorageOptions | None = None) -> Generator[BinaryIO]:
+    """A file to write an object of any size into, piece by piece; a local one appears when the block ends well.
+
+    A remote one that breaks off may be left cut short, so a note written after it must vouch for it.
+
+    Raises:
+        StorageError: it can't be written.
+    """
+    with storage_errors(uri):
+        fs, path = filesystem(uri, storage_options)
+        if isinstance(fs, LocalFileSystem):
+            with whole_file(path) as temporary, open(temporary, "wb") as file:
+                yield file
+            return
+        with fs.open(path, "wb") as file:
+            yield cast(BinaryIO, file)
+
+
+@contextlib.contextmanager
+def reading(uri: str, storage_options: StorageOptions | None = None) -> Generator[BinaryIO]:
+    """A file to read an object from, piece by piece.
+
+    Raises:
+        StorageError: it does not exist or can't be read.
+    """
+    with storage_errors(uri):
+        fs, path = filesystem(uri, storage_options)
+        with fs.open(path, "rb") as file:
+            yield cast(BinaryIO, file)
 
 
 @contextlib.contextmanager

@@ -58,9 +58,11 @@ def add_train(commands: Any) -> None:
         "  tilestream train debug --data.catalog catalog --debug",
         run_train,
     )
-    parser.usage = "tilestream train CONFIG [--section.key value ...] [--debug] [--fields] [--print_config]"
+    parser.usage = "tilestream train CONFIG [--section.key value ...] [--dry-run] [--debug] [--fields] [--print_config]"
     parser.add_argument("config", metavar="CONFIG", nargs="?", help=f"a YAML file or a preset: {', '.join(presets())}")
     parser.add_argument("--debug", action="store_true", help="reader and trainer in this one process, for a debugger")
+    parser.add_argument("--force", action="store_true", help="go on with a run by another recipe than it began with")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be trained and what it needs, and leave")
     parser.add_argument("--fields", action="store_true", help="list all fields of the configuration and leave")
     parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and leave")
     parser.set_defaults(takes_overrides=True)
@@ -77,12 +79,21 @@ def run_train(args: Namespace) -> None:
     config = read_config(args.config, args.overrides)
     if args.print_config:
         return out(config.to_yaml().rstrip())
+    if args.dry_run:
+        from trainer.preview import describe
+
+        for line in describe(config):
+            out(line)
+        return None
     from trainer.train import train
 
-    result = train(config, debug=args.debug, verbose=args.verbose)
+    result = train(config, debug=args.debug, verbose=args.verbose, force=args.force)
     for line in result.summary:
         sys.stderr.write(line + "\n")
     out(f"trained steps {result.start} to {result.steps}: {result.checkpoint}")
+    if result.steps < config.train.steps:
+        sys.stderr.write(f"stopped before step {config.train.steps}; start the same command again to go on\n")
+        sys.exit(143)
 
 
 def add_embed(commands: Any) -> None:
