@@ -25,6 +25,7 @@ from trainer.config import Config
 from trainer.module import DinoModule
 
 METRICS = "metrics.parquet"
+_TERMS = ("loss", "dino_global", "dino_local", "ibot", "koleo", "kde")
 Row = dict[str, float]
 Report = Callable[[Row], None]
 
@@ -154,7 +155,7 @@ class MetricsLog:
         # After a restart of the workers, steps since the last checkpoint come again.
         self._rows = [kept for kept in self._rows if kept["step"] < row["step"]] if self._is_repeat(row) else self._rows
         self._rows.append(row)
-        terms = "  ".join(f"{name} {row[name]:.3f}" for name in ("loss", "dino_global", "dino_local", "ibot", "koleo"))
+        terms = "  ".join(f"{name} {row[name]:.3f}" for name in _TERMS if name in row)
         speed = f"{row['tiles_per_s']:.0f} tiles/s  waited {row['data_wait_share']:.0%}"
         self._progress.update(int(row["step"]), f"{speed}  {terms}")
         if row["step"] % self._config.train.checkpoint_every == 0:
