@@ -30,6 +30,7 @@ from trainer.health import Guard
 from trainer.module import DinoModule
 
 METRICS = "metrics.parquet"
+_TERMS = ("loss", "dino_global", "dino_local", "ibot", "koleo", "kde")
 Row = dict[str, float]
 Report = Callable[[Row], None]
 
@@ -300,7 +301,7 @@ class MetricsLog:
         self._rows = [kept for kept in self._rows if kept["step"] < row["step"]] if self._is_repeat(row) else self._rows
         self._rows.append(row)
         export_step(row["step"], row["loss"])
-        terms = "  ".join(f"{name} {row[name]:.3f}" for name in ("loss", "dino_global", "dino_local", "ibot", "koleo"))
+        terms = "  ".join(f"{name} {row[name]:.3f}" for name in _TERMS if name in row)
         speed = f"{row['tiles_per_s']:.0f} tiles/s  waited {row['data_wait_share']:.0%}"
         self._progress.update(int(row["step"]), f"{speed}  {terms}")
 
