@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import obstore
-from latency_server import LatencyServer, serve
+from latency_server import serve
 from reader import made_slides
 
 from streaming import cluster, storage
@@ -115,7 +115,7 @@ def costs_of(found: Run) -> StageCosts:
     )
 
 
-def answered_s(server: LatencyServer, options: dict[str, object], path: str) -> float:
+def answered_s(options: dict[str, object], path: str) -> float:
     """Seconds that one small request takes here, median: the latency that was asked for, and what the server adds."""
     store = storage.object_store("s3://bench", options)
     taken = []
@@ -135,7 +135,7 @@ def measured(folder: Path, paths: list[Path], blocks: int) -> tuple[StageCosts, 
         with serve(folder, latency_s) as server:
             options: dict[str, object] = {"anon": True, "endpoint_url": server.url, "region": "us-east-1"}
             catalog = _catalog(paths, options)
-            answer_s = answered_s(server, options, paths[0].name)
+            answer_s = answered_s(options, paths[0].name)
             for readers in READERS:
                 # Slow storage gives some 60 tiles/s a reader: fewer blocks do.
                 num = blocks if latency_s == FAST[0] else max(10, blocks // 8 * readers)
