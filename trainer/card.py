@@ -43,7 +43,7 @@ tags: [pathology, histology, dinov2, {layout}]
 # {name}
 
 A vision transformer (`{config.model.backbone}`) for tiles of H&E-stained whole-slide images, trained with DINOv2 by
-[tilestream](https://pypi.org/project/tilestream/) on tiles streamed from the original slides.
+tilestream on tiles streamed from the original slides.
 
 ## Use
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import health, losses, weights
+from trainer.augment import Crops
 from trainer.backbone import Backbone, create_backbone
 from trainer.config import Config, ModelConfig
 from trainer.draws import random_bits
@@ -118,13 +119,18 @@ class DinoModule(pl.LightningModule):
         torch.manual_seed(int(random_bits(seed, batch["index"][:1], _GENERATOR_VIEW, 0)))
         crops = config.augment.multi_crop(batch["tile"], batch["index"], seed)
         masks = block_masks(batch["index"].cpu(), self.grid, config.mask, seed).to(batch["index"].device)
+        return self.loss(crops, masks, values.teacher_temp)
+
+    def loss(self, crops: Crops, masks: Tensor, teacher_temp: float) -> Tensor:
+        """The loss of one micro-batch of crops; masks bool (2, B, N) of the global ones. Terms go to `step_metrics`."""
+        config = self.config
         globals_, flat_masks = crops.global_.flatten(0, 1), masks.flatten(0, 1)
         num_views, size = masks.shape[:2]
 
         with torch.no_grad():
             (teacher_cls,), (class_logits,), patch_logits = self.teacher([globals_], [None], flat_masks)
-            class_targets = self._targets("class_centre", class_logits, values.teacher_temp)
-            patch_targets = self._targets("patch_centre", patch_logits, values.teacher_temp)
+            class_targets = self._targets("class_centre", class_logits, teacher_temp)
+            patch_targets = self._targets("patch_centre", patch_logits, teacher_temp)
             del class_logits, patch_logits
 
         sizes = [globals_, crops.local.flatten(0, 1)] if len(crops.local) else [globals_]
