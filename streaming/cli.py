@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import subprocess
 import sys
 import time
@@ -157,6 +158,8 @@ def add_stream(commands: Any) -> None:
     parser.add_argument(
         "--max-failed-share", type=float, default=0.01, help="unreadable tiles that are put up with (0.01)"
     )
+    parser.add_argument("--segment-blocks", type=int, default=2000, metavar="N", help="batches planned at once (2000)")
+    parser.add_argument("--log", metavar="URI", help="folder for failures.parquet, the tiles that could not be read")
     parser.add_argument("--digest", action="store_true", help="print a SHA-256 of each step's tiles in index order")
     add_storage_options(parser)
 
@@ -165,6 +168,7 @@ def run_stream(args: Namespace) -> None:
     """Pulls the steps and prints a digest a step, then the rate."""
     from streaming import cluster
     from streaming.catalog import Catalog
+    from streaming.failures import FailureLog, failures_of
     from streaming.plan import DEFAULT_MPP, TilePlan
     from streaming.progress import ProgressLine
     from streaming.reader import ReaderOptions
@@ -175,16 +179,20 @@ def run_stream(args: Namespace) -> None:
     shape = BatchShape(args.batch, args.ranks)
     catalog = Catalog.load(args.catalog, options)
     plan = TilePlan(catalog, args.seed, args.mpp or DEFAULT_MPP, args.size)
-    stream = TileStream(catalog, plan, shape, reader=ReaderOptions(storage_options=options), readers=args.readers)
+    reader = ReaderOptions(storage_options=options)
+    stream = TileStream(catalog, plan, shape, reader=reader, readers=args.readers, segment_blocks=args.segment_blocks)
     first, last = args.steps
     steps = stream.steps(first, last)
     cluster.connect(args.readers[1] + 1, verbose=args.verbose)
     budget = FailureBudget(args.max_failed_share)
+    log = FailureLog(args.log, options) if args.log else None
     started = first_at = time.perf_counter()
-    with ProgressLine("stream", "steps", total=last - first) as progress:
+    with ProgressLine("stream", "steps", total=last - first) as progress, log or contextlib.nullcontext():
         for step, batches in enumerate(steps, start=first):
             first_at = time.perf_counter() if step == first else first_at
             for batch in batches:
+                if log:
+                    log.add(failures_of(batch))
                 budget.add(batch)
             if args.digest:
                 out(f"step {step} {step_digest(batches)}")

@@ -31,7 +31,7 @@ from streaming.stream import TileStream, torch_batches
 from trainer import checkpoint
 from trainer.config import Config, DataConfig
 from trainer.module import DinoModule
-from trainer.watch import MetricsLog, Report, StepBatches, Watch
+from trainer.watch import Failed, MetricsLog, Report, StepBatches, Watch
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _worker(given: dict[str, _Loop]) -> None:
     fit(
         config,
         loop.catalog,
-        StepBatches(tiles, start, config),
+        StepBatches(tiles, start, config, lambda failures: loop.messages.put(Failed(generation, failures))),
         resume,
         loop.messages.put,
         strategy=RayDDPStrategy(),
@@ -221,7 +221,7 @@ def train(config: Config, *, debug: bool = False, verbose: bool = False) -> Trai
             if config.train.ranks != 1:
                 raise ConfigError(f"train.ranks is {config.train.ranks}; --debug runs one rank: add --train.ranks 1")
             source = make_stream(config, catalog).local_batches(start, steps)
-            batches = StepBatches(source, start, config)
+            batches = StepBatches(source, start, config, lambda failures: log.add(Failed("", failures)))
             fit(config, catalog.fingerprint, batches, resume, log.add, devices=1)
         else:
             _fit_on_ray(config, catalog, log, verbose=verbose)

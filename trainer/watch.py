@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,6 +18,7 @@ from lightning.pytorch.callbacks import Callback
 
 from streaming import storage
 from streaming.errors import StreamError, TilestreamError
+from streaming.failures import Failure, FailureLog, failures_of
 from streaming.progress import ProgressLine
 from streaming.stats import FailureBudget
 from streaming.stream import check_step
@@ -26,14 +28,31 @@ from trainer.module import DinoModule
 
 METRICS = "metrics.parquet"
 Row = dict[str, float]
-Report = Callable[[Row], None]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Tiles that a rank could not get, and the generation of ranks (`streaming.chain`) that it is one of."""
+
+    generation: str
+    failures: list[Failure]
+
+
+Report = Callable[["Row | Failed"], None]
 
 
 class StepBatches:
     """A rank's micro-batches, timed, counted and checked against the step they belong to."""
 
-    def __init__(self, source: Iterable[dict[str, Any]], start: int, config: Config) -> None:
-        self._source, self.start, self._config = source, start, config
+    def __init__(
+        self,
+        source: Iterable[dict[str, Any]],
+        start: int,
+        config: Config,
+        failed: Callable[[list[Failure]], None] | None = None,
+    ) -> None:
+        """`failed` is told of each batch's tiles that could not be read, where there are any."""
+        self._source, self.start, self._config, self._failed = source, start, config, failed
         self.budget = FailureBudget(config.data.max_failed_share)
         self.waited_s = 0.0
 
@@ -51,6 +70,8 @@ class StepBatches:
             self.waited_s += time.perf_counter() - asked
             if batch is None:
                 return
+            if self._failed and (failures := failures_of(batch)):
+                self._failed(failures)
             self.budget.add(batch)
             step = self.start + rounds // shape.accumulate
             rounds += 1
@@ -125,7 +146,10 @@ def _of_all_ranks(pl_module: pl.LightningModule, values: torch.Tensor) -> torch.
 
 
 class MetricsLog:
-    """The metrics of a run: a progress line now, `metrics.parquet` of the run at every checkpoint and at the end."""
+    """The metrics of a run: a progress line now, `metrics.parquet` of the run at every checkpoint and at the end.
+
+    So it is with `failures.parquet`, the tiles that could not be read.
+    """
 
     def __init__(self, config: Config, start: int) -> None:
         self._config, self._options = config, config.data.storage_options
@@ -135,6 +159,8 @@ class MetricsLog:
         if start and storage.exists(self._uri, self._options):
             earlier: list[Row] = storage.read_table(self._uri, self._options).to_pylist()
             self._rows = [row for row in earlier if row["step"] <= start]
+        self._failures = FailureLog(config.run.out, self._options, start * config.train.batch)
+        self._generation = ""
         self._progress = ProgressLine("train", "steps", total=config.train.steps)
 
     def __enter__(self) -> MetricsLog:
@@ -146,8 +172,14 @@ class MetricsLog:
         with contextlib.suppress(TilestreamError):
             self._save()
 
-    def add(self, row: Row) -> None:
-        """Takes the row of a step, or lines of the summary."""
+    def add(self, row: Row | Failed) -> None:
+        """Takes the row of a step, lines of the summary, or failures."""
+        if isinstance(row, Failed):
+            if row.generation != self._generation:
+                self._failures.rewind()
+                self._generation = row.generation
+            self._failures.add(row.failures)
+            return
         if "step" not in row:
             self.summary += [name.removeprefix("summary:") for name in row]
             return
@@ -158,6 +190,7 @@ class MetricsLog:
         speed = f"{row['tiles_per_s']:.0f} tiles/s  waited {row['data_wait_share']:.0%}"
         self._progress.update(int(row["step"]), f"{speed}  {terms}")
         if row["step"] % self._config.train.checkpoint_every == 0:
+            self._failures.settle()
             self._save()
 
     def _is_repeat(self, row: Row) -> bool:
@@ -166,6 +199,7 @@ class MetricsLog:
     def _save(self) -> None:
         if self._rows:
             storage.write_table(self._uri, pa.Table.from_pylist(self._rows), self._options)
+        self._failures.save()
 
     @contextlib.contextmanager
     def listening(self, messages: ray.util.queue.Queue) -> Generator[None]:
