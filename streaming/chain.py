@@ -88,9 +88,9 @@ class Source:
         """The micro-batches of steps [start, stop), in order, one a block, with `TileReader`'s columns."""
         first, count = start * self.batch, (stop - start) * self.batch
         least, most = self.readers.count
-        # As many CPU slots as a reader takes: else Ray runs this in tasks apart, for which readers may leave no slot.
+        # Tasks apart from the readers, which may leave them no CPU slot.
         indices = ray.data.read_datasource(
-            Indices(first, count, self.micro), override_num_blocks=count // self.micro, num_cpus=self.readers.cpus
+            Indices(first, count, self.micro), override_num_blocks=count // self.micro, num_cpus=0, concurrency=2
         )
         dataset = indices.map_batches(
             ReaderActor,

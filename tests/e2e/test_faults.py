@@ -1,11 +1,14 @@
 """Readers and nodes that are lost, join or can't start, on a Ray of several nodes; an undisturbed run is the oracle."""
 
+import json
 import os
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -187,6 +190,39 @@ def test_a_lost_node_costs_no_tile_and_a_new_one_is_used(
     assert digests(make_stream(catalog, delay_s=0.2).steps(0, STEPS), disturb) == wanted
     other = next(node for node in cluster.worker_nodes if node not in labelled(cluster))
     assert not readers_of(other), "a reader runs on a node without its label"
+
+
+def test_a_slide_that_is_deleted_and_one_that_turns_corrupt_cost_their_own_tiles_alone(
+    cluster: Cluster, slides: list[Path], make_catalog: Callable[[Path, list[Path]], str], tmp_path: Path
+) -> None:
+    copies = [Path(shutil.copy2(path, tmp_path / path.name)) for path in slides]
+    catalog = make_catalog(tmp_path / "catalog", copies)
+    stream = make_stream(catalog, delay_s=0.2)
+    undisturbed = list(make_stream(catalog, delay_s=0.0).local_batches(0, STEPS))
+    kept, deleted, corrupt = range(3)
+    seen = {"deleted": 0, "corrupt": 0}
+    for step, batches in enumerate(stream.steps(0, STEPS)):
+        if step == 1:
+            copies[deleted].unlink()
+            stat, size = copies[corrupt].stat(), copies[corrupt].stat().st_size
+            with copies[corrupt].open("r+b") as file:
+                file.write(b"\0" * size)
+            os.utime(copies[corrupt], ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as bits rot: nobody wrote it
+        for batch, wanted in zip(batches, undisturbed[step * RANKS :], strict=False):
+            for row in range(len(batch["index"])):
+                assert batch["index"][row] == wanted["index"][row]
+                if not batch["failures"][row]:
+                    assert np.array_equal(batch["tile"][row], wanted["tile"][row].numpy())
+                    continue
+                failed = {Path(slide).name for slide, _ in json.loads(batch["failures"][row])}
+                assert int(wanted["slide"][row]) in (deleted, corrupt)
+                assert failed <= {copies[deleted].name, copies[corrupt].name}
+                seen["deleted"] += copies[deleted].name in failed
+                seen["corrupt"] += copies[corrupt].name in failed
+                if step > STEPS // 2:
+                    assert batch["slide"][row] == kept
+    assert seen["deleted"] > 5
+    assert seen["corrupt"] > 5
 
 
 def test_a_stream_whose_readers_can_t_be_placed_says_which_label_is_missing(cluster: Cluster, catalog: str) -> None:
