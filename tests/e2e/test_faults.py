@@ -3,11 +3,8 @@
 import json
 import os
 import shutil
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,55 +15,19 @@ import ray
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
-from streaming import storage
 from streaming.catalog import Catalog
 from streaming.errors import StreamError
 from streaming.plan import TilePlan
 from streaming.reader import Batch
-from streaming.slide import Slide, Staging
-from streaming.slide.geometry import Pixels
 from streaming.stream import BatchShape, TileStream, step_digest
+from tests import odd_slides
+from tests.odd_slides import OddCatalog
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-cloudpickle.register_pickle_by_value(sys.modules[__name__])
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+cloudpickle.register_pickle_by_value(odd_slides)
 
 STEPS, BATCH, RANKS = 24, 8, 2
 READERS = {"role": "reader"}
-
-
-class OddSlide:
-    """A slide as far away as a slow store, some of whose tiles kill the process that reads them."""
-
-    def __init__(self, slide: Slide, delay_s: float, deadly: frozenset[tuple[int, int]]) -> None:
-        self._slide, self._delay_s, self._deadly = slide, delay_s, deadly
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._slide, name)
-
-    def begin_tile(self, x: int, y: int, mpp: float, size: int) -> Callable[[Pixels], None]:
-        begun = self._slide.begin_tile(x, y, mpp, size)
-
-        def finish(out: Pixels) -> None:
-            time.sleep(self._delay_s)
-            if (x, y) in self._deadly:
-                os.kill(os.getpid(), signal.SIGSEGV)
-            begun(out)
-
-        return finish
-
-    def read_tile(self, x: int, y: int, mpp: float, size: int) -> Pixels:
-        tile = np.empty((size, size, 3), np.uint8)
-        self.begin_tile(x, y, mpp, size)(tile)
-        return tile
-
-
-@dataclass(frozen=True)
-class OddCatalog(Catalog):
-    delay_s: float = 0.0
-    deadly: frozenset[tuple[int, int]] = frozenset()
-
-    def open_slide(self, row: int, storage_options: storage.StorageOptions | None, staging: Staging) -> Any:
-        return OddSlide(super().open_slide(row, storage_options, staging), self.delay_s, self.deadly)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +46,7 @@ def cluster() -> Iterator[Cluster]:
 
 def make_stream(catalog: str, *, delay_s: float = 0.05, deadly: Any = frozenset(), **options: Any) -> TileStream:
     loaded = OddCatalog(catalog, Catalog.load(catalog).table, delay_s, deadly)
-    settings = {"readers": (2, 2), "reader_cpus": 2, "reader_labels": READERS, "segment_blocks": 24, "stall_s": 120}
+    settings = {"readers": (2, 2), "reader_cpus": 2, "reader_labels": READERS, "segment_blocks": 24, "stall_s": None}
     plan = TilePlan(loaded, mpp={0.5: 1}, size=32)
     return TileStream(loaded, plan, BatchShape(BATCH, RANKS), **{**settings, **options})
 
