@@ -7,9 +7,11 @@ bytes take, and decodes with as many cores as it has: it gives the smaller of bo
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
+from streaming import storage
 from streaming.errors import ConfigError
 
 
@@ -20,9 +22,9 @@ class StageCosts:
     reader_cpu_s: float = 0.0016
     """CPU seconds in the reader: plan, requests, decoding, filter, assembling"""
     transport_cpu_s: float = 0.0004
-    """CPU seconds in Ray's processes on a reader's node, which write and send the object"""
+    """CPU seconds in Ray's own processes on a node, which write and send the object"""
     consumer_s: float = 0.0003
-    """seconds in which a rank takes a tile from the object store into a tensor"""
+    """CPU seconds in which a rank takes a tile from the object store"""
     reader_cores: float = 1.6
     """cores that one reader process keeps busy at most; Python's lock holds it below its number of threads"""
     requests: float = 2.0
@@ -38,6 +40,36 @@ class StageCosts:
         for name, value in vars(self).items():
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"cost {name} is {value}; it must be above 0")
+
+
+def read_costs(uri: str) -> StageCosts:
+    """Costs from a JSON file, which may leave some at their defaults.
+
+    Raises:
+        ConfigError: a cost is unknown or no number above 0.
+        StorageError: the file can't be read.
+    """
+    try:
+        values = json.loads(storage.read_bytes(uri))
+        return StageCosts(**values)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{uri}: not JSON: {error}") from error
+    except TypeError as error:
+        known = ", ".join(field.name for field in fields(StageCosts))
+        raise ConfigError(f"{uri}: {error}; costs are numbers named {known}") from error
+
+
+def costs_of_size(costs: StageCosts, size: int) -> StageCosts:
+    """Costs measured with 256 px tiles, for tiles of that side.
+
+    Bytes and seconds go with a tile's area, requests (one a row of blocks, of which a tile crosses its own height and
+    one more) with its side.
+    """
+    side = size / 256
+    area = {
+        name: getattr(costs, name) * side**2 for name in ("reader_cpu_s", "transport_cpu_s", "consumer_s", "nbytes")
+    }
+    return replace(costs, **area, tile_nbytes=costs.tile_nbytes * side**2, requests=costs.requests * (side + 1) / 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,13 +169,13 @@ def reader_rates(costs: StageCosts, around: Surroundings) -> tuple[float, float]
 
 
 def one_machine_rate(
-    costs: StageCosts, around: Surroundings, readers: int, cores: int, other_cpu_s: float = 0
+    costs: StageCosts, around: Surroundings, *, readers: int, cores: int, micro_batch: int, other_cpu_s: float = 0.0
 ) -> float:
     """Tiles/s of some readers and one rank that share the cores of one machine; `bench scale` holds it against runs.
 
     other_cpu_s is CPU per tile of what else runs there, such as the benchmark's own storage server.
     """
-    cpu_s = costs.reader_cpu_s + costs.transport_cpu_s + costs.consumer_s + other_cpu_s
+    cpu_s = costs.reader_cpu_s + costs.transport_cpu_s + costs.consumer_s + costs.block_s / micro_batch + other_cpu_s
     return min(readers * min(reader_rates(costs, around)), cores / cpu_s, 1 / costs.consumer_s)
 
 

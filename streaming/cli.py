@@ -1,13 +1,15 @@
-"""The commands that need no model: `tilestream catalog`, `stream` and `bench`."""
+"""The commands that need no model: `tilestream catalog`, `stream`, `bench`, `doctor` and `capacity`."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -284,7 +286,7 @@ def add_bench(commands: Any) -> None:
         run_bench,
     )
     parser.usage = "tilestream bench [NAME ...] [arguments of the benchmark]"
-    parser.add_argument("names", nargs="*", metavar="NAME", help="reader (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="reader, stream (default: all)")
     parser.set_defaults(takes_overrides=True)
 
 
@@ -295,7 +297,7 @@ def run_bench(args: Namespace) -> None:
         ConfigError: there is no such benchmark, or no source tree.
     """
     folder = Path(__file__).parents[1] / "benchmarks"
-    known = sorted(path.stem for path in folder.glob("*.py") if not path.stem.endswith("_server"))
+    known = sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("common", "latency_server"))
     if not known:
         raise ConfigError(f"{folder}: no benchmarks here; they are part of the source tree: run this in a clone")
     for name in args.names or known:
@@ -304,3 +306,35 @@ def run_bench(args: Namespace) -> None:
         status = subprocess.run([sys.executable, str(folder / f"{name}.py"), *args.overrides]).returncode
         if status:
             sys.exit(status)
+
+
+def add_doctor(commands: Any) -> None:
+    """`tilestream doctor`."""
+    parser = add_command(
+        commands,
+        "doctor",
+        "check this machine, the cluster and the storage, and say what to mend",
+        "  tilestream doctor --catalog s3://bucket/catalog\n  tilestream doctor --json",
+        run_doctor,
+    )
+    parser.add_argument("--catalog", metavar="URI", help="also check the storage, and read a sample of its tiles")
+    parser.add_argument("--no-ray", action="store_true", help="start or reach no Ray")
+    parser.add_argument("--json", action="store_true", help="print the findings for a machine")
+    add_storage_options(parser)
+
+
+def run_doctor(args: Namespace) -> None:
+    """Prints the findings; exit status 1 if something must be mended."""
+    from streaming.doctor import Finding, examine
+
+    findings: list[Finding] = []
+    for finding in examine(args.catalog, storage_options(args), ray=not args.no_ray):
+        findings.append(finding)
+        if not args.json:
+            out(f"{finding.state:<5} {finding.check:<13} {finding.what}")
+            if finding.remedy:
+                out(f"{'':<19} → {finding.remedy}")
+    if args.json:
+        out(json.dumps([asdict(finding) for finding in findings], indent=2))
+    if any(finding.state == "mend" for finding in findings):
+        sys.exit(1)

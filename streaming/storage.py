@@ -14,10 +14,14 @@ import os
 import posixpath
 import shutil
 import tempfile
+import time
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -146,6 +150,44 @@ def object_store(bucket: str, storage_options: StorageOptions | None = None) -> 
         client_options=client,
         retry_config=retry,
     )
+
+
+def clock_skew(uri: str, storage_options: StorageOptions | None = None) -> float:
+    """Seconds by which this machine's clock is ahead of a remote URI's storage, by its `Date` header (whole seconds).
+
+    Raises:
+        StorageError: it does not answer, or tells no time.
+    """
+    address = _endpoint(uri, dict(storage_options or {}))
+    request = urllib.request.Request(address, method="HEAD")
+    sent = time.time()
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            date = answer.headers["Date"]
+    except urllib.error.HTTPError as refusal:
+        date = refusal.headers["Date"]  # a refusal without credentials tells the time as well
+    except OSError as error:
+        raise StorageError(f"{address}: {error}; check the endpoint and the network") from error
+    if not date:
+        raise StorageError(f"{address}: tells no time")
+    skew = (sent + time.time()) / 2 - parsedate_to_datetime(date).timestamp()
+    return 0.0 if 0 <= skew <= 1 else skew
+
+
+def _endpoint(uri: str, options: dict[str, Any]) -> str:
+    """The HTTP address of the storage behind a URI."""
+    protocol, name = split_bucket(uri)[0].split("://", 1)
+    if protocol in _HTTP:
+        return f"{protocol}://{name}"
+    if protocol in _GCS:
+        return "https://storage.googleapis.com"
+    if protocol in _AZURE:
+        account = options.get("account_name") or os.environ.get("AZURE_STORAGE_ACCOUNT_NAME", "")
+        return f"https://{account}.blob.core.windows.net"
+    given = options.get("endpoint_url") or options.get("client_kwargs", {}).get("endpoint_url")
+    given = given or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = options.get("region") or os.environ.get("AWS_REGION") or "us-east-1"
+    return str(given or f"https://s3.{region}.amazonaws.com")
 
 
 def is_local(uri: str) -> bool:

@@ -81,6 +81,7 @@ def make_plan(config: Config, catalog: Catalog) -> TilePlan:
         cohorts=data.cohorts,
         min_tissue=data.min_tissue,
         max_upsampling=data.max_upsampling,
+        universe=data.universe,
     )
 
 
@@ -91,6 +92,7 @@ def make_stream(config: Config, catalog: Catalog) -> TileStream:
         hsv_rule=data.hsv_rule,
         storage_options=data.storage_options,
         staging=staging(data),
+        requests_in_flight=data.requests_in_flight,
     )
     return TileStream(
         catalog,
@@ -318,7 +320,7 @@ def _fit_on_ray(config: Config, catalog: Catalog, log: MetricsLog, stop: threadi
         scaling_config=ray.train.ScalingConfig(
             num_workers=train.ranks,
             use_gpu=train.gpu,
-            resources_per_worker={"CPU": train.rank_cpus},
+            resources_per_worker={"CPU": train.rank_cpus, **train.rank_resources},
             label_selector=train.rank_labels or None,
         ),
         run_config=ray.train.RunConfig(

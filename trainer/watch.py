@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Callback
 
 from streaming import storage
 from streaming.errors import StreamError, TilestreamError, TrainingError
+from streaming.metrics import export_step, export_wait
 from streaming.progress import ProgressLine
 from streaming.stats import FailureBudget
 from streaming.stream import check_step
@@ -29,6 +30,7 @@ from trainer.health import Guard
 from trainer.module import DinoModule
 
 METRICS = "metrics.parquet"
+_TERMS = ("loss", "dino_global", "dino_local", "ibot", "koleo", "kde")
 Row = dict[str, float]
 Report = Callable[[Row], None]
 
@@ -52,9 +54,11 @@ class StepBatches:
         while True:
             asked = time.perf_counter()
             batch = next(batches, None)
-            self.waited_s += time.perf_counter() - asked
+            waited = time.perf_counter() - asked
+            self.waited_s += waited
             if batch is None:
                 return
+            export_wait(waited)
             self.budget.add(batch)
             step = self.start + rounds // shape.accumulate
             rounds += 1
@@ -296,7 +300,8 @@ class MetricsLog:
         # After a restart of the workers, steps since the last checkpoint come again.
         self._rows = [kept for kept in self._rows if kept["step"] < row["step"]] if self._is_repeat(row) else self._rows
         self._rows.append(row)
-        terms = "  ".join(f"{name} {row[name]:.3f}" for name in ("loss", "dino_global", "dino_local", "ibot", "koleo"))
+        export_step(row["step"], row["loss"])
+        terms = "  ".join(f"{name} {row[name]:.3f}" for name in _TERMS if name in row)
         speed = f"{row['tiles_per_s']:.0f} tiles/s  waited {row['data_wait_share']:.0%}"
         self._progress.update(int(row["step"]), f"{speed}  {terms}")
 
