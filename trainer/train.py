@@ -36,6 +36,7 @@ from streaming.slide import Staging
 from streaming.stream import TileStream, torch_batches
 from trainer import checkpoint
 from trainer.config import Config, DataConfig, recipe_changes
+from trainer.feed import DeviceFeed
 from trainer.module import DinoModule
 from trainer.strategy import OneDevice, Replicas, Shards, autocast_precision
 from trainer.watch import Failed, MetricsLog, Report, Signals, StepBatches, Watch
@@ -192,8 +193,9 @@ def fit(
         use_distributed_sampler=False,
     )
     module = DinoModule(config, resumed=resume is not None)
+    feed = DeviceFeed(batches, strategy.root_device)
     try:
-        trainer.fit(module, train_dataloaders=batches, ckpt_path=resume, weights_only=True)
+        trainer.fit(module, train_dataloaders=feed, ckpt_path=resume, weights_only=True)
     finally:
         to_storage.teardown()
 

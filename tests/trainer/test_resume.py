@@ -49,8 +49,8 @@ def assert_equal_states(one: dict[str, Any], two: dict[str, Any]) -> None:
 
 
 def logged(out: Path) -> list[dict[str, float]]:
-    """The rows of a run without what depends on the machine's speed."""
-    timed = ("time", "tiles_per_s", "data_wait_share", "peak_memory_gb")
+    """The rows of a run without what depends on the machine's speed, and counts that begin with the process."""
+    timed = ("time", "tiles_per_s", "data_wait_share", "peak_memory_gb", "filtered", "failed")
     rows = pq.read_table(out / "metrics.parquet").to_pylist()
     return [{name: value for name, value in row.items() if name not in timed} for row in rows]
 
