@@ -20,12 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+from common import made_catalog
 
-from streaming import cluster, storage
-from streaming.catalog import SLIDES, Catalog, table_of
-from streaming.catalog_job import inspect
+from streaming import cluster
+from streaming.catalog import Catalog
 from streaming.plan import TilePlan
-from streaming.slide import Staging
 from streaming.slide.synthetic import SyntheticSlide
 from streaming.slide.synthetic_svs import write_slide
 from streaming.stream import BatchShape, TileStream
@@ -38,9 +37,7 @@ def make_catalog(folder: Path) -> Catalog:
     paths = [folder / f"patient{patient}.svs" for patient in range(3)]
     for patient, path in enumerate(paths):
         write_slide(SyntheticSlide(width=2048, height=1536, patient=patient, downsamples=(1, 4)), path)
-    rows = [inspect(storage.stat(str(path)), None, None, Staging(), str(folder)) for path in paths]
-    storage.write_table(str(folder / SLIDES), table_of(rows))
-    return Catalog.load(str(folder))
+    return made_catalog([str(path) for path in paths])
 
 
 def memory() -> dict[str, tuple[int, float]]:

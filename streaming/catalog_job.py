@@ -9,20 +9,21 @@ import pickle
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import ray.data
 
 from streaming import catalog as cat
 from streaming import cluster, storage
-from streaming.catalog import REJECTED_SCHEMA, SlideRow
+from streaming.catalog import REJECTED_SCHEMA, Catalog, Inspected
 from streaming.errors import CatalogError, ConfigError, SlideError, StorageError
 from streaming.progress import ProgressLine
 from streaming.slide import SLIDE_SUFFIXES, Staging, open_slide
 from streaming.tissue import tissue_grid
+from streaming.tissue_map import TissueMap
 
 _KEY_COLUMNS = ("slide", "uri", "path", "filename", "file", "slide_id", "name")
 _SAVE_EVERY_S = 20.0
@@ -77,8 +78,8 @@ def inspect(
     options: storage.StorageOptions | None,
     staging: Staging,
     out: str | None = None,
-) -> SlideRow | Rejected:
-    """A slide's row, or why it has none; mpp stands in where the metadata has none.
+) -> Inspected | Rejected:
+    """A slide's row and tissue, or why it has none; mpp stands in where the metadata has none.
 
     Its block index is written to the catalog at `out`.
     """
@@ -91,7 +92,7 @@ def inspect(
             if slide.packed_index and out is not None:
                 uri = storage.join(out, cat.BLOCKS, cat.index_name(info))
                 storage.write_bytes(uri, slide.packed_index, options)
-            return cat.describe(slide, info, grid)
+            return Inspected(cat.describe(slide, info, grid), grid)
         finally:
             slide.close()
     except (SlideError, StorageError) as error:
@@ -103,7 +104,7 @@ def inspect_all(
     options: storage.StorageOptions | None,
     staging: Staging,
     out: str,
-) -> Iterator[SlideRow | Rejected]:
+) -> Iterator[Inspected | Rejected]:
     """Inspects slides, each with its stand-in mpp, as a Ray Data job; results come as they are done."""
 
     def task(item: dict[str, Any]) -> dict[str, Any]:
@@ -118,8 +119,8 @@ def inspect_all(
     pending = {info.uri: info for info, _ in slides}
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for item in batch["result"]:
-            result: SlideRow | Rejected = pickle.loads(item.as_py())
-            del pending[result.slide]
+            result: Inspected | Rejected = pickle.loads(item.as_py())
+            del pending[result.slide if isinstance(result, Rejected) else result.row.slide]
             yield result
     for info in pending.values():
         yield Rejected(info.uri, info.size, info.version, "the process that read it died; is the file damaged?")
@@ -196,19 +197,20 @@ def build_catalog(
         raise ConfigError(f"--mpp {mpp}; it is µm per pixel, a number above 0")
     metadata = read_metadata(metadata_csv, options) if metadata_csv else {}
     slides = find_slides(sources, options)
-    known = _known(out, options)
+    staging = staging or Staging()
+    tables, tissue = _known(out, options, staging)
+    known, _ = cat.merge(tables, tissue)
     versions = dict(zip(known["slide"].to_pylist(), known["version"].to_pylist(), strict=True))
     new = [info for info in slides if versions.get(info.uri) != info.version]
     todo = [(info, _stand_in_mpp(_lookup(metadata, info.uri), mpp, info.uri)) for info in new]
     rejected: list[Rejected] = []
-    tables = [known]
     if todo:
         cluster.connect(num_cpus=2, verbose=verbose)
-        for rows in _inspected(todo, rejected, options, staging or Staging(), storage.canonical(out)):
-            tables.append(cat.table_of(rows))
+        for rows in _inspected(todo, rejected, options, staging, storage.canonical(out)):
+            tables.append(cat.part_of(rows))
             part = f"{int(time.time() * 1000)}-{uuid.uuid4().hex[:8]}.parquet"
             storage.write_table(storage.join(out, cat.PARTS, part), tables[-1], options)
-    table = cat.newest_rows(tables)
+    table, grids = cat.merge(tables, tissue)
     unmatched = 0
     if metadata:
         table, unmatched = _with_metadata(table, metadata)
@@ -218,20 +220,27 @@ def build_catalog(
             f"{rejected[0].slide}: {rejected[0].reason} ({len(rejected)} of {len(slides)} slides rejected, none left; "
             f"reasons in {storage.join(out, cat.REJECTED)})"
         )
-    storage.write_table(storage.join(out, cat.SLIDES), table, options)
+    cat.write(out, table, grids, options)
     storage.remove(storage.join(out, cat.PARTS), options)
     return BuildReport(len(todo) - len(rejected), len(slides) - len(todo), rejected, table.num_rows, unmatched)
 
 
-def _known(out: str, options: storage.StorageOptions | None) -> pa.Table:
-    """What earlier runs found out: the catalog, and the parts of a build that was interrupted."""
-    paths = [storage.join(out, cat.PARTS, name) for name in storage.list_names(storage.join(out, cat.PARTS), options)]
-    if storage.exists(storage.join(out, cat.SLIDES), options):
-        paths.insert(0, storage.join(out, cat.SLIDES))
-    tables = [storage.read_table(path, options) for path in paths if path.endswith(".parquet")]
-    for path, table in zip(paths, tables, strict=False):
-        cat.check_version(table, path)
-    return cat.newest_rows(tables) if tables else cat.table_of([])
+def _known(
+    out: str, options: storage.StorageOptions | None, staging: Staging
+) -> tuple[list[pa.Table], TissueMap | None]:
+    """What earlier runs found out: the catalog with its tissue, and the parts of a build that was interrupted."""
+    tables, tissue = [cat.part_of([])], None
+    slides = storage.join(out, cat.SLIDES)
+    if storage.exists(slides, options):
+        tables.append(storage.read_table(slides, options))
+        cat.check_version(tables[-1], slides)
+        tissue = Catalog.of_table(storage.canonical(out), tables[-1], options, staging).tissue
+    for name in storage.list_names(storage.join(out, cat.PARTS), options):
+        if name.endswith(".parquet"):
+            part = storage.join(out, cat.PARTS, name)
+            tables.append(storage.read_table(part, options))
+            cat.check_version(tables[-1], part)
+    return tables, tissue
 
 
 def _inspected(
@@ -240,9 +249,9 @@ def _inspected(
     options: storage.StorageOptions | None,
     staging: Staging,
     out: str,
-) -> Iterator[list[SlideRow]]:
-    """Rows in the lots in which they are worth saving; rejections are put on the list."""
-    lot: list[SlideRow] = []
+) -> Iterator[list[Inspected]]:
+    """Slides in the lots in which they are worth saving; rejections are put on the list."""
+    lot: list[Inspected] = []
     saved_at = time.monotonic()
     with ProgressLine("catalog", "slides", total=len(todo)) as progress:
         for done, result in enumerate(inspect_all(todo, options, staging, out), start=1):
@@ -260,13 +269,14 @@ def _inspected(
 
 def _with_metadata(table: pa.Table, metadata: dict[str, dict[str, str]]) -> tuple[pa.Table, int]:
     """The table with the CSV's columns joined, and how many slides the CSV does not know; those keep what they had."""
-    rows = [cat.row_of(entry) for entry in table.to_pylist()]
-    found = [_lookup(metadata, row.slide) for row in rows]
+    found = [_lookup(metadata, cast(str, slide.as_py())) for slide in table["slide"]]
     joined = [
-        row if values is None else replace(row, metadata=json.dumps(values, sort_keys=True))
-        for row, values in zip(rows, found, strict=True)
+        before if values is None else json.dumps(values, sort_keys=True)
+        for before, values in zip(table["metadata"].to_pylist(), found, strict=True)
     ]
-    return cat.table_of(joined), sum(values is None for values in found)
+    at = table.schema.get_field_index("metadata")
+    table = table.set_column(at, "metadata", pa.array(joined, pa.string()))
+    return table, sum(values is None for values in found)
 
 
 def _write_rejected(

@@ -12,12 +12,18 @@ import glob
 import hashlib
 import os
 import posixpath
+import shutil
+import tempfile
+import time
+import urllib.error
+import urllib.request
 import uuid
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import boto3
 import obstore.exceptions
@@ -150,6 +156,44 @@ def object_store(bucket: str, storage_options: StorageOptions | None = None) -> 
         client_options=client,
         retry_config=retry,
     )
+
+
+def clock_skew(uri: str, storage_options: StorageOptions | None = None) -> float:
+    """Seconds by which this machine's clock is ahead of a remote URI's storage, by its `Date` header (whole seconds).
+
+    Raises:
+        StorageError: it does not answer, or tells no time.
+    """
+    address = _endpoint(uri, dict(storage_options or {}))
+    request = urllib.request.Request(address, method="HEAD")
+    sent = time.time()
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            date = answer.headers["Date"]
+    except urllib.error.HTTPError as refusal:
+        date = refusal.headers["Date"]  # a refusal without credentials tells the time as well
+    except OSError as error:
+        raise StorageError(f"{address}: {error}; check the endpoint and the network") from error
+    if not date:
+        raise StorageError(f"{address}: tells no time")
+    skew = (sent + time.time()) / 2 - parsedate_to_datetime(date).timestamp()
+    return 0.0 if 0 <= skew <= 1 else skew
+
+
+def _endpoint(uri: str, options: dict[str, Any]) -> str:
+    """The HTTP address of the storage behind a URI."""
+    protocol, name = split_bucket(uri)[0].split("://", 1)
+    if protocol in _HTTP:
+        return f"{protocol}://{name}"
+    if protocol in _GCS:
+        return "https://storage.googleapis.com"
+    if protocol in _AZURE:
+        account = options.get("account_name") or os.environ.get("AZURE_STORAGE_ACCOUNT_NAME", "")
+        return f"https://{account}.blob.core.windows.net"
+    given = options.get("endpoint_url") or options.get("client_kwargs", {}).get("endpoint_url")
+    given = given or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = options.get("region") or os.environ.get("AWS_REGION") or "us-east-1"
+    return str(given or f"https://s3.{region}.amazonaws.com")
 
 
 def is_local(uri: str) -> bool:
@@ -301,6 +345,38 @@ def write_bytes(uri: str, content: bytes, storage_options: StorageOptions | None
 
 
 @contextlib.contextmanager
+def writing(uri: str, storage_options: StorageOptions | None = None) -> Generator[BinaryIO]:
+    """A file to write an object of any size into, piece by piece; a local one appears when the block ends well.
+
+    A remote one that breaks off may be left cut short, so a note written after it must vouch for it.
+
+    Raises:
+        StorageError: it can't be written.
+    """
+    with storage_errors(uri):
+        fs, path = filesystem(uri, storage_options)
+        if isinstance(fs, LocalFileSystem):
+            with whole_file(path) as temporary, open(temporary, "wb") as file:
+                yield file
+            return
+        with fs.open(path, "wb") as file:
+            yield cast(BinaryIO, file)
+
+
+@contextlib.contextmanager
+def reading(uri: str, storage_options: StorageOptions | None = None) -> Generator[BinaryIO]:
+    """A file to read an object from, piece by piece.
+
+    Raises:
+        StorageError: it does not exist or can't be read.
+    """
+    with storage_errors(uri):
+        fs, path = filesystem(uri, storage_options)
+        with fs.open(path, "rb") as file:
+            yield cast(BinaryIO, file)
+
+
+@contextlib.contextmanager
 def whole_file(path: str) -> Generator[str]:
     """A temporary path beside a local one, renamed to it when the block ends well and removed when it does not."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -311,6 +387,28 @@ def whole_file(path: str) -> Generator[str]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
+
+
+@contextlib.contextmanager
+def written_file(uri: Callable[[], str], storage_options: StorageOptions | None = None) -> Generator[str]:
+    """A local path to write a large object to, which appears whole under its address when the block ends well.
+
+    The address is asked for at the end, so that it may tell the content.
+
+    Raises:
+        StorageError: it can't be written.
+    """
+    with tempfile.TemporaryDirectory(prefix="tilestream-") as folder:
+        path = os.path.join(folder, "file")
+        yield path
+        target = uri()
+        with storage_errors(target):
+            fs, remote = filesystem(target, storage_options)
+            if not isinstance(fs, LocalFileSystem):
+                fs.put_file(path, remote)
+                return
+            with whole_file(remote) as temporary:
+                shutil.move(path, temporary)
 
 
 def download(info: ObjectInfo, path: str, storage_options: StorageOptions | None = None) -> None:

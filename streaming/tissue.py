@@ -140,19 +140,16 @@ def window_fraction(
     that begins at start[i]. top, left and extent are in cells and may be fractional; what lies off the grid counts as
     background.
     """
-    span = int(np.ceil(extent)) + 1
-    first_row, first_column = np.floor(top).astype(np.int64), np.floor(left).astype(np.int64)
+    span = np.arange(int(np.ceil(extent)) + 1)[:, None]
+    row, column = np.floor(top).astype(np.int64) + span, np.floor(left).astype(np.int64) + span
+    row_cover = np.minimum(row + 1, top + extent) - np.maximum(row, top)
+    row_cover = np.where((row >= 0) & (row < rows), np.maximum(row_cover, 0), 0)
+    column_cover = np.minimum(column + 1, left + extent) - np.maximum(column, left)
+    column_cover = np.where((column >= 0) & (column < columns), np.maximum(column_cover, 0), 0)
+    row_start = start + np.clip(row, 0, rows - 1) * columns
+    column = np.clip(column, 0, columns - 1)
     total = np.zeros(len(start), dtype=np.float64)
-    for i in range(span):
-        row = first_row + i
-        row_cover = np.minimum(row + 1, top + extent) - np.maximum(row, top)
-        row_cover = np.where((row >= 0) & (row < rows), np.maximum(row_cover, 0), 0)
-        row_start = start + np.clip(row, 0, rows - 1) * columns
-        along = np.zeros(len(start), dtype=np.float64)
-        for j in range(span):
-            column = first_column + j
-            cover = np.minimum(column + 1, left + extent) - np.maximum(column, left)
-            cover = np.where((column >= 0) & (column < columns), np.maximum(cover, 0), 0)
-            along += cover * fraction[row_start + np.clip(column, 0, columns - 1)]
-        total += row_cover * along
+    for cover, begin in zip(row_cover, row_start, strict=True):
+        # Summed along the first axis, one after the other: the same to the last bit on every machine.
+        total += cover * (column_cover * fraction[begin + column]).sum(axis=0)
     return total / (255 * extent * extent)

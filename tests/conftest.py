@@ -6,12 +6,12 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from streaming.catalog import table_of
+from streaming.catalog import merge, part_of, write
 from streaming.catalog_job import inspect
 from streaming.slide import Staging
 from streaming.slide.synthetic import SyntheticSlide
 from streaming.slide.synthetic_svs import write_slide
-from streaming.storage import stat, write_table
+from streaming.storage import stat
 
 
 @pytest.fixture(scope="session")
@@ -24,8 +24,8 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def write_catalog(folder: Path, slides: Sequence[Path | str]) -> str:
-    rows = [inspect(stat(str(path)), None, None, Staging(), str(folder)) for path in slides]
-    write_table(str(folder / "slides.parquet"), table_of(rows))
+    found = [inspect(stat(str(path)), None, None, Staging(), str(folder)) for path in slides]
+    write(str(folder), *merge([part_of(found)], None), None)
     return str(folder)
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy
 
 from streaming import cluster, storage
-from streaming.catalog import SlideRow
+from streaming.catalog import Inspected
 from streaming.catalog_job import Rejected, find_slides, inspect
 from streaming.errors import CheckpointError, ConfigError, SlideError, StorageError
 from streaming.progress import ProgressLine
@@ -98,15 +98,16 @@ def load_backbone(uri: str, options: storage.StorageOptions | None = None) -> tu
     return config, backbone.eval()
 
 
-def tissue_tiles(row: SlideRow, mpp: float, size: int, min_tissue: float) -> NDArray[np.int64]:
+def tissue_tiles(slide: Inspected, mpp: float, size: int, min_tissue: float) -> NDArray[np.int64]:
     """Level-0 corners (n, 2) of the tiles on a regular grid from the top-left that lie on the slide and on tissue."""
+    row = slide.row
     extent = size * mpp / row.mpp
     xs = np.floor(np.arange(max(0, math.floor(row.width / extent))) * extent).astype(np.int64)
     ys = np.floor(np.arange(max(0, math.floor(row.height / extent))) * extent).astype(np.int64)
     corners = np.stack([a.ravel() for a in np.meshgrid(xs, ys)], axis=1)
     cell_px, zeros = CELL_UM / row.mpp, np.zeros(len(corners), dtype=np.int64)
     share = window_fraction(
-        row.grid.fraction.ravel(),
+        slide.grid.fraction.ravel(),
         zeros,
         zeros + row.tissue_rows,
         zeros + row.tissue_columns,
@@ -153,18 +154,18 @@ class Embedder:
 def _chunks(item: dict[str, Any], options: EmbedOptions, storage_options: dict[str, Any]) -> list[dict[str, Any]]:
     """A slide as rows of one model batch each: its tiles' corners, or why there are none."""
     info = storage.ObjectInfo(item["slide"], item["size"], item["version"])
-    row = inspect(info, options.slide_mpp, storage_options, Staging())
+    slide = inspect(info, options.slide_mpp, storage_options, Staging())
     base = {"slide": info.uri, "size": info.size, "version": info.version}
     nothing = {"chunk": 0, "num_chunks": 0, "slide_mpp": 0.0, "corners": np.zeros((0, 2), np.int64)}
-    if isinstance(row, Rejected):
-        return [{**base, **nothing, "reason": row.reason}]
-    corners = tissue_tiles(row, options.mpp, options.size, options.min_tissue)
+    if isinstance(slide, Rejected):
+        return [{**base, **nothing, "reason": slide.reason}]
+    corners = tissue_tiles(slide, options.mpp, options.size, options.min_tissue)
     if not len(corners):
         reason = f"no {options.size} px tile at {options.mpp} µm/px has {options.min_tissue:.0%} tissue"
         return [{**base, **nothing, "reason": reason}]
     parts = [corners[i : i + options.batch] for i in range(0, len(corners), options.batch)]
     return [
-        {**base, "chunk": i, "num_chunks": len(parts), "slide_mpp": row.mpp, "corners": part, "reason": ""}
+        {**base, "chunk": i, "num_chunks": len(parts), "slide_mpp": slide.row.mpp, "corners": part, "reason": ""}
         for i, part in enumerate(parts)
     ]
 

@@ -136,7 +136,7 @@ def _slides(catalog: Catalog, config: Config, most: int = 8) -> str:
         row = catalog[number]
         image = _thumbnail(row, config).astype(np.float64)
         cell = image.shape[1] * CELL_UM / (row.width * row.mpp)  # a cell's side in pixels of the picture
-        enough = row.grid.fraction >= 255 * config.data.min_tissue
+        enough = catalog.grid(number).fraction >= 255 * config.data.min_tissue
         ys, xs = ((np.arange(n) / cell).astype(int) for n in image.shape[:2])
         inside = enough[np.ix_(ys.clip(max=enough.shape[0] - 1), xs.clip(max=enough.shape[1] - 1))]
         image[inside] = 0.88 * image[inside] + 0.12 * _TINT
@@ -211,8 +211,10 @@ def _curves(metrics: pa.Table, config: Config) -> str:
         ("dino_local", "DINO local"),
         ("ibot", "iBOT"),
         ("koleo", "KoLeo"),
+        ("kde", "KDE"),
     ]
-    losses = _plot(step, [(label, metrics[name].to_numpy()) for name, label in terms], "loss", None)
+    kept = [(label, metrics[name].to_numpy()) for name, label in terms if name in metrics.column_names]
+    losses = _plot(step, kept, "loss", None)
     speed = [("tiles/s", metrics["tiles_per_s"].to_numpy())]
     waited = ("waited for data, %", 100 * metrics["data_wait_share"].to_numpy())
     caption = f"global batch {config.train.batch}; the first point holds the cold start"
