@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,10 @@ class OddCatalog(Catalog):
     delay_s: float = 0.0
     deadly: frozenset[tuple[int, int]] = frozenset()
     sign: int = signal.SIGSEGV
+
+    @classmethod
+    def of(cls, catalog: Catalog, **oddities: Any) -> OddCatalog:
+        return cls(**{part.name: getattr(catalog, part.name) for part in fields(Catalog)}, **oddities)
 
     def open_slide(self, row: int, storage_options: storage.StorageOptions | None, staging: Staging) -> Any:
         return OddSlide(super().open_slide(row, storage_options, staging), self.delay_s, self.deadly, self.sign)

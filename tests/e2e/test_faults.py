@@ -48,7 +48,7 @@ def cluster() -> Iterator[Cluster]:
 def make_stream(
     catalog: str, *, delay_s: float = 0.05, deadly: Any = frozenset(), sign: int = signal.SIGSEGV, **options: Any
 ) -> TileStream:
-    loaded = OddCatalog(catalog, Catalog.load(catalog).table, delay_s, deadly, sign)
+    loaded = OddCatalog.of(Catalog.load(catalog), delay_s=delay_s, deadly=deadly, sign=sign)
     settings = {"readers": (2, 2), "reader_cpus": 2, "reader_labels": READERS, "segment_blocks": 24, "stall_s": None}
     plan = TilePlan(loaded, mpp={0.5: 1}, size=32)
     return TileStream(loaded, plan, BatchShape(BATCH, RANKS), **{**settings, **options})

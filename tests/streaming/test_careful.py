@@ -19,9 +19,9 @@ def test_a_deadly_tile_is_replaced_and_all_others_are_what_they_were(catalog: st
     index = np.arange(40, 48)
     spec = plan[43]
     deadly = frozenset({(spec.x, spec.y)})
-    refusing = OddCatalog(catalog, loaded.table, 0.0, deadly, 0)
+    refusing = OddCatalog.of(loaded, deadly=deadly, sign=0)
     wanted = TileReader(plan, refusing, ReaderOptions())({"index": index})
-    odd = OddCatalog(catalog, loaded.table, 0.0, deadly)
+    odd = OddCatalog.of(loaded, deadly=deadly)
     got = TileReader(plan, odd, ReaderOptions())({"index": index}, careful=True)
     for name in ("tile", "slide", "x", "y", "filtered"):
         assert np.array_equal(got[name], wanted[name])
@@ -34,6 +34,6 @@ def test_a_process_that_is_killed_from_outside_is_no_fault_of_the_tile(catalog: 
     loaded = Catalog.load(catalog)
     plan = TilePlan(loaded, mpp={0.5: 1}, size=32)
     deadly = frozenset({(plan[0].x, plan[0].y)})
-    odd = OddCatalog(catalog, loaded.table, 0.0, deadly, signal.SIGKILL)
+    odd = OddCatalog.of(loaded, deadly=deadly, sign=signal.SIGKILL)
     with pytest.raises(StreamError, match="was killed 3 times; is the node short of memory"):
         TileReader(plan, odd, ReaderOptions())({"index": np.arange(2)}, careful=True)
