@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,8 +45,10 @@ def cluster() -> Iterator[Cluster]:
     running.shutdown()
 
 
-def make_stream(catalog: str, *, delay_s: float = 0.05, deadly: Any = frozenset(), **options: Any) -> TileStream:
-    loaded = OddCatalog(catalog, Catalog.load(catalog).table, delay_s, deadly)
+def make_stream(
+    catalog: str, *, delay_s: float = 0.05, deadly: Any = frozenset(), sign: int = signal.SIGSEGV, **options: Any
+) -> TileStream:
+    loaded = OddCatalog.of(Catalog.load(catalog), delay_s=delay_s, deadly=deadly, sign=sign)
     settings = {"readers": (2, 2), "reader_cpus": 2, "reader_labels": READERS, "segment_blocks": 24, "stall_s": None}
     plan = TilePlan(loaded, mpp={0.5: 1}, size=32)
     return TileStream(loaded, plan, BatchShape(BATCH, RANKS), **{**settings, **options})
@@ -117,21 +120,17 @@ def test_a_tile_that_crashes_its_reader_is_replaced_as_one_that_can_t_be_read(
 ) -> None:
     step, at = 3, 5
     deadly = frozenset({(int(undisturbed[step]["x"][at]), int(undisturbed[step]["y"][at]))})
-    plan = make_stream(catalog).plan
-    instead = plan.specs(np.array([step * BATCH + at]), np.array([1], np.int32))
-    steps = [
-        {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-        for batches in make_stream(catalog, deadly=deadly, delay_s=0.0).steps(0, 6)
-    ]
-    for number, (got, wanted) in enumerate(zip(steps, undisturbed, strict=False)):
-        order = np.argsort(got["index"])
-        for row, i in enumerate(order):
-            if (number, row) != (step, at):
-                assert np.array_equal(got["tile"][i], wanted["tile"][row])
-                assert not got["failures"][i]
-                continue
-            assert (got["slide"][i], got["x"][i], got["y"][i]) == (instead.slide[0], instead.x[0], instead.y[0])
-            assert "crashes its decoder (SIGSEGV)" in got["failures"][i]
+    refusing = make_stream(catalog, deadly=deadly, sign=0, delay_s=0.0)
+    wanted = list(refusing.local_batches(0, 6))
+    assert "refused" in wanted[step * RANKS + at // (BATCH // RANKS)]["failures"][at % (BATCH // RANKS)]
+    got = [batch for batches in make_stream(catalog, deadly=deadly, delay_s=0.0).steps(0, 6) for batch in batches]
+    failures: list[str] = []
+    for mine, theirs in zip(got, wanted, strict=True):
+        for name in ("index", "tile", "slide", "x", "y", "filtered"):
+            assert np.array_equal(mine[name], theirs[name].numpy())
+        failures += [text for text in mine["failures"].tolist() if text]
+    assert len(failures) == 1
+    assert "crashes its decoder (SIGSEGV)" in failures[0]
 
 
 def test_a_lost_node_costs_no_tile_and_a_new_one_is_used(
