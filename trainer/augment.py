@@ -208,7 +208,7 @@ class Augmentation:
         if self.solarise_prob and NUM_GLOBAL - 1 in views:
             x = pixels.solarise(x, flat.solarise)
         mean, std = (torch.tensor(c, device=x.device)[:, None, None] for c in (self.mean, self.std))
-        return ((x - mean) / std).unflatten(0, drawn.top.shape)
+        return torch.addcmul(-mean / std, x, 1 / std).unflatten(0, drawn.top.shape)
 
     def draw(self, index: Tensor, seed: int, views: range, tile_px: int, scale: tuple[float, float]) -> Parameters:
         """Draws for the numbered views (0 and 1 are global) of samples index (B,), from tiles of tile_px pixels."""

@@ -4,6 +4,7 @@ Images are float32 (n, 3, height, width) in 0..1, parameters (n,). Each operatio
 scikit-image's for one sample, and none looks at another sample.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -39,11 +40,16 @@ def resample_weights(start: Tensor, length: Tensor, flip: Tensor, size_in: int, 
     """
     start, length, flip = (x[..., None, None] for x in (start, length, flip))
     out = torch.arange(size_out, device=start.device)[:, None]
-    position = torch.arange(size_in, device=start.device) - start
     scale = length / size_out
+    support = 2 * scale.clamp(min=1)
     centre = (torch.where(flip, size_out - 1 - out, out) + 0.5) * scale
+    # Only the pixels under the kernel are computed; how many there can be at most is known without the lengths.
+    taps = torch.arange(math.ceil(4 * max(size_in / size_out, 1)) + 1, device=start.device)
+    position = (centre - support).floor().long() + taps
     weights = _cubic((position + 0.5 - centre) / scale.clamp(min=1)) * ((position >= 0) & (position < length))
-    return weights / weights.sum(dim=-1, keepdim=True)
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    dense = weights.new_zeros(*weights.shape[:-1], size_in)
+    return dense.scatter_add_(-1, (position + start).clamp(0, size_in - 1), weights)
 
 
 def resample(images: Tensor, weights_y: Tensor, weights_x: Tensor) -> Tensor:
@@ -96,16 +102,17 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     The HSV way and not a rotation matrix in YIQ, because the reference recipe's torchvision does so.
     """
     red, green, blue = images.unbind(dim=1)
-    low, high = images.aminmax(dim=1)
-    chroma = high - low
-    divisor = torch.where(chroma == 0, 1.0, chroma)
-    of_green_or_blue = torch.where(high == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor)
-    sixths = torch.where(high == red, (green - blue) / divisor, of_green_or_blue)  # hue in sixths of a turn
-    # https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative, with value·saturation = chroma
-    offsets = torch.arange(5, 0, -2, device=images.device)[:, None, None]
-    k = offsets + (sixths + 6 * shift[:, None, None])[:, None]
-    k = k.sub_(k.div(6).floor_().mul_(6))  # remainder, which torch does not vectorise on the CPU
-    return high[:, None] - torch.minimum(k, 4 - k).clamp_(0, 1).mul_(chroma[:, None])
+    high = torch.maximum(torch.maximum(red, green), blue)
+    chroma = high - torch.minimum(torch.minimum(red, green), blue)
+    per_chroma = 1 / chroma.clamp(min=1e-12)  # a grey pixel's differences are 0, and stay so
+    of_green_or_blue = torch.where(high == green, (blue - red) * per_chroma + 2, (red - green) * per_chroma + 4)
+    sixths = torch.where(high == red, (green - blue) * per_chroma, of_green_or_blue)  # hue in sixths of a turn
+    # https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative, with value·saturation = chroma; k − 2 there is
+    # `turned` here, wrapped to −3..3 (torch does not vectorise `remainder` on the CPU).
+    offsets = torch.arange(3, -3, -2, device=images.device)[:, None, None]
+    turned = offsets + (sixths + 6 * shift[:, None, None])[:, None]
+    turned = turned.sub_((turned / 6).round_(), alpha=6)
+    return torch.addcmul(high[:, None], chroma[:, None], turned.abs_().neg_().add_(2).clamp_(0, 1), value=-1)
 
 
 def to_grey(images: Tensor, chosen: Tensor) -> Tensor:
