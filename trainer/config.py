@@ -293,11 +293,12 @@ FREE_FIELDS = {
     "run": ("out",),
     "data": (
         *("catalog", "storage_options", "max_failed_share", "readers", "reader_cpus", "reader_labels"),
-        *("segment_blocks", "stall_s", "staging", "staging_gb"),
+        *("segment_blocks", "stall_s", "staging", "staging_gb", "requests_in_flight"),
     ),
     "model": ("init",),
     "train": (
-        *("ranks", "gpu", "rank_cpus", "rank_labels", "strategy", "compile", "activation_checkpointing"),
+        *("ranks", "gpu", "rank_cpus", "rank_labels", "rank_resources", "strategy"),
+        *("compile", "activation_checkpointing"),
         *("log_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "max_restarts"),
     ),
     "watch": ("min_rankme", "min_teacher_entropy", "grace_steps", "patience"),

@@ -274,15 +274,16 @@ def train(config: Config, *, debug: bool = False, verbose: bool = False, force: 
     make_plan(config, catalog)  # what the catalog can't give is told before anything starts
     check_model(config, resumed=resume is not None)
     storage.write_bytes(storage.join(out, checkpoint.CONFIG), config.to_yaml().encode(), options)
-    with MetricsLog(config, start) as log, terminated() as stop:
+    with MetricsLog(config, start) as log:
         if debug:
             if config.train.ranks != 1:
                 raise ConfigError(f"train.ranks is {config.train.ranks}; --debug runs one rank: add --train.ranks 1")
             source = make_stream(config, catalog).local_batches(start, steps)
             batches = StepBatches(source, start, config, lambda failures: log.add(Failed("", failures)))
-            fit(config, catalog.fingerprint, batches, resume, log.add, Signals(stop=stop.is_set))
+            with terminated() as stop:
+                fit(config, catalog.fingerprint, batches, resume, log.add, Signals(stop=stop.is_set))
         else:
-            _fit_on_ray(config, catalog, log, stop, verbose=verbose)
+            _fit_on_ray(config, catalog, log, verbose=verbose)
     reached = checkpoint.steps_of(out, options)[-1]
     return TrainResult(checkpoint.checkpoint_uri(out, reached), start, reached, log.summary)
 
@@ -306,7 +307,7 @@ def terminated() -> Generator[threading.Event]:
         signal.signal(term, before)
 
 
-def _fit_on_ray(config: Config, catalog: Catalog, log: MetricsLog, stop: threading.Event, *, verbose: bool) -> None:
+def _fit_on_ray(config: Config, catalog: Catalog, log: MetricsLog, *, verbose: bool) -> None:
     train, data, options = config.train, config.data, config.data.storage_options
     cluster.connect(round(train.ranks * train.rank_cpus + data.readers[1] * data.reader_cpus) + 1, verbose=verbose)
     source = make_stream(config, catalog).source
@@ -336,7 +337,8 @@ def _fit_on_ray(config: Config, catalog: Catalog, log: MetricsLog, stop: threadi
         ),
     )
     try:
-        with log.listening(messages), _passing_on(stop, orders):
+        # Not earlier: when Ray starts, it takes SIGTERM to itself.
+        with log.listening(messages), terminated() as stop, _passing_on(stop, orders):
             trainer.fit()
     finally:
         ray.kill(chain)
