@@ -141,6 +141,7 @@ def test_nobody_submits_or_looks_without_the_token_but_probes_get_their_answer(n
         with pytest.raises(urllib.error.HTTPError) as refused:
             nodes.ask("/api/jobs/", token)
         assert refused.value.code == status
+        refused.value.close()
     assert nodes.ask("/api/jobs/") == []
     urllib.request.urlopen(f"{nodes.dashboard}/api/gcs_healthz", timeout=30).close()
     for agent in nodes.agents:
