@@ -22,9 +22,9 @@ class StageCosts:
     reader_cpu_s: float = 0.0016
     """CPU seconds in the reader: plan, requests, decoding, filter, assembling"""
     transport_cpu_s: float = 0.0004
-    """CPU seconds in Ray's processes on a reader's node, which write and send the object"""
+    """CPU seconds in Ray's own processes on a node, which write and send the object"""
     consumer_s: float = 0.0003
-    """seconds in which a rank takes a tile from the object store into a tensor"""
+    """CPU seconds in which a rank takes a tile from the object store"""
     reader_cores: float = 1.6
     """cores that one reader process keeps busy at most; Python's lock holds it below its number of threads"""
     requests: float = 2.0
@@ -169,13 +169,13 @@ def reader_rates(costs: StageCosts, around: Surroundings) -> tuple[float, float]
 
 
 def one_machine_rate(
-    costs: StageCosts, around: Surroundings, readers: int, cores: int, other_cpu_s: float = 0
+    costs: StageCosts, around: Surroundings, *, readers: int, cores: int, micro_batch: int, other_cpu_s: float = 0.0
 ) -> float:
     """Tiles/s of some readers and one rank that share the cores of one machine; `bench scale` holds it against runs.
 
     other_cpu_s is CPU per tile of what else runs there, such as the benchmark's own storage server.
     """
-    cpu_s = costs.reader_cpu_s + costs.transport_cpu_s + costs.consumer_s + other_cpu_s
+    cpu_s = costs.reader_cpu_s + costs.transport_cpu_s + costs.consumer_s + costs.block_s / micro_batch + other_cpu_s
     return min(readers * min(reader_rates(costs, around)), cores / cpu_s, 1 / costs.consumer_s)
 
 

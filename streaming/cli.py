@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -172,6 +173,8 @@ def add_stream(commands: Any) -> None:
     parser.add_argument(
         "--max-failed-share", type=float, default=0.01, help="unreadable tiles that are put up with (0.01)"
     )
+    parser.add_argument("--segment-blocks", type=int, default=2000, metavar="N", help="batches planned at once (2000)")
+    parser.add_argument("--log", metavar="URI", help="folder for failures.parquet, the tiles that could not be read")
     parser.add_argument("--digest", action="store_true", help="print a SHA-256 of each step's tiles in index order")
     parser.add_argument("--in-flight", type=int, default=32, metavar="N", help="requests of a reader under way (32)")
     parser.add_argument("--dry-run", action="store_true", help="read nothing; print how well the steps are mixed")
@@ -220,7 +223,8 @@ def run_stream(args: Namespace) -> None:
         _print_mix(plan, [plan.slides_of(index) for index in _some_batches(args.steps, args.batch)], args.batch)
         return
     reader = ReaderOptions(storage_options=options, requests_in_flight=args.in_flight)
-    _pull(TileStream(catalog, plan, shape, reader=reader, readers=args.readers), args)
+    stream = TileStream(catalog, plan, shape, reader=reader, readers=args.readers, segment_blocks=args.segment_blocks)
+    _pull(stream, args)
 
 
 def _some_batches(steps: tuple[int, int], batch: int) -> list[NDArray[np.int64]]:
@@ -243,6 +247,7 @@ def _pull(stream: TileStream, args: Namespace) -> None:
     from rich.console import Console
 
     from streaming import cluster
+    from streaming.failures import FailureLog, failures_of
     from streaming.progress import ProgressLine
     from streaming.stats import FailureBudget, TimeUse
     from streaming.stream import step_digest
@@ -250,9 +255,10 @@ def _pull(stream: TileStream, args: Namespace) -> None:
     first, last = args.steps
     steps = iter(stream.steps(first, last))
     cluster.connect(args.readers[1] + 1, verbose=args.verbose)
+    log = FailureLog(args.log, storage_options(args)) if args.log else None
     budget, use, drawn = FailureBudget(args.max_failed_share), TimeUse(), list[Any]()
     started = first_at = time.perf_counter()
-    with ProgressLine("stream", "steps", total=last - first) as progress:
+    with ProgressLine("stream", "steps", total=last - first) as progress, log or contextlib.nullcontext():
         for step in range(first, last):
             asked = time.perf_counter()
             batches = next(steps)
@@ -261,6 +267,8 @@ def _pull(stream: TileStream, args: Namespace) -> None:
             else:  # the first one waits for readers to start
                 use.waited(time.perf_counter() - asked)
             for batch in batches:
+                if log:
+                    log.add(failures_of(batch))
                 budget.add(batch)
                 use.add(batch, time.time())
             drawn = [*drawn[-999:], np.concatenate([batch["slide"] for batch in batches])]
@@ -286,7 +294,7 @@ def add_bench(commands: Any) -> None:
         run_bench,
     )
     parser.usage = "tilestream bench [NAME ...] [arguments of the benchmark]"
-    parser.add_argument("names", nargs="*", metavar="NAME", help="reader (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="reader, stream, soak, scale, … (default: all)")
     parser.set_defaults(takes_overrides=True)
 
 
@@ -297,7 +305,7 @@ def run_bench(args: Namespace) -> None:
         ConfigError: there is no such benchmark, or no source tree.
     """
     folder = Path(__file__).parents[1] / "benchmarks"
-    known = sorted(path.stem for path in folder.glob("*.py") if not path.stem.endswith("_server"))
+    known = sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("common", "latency_server"))
     if not known:
         raise ConfigError(f"{folder}: no benchmarks here; they are part of the source tree: run this in a clone")
     for name in args.names or known:

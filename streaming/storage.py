@@ -1,8 +1,8 @@
 """The one place that turns a URI and its options into storage.
 
 A URI is a local path or anything fsspec knows (`s3://`, `gs://`, `az://`, `http(s)://`, …). `storage_options` are
-fsspec's, plus `region` for S3; what they leave open comes from the usual environment variables (`AWS_ACCESS_KEY_ID`,
-`AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT_URL`, …).
+fsspec's, plus `region` for S3 and `timeout_s` for one request; what they leave open comes from the usual environment
+variables (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT_URL`, …).
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ StorageOptions = Mapping[str, Any]
 _S3, _GCS, _AZURE, _HTTP = ("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss"), ("http", "https")
 
 # A wrong endpoint should be told within seconds, not after botocore's minute-long default timeouts and retries.
-_S3_CONFIG = {"connect_timeout": 5, "read_timeout": 60, "retries": {"mode": "standard", "max_attempts": 5}}
+_S3_CONFIG = {"connect_timeout": 5, "retries": {"mode": "standard", "max_attempts": 5}}
+
+
+# A request of which nothing has come for so long is sent anew, on another connection; `timeout_s` sets it.
+_TIMEOUT_S = 20
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def filesystem(uri: str, storage_options: StorageOptions | None = None) -> tuple
         StorageError: the protocol is unknown, or its package is not installed.
     """
     options = dict(storage_options or {})
+    timeout_s = options.pop("timeout_s", _TIMEOUT_S)
     protocol = uri.split("://", 1)[0] if "://" in uri else "file"
     if protocol in _S3:
         region = options.pop("region", None) or os.environ.get("AWS_REGION")
@@ -74,7 +79,7 @@ def filesystem(uri: str, storage_options: StorageOptions | None = None) -> tuple
         if region:
             client.setdefault("region_name", region)
         options["client_kwargs"] = client
-        options["config_kwargs"] = {**_S3_CONFIG, **options.pop("config_kwargs", {})}
+        options["config_kwargs"] = {**_S3_CONFIG, "read_timeout": timeout_s, **options.pop("config_kwargs", {})}
     elif protocol == "file":
         options = {}  # options configure remote stores; a run may mix both
     # A listing must show what another process wrote a second ago, so no listing is cached.
@@ -108,12 +113,13 @@ def store_environment() -> str:
 def object_store(bucket: str, storage_options: StorageOptions | None = None) -> ObjectStore:
     """The obstore store of a bucket, for ranged reads, with the same options and environment as `filesystem`'s.
 
-    Throttling (429, 503), timeouts and resets are tried again for a minute, with backoff and jitter.
+    Throttling (429, 503), timeouts and resets are tried again for five minutes, with backoff and jitter: a tile that is
+    given up because storage hangs for a while would make a run another one.
     """
     options = dict(storage_options or {})
     protocol, name = bucket.split("://", 1)
-    client: Any = {"allow_http": True, "connect_timeout": "5s", "timeout": "60s"}
-    retry: Any = {"max_retries": 10, "retry_timeout": timedelta(seconds=60)}
+    client: Any = {"allow_http": True, "connect_timeout": "5s", "timeout": f"{options.get('timeout_s', _TIMEOUT_S)}s"}
+    retry: Any = {"max_retries": 100, "retry_timeout": timedelta(seconds=300)}
     if protocol in _HTTP:
         return HTTPStore.from_url(bucket, client_options=client, retry_config=retry)
     if protocol in _GCS:

@@ -209,6 +209,35 @@ def capacity_lines(capacity: Capacity, node_cores: int) -> list[str]:
     return [f"{name:<27}{value}" for name, value in rows.items()]
 
 
+def add_export(commands: Any) -> None:
+    """`tilestream export`."""
+    parser = add_command(
+        commands,
+        "export",
+        "write a checkpoint's teacher as a folder that timm or transformers load, with a model card",
+        "  tilestream export s3://bucket/runs/a --out model --token cls+patch --license cc-by-nc-4.0",
+        run_export,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints/step-…")
+    parser.add_argument("--out", required=True, metavar="URI", help="folder of the model")
+    parser.add_argument("--layout", choices=("timm", "transformers"), default="timm", help="who is to load it (timm)")
+    parser.add_argument(
+        "--token", choices=("cls", "patch", "cls+patch"), default="cls", help="what an embedding is, for the card"
+    )
+    parser.add_argument("--license", default="other", metavar="SPDX", help="licence of the weights (other)")
+    parser.add_argument("--name", default="tilestream-model", help="name of the model in its card")
+    add_storage_options(parser)
+
+
+def run_export(args: Namespace) -> None:
+    """Exports, and says how to load it."""
+    from trainer.export import ExportOptions, export
+
+    options = ExportOptions(layout=args.layout, token=args.token, license=args.license, name=args.name)
+    for uri in export(args.checkpoint, args.out, options, storage_options(args)):
+        out(uri)
+
+
 def build_parser() -> ArgumentParser:
     """The parser of all commands."""
     parser = OneLineParser(
@@ -217,7 +246,8 @@ def build_parser() -> ArgumentParser:
         allow_abbrev=False,
     )
     commands: Any = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (add_demo, add_catalog, add_stream, add_train, add_embed, add_bench, add_doctor, add_capacity):
+    data, model = (add_catalog, add_stream, add_doctor), (add_train, add_embed, add_export)
+    for add in (add_demo, *data, *model, add_capacity, add_bench):
         add(commands)
     return parser
 

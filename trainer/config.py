@@ -15,6 +15,7 @@ from streaming.plan import DEFAULT_MPP
 from streaming.slide import Staging
 from streaming.stream import BatchShape
 from streaming.tissue import HsvRule
+from streaming.universe import Universe
 from trainer.augment import Augmentation
 from trainer.configs import preset_text, presets
 from trainer.health import WatchConfig
@@ -57,6 +58,8 @@ class DataConfig:
     """share of a tile's area that must be tissue"""
     max_upsampling: float = 2.0
     """a slide is left out at magnifications this many times finer than its own"""
+    universe: Universe = field(default_factory=Universe)
+    """which part of the catalog's tiles may be drawn, and in what order"""
     hsv_rule: HsvRule = field(default_factory=HsvRule)
     """filter on a tile's pixels"""
     max_failed_share: float = 0.01
@@ -65,6 +68,8 @@ class DataConfig:
     """least and most reader actors"""
     reader_cpus: float = 1.0
     """CPU slots of a reader actor"""
+    requests_in_flight: int = 32
+    """requests to the storage that a reader keeps under way"""
     reader_labels: dict[str, str] = field(default_factory=dict)
     """labels of the nodes that readers run on; empty: any node"""
     segment_blocks: int = 2000
@@ -81,6 +86,8 @@ class DataConfig:
             raise ValueError(f"max_failed_share is a share from 0 to 1, not {self.max_failed_share}")
         if not self.staging_gb > 0:
             raise ValueError(f"staging_gb is {self.staging_gb}; it must be above 0")
+        if self.requests_in_flight < 1:
+            raise ValueError(f"requests_in_flight is {self.requests_in_flight}; it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +135,30 @@ class LossConfig:
     """weight of the class-token term"""
     ibot_weight: float = 1.0
     """weight of the masked-token term"""
+    regulariser: Literal["koleo", "kde", "none"] = "koleo"
+    """what spreads the class tokens of each global view"""
     koleo_weight: float = 0.1
     """weight of the KoLeo regulariser, per view"""
+    kde_weight: float = 0.05
+    """weight of the KDE regulariser, per view"""
+    kde_concentration: float = 5.0
+    """concentration κ of its kernel exp(κ·cosine)"""
+    regulariser_over_ranks: bool = True
+    """whether it compares the crops of all ranks; the reference's KoLeo stays on its own"""
+    centring: Literal["sinkhorn", "centring"] = "sinkhorn"
+    """how the teacher's targets are kept from collapse: Sinkhorn-Knopp, or DINO's moving mean"""
+    centre_momentum: float = 0.9
+    """momentum of that mean"""
     student_temp: float = 0.1
     """temperature of the student's softmax"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.centre_momentum < 1:
+            raise ValueError(f"centre_momentum is {self.centre_momentum}; it must be in [0, 1)")
+        if not (self.kde_concentration > 0 and self.student_temp > 0):
+            raise ValueError(
+                f"kde_concentration {self.kde_concentration}, student_temp {self.student_temp}: both must be above 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import health, losses, weights
+from trainer.augment import Crops
 from trainer.backbone import Backbone, create_backbone
 from trainer.config import Config, ModelConfig
 from trainer.draws import random_bits
@@ -102,6 +103,10 @@ class DinoModule(pl.LightningModule):
         self.student.backbone.grid(config.augment.local_size, config.augment.local_size)
         if config.model.init and not resumed:
             weights.start_from(config.model.init, self.student, self.teacher, config.data.storage_options)
+        if config.loss.centring == "centring":
+            self.register_buffer("class_centre", torch.zeros(config.model.num_prototypes))
+            patch_prototypes = config.model.ibot_prototypes or config.model.num_prototypes
+            self.register_buffer("patch_centre", torch.zeros(patch_prototypes))
         self.schedules = config.optim.schedules(config.train.steps, config.train.batch)
         self.step_metrics: dict[str, Tensor | float] = {}
         self._is_prepared = False
@@ -114,13 +119,18 @@ class DinoModule(pl.LightningModule):
         torch.manual_seed(int(random_bits(seed, batch["index"][:1], _GENERATOR_VIEW, 0)))
         crops = config.augment.multi_crop(batch["tile"], batch["index"], seed)
         masks = block_masks(batch["index"].cpu(), self.grid, config.mask, seed).to(batch["index"].device)
+        return self.loss(crops, masks, values.teacher_temp)
+
+    def loss(self, crops: Crops, masks: Tensor, teacher_temp: float) -> Tensor:
+        """The loss of one micro-batch of crops; masks bool (2, B, N) of the global ones. Terms go to `step_metrics`."""
+        config = self.config
         globals_, flat_masks = crops.global_.flatten(0, 1), masks.flatten(0, 1)
         num_views, size = masks.shape[:2]
 
         with torch.no_grad():
             (teacher_cls,), (class_logits,), patch_logits = self.teacher([globals_], [None], flat_masks)
-            class_targets = losses.sinkhorn(class_logits, values.teacher_temp)
-            patch_targets = losses.sinkhorn(patch_logits, values.teacher_temp)
+            class_targets = self._targets("class_centre", class_logits, teacher_temp)
+            patch_targets = self._targets("patch_centre", patch_logits, teacher_temp)
             del class_logits, patch_logits
 
         sizes = [globals_, crops.local.flatten(0, 1)] if len(crops.local) else [globals_]
@@ -137,19 +147,22 @@ class DinoModule(pl.LightningModule):
         ibot = losses.ibot_loss(
             patch_logits, patch_targets, losses.mask_weights(flat_masks), num_views * size, config.loss.student_temp
         )
-        koleo = torch.stack([losses.koleo(view) for view in cls[0].unflatten(0, (num_views, size))]).sum()
+        spread = [self._regulariser(view) for view in cls[0].unflatten(0, (num_views, size))]
+        weight = {"koleo": config.loss.koleo_weight, "kde": config.loss.kde_weight, "none": 0.0}
+        regulariser = torch.stack(spread).sum()
         loss = (
             config.loss.dino_weight * (dino_global + dino_local)
             + config.loss.ibot_weight * ibot
-            + config.loss.koleo_weight * koleo
+            + weight[config.loss.regulariser] * regulariser
         )
         self.step_metrics |= {
             "loss": loss.detach(),
             "dino_global": dino_global.detach(),
             "dino_local": dino_local.detach(),
             "ibot": ibot.detach(),
-            "koleo": koleo.detach(),
         }
+        if config.loss.regulariser != "none":
+            self.step_metrics[config.loss.regulariser] = regulariser.detach()
         if self.is_logged(self.global_step + 1):
             self.step_metrics |= health.teacher_metrics(class_targets, teacher_cls)
         return loss
@@ -166,6 +179,23 @@ class DinoModule(pl.LightningModule):
                 blocks, parts = network.backbone.vit.blocks, [network.dino_head, network.ibot_head]
                 prepare(network, blocks, [part for part in parts if part is not None], self.config.train, mesh)
             self._is_prepared = True
+
+    def _targets(self, centre: str, logits: Tensor, temperature: float) -> Tensor:
+        """The teacher's targets (M, K) of its logits; with centring, the named centre then moves towards them."""
+        if self.config.loss.centring == "sinkhorn":
+            return losses.sinkhorn(logits, temperature)
+        held = self.get_buffer(centre)
+        targets = losses.centred(logits, held, temperature)
+        held.copy_(losses.moved_centre(held, logits, self.config.loss.centre_momentum))
+        return targets
+
+    def _regulariser(self, features: Tensor) -> Tensor:
+        loss = self.config.loss
+        if loss.regulariser == "koleo":
+            return losses.koleo(features, over_ranks=loss.regulariser_over_ranks)
+        if loss.regulariser == "kde":
+            return losses.kde(features, loss.kde_concentration, over_ranks=loss.regulariser_over_ranks)
+        return features.new_zeros(())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over the student; learning rates and weight decays are written before each step."""

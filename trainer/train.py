@@ -38,7 +38,7 @@ from trainer import checkpoint
 from trainer.config import Config, DataConfig, recipe_changes
 from trainer.module import DinoModule
 from trainer.strategy import OneDevice, Replicas, Shards, autocast_precision
-from trainer.watch import MetricsLog, Report, Signals, StepBatches, Watch
+from trainer.watch import Failed, MetricsLog, Report, Signals, StepBatches, Watch
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def make_plan(config: Config, catalog: Catalog) -> TilePlan:
         cohorts=data.cohorts,
         min_tissue=data.min_tissue,
         max_upsampling=data.max_upsampling,
+        universe=data.universe,
     )
 
 
@@ -91,6 +92,7 @@ def make_stream(config: Config, catalog: Catalog) -> TileStream:
         hsv_rule=data.hsv_rule,
         storage_options=data.storage_options,
         staging=staging(data),
+        requests_in_flight=data.requests_in_flight,
     )
     return TileStream(
         catalog,
@@ -223,7 +225,7 @@ def _worker(given: dict[str, _Loop]) -> None:
     )
     read = partial(torch_batches, micro=config.train.shape.micro)
     tiles = chained(loop.chain, loop.source, generation, rank, (start, config.train.steps), read)
-    batches = StepBatches(tiles, start, config)
+    batches = StepBatches(tiles, start, config, lambda failures: loop.messages.put(Failed(generation, failures)))
     signals = Signals(
         stop=_order(loop.orders) if rank == 0 else lambda: False,
         leaving=lambda: ray.train.get_preemption_info() is not None,
@@ -275,7 +277,7 @@ def train(config: Config, *, debug: bool = False, verbose: bool = False, force: 
             if config.train.ranks != 1:
                 raise ConfigError(f"train.ranks is {config.train.ranks}; --debug runs one rank: add --train.ranks 1")
             source = make_stream(config, catalog).local_batches(start, steps)
-            batches = StepBatches(source, start, config)
+            batches = StepBatches(source, start, config, lambda failures: log.add(Failed("", failures)))
             fit(config, catalog.fingerprint, batches, resume, log.add, Signals(stop=stop.is_set))
         else:
             _fit_on_ray(config, catalog, log, stop, verbose=verbose)

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Callback
 
 from streaming import storage
 from streaming.errors import StreamError, TilestreamError, TrainingError
+from streaming.failures import Failure, FailureLog, failures_of
 from streaming.metrics import export_step, export_wait
 from streaming.progress import ProgressLine
 from streaming.stats import FailureBudget
@@ -31,15 +32,33 @@ from trainer.module import DinoModule
 from trainer.trackers import Trackers
 
 METRICS = "metrics.parquet"
+_TERMS = ("loss", "dino_global", "dino_local", "ibot", "koleo", "kde")
 Row = dict[str, float]
-Report = Callable[[Row], None]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Tiles that a rank could not get, and the generation of ranks (`streaming.chain`) that it is one of."""
+
+    generation: str
+    failures: list[Failure]
+
+
+Report = Callable[["Row | Failed"], None]
 
 
 class StepBatches:
     """A rank's micro-batches, timed, counted and checked against the step they belong to."""
 
-    def __init__(self, source: Iterable[dict[str, Any]], start: int, config: Config) -> None:
-        self._source, self.start, self._config = source, start, config
+    def __init__(
+        self,
+        source: Iterable[dict[str, Any]],
+        start: int,
+        config: Config,
+        failed: Callable[[list[Failure]], None] | None = None,
+    ) -> None:
+        """`failed` is told of each batch's tiles that could not be read, where there are any."""
+        self._source, self.start, self._config, self._failed = source, start, config, failed
         self.budget = FailureBudget(config.data.max_failed_share)
         self.waited_s = 0.0
 
@@ -59,6 +78,8 @@ class StepBatches:
             if batch is None:
                 return
             export_wait(waited)
+            if self._failed and (failures := failures_of(batch)):
+                self._failed(failures)
             self.budget.add(batch)
             step = self.start + rounds // shape.accumulate
             rounds += 1
@@ -268,7 +289,10 @@ def _of_all_ranks(pl_module: pl.LightningModule, values: torch.Tensor) -> torch.
 
 
 class MetricsLog:
-    """The metrics of a run: a progress line now, `metrics.parquet` of the run at every checkpoint and at the end."""
+    """The metrics of a run: a progress line now, `metrics.parquet` of the run at every checkpoint and at the end.
+
+    So it is with `failures.parquet`, the tiles that could not be read.
+    """
 
     def __init__(self, config: Config, start: int) -> None:
         self._config, self._options = config, config.data.storage_options
@@ -279,6 +303,8 @@ class MetricsLog:
         if start and storage.exists(self._uri, self._options):
             earlier: list[Row] = storage.read_table(self._uri, self._options).to_pylist()
             self._rows = [row for row in earlier if row["step"] <= start]
+        self._failures = FailureLog(config.run.out, self._options, start * config.train.batch)
+        self._generation = ""
         self._progress = ProgressLine("train", "steps", total=config.train.steps)
 
     def __enter__(self) -> MetricsLog:
@@ -291,9 +317,16 @@ class MetricsLog:
         with contextlib.suppress(TilestreamError):
             self._save()
 
-    def add(self, row: Row) -> None:
-        """Takes the row of a step, or lines of the summary."""
+    def add(self, row: Row | Failed) -> None:
+        """Takes the row of a step, lines of the summary, or failures."""
+        if isinstance(row, Failed):
+            if row.generation != self._generation:
+                self._failures.rewind()
+                self._generation = row.generation
+            self._failures.add(row.failures)
+            return
         if "saving" in row:
+            self._failures.settle()
             self._save()  # before the checkpoint is whole, so that none is without the rows that lead to it
             return
         if "step" not in row:
@@ -304,7 +337,7 @@ class MetricsLog:
         self._rows.append(row)
         export_step(row["step"], row["loss"])
         self._trackers.add(row)
-        terms = "  ".join(f"{name} {row[name]:.3f}" for name in ("loss", "dino_global", "dino_local", "ibot", "koleo"))
+        terms = "  ".join(f"{name} {row[name]:.3f}" for name in _TERMS if name in row)
         speed = f"{row['tiles_per_s']:.0f} tiles/s  waited {row['data_wait_share']:.0%}"
         self._progress.update(int(row["step"]), f"{speed}  {terms}")
 
@@ -315,6 +348,7 @@ class MetricsLog:
         self._trackers.save()
         if self._rows:
             storage.write_table(self._uri, pa.Table.from_pylist(self._rows), self._options)
+        self._failures.save()
 
     @contextlib.contextmanager
     def listening(self, messages: ray.util.queue.Queue) -> Generator[None]:

@@ -121,7 +121,8 @@ class BlockSlide:
                 for column, offset, nbytes in blocks:
                     x0, x1 = max(left, column * wide), min(right, column * wide + wide)
                     try:
-                        block = decode(content[offset - start : offset - start + nbytes], level.form, scale)
+                        compressed = content[offset - start : offset - start + nbytes]
+                        block = decode(compressed, level.form, scale, y1 - row * high)
                     except (ValueError, RuntimeError, MemoryError) as error:
                         raise self._broken(box.level, row * level.columns + column, error) from error
                     before, at = at, perf_counter()
