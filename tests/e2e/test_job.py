@@ -5,6 +5,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -122,6 +123,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
                         child.kill()
             node.kill()
             node.wait()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def answers(address: str, process: subprocess.Popen[bytes], log: Path) -> bool:
