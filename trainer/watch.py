@@ -29,6 +29,7 @@ from trainer import checkpoint
 from trainer.config import Config
 from trainer.health import Guard
 from trainer.module import DinoModule
+from trainer.trackers import Trackers
 
 METRICS = "metrics.parquet"
 _TERMS = ("loss", "dino_global", "dino_local", "ibot", "koleo", "kde")
@@ -298,6 +299,7 @@ class MetricsLog:
         self._uri = storage.join(config.run.out, METRICS)
         self._rows: list[Row] = []
         self.summary: list[str] = []
+        self._trackers = Trackers(config.run.loggers, config.run.out, start)
         if start and storage.exists(self._uri, self._options):
             earlier: list[Row] = storage.read_table(self._uri, self._options).to_pylist()
             self._rows = [row for row in earlier if row["step"] <= start]
@@ -311,6 +313,7 @@ class MetricsLog:
 
     def __exit__(self, *error: Any) -> None:
         self._progress.__exit__(*error)
+        self._trackers.close()
         with contextlib.suppress(TilestreamError):
             self._save()
 
@@ -333,6 +336,7 @@ class MetricsLog:
         self._rows = [kept for kept in self._rows if kept["step"] < row["step"]] if self._is_repeat(row) else self._rows
         self._rows.append(row)
         export_step(row["step"], row["loss"])
+        self._trackers.add(row)
         terms = "  ".join(f"{name} {row[name]:.3f}" for name in _TERMS if name in row)
         speed = f"{row['tiles_per_s']:.0f} tiles/s  waited {row['data_wait_share']:.0%}"
         self._progress.update(int(row["step"]), f"{speed}  {terms}")
@@ -341,6 +345,7 @@ class MetricsLog:
         return bool(self._rows) and self._rows[-1]["step"] >= row["step"]
 
     def _save(self) -> None:
+        self._trackers.save()
         if self._rows:
             storage.write_table(self._uri, pa.Table.from_pylist(self._rows), self._options)
         self._failures.save()

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -93,6 +94,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_metrics_report_interval_ms": "1000",
+        "RAY_agent_register_timeout_ms": "120000",
         "RAY_TMPDIR": str(folder),
     }
     head = ["--head", "--num-cpus", "0", "--port", str(port), "--ray-client-server-port", str(client)]
@@ -103,7 +105,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     try:
         for kind in (head, reader, reader, trainer):
             address = ["--address", f"127.0.0.1:{port}"] if started else []
-            # Ray gives a node 30 s to start, too few on a loaded machine: hence tries, and one after the other.
+            # Ray gives a node 30 s to start, whatever is set: too few on a loaded machine, hence tries, one by one.
             for attempt in range(5):
                 log = folder / f"node{len(started)}-{attempt}.log"
                 node, agent, metrics = start_node(environment, log, *address, *kind)
@@ -121,6 +123,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
                         child.kill()
             node.kill()
             node.wait()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def answers(address: str, process: subprocess.Popen[bytes], log: Path) -> bool:
@@ -140,6 +143,7 @@ def test_nobody_submits_or_looks_without_the_token_but_probes_get_their_answer(n
         with pytest.raises(urllib.error.HTTPError) as refused:
             nodes.ask("/api/jobs/", token)
         assert refused.value.code == status
+        refused.value.close()
     assert nodes.ask("/api/jobs/") == []
     urllib.request.urlopen(f"{nodes.dashboard}/api/gcs_healthz", timeout=30).close()
     for agent in nodes.agents:
