@@ -146,7 +146,7 @@ class _ReaderActor:
     ) -> None:
         self._first = first
         self._read = TileReader(plan, catalog, options)
-        # What was imported stays: looking through it again and again took a tenth of an actor's time.
+        # What was imported stays: there is no use in looking through it again and again.
         gc.freeze()
 
     def __call__(self, batch: Batch) -> Batch:
