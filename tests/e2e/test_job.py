@@ -127,12 +127,13 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
 
 
 def answers(address: str, process: subprocess.Popen[bytes], log: Path) -> bool:
-    """Waits for a node's server; False if the node gave up."""
+    """Waits for a node and its server; False if the node gave up, which it may after its server answered."""
     deadline = time.monotonic() + 180
     while process.poll() is None:
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(address, timeout=5).close()
-            return True
+        if "Ray runtime started" in log.read_text():
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(address, timeout=5).close()
+                return True
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.3)
     return False
