@@ -200,3 +200,4 @@ def test_a_command_line_with_a_typo(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--steps" in refusal(capsys, "stream", "catalog", "--steps", "5")
     assert "trian" in refusal(capsys, "trian")
     assert "KEY=VALUE" in refusal(capsys, "stream", "catalog", "--storage", "nonsense")
+    assert "share above 0" in refusal(capsys, "stream", "catalog", "--slides", "0")
