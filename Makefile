@@ -36,8 +36,8 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@touch $@
 
 # requirements.lock: what the tests ran with, for all platforms and Pythons. The other two are for images, with the same
-# versions and without the development tools: CUDA as PyPI has it, and CPU, whose torch comes from PyTorch's own index
-# (`--extra-index-url https://download.pytorch.org/whl/cpu`) and needs no NVIDIA libraries. Needs `pip install uv`.
+# versions and without the development tools: CUDA, and CPU, whose torch comes from PyTorch's own index of CPU wheels and
+# needs no NVIDIA libraries. Needs `pip install uv`.
 COMPILE := uv pip compile -q --python-version 3.11 --no-header --no-annotate --no-emit-index-url pyproject.toml
 IMAGE := $(COMPILE) --python-platform x86_64-manylinux_2_28 --extra cluster -c requirements.lock
 lock:

@@ -7,9 +7,11 @@ bytes take, and decodes with as many cores as it has: it gives the smaller of bo
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
+from streaming import storage
 from streaming.errors import ConfigError
 
 
@@ -38,6 +40,36 @@ class StageCosts:
         for name, value in vars(self).items():
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"cost {name} is {value}; it must be above 0")
+
+
+def read_costs(uri: str) -> StageCosts:
+    """Costs from a JSON file, which may leave some at their defaults.
+
+    Raises:
+        ConfigError: a cost is unknown or no number above 0.
+        StorageError: the file can't be read.
+    """
+    try:
+        values = json.loads(storage.read_bytes(uri))
+        return StageCosts(**values)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{uri}: not JSON: {error}") from error
+    except TypeError as error:
+        known = ", ".join(field.name for field in fields(StageCosts))
+        raise ConfigError(f"{uri}: {error}; costs are numbers named {known}") from error
+
+
+def costs_of_size(costs: StageCosts, size: int) -> StageCosts:
+    """Costs measured with 256 px tiles, for tiles of that side.
+
+    Bytes and seconds go with a tile's area, requests (one a row of blocks, of which a tile crosses its own height and
+    one more) with its side.
+    """
+    side = size / 256
+    area = {
+        name: getattr(costs, name) * side**2 for name in ("reader_cpu_s", "transport_cpu_s", "consumer_s", "nbytes")
+    }
+    return replace(costs, **area, tile_nbytes=costs.tile_nbytes * side**2, requests=costs.requests * (side + 1) / 2)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,16 @@
-"""The commands that need no model: `tilestream catalog`, `stream` and `bench`."""
+"""The commands that need no model: `tilestream catalog`, `stream`, `bench`, `doctor` and `capacity`."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -170,6 +173,8 @@ def add_stream(commands: Any) -> None:
     parser.add_argument(
         "--max-failed-share", type=float, default=0.01, help="unreadable tiles that are put up with (0.01)"
     )
+    parser.add_argument("--segment-blocks", type=int, default=2000, metavar="N", help="batches planned at once (2000)")
+    parser.add_argument("--log", metavar="URI", help="folder for failures.parquet, the tiles that could not be read")
     parser.add_argument("--digest", action="store_true", help="print a SHA-256 of each step's tiles in index order")
     parser.add_argument("--in-flight", type=int, default=32, metavar="N", help="requests of a reader under way (32)")
     parser.add_argument("--dry-run", action="store_true", help="read nothing; print how well the steps are mixed")
@@ -218,7 +223,8 @@ def run_stream(args: Namespace) -> None:
         _print_mix(plan, [plan.slides_of(index) for index in _some_batches(args.steps, args.batch)], args.batch)
         return
     reader = ReaderOptions(storage_options=options, requests_in_flight=args.in_flight)
-    _pull(TileStream(catalog, plan, shape, reader=reader, readers=args.readers), args)
+    stream = TileStream(catalog, plan, shape, reader=reader, readers=args.readers, segment_blocks=args.segment_blocks)
+    _pull(stream, args)
 
 
 def _some_batches(steps: tuple[int, int], batch: int) -> list[NDArray[np.int64]]:
@@ -241,6 +247,7 @@ def _pull(stream: TileStream, args: Namespace) -> None:
     from rich.console import Console
 
     from streaming import cluster
+    from streaming.failures import FailureLog, failures_of
     from streaming.progress import ProgressLine
     from streaming.stats import FailureBudget, TimeUse
     from streaming.stream import step_digest
@@ -248,9 +255,10 @@ def _pull(stream: TileStream, args: Namespace) -> None:
     first, last = args.steps
     steps = iter(stream.steps(first, last))
     cluster.connect(args.readers[1] + 1, verbose=args.verbose)
+    log = FailureLog(args.log, storage_options(args)) if args.log else None
     budget, use, drawn = FailureBudget(args.max_failed_share), TimeUse(), list[Any]()
     started = first_at = time.perf_counter()
-    with ProgressLine("stream", "steps", total=last - first) as progress:
+    with ProgressLine("stream", "steps", total=last - first) as progress, log or contextlib.nullcontext():
         for step in range(first, last):
             asked = time.perf_counter()
             batches = next(steps)
@@ -259,6 +267,8 @@ def _pull(stream: TileStream, args: Namespace) -> None:
             else:  # the first one waits for readers to start
                 use.waited(time.perf_counter() - asked)
             for batch in batches:
+                if log:
+                    log.add(failures_of(batch))
                 budget.add(batch)
                 use.add(batch, time.time())
             drawn = [*drawn[-999:], np.concatenate([batch["slide"] for batch in batches])]
@@ -284,7 +294,7 @@ def add_bench(commands: Any) -> None:
         run_bench,
     )
     parser.usage = "tilestream bench [NAME ...] [arguments of the benchmark]"
-    parser.add_argument("names", nargs="*", metavar="NAME", help="reader (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="reader, stream, soak, scale, … (default: all)")
     parser.set_defaults(takes_overrides=True)
 
 
@@ -295,7 +305,7 @@ def run_bench(args: Namespace) -> None:
         ConfigError: there is no such benchmark, or no source tree.
     """
     folder = Path(__file__).parents[1] / "benchmarks"
-    known = sorted(path.stem for path in folder.glob("*.py") if not path.stem.endswith("_server"))
+    known = sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("common", "latency_server"))
     if not known:
         raise ConfigError(f"{folder}: no benchmarks here; they are part of the source tree: run this in a clone")
     for name in args.names or known:
@@ -304,3 +314,35 @@ def run_bench(args: Namespace) -> None:
         status = subprocess.run([sys.executable, str(folder / f"{name}.py"), *args.overrides]).returncode
         if status:
             sys.exit(status)
+
+
+def add_doctor(commands: Any) -> None:
+    """`tilestream doctor`."""
+    parser = add_command(
+        commands,
+        "doctor",
+        "check this machine, the cluster and the storage, and say what to mend",
+        "  tilestream doctor --catalog s3://bucket/catalog\n  tilestream doctor --json",
+        run_doctor,
+    )
+    parser.add_argument("--catalog", metavar="URI", help="also check the storage, and read a sample of its tiles")
+    parser.add_argument("--no-ray", action="store_true", help="start or reach no Ray")
+    parser.add_argument("--json", action="store_true", help="print the findings for a machine")
+    add_storage_options(parser)
+
+
+def run_doctor(args: Namespace) -> None:
+    """Prints the findings; exit status 1 if something must be mended."""
+    from streaming.doctor import Finding, examine
+
+    findings: list[Finding] = []
+    for finding in examine(args.catalog, storage_options(args), ray=not args.no_ray):
+        findings.append(finding)
+        if not args.json:
+            out(f"{finding.state:<5} {finding.check:<13} {finding.what}")
+            if finding.remedy:
+                out(f"{'':<19} → {finding.remedy}")
+    if args.json:
+        out(json.dumps([asdict(finding) for finding in findings], indent=2))
+    if any(finding.state == "mend" for finding in findings):
+        sys.exit(1)

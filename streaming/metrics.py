@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One metric: a counter, or a histogram where it has bounds."""
+    """One metric: a counter, a gauge, or a histogram where it has bounds."""
 
     name: str
     what: str
     tag: str | None = None
     bounds: tuple[float, ...] = ()
+    gauge: bool = False
 
 
 METRICS = {
@@ -32,6 +33,8 @@ METRICS = {
         Metric(name="tilestream_blocks_total", what="compressed blocks decoded"),
         Metric(name="tilestream_staging_hits_total", what="staged copies found on local disk"),
         Metric(name="tilestream_staging_misses_total", what="staged copies that had to be downloaded"),
+        Metric(name="tilestream_step", what="optimiser step that was logged last", gauge=True),
+        Metric(name="tilestream_loss", what="loss of that step", gauge=True),
         Metric(name="tilestream_batches_total", what="micro-batches that ranks took"),
         Metric(
             name="tilestream_batch_wait_seconds",
@@ -56,13 +59,13 @@ _COUNTS = {
 @cache
 def _exported(name: str) -> Any:
     """Ray's object for a metric, one a process."""
-    from ray.util.metrics import Counter, Histogram
+    from ray.util.metrics import Counter, Gauge, Histogram
 
     metric = METRICS[name]
     tags = (metric.tag,) if metric.tag else ()
     if metric.bounds:
         return Histogram(name, metric.what, boundaries=list(metric.bounds), tag_keys=tags)
-    return Counter(name, metric.what, tag_keys=tags)
+    return (Gauge if metric.gauge else Counter)(name, metric.what, tag_keys=tags)
 
 
 def _count(name: str, value: float, tag: str | None = None) -> None:
@@ -99,3 +102,9 @@ def export_wait(seconds: float) -> None:
     """Counts a micro-batch that a rank took, and how long it waited for it, in the rank's process."""
     _count("tilestream_batches_total", 1)
     _exported("tilestream_batch_wait_seconds").observe(seconds)
+
+
+def export_step(step: float, loss: float) -> None:
+    """Shows how far a training is, in its driver's process."""
+    _exported("tilestream_step").set(step)
+    _exported("tilestream_loss").set(loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import time
 from collections import Counter
@@ -10,7 +11,6 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
@@ -66,13 +66,16 @@ class Pulses:
         """Forgets a batch."""
         del self._begun[index]
 
-    def diagnosis(self, cpus: float, labels: Mapping[str, str]) -> str:
-        """Why no batch comes, in half a sentence with the next action; cpus and labels are what a reader needs."""
-        now = time.monotonic()
-        alive = [pulse for heard, pulse in self._heard.values() if now - heard < _LATE_S]
+    def diagnosis(self, cpus: float, labels: Mapping[str, str], waited_s: float) -> str:
+        """Why no batch has come for a time, in half a sentence with the next action.
+
+        cpus and labels are what a reader needs of a node.
+        """
+        now, late_s = time.monotonic(), min(_LATE_S, max(waited_s / 2, 2 * _PULSE_S))
+        alive = [pulse for heard, pulse in self._heard.values() if now - heard < late_s]
         if not alive:
             return self._why_none_is_alive(now, cpus, labels)
-        requesting = [pulse for pulse in alive if pulse.request and pulse.request_s > _LATE_S]
+        requesting = [pulse for pulse in alive if pulse.request and pulse.request_s > late_s]
         if requesting:
             worst = max(requesting, key=lambda pulse: pulse.request_s)
             return (
@@ -124,7 +127,7 @@ def _has_labels(node: Mapping[str, Any], wanted: Mapping[str, str]) -> bool:
 
 
 class ReaderActor:
-    """A TileReader behind a range of Ray Data, whose ids count from the first index; it tells the chain how it fares.
+    """A TileReader behind the indices of Ray Data, which tells the chain how it fares.
 
     A batch whose process has died twice is read tile by tile in processes apart (`TileReader`), so that a tile that
     crashes its decoder is replaced. Only a process that was started again asks about that.
@@ -132,26 +135,26 @@ class ReaderActor:
 
     def __init__(
         self,
-        first: int,
         plan: ray.ObjectRef[TilePlan],
         catalog: ray.ObjectRef[Catalog],
         options: ReaderOptions,
         chain: ActorHandle[Any] | None,
     ) -> None:
         context = ray.get_runtime_context()
-        self._first, self._chain = first, chain
+        self._chain = chain
         self._again = chain is not None and context.was_current_actor_reconstructed
         self._busy: dict[int, float] = {}
         self._name, self._node = context.get_actor_id() or "", context.get_node_id()
         if chain is not None:
             threading.Thread(target=self._beat, args=(chain,), daemon=True, name="pulse").start()
         self._read = TileReader(plan, catalog, options)
+        # What was imported stays: looking through it again and again took a tenth of an actor's time.
+        gc.freeze()
 
     def __call__(self, batch: Batch) -> Batch:
-        """Reads a batch of ids."""
-        index = np.asarray(batch["id"] + self._first, dtype=np.int64)
-        with self._at_work(int(index[0])) as deaths:
-            tiles = self._read({"index": index}, careful=deaths > 0)
+        """Reads a batch of indices."""
+        with self._at_work(int(batch["index"][0])) as deaths:
+            tiles = self._read(batch, careful=deaths > 0)
         export_read(tiles)
         return tiles
 

@@ -1,14 +1,27 @@
 """Image operations on a whole batch, each sample with its own parameters and nothing drawn here.
 
-Images are float32 (n, 3, height, width) in 0..1, parameters (n,). Each operation equals torchvision's of that name for
-one sample, and none looks at another sample.
+Images are float32 (n, 3, height, width) in 0..1, parameters (n,). Each operation equals torchvision's or
+scikit-image's for one sample, and none looks at another sample.
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, with torchvision's rounding
+
+# Optical density of red, green, blue of haematoxylin, eosin and DAB.
+_STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
+_DARKEST = 1e-6  # as scikit-image's
+# sRGB to XYZ, divided by D65's white (0.95047, 1, 1.08883), whose Lab is then L = 100, a = b = 0.
+_XYZ_OF_RGB = (
+    (0.412453 / 0.95047, 0.357580 / 0.95047, 0.180423 / 0.95047),
+    (0.212671, 0.715160, 0.072169),
+    (0.019334 / 1.08883, 0.119193 / 1.08883, 0.950227 / 1.08883),
+)
 
 
 def _cubic(x: Tensor) -> Tensor:
@@ -27,11 +40,16 @@ def resample_weights(start: Tensor, length: Tensor, flip: Tensor, size_in: int, 
     """
     start, length, flip = (x[..., None, None] for x in (start, length, flip))
     out = torch.arange(size_out, device=start.device)[:, None]
-    position = torch.arange(size_in, device=start.device) - start
     scale = length / size_out
+    support = 2 * scale.clamp(min=1)
     centre = (torch.where(flip, size_out - 1 - out, out) + 0.5) * scale
+    # Only the pixels under the kernel are computed; how many there can be at most is known without the lengths.
+    taps = torch.arange(math.ceil(4 * max(size_in / size_out, 1)) + 1, device=start.device)
+    position = (centre - support).floor().long() + taps
     weights = _cubic((position + 0.5 - centre) / scale.clamp(min=1)) * ((position >= 0) & (position < length))
-    return weights / weights.sum(dim=-1, keepdim=True)
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    dense = weights.new_zeros(*weights.shape[:-1], size_in)
+    return dense.scatter_add_(-1, (position + start).clamp(0, size_in - 1), weights)
 
 
 def resample(images: Tensor, weights_y: Tensor, weights_x: Tensor) -> Tensor:
@@ -84,20 +102,78 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     The HSV way and not a rotation matrix in YIQ, because the reference recipe's torchvision does so.
     """
     red, green, blue = images.unbind(dim=1)
-    low, high = images.aminmax(dim=1)
-    chroma = high - low
-    divisor = torch.where(chroma == 0, 1.0, chroma)
-    of_green_or_blue = torch.where(high == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor)
-    sixths = torch.where(high == red, (green - blue) / divisor, of_green_or_blue)  # hue in sixths of a turn
-    # https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative, with value·saturation = chroma
-    offsets = torch.arange(5, 0, -2, device=images.device)[:, None, None]
-    k = (offsets + (sixths + 6 * shift[:, None, None])[:, None]).remainder(6)
-    return high[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    high = torch.maximum(torch.maximum(red, green), blue)
+    chroma = high - torch.minimum(torch.minimum(red, green), blue)
+    per_chroma = 1 / chroma.clamp(min=1e-12)  # a grey pixel's differences are 0, and stay so
+    of_green_or_blue = torch.where(high == green, (blue - red) * per_chroma + 2, (red - green) * per_chroma + 4)
+    sixths = torch.where(high == red, (green - blue) * per_chroma, of_green_or_blue)  # hue in sixths of a turn
+    # https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative, with value·saturation = chroma; k − 2 there is
+    # `turned` here, wrapped to −3..3 (torch does not vectorise `remainder` on the CPU).
+    offsets = torch.arange(3, -3, -2, device=images.device)[:, None, None]
+    turned = offsets + (sixths + 6 * shift[:, None, None])[:, None]
+    turned = turned.sub_((turned / 6).round_(), alpha=6)
+    return torch.addcmul(high[:, None], chroma[:, None], turned.abs_().neg_().add_(2).clamp_(0, 1), value=-1)
 
 
 def to_grey(images: Tensor, chosen: Tensor) -> Tensor:
     """Takes the colour out of the chosen images, keeping three channels; chosen bool (n,)."""
     return torch.where(_per_image(chosen), luma(images), images)
+
+
+def solarise(images: Tensor, chosen: Tensor) -> Tensor:
+    """Inverts what is 0.5 or brighter in the chosen images; chosen bool (n,)."""
+    return torch.where(_per_image(chosen) & (images >= 0.5), 1 - images, images)
+
+
+def jitter_stains(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Scales and shifts each stain's density: haematoxylin, eosin, DAB; scale and shift (n, 3), 1 and 0 change nothing.
+
+    Densities are natural logarithms, −ln(pixel) = density @ stain colours. Unlike scikit-image's, negative ones (of
+    colours that no mixture of stains has) are kept, so that doing nothing is exact. Source: Tellez et al., arXiv
+    1902.06543; stain colours of Ruifrok and Johnston, as in scikit-image.
+    """
+    colours = torch.tensor(_STAINS, device=images.device)
+    # Unmix, scale and mix again are one 3×3 matrix a sample, applied to columns of pixels.
+    matrix = colours.T @ (scale[:, :, None] * torch.linalg.inv(colours).T)
+    density = images.clamp(min=_DARKEST).log().flatten(2)
+    mixed = torch.baddbmm((shift @ colours)[:, :, None], matrix, density, beta=-1)
+    return mixed.exp_().clamp_(max=1).view_as(images)
+
+
+def rgb_to_lab(images: Tensor) -> Tensor:
+    """CIELAB (n, 3, height, width) under D65 of sRGB images; L in 0..100."""
+    linear = torch.where(images > 0.04045, ((images + 0.055) / 1.055) ** 2.4, images / 12.92)
+    xyz = _mix_channels(linear, _XYZ_OF_RGB)
+    f = torch.where(xyz > 0.008856, xyz.clamp(min=1e-6) ** (1 / 3), 7.787 * xyz + 16 / 116)
+    x, y, z = f.unbind(dim=1)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
+
+
+def lab_to_rgb(lab: Tensor) -> Tensor:
+    """SRGB in 0..1 of CIELAB under D65; what lies outside is cut off."""
+    lightness, a, b = lab.unbind(dim=1)
+    y = (lightness + 16) / 116
+    f = torch.stack([y + a / 500, y, (y - b / 200).clamp(min=0)], dim=1)
+    xyz = torch.where(f > 0.2068966, f**3, (f - 16 / 116) / 7.787)
+    matrix = torch.linalg.inv(torch.tensor(_XYZ_OF_RGB, dtype=torch.float64)).tolist()
+    linear = _mix_channels(xyz, matrix)
+    bright = 1.055 * linear.clamp(min=0.0031308) ** (1 / 2.4) - 0.055
+    return torch.where(linear > 0.0031308, bright, linear * 12.92).clamp(0, 1)
+
+
+def match_lab(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Gives each image a mean and a standard deviation (n, 3) of L, a, b (Reinhard's colour transfer, in CIELAB).
+
+    A channel without any deviation keeps none.
+    """
+    lab = rgb_to_lab(images)
+    own_std, own_mean = torch.std_mean(lab, dim=(2, 3), keepdim=True, correction=0)
+    scaled = (lab - own_mean) * (std[:, :, None, None] / own_std.clamp(min=1e-3))
+    return lab_to_rgb(scaled + mean[:, :, None, None])
+
+
+def _mix_channels(images: Tensor, matrix: Sequence[Sequence[float]]) -> Tensor:
+    return torch.einsum("oc,nchw->nohw", torch.tensor(matrix, dtype=images.dtype, device=images.device), images)
 
 
 def gaussian_kernels(sigma: Tensor, size: int) -> Tensor:

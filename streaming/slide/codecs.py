@@ -86,16 +86,16 @@ def _decode_jpeg(block: bytes, form: BlockFormat, scale: int, rows: int) -> Pixe
         raise ValueError(f"it is of {width} × {height} px, not {form.width} × {form.height}")
     # Chroma is interpolated with the next row's; sixteen rows are decoded at once.
     enough = -(-(rows + 2 * scale) // 16) * 16
-    shorter = _shortened(whole, enough) if enough < height else None
+    shorter = _shortened(whole, enough) if enough < form.height else None
     if shorter is not None:
-        out = scratch("block", enough // scale, width // scale)
+        out = scratch("block", enough // scale, form.width // scale)
         try:
             _decode_into(shorter, out, scale)
             return out
         except ValueError as error:
             if _ONLY_LEFT_OVER.search(str(error)):
                 return out
-    out = scratch("block", height // scale, width // scale)
+    out = scratch("block", form.height // scale, form.width // scale)
     _decode_into(whole, out, scale)
     return out
 
