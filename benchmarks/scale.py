@@ -77,13 +77,15 @@ def _kind(name: str) -> str:
     return "server" if "latency_server" in name else "transport"
 
 
-def run(catalog: Catalog, options: dict[str, object], readers: int, in_flight: int, blocks: int) -> Run:
-    """Pulls blocks, after those in which readers start and open the slides."""
+def run(
+    catalog: Catalog, options: dict[str, object], readers: int, in_flight: int, blocks: int, micro: int = MICRO
+) -> Run:
+    """Pulls blocks of `micro` tiles, after those in which readers start and open the slides."""
     skip = 4 + 2 * readers
     stream = TileStream(
         catalog,
         TilePlan(catalog, mpp={0.25: 1}, size=SIZE),
-        BatchShape(MICRO),
+        BatchShape(micro),
         reader=ReaderOptions(storage_options=options, requests_in_flight=in_flight),
         readers=(readers, readers),
     )
@@ -96,12 +98,15 @@ def run(catalog: Catalog, options: dict[str, object], readers: int, in_flight: i
             use.add(batch)
     took, after = time.perf_counter() - started, process_cpu()
     steps.close()
-    tiles = (blocks - 2) * MICRO
+    tiles = (blocks - 2) * micro
     return Run(tiles / took, tiles, {kind: after[kind] - before[kind] for kind in after}, use)
 
 
-def costs_of(found: Run) -> StageCosts:
-    """What a tile cost in a run with one reader."""
+def costs_of(found: Run, small: Run) -> StageCosts:
+    """What a tile cost in a run with one reader, and a block in one of blocks of one tile.
+
+    (The process that schedules is awake now and then without work, so that only many blocks tell what one costs.)
+    """
     total, per_tile = found.use.totals, {kind: spent / found.tiles for kind, spent in found.cpu_s.items()}
     return StageCosts(
         reader_cpu_s=per_tile["reader"],
@@ -111,7 +116,7 @@ def costs_of(found: Run) -> StageCosts:
         requests=total["requests"] / total["tiles"],
         nbytes=total["nbytes"] / total["tiles"],
         tile_nbytes=SIZE * SIZE * 3 + 100,
-        block_s=max(per_tile["scheduler"] * MICRO, 1e-6),
+        block_s=max(small.cpu_s["scheduler"] / small.tiles, 1e-6),
     )
 
 
@@ -141,7 +146,7 @@ def measured(folder: Path, paths: list[Path], blocks: int) -> tuple[StageCosts, 
                 num = blocks if latency_s == FAST[0] else max(10, blocks // 8 * readers)
                 found = run(catalog, options, readers, in_flight, num)
                 if costs is None:
-                    costs = costs_of(found)
+                    costs = costs_of(found, run(catalog, options, 2, in_flight, 2 * blocks, 1))
                     other_cpu_s = found.cpu_s.get("server", 0.0) / found.tiles
                 around = Surroundings(latency_s=answer_s, requests_in_flight=in_flight, reader_cores=64)
                 cores = len(os.sched_getaffinity(0))
