@@ -3,7 +3,7 @@
 import heapq
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming.capacity import StageCosts, Surroundings, plan_capacity, reader_rates
@@ -49,6 +49,7 @@ def test_the_limit_that_comes_first_is_named_with_what_raises_it() -> None:
     assert "requests_in_flight" in bound.sentence()
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.integers(1, 64), st.floats(0.005, 0.3), st.floats(0.0005, 0.02), st.integers(1, 6))
 def test_a_reader_s_rate_is_that_of_its_requests_and_its_decoding_simulated(
     in_flight: int, latency_s: float, cpu_s: float, requests: int

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming.draws import evenly, hashed, mix64, permuted, text_keys
@@ -20,6 +20,7 @@ def test_mix_gives_the_published_outputs_of_splitmix64() -> None:
     assert mix64(state).tolist() == published
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 2**63 - 1))
 def test_a_permutation_has_every_position_once(size: int, key: int) -> None:
     keys = np.full(size, key, dtype=np.uint64)
@@ -41,6 +42,7 @@ def test_permutations_of_other_keys_are_independent_and_large_ones_stay_inside()
     assert (huge.min() >= 0, huge.max() < 10**12 + 39, len(np.unique(huge))) == (True, True, 10**5)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**63 - 1), st.integers(1, 500))
 def test_even_numbers_fill_the_interval(start: int, count: int) -> None:
     numbers = np.sort(evenly(np.array([start], np.uint64), np.arange(count)))

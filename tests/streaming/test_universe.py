@@ -15,6 +15,7 @@ from streaming.errors import ConfigError, PlanError
 from streaming.plan import TilePlan
 from streaming.universe import Universe, block_quotas, chosen_slides, shuffle_quality
 from tests.streaming.test_plan import row
+from trainer.cli import main
 
 FOLDER = tempfile.TemporaryDirectory()
 
@@ -48,6 +49,7 @@ def tiles(of: TilePlan, index: np.ndarray, attempt: int = 0) -> list[tuple[int, 
 names = st.lists(st.sampled_from("abcdefgh") | st.none(), min_size=1, max_size=40)
 
 
+@settings(deadline=None)
 @given(names, st.floats(0.001, 1), st.floats(0.001, 1), st.integers(0, 2**40))
 def test_smaller_shares_of_slides_lie_within_larger_ones_and_no_patient_is_split(
     patients: list[str | None], one: float, two: float, seed: int
@@ -245,3 +247,13 @@ def test_a_share_that_leaves_a_cohort_without_slides_is_told() -> None:
 def plan_has_own(seed: int) -> bool:
     taken = chosen_slides(CATALOG.slides(), PATIENTS, 0.05, seed)
     return any(CATALOG.metadata("cohort")[i] == "own" for i in np.flatnonzero(taken))
+
+
+def test_a_dry_run_tells_of_a_universe_without_reading(capsys: pytest.CaptureFixture[str]) -> None:
+    mix = ("--size", "64", "--mpp", "0.25,0.5", "--cohorts", "own=1,tcga=3", "--batch", "24", "--steps", "0:40")
+    assert not main(["stream", CATALOG.uri, *mix, "--dry-run", "--tiles-per-slide", "10", "--no-replacement"])
+    universe, mixed = capsys.readouterr().out.splitlines()
+    assert universe == "universe: 240 tiles, an epoch is 10.0 steps"
+    assert "a batch of 24 tiles mixes" in mixed
+    assert main(["stream", CATALOG.uri, *mix, "--dry-run", "--no-replacement"]) == 2
+    assert "universe.tiles_per_slide" in capsys.readouterr().err
