@@ -113,8 +113,8 @@ def test_ray_s_endpoint_shows_what_readers_and_ranks_counted(catalog: str) -> No
     # A rule that turns down many tiles, so that replaced ones are counted.
     options = ReaderOptions(hsv_rule=HsvRule(min_share=0.9))
     plan, reader = TilePlan(loaded, mpp={0.5: 1}, size=64), ray.remote(ReaderActor)
-    actors = [reader.remote(0, ray.put(plan), ray.put(loaded), options, None) for _ in range(2)]
-    batches = ray.get([actor.__call__.remote({"id": np.arange(32) + 32 * i}) for i, actor in enumerate(actors)])
+    actors = [reader.remote(ray.put(plan), ray.put(loaded), options, None) for _ in range(2)]
+    batches = ray.get([actor.__call__.remote({"index": np.arange(32) + 32 * i}) for i, actor in enumerate(actors)])
     for wait in (0.02, 0.2):
         export_wait(wait)
     total = Counter[str]()
