@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -35,7 +35,8 @@ class OddSlide:
             if (x, y) in self._deadly:
                 if not self._sign:
                     raise SlideError(f"{self._slide}: tile at {x}, {y} is refused")
-                os.kill(os.getpid(), self._sign)
+                # To this thread, as a fault of its own would: another one's handler would let it go on reading.
+                signal.pthread_kill(threading.get_ident(), self._sign)
             begun(out)
 
         return finish
