@@ -168,6 +168,8 @@ def test_a_job_runs_the_code_that_was_shipped_and_ends_with_the_runs_status(node
     assert not {"'tests'", "'benchmarks'", "'.venv'", "'.git'"} & set(listed[1].split(", ")), "code goes, data stays"
 
 
+# Long: not yet seen to pass as a whole, and minutes on a loaded machine.
+@pytest.mark.long
 def test_a_killed_job_that_is_submitted_again_goes_on_where_it_was(nodes: Nodes, catalog: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     config = ["--data.catalog", catalog, "--run.out", str(out), "--train.batch", "8", "--optim.warmup_steps", "2"]
