@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ Ints = NDArray[np.int64]
 ReadBytes = Callable[[int, int], bytes]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class IndexedLevel:
     """A level as a grid of blocks; width, height in its own pixels. `places` knows where they lie."""
 
@@ -69,7 +69,7 @@ class IndexedLevel:
         return (ends - nbytes)[kept], nbytes[kept]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BlockIndex:
     """All that reading a slide's blocks needs; mpp is the metadata's in µm/px, None where it has none.
 
@@ -160,12 +160,18 @@ def _index(name: str, start: bytes, read: ReadBytes) -> BlockIndex:
     return BlockIndex(header["tag"], header["vendor"], header["mpp"], levels)
 
 
+@lru_cache(maxsize=1024)
+def _form(codec: str, width: int, height: int, prefix: str, predictor: bool) -> BlockFormat:
+    """One for all levels and slides of a kind: thousands are open at once, each with half a kilobyte of tables."""
+    return BlockFormat(codec, width, height, base64.b64decode(prefix), predictor)
+
+
 def _level(entry: dict[str, Any], tables_at: int, read: ReadBytes) -> IndexedLevel:
     width, height = entry["block"]
     return IndexedLevel(
         width=entry["size"][0],
         height=entry["size"][1],
-        form=BlockFormat(entry["codec"], width, height, base64.b64decode(entry["prefix"]), entry["predictor"]),
+        form=_form(entry["codec"], width, height, entry["prefix"], entry["predictor"]),
         at=tables_at + entry["at"],
         length_bytes=entry["bytes"][0],
         gap_bytes=entry["bytes"][1],
