@@ -65,11 +65,9 @@ def filesystem(uri: str, storage_options: StorageOptions | None = None) -> tuple
     options = dict(storage_options or {})
     protocol = uri.split("://", 1)[0] if "://" in uri else "file"
     if protocol in _S3:
-        region = options.pop("region", None) or os.environ.get("AWS_REGION")
-        client = dict(options.pop("client_kwargs", {}))
-        if region:
-            client.setdefault("region_name", region)
-        options["client_kwargs"] = client
+        client = {**options.get("client_kwargs", {}), "region_name": _s3_region(options)}
+        options.pop("region", None)
+        options["client_kwargs"] = {key: value for key, value in client.items() if value}
         options["config_kwargs"] = {**_S3_CONFIG, **options.pop("config_kwargs", {})}
     elif protocol == "file":
         options = {}  # options configure remote stores; a run may mix both
@@ -82,6 +80,11 @@ def filesystem(uri: str, storage_options: StorageOptions | None = None) -> tuple
             f"{uri}: no storage for this address ({error}); install the fsspec package for it"
         ) from error
     return fs, path
+
+
+def _s3_region(options: StorageOptions) -> str | None:
+    inner: Mapping[str, Any] = options.get("client_kwargs", {})
+    return options.get("region") or inner.get("region_name") or os.environ.get("AWS_REGION")
 
 
 def has_ranges(uri: str) -> bool:
@@ -127,10 +130,7 @@ def object_store(bucket: str, storage_options: StorageOptions | None = None) -> 
         profile_name=options.get("profile"),
     )
     config = {
-        "region": options.get("region")
-        or inner.get("region_name")
-        or os.environ.get("AWS_REGION")
-        or session.region_name,
+        "region": _s3_region(options) or session.region_name,
         "endpoint": options.get("endpoint_url")
         or inner.get("endpoint_url")
         or os.environ.get("AWS_ENDPOINT_URL_S3")
