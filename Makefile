@@ -35,10 +35,17 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-# The versions that the tests ran with, for all platforms and Pythons; needs `pip install uv`.
+# requirements.lock: what the tests ran with, for all platforms and Pythons. The other two are for images, with the same
+# versions and without the development tools: CUDA, and CPU, whose torch comes from PyTorch's own index of CPU wheels and
+# needs no NVIDIA libraries. Needs `pip install uv`.
+COMPILE := uv pip compile -q --python-version 3.11 --no-header --no-annotate --no-emit-index-url pyproject.toml
+IMAGE := $(COMPILE) --python-platform x86_64-manylinux_2_28 --extra cluster -c requirements.lock
 lock:
-	uv pip compile -q --universal --python-version 3.11 --extra dev --no-header --no-annotate --no-emit-index-url \
-		pyproject.toml -o requirements.lock
+	$(COMPILE) --universal --extra dev -o requirements.lock
+	$(IMAGE) -o requirements-cuda.lock
+	grep -oE '^(nvidia|cuda|triton)[a-z0-9-]*' requirements-cuda.lock | sed "s/$$/; sys_platform == 'none'/" > .no-cuda
+	$(IMAGE) --override .no-cuda -o requirements-cpu.lock
+	rm .no-cuda
 
 clean:
 	rm -rf .venv build *.egg-info demo-output .pytest_cache .ruff_cache .hypothesis

@@ -32,7 +32,9 @@ pid {work}/pid;
 events {{ worker_connections 1024; }}
 http {{
   log_format sent '$status $body_bytes_sent';
-  access_log {work}/access.log sent;
+  access_log {work}/access.log sent buffer=32k flush=100ms;
+  open_file_cache max=1000;
+  sendfile on;
   client_body_temp_path {work}; proxy_temp_path {work}; fastcgi_temp_path {work};
   uwsgi_temp_path {work}; scgi_temp_path {work};
   keepalive_requests 100000000;
@@ -55,6 +57,7 @@ class LatencyServer:
 
     def sent(self) -> tuple[int, int]:
         """Requests answered and bytes of content sent so far."""
+        time.sleep(0.3)  # until nginx has written its log
         lines = self.log.read_text().split("\n") if self.log.exists() else []
         sizes = [int(line.split()[1]) for line in lines[:-1] if line[:2] == "20"]
         return len(sizes), sum(sizes)

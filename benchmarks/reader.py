@@ -5,90 +5,44 @@ Speed is told as ratios: we and the others take turns on the same tiles; the med
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
-import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openslide
-import torch
+from common import (
+    BATCH,
+    SIZE,
+    TURNS,
+    Line,
+    OpenSlideTiles,
+    arguments,
+    line,
+    made_catalog,
+    made_slides,
+    openslide_rate,
+    peer,
+    rate,
+    report,
+)
 from latency_server import serve
-from PIL import Image
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from streaming import cluster, storage
-from streaming.catalog import BLOCKS, Catalog, merge, part_of, write
-from streaming.catalog_job import Rejected, inspect
+from streaming import cluster
 from streaming.plan import TilePlan
 from streaming.reader import ReaderOptions
-from streaming.slide import Slide, Staging, codecs, open_slide
+from streaming.slide import Slide, codecs, open_slide
 from streaming.slide.block_index import open_index
-from streaming.slide.synthetic import SyntheticSlide
-from streaming.slide.synthetic_svs import write_slide
 from streaming.stream import BatchShape, TileStream, torch_batches
 from streaming.tissue import HsvRule
 
 MPPS = (0.25, 0.5, 1.0, 2.0)
-SIZE, BATCH, TURNS, LATENCY_S = 256, 128, 3, 0.02
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of the table; ratio is ours to theirs."""
-
-    what: str
-    ours: float
-    theirs: float
-    unit: str
-    ratio: float
-    must: str
-    holds: bool
-
-
-def line(what: str, ours: float, theirs: float, unit: str, *, most: float = 0, least: float = 0) -> Line:
-    """A line whose ratio must be at most, or at least, something."""
-    ratio = ours / theirs
-    must = f"≤ {most}" if most else f"≥ {least}" if least else "–"
-    return Line(what, ours, theirs, unit, ratio, must, ratio <= most if most else ratio >= least)
-
-
-def made_slides(folder: Path, num: int) -> list[Path]:
-    """40× slides with levels 1, 4, 16; made once."""
-    paths = [folder / "bench" / f"made{patient}.svs" for patient in range(num)]
-    folder.joinpath("bench").mkdir(parents=True, exist_ok=True)
-    for patient, path in enumerate(paths):
-        if not path.exists():
-            sys.stderr.write(f"making {path.name}\n")
-            write_slide(SyntheticSlide(width=24576, height=20480, patient=patient, downsamples=(1, 4, 16)), path)
-    return paths
-
-
-class OpenSlideTiles:
-    """What most loaders do: OpenSlide reads the level, PIL makes the tile."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._slides = [openslide.OpenSlide(path) for path in paths]
-
-    def __call__(self, slide: int, x: int, y: int, mpp: float) -> np.ndarray[Any, Any]:
-        """A tile of a made slide, uint8 (SIZE, SIZE, 3)."""
-        handle = self._slides[slide]
-        level = handle.get_best_level_for_downsample(mpp / 0.25)
-        extent = round(SIZE * mpp / 0.25 / handle.level_downsamples[level])
-        image = handle.read_region((x, y), level, (extent, extent)).convert("RGB")
-        if extent != SIZE:
-            image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
-        return np.asarray(image)
+LATENCY_S = 0.02
 
 
 _tile = np.empty((SIZE, SIZE, 3), np.uint8)
@@ -128,32 +82,6 @@ def cpu_lines(paths: list[Path], tiles: int) -> list[Line]:
         found.append(line(what, ours, others, "ms", most=musts.get(mpp, 0)))
     mean_ours, mean_theirs = statistics.mean(f.ours for f in found), statistics.mean(f.theirs for f in found)
     return [*found, line("the same, mean over the four", mean_ours, mean_theirs, "ms", most=0.25)]
-
-
-class LocalTiles(IterableDataset[torch.Tensor]):
-    """The plan's tiles through OpenSlide on local files, for a DataLoader."""
-
-    def __init__(self, plan: TilePlan, paths: list[Path], stop: int) -> None:
-        self._plan, self._paths, self._stop = plan, paths, stop
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        """This worker's share."""
-        info = get_worker_info()
-        assert info is not None, "the loader has workers"
-        read = OpenSlideTiles(self._paths)
-        specs = self._plan.specs(np.arange(info.id, self._stop, info.num_workers))
-        for slide, x, y, mpp in zip(specs.slide, specs.x, specs.y, specs.mpp, strict=True):
-            yield torch.from_numpy(read(int(slide), int(x), int(y), float(mpp)).copy())
-
-
-def _rate(batches: Iterator[Any], skip: int, count: int) -> float:
-    """Tiles per second of `count` batches after the first ones."""
-    for _ in range(skip):
-        next(batches)
-    started = time.perf_counter()
-    for _ in range(count):
-        next(batches)
-    return count * BATCH / (time.perf_counter() - started)
 
 
 def _decode_all(blocks: list[tuple[bytes, codecs.BlockFormat]], barrier: Any, taken: Any) -> None:
@@ -196,18 +124,12 @@ def decode_limit(per_tile: list[list[tuple[bytes, codecs.BlockFormat]]]) -> floa
     return len(per_tile) / slowest
 
 
-def stream_lines(folder: Path, paths: list[Path], steps: int) -> tuple[list[Line], str]:
+def stream_lines(folder: Path, paths: list[Path], steps: int, peers: bool) -> tuple[list[Line], str]:
     """Tiles per second from a store with latency through Ray Data to torch, and what was fetched for it."""
-    skip = 10
+    skip, others = 10, dict[str, float]()
     with serve(folder, LATENCY_S) as server:
         options = {"anon": True, "endpoint_url": server.url, "region": "us-east-1"}
-        out = tempfile.mkdtemp()
-        rows = [inspect(storage.stat(f"s3://bench/{p.name}", options), None, options, Staging(), out) for p in paths]
-        rejected = [row for row in rows if isinstance(row, Rejected)]
-        assert not rejected, rejected
-        write(out, *merge([part_of([row for row in rows if not isinstance(row, Rejected)])], None), None)
-        assert Path(out, BLOCKS).exists()
-        catalog = Catalog.load(out)
+        catalog = made_catalog([f"s3://bench/{path.name}" for path in paths], options)
         plan = TilePlan(catalog, mpp={0.25: 1}, size=SIZE)
         reader = ReaderOptions(hsv_rule=HsvRule(min_share=0), storage_options=options)
         stream = TileStream(catalog, plan, BatchShape(BATCH), reader=reader, readers=(2, 2))
@@ -219,54 +141,52 @@ def stream_lines(folder: Path, paths: list[Path], steps: int) -> tuple[list[Line
             requests_before, bytes_before = server.sent()
             (shard,) = stream.dataset(0, skip + steps).streaming_split(1, equal=True)
             batches = torch_batches(shard, BATCH)
-            ours.append(_rate(batches, skip, steps))
+            ours.append(rate(batches, skip, steps))
             del batches, shard
             requests, sent = server.sent()
             limits.append(decode_limit(touched))
             if turn == 0:
                 fetched = (sent - bytes_before) / sum(len(content) for tile in touched for content, _ in tile)
                 sys.stderr.write(f"{(requests - requests_before) / total:.2f} requests a tile\n")
-            loader = DataLoader(LocalTiles(plan, paths, total), batch_size=BATCH, num_workers=2)
-            theirs.append(_rate(iter(loader), skip, steps))
+            theirs.append(openslide_rate(plan, paths, skip, steps))
+        if peers:
+            others = peer_rates(folder, paths, plan, server.url)
     us, they, limit = (statistics.median(rates) for rates in (ours, theirs, limits))
     what = f"from S3 with {LATENCY_S * 1000:.0f} ms latency, 2 readers, Ray Data to torch"
     return [
         line(f"{what} / DataLoader (2 workers) + OpenSlide on local files", us, they, "tiles/s", least=1.5),
         line("the same / pure decode of the touched blocks by 2 processes", us, limit, "tiles/s", least=0.55),
+        *(line(f"the same / {name}", us, found, "tiles/s") for name, found in others.items()),
         line("bytes fetched / bytes of touched blocks", fetched, 1.0, "", most=1.1),
     ], server.kind
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def peer_rates(folder: Path, paths: list[Path], plan: TilePlan, endpoint: str) -> dict[str, float]:
+    """Tiles per second of others, two workers each, on the plan's tiles (wsistream draws its own)."""
+    specs = plan.specs(np.arange(60 * BATCH))
+    tiles = np.stack([specs.slide, specs.x, specs.y], axis=1).tolist()
+    local = [str(path) for path in paths]
+    remote = [f"s3://bench/{path.name}" for path in paths]
+    found = {
+        "tiffslide + s3fs from the same S3": peer(
+            "tiffslide", ["tiffslide"], folder, slides=remote, tiles=tiles, endpoint=endpoint
+        ),
+        "fastslide on local files": peer("fastslide", ["fastslide"], folder, slides=local, tiles=tiles),
+        "wsistream on local files": peer("wsistream", ["wsistream"], folder, slides=local),
+    }
+    return {name: measured["tiles_per_s"] for name, measured in found.items() if measured}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; exit status 1 where a ratio does not hold."""
-    parser = argparse.ArgumentParser(prog="tilestream bench reader", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    parser = arguments("reader", __doc__)
     parser.add_argument("--tiles", type=int, default=200, help="tiles a turn of the CPU lines (200)")
     parser.add_argument("--steps", type=int, default=80, help=f"steps of {BATCH} tiles a turn of the stream lines (80)")
-    parser.add_argument("--slides", type=int, default=2, help="slides that are made for it (2)")
-    parser.add_argument(
-        "--folder", type=Path, default=Path(tempfile.gettempdir(), "tilestream-bench"), help="where those are kept"
-    )
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(argv)
     paths = made_slides(args.folder, args.slides)
     lines = cpu_lines(paths, args.tiles)
-    streamed, server = stream_lines(args.folder, paths, args.steps)
-    lines += streamed
-    machine = (
-        f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, Python {platform.python_version()}"
-    )
-    if args.json:
-        print(json.dumps({"machine": machine, "server": server, "lines": [asdict(entry) for entry in lines]}))
-    else:
-        print(f"{machine}; latency server: {server}; median of {TURNS} turns\n")
-        print(f"{'ours':>9} {'theirs':>9} {'':8} {'ratio':>6}  {'must':7}      what")
-        for entry in lines:
-            verdict = "" if entry.must == "–" else "yes" if entry.holds else "NO"
-            print(
-                f"{entry.ours:9.2f} {entry.theirs:9.2f} {entry.unit:8} {entry.ratio:6.2f}  {entry.must:7} {verdict:4} "
-                f"{entry.what}"
-            )
-    return 0 if all(entry.holds for entry in lines if entry.must != "–") else 1
+    streamed, server = stream_lines(args.folder, paths, args.steps, args.peers)
+    return report([*lines, *streamed], args.json, server=server)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,30 @@
-"""The commands that need no model: `tilestream catalog`, `stream` and `bench`."""
+"""The commands that need no model: `tilestream catalog`, `stream`, `bench`, `doctor` and `capacity`."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from streaming import storage
 from streaming.errors import ConfigError
 from streaming.slide import Staging
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from streaming.catalog import Catalog
+    from streaming.plan import TilePlan
+    from streaming.stream import TileStream
 
 Command = Callable[[Namespace], None]
 
@@ -87,10 +98,15 @@ def pair(text: str) -> tuple[int, int]:
 def weights(text: str) -> dict[float, float]:
     """`0.25,0.5` (equal weights) or `0.25=2,0.5=1` as a mapping."""
     try:
-        parts = [part.partition("=") for part in text.split(",")]
-        return {float(key): float(value) if separator else 1.0 for key, separator, value in parts}
+        return {float(key): value for key, value in named_weights(text).items()}
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not µm/px values such as 0.25,0.5 or 0.25=2,0.5=1") from None
+
+
+def named_weights(text: str) -> dict[str, float]:
+    """`a,b` (equal weights) or `a=2,b=1` as a mapping."""
+    parts = [part.partition("=") for part in text.split(",")]
+    return {key: float(value) if separator else 1.0 for key, separator, value in parts}
 
 
 def add_catalog(commands: Any) -> None:
@@ -157,42 +173,114 @@ def add_stream(commands: Any) -> None:
     parser.add_argument(
         "--max-failed-share", type=float, default=0.01, help="unreadable tiles that are put up with (0.01)"
     )
+    parser.add_argument("--segment-blocks", type=int, default=2000, metavar="N", help="batches planned at once (2000)")
+    parser.add_argument("--log", metavar="URI", help="folder for failures.parquet, the tiles that could not be read")
     parser.add_argument("--digest", action="store_true", help="print a SHA-256 of each step's tiles in index order")
+    parser.add_argument("--in-flight", type=int, default=32, metavar="N", help="requests of a reader under way (32)")
+    parser.add_argument("--dry-run", action="store_true", help="read nothing; print how well the steps are mixed")
+    _add_universe(parser)
     add_storage_options(parser)
 
 
-def run_stream(args: Namespace) -> None:
-    """Pulls the steps and prints a digest a step, then the rate."""
-    from streaming import cluster
-    from streaming.catalog import Catalog
+def _add_universe(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("which tiles may be drawn (all of all slides)")
+    group.add_argument("--slides", type=float, default=1.0, metavar="SHARE", help="share of the slides, by patient (1)")
+    group.add_argument("--tiles-per-slide", type=int, metavar="K", help="distinct tiles of each slide")
+    group.add_argument("--no-replacement", action="store_true", help="each of those once before any comes again")
+    group.add_argument("--universe-seed", type=int, default=0, metavar="SEED", help="which slides and tiles (0)")
+    group.add_argument("--cohorts", type=named_weights, metavar="LIST", help="cohorts and weights: a=2,b=1")
+    group.add_argument("--window", type=int, metavar="TILES", help="tiles in a row that come from few slides")
+    group.add_argument("--window-slides", type=int, default=64, metavar="N", help="how many these are (64)")
+
+
+def _plan(args: Namespace, catalog: Catalog) -> TilePlan:
     from streaming.plan import DEFAULT_MPP, TilePlan
-    from streaming.progress import ProgressLine
+    from streaming.universe import Universe
+
+    universe = Universe(
+        slides=args.slides,
+        tiles_per_slide=args.tiles_per_slide,
+        replacement=not args.no_replacement,
+        seed=args.universe_seed,
+        window=args.window,
+        window_slides=args.window_slides,
+    )
+    return TilePlan(catalog, args.seed, args.mpp or DEFAULT_MPP, args.size, cohorts=args.cohorts, universe=universe)
+
+
+def run_stream(args: Namespace) -> None:
+    """Pulls the steps and prints a digest a step, then the rate, where the time went and how well it was mixed."""
+    from streaming.catalog import Catalog
     from streaming.reader import ReaderOptions
-    from streaming.stats import FailureBudget
-    from streaming.stream import BatchShape, TileStream, step_digest
+    from streaming.stream import BatchShape, TileStream, check_steps
 
     options = storage_options(args)
     shape = BatchShape(args.batch, args.ranks)
+    check_steps(*args.steps)
     catalog = Catalog.load(args.catalog, options)
-    plan = TilePlan(catalog, args.seed, args.mpp or DEFAULT_MPP, args.size)
-    stream = TileStream(catalog, plan, shape, reader=ReaderOptions(storage_options=options), readers=args.readers)
+    plan = _plan(args, catalog)
+    if args.dry_run:
+        _print_mix(plan, [plan.slides_of(index) for index in _some_batches(args.steps, args.batch)], args.batch)
+        return
+    reader = ReaderOptions(storage_options=options, requests_in_flight=args.in_flight)
+    stream = TileStream(catalog, plan, shape, reader=reader, readers=args.readers, segment_blocks=args.segment_blocks)
+    _pull(stream, args)
+
+
+def _some_batches(steps: tuple[int, int], batch: int) -> list[NDArray[np.int64]]:
+    """The indices of the steps, of a thousand at most."""
+    import numpy as np
+
+    return [np.arange(step * batch, (step + 1) * batch) for step in range(*steps)[:1000]]
+
+
+def _print_mix(plan: TilePlan, batches: list[NDArray[np.int32]], batch: int) -> None:
+    if plan.num_tiles is not None:
+        epoch = f"an epoch is {plan.num_tiles / batch:,.1f} steps" if plan.is_exhaustive else "drawn with replacement"
+        out(f"universe: {plan.num_tiles:,} tiles, {epoch}")
+    out(f"mix: {plan.shuffle_quality(batches).line()}")
+
+
+def _pull(stream: TileStream, args: Namespace) -> None:
+    """Takes the steps' tiles, and tells what it saw."""
+    import numpy as np
+    from rich.console import Console
+
+    from streaming import cluster
+    from streaming.failures import FailureLog, failures_of
+    from streaming.progress import ProgressLine
+    from streaming.stats import FailureBudget, TimeUse
+    from streaming.stream import step_digest
+
     first, last = args.steps
-    steps = stream.steps(first, last)
+    steps = iter(stream.steps(first, last))
     cluster.connect(args.readers[1] + 1, verbose=args.verbose)
-    budget = FailureBudget(args.max_failed_share)
+    log = FailureLog(args.log, storage_options(args)) if args.log else None
+    budget, use, drawn = FailureBudget(args.max_failed_share), TimeUse(), list[Any]()
     started = first_at = time.perf_counter()
-    with ProgressLine("stream", "steps", total=last - first) as progress:
-        for step, batches in enumerate(steps, start=first):
-            first_at = time.perf_counter() if step == first else first_at
+    with ProgressLine("stream", "steps", total=last - first) as progress, log or contextlib.nullcontext():
+        for step in range(first, last):
+            asked = time.perf_counter()
+            batches = next(steps)
+            if step == first:
+                first_at = time.perf_counter()
+            else:  # the first one waits for readers to start
+                use.waited(time.perf_counter() - asked)
             for batch in batches:
+                if log:
+                    log.add(failures_of(batch))
                 budget.add(batch)
+                use.add(batch, time.time())
+            drawn = [*drawn[-999:], np.concatenate([batch["slide"] for batch in batches])]
             if args.digest:
                 out(f"step {step} {step_digest(batches)}")
             progress.update(step + 1 - first, f"{budget.tiles / (time.perf_counter() - started):.0f} tiles/s")
-    ended = time.perf_counter()
+    took_s = time.perf_counter() - first_at
     for line in budget.summary():
         sys.stderr.write(line + "\n")
-    rate = f"{(budget.tiles - args.batch) / (ended - first_at):,.0f} tiles/s" if last - first > 1 else "one step"
+    use.print(took_s, Console())
+    _print_mix(stream.plan, drawn, args.batch)
+    rate = f"{(budget.tiles - args.batch) / took_s:,.0f} tiles/s" if last - first > 1 else "one step"
     out(f"{budget.tiles:,} tiles of {last - first} steps: {rate} after the first batch at {first_at - started:.1f} s")
 
 
@@ -206,7 +294,7 @@ def add_bench(commands: Any) -> None:
         run_bench,
     )
     parser.usage = "tilestream bench [NAME ...] [arguments of the benchmark]"
-    parser.add_argument("names", nargs="*", metavar="NAME", help="catalog, reader (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="catalog, reader, stream, soak, … (default: all)")
     parser.set_defaults(takes_overrides=True)
 
 
@@ -217,7 +305,7 @@ def run_bench(args: Namespace) -> None:
         ConfigError: there is no such benchmark, or no source tree.
     """
     folder = Path(__file__).parents[1] / "benchmarks"
-    known = sorted(path.stem for path in folder.glob("*.py") if not path.stem.endswith("_server"))
+    known = sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("common", "latency_server"))
     if not known:
         raise ConfigError(f"{folder}: no benchmarks here; they are part of the source tree: run this in a clone")
     for name in args.names or known:
@@ -226,3 +314,35 @@ def run_bench(args: Namespace) -> None:
         status = subprocess.run([sys.executable, str(folder / f"{name}.py"), *args.overrides]).returncode
         if status:
             sys.exit(status)
+
+
+def add_doctor(commands: Any) -> None:
+    """`tilestream doctor`."""
+    parser = add_command(
+        commands,
+        "doctor",
+        "check this machine, the cluster and the storage, and say what to mend",
+        "  tilestream doctor --catalog s3://bucket/catalog\n  tilestream doctor --json",
+        run_doctor,
+    )
+    parser.add_argument("--catalog", metavar="URI", help="also check the storage, and read a sample of its tiles")
+    parser.add_argument("--no-ray", action="store_true", help="start or reach no Ray")
+    parser.add_argument("--json", action="store_true", help="print the findings for a machine")
+    add_storage_options(parser)
+
+
+def run_doctor(args: Namespace) -> None:
+    """Prints the findings; exit status 1 if something must be mended."""
+    from streaming.doctor import Finding, examine
+
+    findings: list[Finding] = []
+    for finding in examine(args.catalog, storage_options(args), ray=not args.no_ray):
+        findings.append(finding)
+        if not args.json:
+            out(f"{finding.state:<5} {finding.check:<13} {finding.what}")
+            if finding.remedy:
+                out(f"{'':<19} → {finding.remedy}")
+    if args.json:
+        out(json.dumps([asdict(finding) for finding in findings], indent=2))
+    if any(finding.state == "mend" for finding in findings):
+        sys.exit(1)

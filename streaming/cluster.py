@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import dataclass
 
 import ray
 from ray.data import DataContext
@@ -38,6 +39,30 @@ def connect(num_cpus: int, *, verbose: bool = False) -> None:
                 logging_level=level,
                 log_to_driver=verbose,
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What the cluster has: nodes that live, slots, and the object store of the node with the smallest, in bytes."""
+
+    version: str
+    nodes: int
+    cpus: float
+    gpus: float
+    least_store_nbytes: int
+
+
+def survey() -> Survey:
+    """Joins Ray, as `connect` does, and looks at it."""
+    connect(1)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return Survey(
+        version=ray.__version__,
+        nodes=len(nodes),
+        cpus=sum(node.get("CPU", 0) for node in nodes),
+        gpus=sum(node.get("GPU", 0) for node in nodes),
+        least_store_nbytes=int(min(node.get("object_store_memory", 0) for node in nodes)),
+    )
 
 
 def quiet() -> None:

@@ -7,6 +7,7 @@ TilestreamError            everything a user can act on; the command line prints
 ├── CatalogError           no catalog, an empty one, or one of another version
 ├── PlanError              a catalog that can't give the tiles that the plan asks for
 ├── CheckpointError        no checkpoint, a damaged one, or one of another architecture
+├── TrainingError          a run whose loss, gradients or embeddings broke down
 └── StreamError            more tiles fail than the run allows, or the stream gave other tiles than planned
 
 Members hold one string, so they pickle across Ray; where an error passes through a stage it gets a note (`add_note`).
@@ -42,6 +43,10 @@ class PlanError(TilestreamError):
 
 class CheckpointError(TilestreamError):
     """No checkpoint, a damaged one, or one of another architecture."""
+
+
+class TrainingError(TilestreamError):
+    """A run whose loss, gradients or embeddings broke down."""
 
 
 class StreamError(TilestreamError):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
@@ -11,14 +14,13 @@ from typing import TYPE_CHECKING, Protocol
 import obstore
 from obstore.store import ObjectStore
 
-from streaming import storage
+from streaming import counters, storage
 from streaming.errors import SlideError
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta  # there is none at run time
 
-# A store that answers in 20 ms serves 1,600 requests a second to this many.
-_IN_FLIGHT = 32
+_in_flight = 32
 
 
 class Ranges(Protocol):
@@ -54,6 +56,7 @@ class LocalRanges:
 
     def begin(self, start: int, end: int) -> Callable[[], bytes]:
         """Reads when the answer is called for: a page cache needs no company."""
+        _count(start, end)
         return lambda: self._read(start, end)
 
     def _read(self, start: int, end: int) -> bytes:
@@ -85,10 +88,11 @@ class RemoteRanges:
 
     def begin(self, start: int, end: int) -> Callable[[], bytes]:
         """Sends the request at once, or as soon as others have come back."""
+        _count(start, end)
         return _requests().submit(self._read, start, end).result
 
     def _read(self, start: int, end: int) -> bytes:
-        with storage.storage_errors(self._uri):
+        with storage.storage_errors(self._uri), _under_way(self._uri):
             answer = obstore.get(self._store, self._path, options={"range": (start, end)})
             _same(self._uri, _object_tag(answer.meta), self.tag)
             return _whole(self._uri, answer.bytes().to_bytes(), start, end)
@@ -104,6 +108,12 @@ def open_ranges(uri: str, options: storage.StorageOptions | None = None, tag: st
     if storage.is_local(uri):
         return LocalRanges(uri, tag)
     return RemoteRanges(uri, options, tag) if storage.has_ranges(uri) else None
+
+
+def _count(start: int, end: int) -> None:
+    count = counters.mine()
+    count.requests += 1
+    count.nbytes += end - start
 
 
 def _file_tag(stat: os.stat_result) -> str:
@@ -132,10 +142,36 @@ def _whole(uri: str, content: bytes, start: int, end: int) -> bytes:
     return content
 
 
+def keep_in_flight(requests: int) -> None:
+    """Sets how many requests this process keeps under way."""
+    global _in_flight
+    if requests != _in_flight:
+        _in_flight = requests
+        _requests.cache_clear()  # those under way in the former threads come to their end
+
+
 @lru_cache(maxsize=1)
 def _requests() -> ThreadPoolExecutor:
     """This process's requests under way. obstore lets go of the interpreter while it waits."""
-    return ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix="ranges")
+    return ThreadPoolExecutor(_in_flight, thread_name_prefix="ranges")
+
+
+_asked: dict[int, tuple[str, float]] = {}
+
+
+@contextlib.contextmanager
+def _under_way(uri: str) -> Generator[None]:
+    """A request, while its thread waits for it."""
+    _asked[threading.get_ident()] = uri, time.monotonic()
+    try:
+        yield
+    finally:
+        del _asked[threading.get_ident()]
+
+
+def oldest_request() -> tuple[str, float] | None:
+    """Address and start (as time.monotonic) of this process's request that has been under way for longest."""
+    return min(list(_asked.values()), key=lambda entry: entry[1], default=None)
 
 
 _stores: dict[tuple[str, str], ObjectStore] = {}

@@ -6,21 +6,26 @@ two batches.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Generator, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from time import perf_counter, time
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from streaming import counters, ranges
+from streaming.careful import CarefulPool
 from streaming.catalog import Catalog
-from streaming.errors import SlideError, StorageError, StreamError
+from streaming.counters import Counters, counting
+from streaming.errors import ConfigError, SlideError, StorageError, StreamError
 from streaming.plan import TilePlan, TileSpecs
 from streaming.slide import Slide, Staging
 from streaming.slide.geometry import Pixels
@@ -46,6 +51,12 @@ class ReaderOptions:
     """fsspec's options for the slides' storage"""
     staging: Staging = field(default_factory=Staging)
     """where copies of remote slides lie"""
+    requests_in_flight: int = 32
+    """requests to the storage that a reader keeps under way; 32 of 20 ms are 1,600 a second"""
+
+    def __post_init__(self) -> None:
+        if self.requests_in_flight < 1:
+            raise ConfigError(f"requests_in_flight is {self.requests_in_flight}; it must be at least 1")
 
 
 class SlidePool(Generic[Key]):
@@ -63,9 +74,12 @@ class SlidePool(Generic[Key]):
 
     def open_all(self, keys: Iterable[Key]) -> None:
         """Opens slides side by side, those that are not open yet; what can't be opened is told by `begin_tile`."""
+        started = perf_counter()
         new = [key for key in keys if key not in self._slides]
-        if len(new) > 1:
-            list(self._openers.map(self._opened, new))
+        if new:
+            for counted in self._openers.map(self._counted, new):
+                counters.mine().add(counted)
+        counters.mine().open_s += perf_counter() - started
 
     def begin_tile(self, key: Key, x: int, y: int, mpp: float, size: int) -> Callable[[Pixels], None]:
         """Asks for a tile of the slide that the opener opens for that key; the answer fills uint8 (size, size, 3).
@@ -102,6 +116,12 @@ class SlidePool(Generic[Key]):
                     self._slides.pop(self._recent.popitem(last=False)[0], None)
         return slide
 
+    def _counted(self, key: Key) -> Counters:
+        """Opens a slide, and tells what that took."""
+        with counting() as counted:
+            self._opened(key)
+        return counted
+
     def _opened(self, key: Key) -> Future[Slide]:
         """The slide, or why it can't be opened; whoever asks first opens it, others wait for the result."""
         with self._lock:
@@ -137,33 +157,54 @@ class TileReader:
         self._plan: TilePlan = ray.get(plan) if isinstance(plan, ray.ObjectRef) else plan
         self._catalog: Catalog = ray.get(catalog) if isinstance(catalog, ray.ObjectRef) else catalog
         self._options = options
-        self._pool = SlidePool(self._open)
+        ranges.keep_in_flight(options.requests_in_flight)
+        self._pool: SlidePool[int] = SlidePool(self._open)
+        self._totals, self._lock = Counters(), threading.Lock()
+
+    def counters(self) -> dict[str, float]:
+        """What all batches so far took, over all threads: `streaming.counters.Counters` by name."""
+        with self._lock:
+            return self._totals.as_dict()
 
     def _open(self, row: int) -> Slide:
         return self._catalog.open_slide(row, self._options.storage_options, self._options.staging)
 
-    def _begin(self, specs: TileSpecs, i: int) -> Callable[[Pixels], None]:
-        """Asks for a tile's bytes; what is wrong is told by the answer."""
-        try:
-            return self._pool.begin_tile(
-                int(specs.slide[i]), int(specs.x[i]), int(specs.y[i]), float(specs.mpp[i]), specs.size
-            )
-        except (SlideError, StorageError) as error:
-            return partial(_fail, error)
-
-    def __call__(self, batch: Batch) -> Batch:
+    def __call__(self, batch: Batch, *, careful: bool = False) -> Batch:
         """Reads the tiles of `batch["index"]`, int64 (n,).
 
         Returns columns of n rows: `tile` uint8 (n, size, size, 3), `index`, `slide` (row of the catalog), `x`, `y`
-        (level-0 pixels), `mpp`, `filtered` (tiles of this index turned down by the HSV rule) and `failures` (JSON list
-        of [slide, reason] of tiles of this index that could not be read; empty where none).
+        (level-0 pixels), `mpp`, `filtered` (tiles of this index turned down by the HSV rule), `failures` (JSON list
+        of [slide, reason] of tiles of this index that could not be read; empty where none) and `stages` (in the first
+        row what this batch took, JSON of `streaming.counters.Counters`, and when it ended, `ended_at`; else empty).
+        With `careful`, tiles are read in a process apart, and one that crashes it has failed.
 
         Raises:
             StreamError: hardly any tile passes.
         """
         index = np.asarray(batch["index"], dtype=np.int64)
-        plan = self._plan
-        n, size = len(index), plan.size
+        with counting() as counted, self._slides(careful) as pool:
+            started = perf_counter()
+            columns = self._read(index, pool)
+            counted.total_s = perf_counter() - started
+            counted.tiles = len(index)
+        with self._lock:
+            self._totals.add(counted)
+        stages = np.full(len(index), "", dtype=object)
+        taken = {name: round(value, 6) for name, value in counted.as_dict().items()}
+        stages[:1] = json.dumps({**taken, "ended_at": time()})
+        return {**columns, "stages": stages}
+
+    @contextlib.contextmanager
+    def _slides(self, careful: bool) -> Generator[SlidePool[int] | CarefulPool]:
+        if not careful:
+            yield self._pool
+            return
+        pool = CarefulPool(self._catalog, self._options.storage_options, self._options.staging)
+        with contextlib.closing(pool):
+            yield pool
+
+    def _read(self, index: NDArray[np.int64], pool: SlidePool[int] | CarefulPool) -> Batch:
+        count, n, size = counters.mine(), len(index), self._plan.size
         tiles = np.empty((n, size, size, 3), dtype=np.uint8)
         columns: Batch = {
             "index": index,
@@ -176,26 +217,19 @@ class TileReader:
         failures: list[list[tuple[str, str]]] = [[] for _ in range(n)]
         pending = np.arange(n)
         for attempt in range(_MAX_ATTEMPTS):
-            specs = plan.specs(index[pending], np.full(len(pending), attempt, dtype=np.int32))
-            again: list[int] = []
-            # All requests go out before the first block is decoded: storage works while this decodes.
-            self._pool.open_all(np.unique(specs.slide).tolist())
-            begun = [self._begin(specs, i) for i in range(len(pending))]
-            for i, at in enumerate(pending.tolist()):
-                try:
-                    begun[i](tiles[at])
-                except (SlideError, StorageError) as error:
-                    failures[at].append((plan.slides[int(specs.slide[i])], str(error)))
-                    again.append(at)
-                    continue
-                if not self._options.hsv_rule.accepts(tiles[at]):
-                    columns["filtered"][at] += 1
-                    again.append(at)
-                    continue
-                for name in ("slide", "x", "y", "mpp"):
-                    columns[name][at] = getattr(specs, name)[i]
-            pending = np.array(again, dtype=np.int64)
-            if not again:
+            started = perf_counter()
+            specs = self._plan.specs(index[pending], np.full(len(pending), attempt, dtype=np.int32))
+            count.plan_s += perf_counter() - started
+            for name in ("slide", "x", "y", "mpp"):
+                columns[name][pending] = getattr(specs, name)
+            failed = self._read_specs(specs, pool, tiles, pending)
+            for i, error in failed.items():
+                if error is None:
+                    columns["filtered"][pending[i]] += 1
+                else:
+                    failures[pending[i]].append((self._plan.slides[int(specs.slide[i])], str(error)))
+            pending = pending[list(failed)]
+            if not failed:
                 reasons = np.array([json.dumps(entry) if entry else "" for entry in failures], dtype=np.str_)
                 return {"tile": tiles, **columns, "failures": reasons}
         at = int(pending[0])
@@ -204,6 +238,37 @@ class TileReader:
             f"index {index[at]}: {_MAX_ATTEMPTS} tiles in a row failed ({last}); "
             "loosen data.hsv_rule or look at the slides"
         )
+
+    def _read_specs(
+        self, specs: TileSpecs, pool: SlidePool[int] | CarefulPool, tiles: Pixels, rows: NDArray[np.int64]
+    ) -> dict[int, SlideError | StorageError | None]:
+        """Reads specs into rows of `tiles`; tells which are to be replaced: why, or None where the HSV rule says so."""
+        count = counters.mine()
+        # All requests go out before the first block is decoded: storage works while this decodes.
+        pool.open_all(np.unique(specs.slide).tolist())
+        started = perf_counter()
+        begun = [_begin(pool, specs, i) for i in range(len(specs))]
+        count.request_s += perf_counter() - started
+        failed: dict[int, SlideError | StorageError | None] = {}
+        for i, row in enumerate(rows.tolist()):
+            try:
+                begun[i](tiles[row])
+            except (SlideError, StorageError) as error:
+                failed[i] = error
+                continue
+            started = perf_counter()
+            if not self._options.hsv_rule.accepts(tiles[row]):
+                failed[i] = None
+            count.filter_s += perf_counter() - started
+        return failed
+
+
+def _begin(pool: SlidePool[int] | CarefulPool, specs: TileSpecs, i: int) -> Callable[[Pixels], None]:
+    """Asks for a tile's bytes; what is wrong is told by the answer."""
+    try:
+        return pool.begin_tile(int(specs.slide[i]), int(specs.x[i]), int(specs.y[i]), float(specs.mpp[i]), specs.size)
+    except (SlideError, StorageError) as error:
+        return partial(_fail, error)
 
 
 def _fail(error: Exception, _: Pixels) -> None:

@@ -1,8 +1,8 @@
 """The one place that turns a URI and its options into storage.
 
 A URI is a local path or anything fsspec knows (`s3://`, `gs://`, `az://`, `http(s)://`, …). `storage_options` are
-fsspec's, plus `region` for S3; what they leave open comes from the usual environment variables (`AWS_ACCESS_KEY_ID`,
-`AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT_URL`, …).
+fsspec's, plus `region` for S3 and `timeout_s` for one request; what they leave open comes from the usual environment
+variables (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT_URL`, …).
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ import os
 import posixpath
 import shutil
 import tempfile
+import time
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import boto3
 import obstore.exceptions
@@ -39,7 +43,11 @@ StorageOptions = Mapping[str, Any]
 _S3, _GCS, _AZURE, _HTTP = ("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss"), ("http", "https")
 
 # A wrong endpoint should be told within seconds, not after botocore's minute-long default timeouts and retries.
-_S3_CONFIG = {"connect_timeout": 5, "read_timeout": 60, "retries": {"mode": "standard", "max_attempts": 5}}
+_S3_CONFIG = {"connect_timeout": 5, "retries": {"mode": "standard", "max_attempts": 5}}
+
+
+# A request of which nothing has come for so long is sent anew, on another connection; `timeout_s` sets it.
+_TIMEOUT_S = 20
 
 
 @dataclass(frozen=True)
@@ -63,12 +71,13 @@ def filesystem(uri: str, storage_options: StorageOptions | None = None) -> tuple
         StorageError: the protocol is unknown, or its package is not installed.
     """
     options = dict(storage_options or {})
+    timeout_s = options.pop("timeout_s", _TIMEOUT_S)
     protocol = uri.split("://", 1)[0] if "://" in uri else "file"
     if protocol in _S3:
         client = {**options.get("client_kwargs", {}), "region_name": _s3_region(options)}
         options.pop("region", None)
         options["client_kwargs"] = {key: value for key, value in client.items() if value}
-        options["config_kwargs"] = {**_S3_CONFIG, **options.pop("config_kwargs", {})}
+        options["config_kwargs"] = {**_S3_CONFIG, "read_timeout": timeout_s, **options.pop("config_kwargs", {})}
     elif protocol == "file":
         options = {}  # options configure remote stores; a run may mix both
     # A listing must show what another process wrote a second ago, so no listing is cached.
@@ -107,12 +116,13 @@ def store_environment() -> str:
 def object_store(bucket: str, storage_options: StorageOptions | None = None) -> ObjectStore:
     """The obstore store of a bucket, for ranged reads, with the same options and environment as `filesystem`'s.
 
-    Throttling (429, 503), timeouts and resets are tried again for a minute, with backoff and jitter.
+    Throttling (429, 503), timeouts and resets are tried again for five minutes, with backoff and jitter: a tile that is
+    given up because storage hangs for a while would make a run another one.
     """
     options = dict(storage_options or {})
     protocol, name = bucket.split("://", 1)
-    client: Any = {"allow_http": True, "connect_timeout": "5s", "timeout": "60s"}
-    retry: Any = {"max_retries": 10, "retry_timeout": timedelta(seconds=60)}
+    client: Any = {"allow_http": True, "connect_timeout": "5s", "timeout": f"{options.get('timeout_s', _TIMEOUT_S)}s"}
+    retry: Any = {"max_retries": 100, "retry_timeout": timedelta(seconds=300)}
     if protocol in _HTTP:
         return HTTPStore.from_url(bucket, client_options=client, retry_config=retry)
     if protocol in _GCS:
@@ -146,6 +156,44 @@ def object_store(bucket: str, storage_options: StorageOptions | None = None) -> 
         client_options=client,
         retry_config=retry,
     )
+
+
+def clock_skew(uri: str, storage_options: StorageOptions | None = None) -> float:
+    """Seconds by which this machine's clock is ahead of a remote URI's storage, by its `Date` header (whole seconds).
+
+    Raises:
+        StorageError: it does not answer, or tells no time.
+    """
+    address = _endpoint(uri, dict(storage_options or {}))
+    request = urllib.request.Request(address, method="HEAD")
+    sent = time.time()
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            date = answer.headers["Date"]
+    except urllib.error.HTTPError as refusal:
+        date = refusal.headers["Date"]  # a refusal without credentials tells the time as well
+    except OSError as error:
+        raise StorageError(f"{address}: {error}; check the endpoint and the network") from error
+    if not date:
+        raise StorageError(f"{address}: tells no time")
+    skew = (sent + time.time()) / 2 - parsedate_to_datetime(date).timestamp()
+    return 0.0 if 0 <= skew <= 1 else skew
+
+
+def _endpoint(uri: str, options: dict[str, Any]) -> str:
+    """The HTTP address of the storage behind a URI."""
+    protocol, name = split_bucket(uri)[0].split("://", 1)
+    if protocol in _HTTP:
+        return f"{protocol}://{name}"
+    if protocol in _GCS:
+        return "https://storage.googleapis.com"
+    if protocol in _AZURE:
+        account = options.get("account_name") or os.environ.get("AZURE_STORAGE_ACCOUNT_NAME", "")
+        return f"https://{account}.blob.core.windows.net"
+    given = options.get("endpoint_url") or options.get("client_kwargs", {}).get("endpoint_url")
+    given = given or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = options.get("region") or os.environ.get("AWS_REGION") or "us-east-1"
+    return str(given or f"https://s3.{region}.amazonaws.com")
 
 
 def is_local(uri: str) -> bool:
@@ -294,6 +342,38 @@ def write_bytes(uri: str, content: bytes, storage_options: StorageOptions | None
             return
         with whole_file(path) as temporary:
             Path(temporary).write_bytes(content)
+
+
+@contextlib.contextmanager
+def writing(uri: str, storage_options: StorageOptions | None = None) -> Generator[BinaryIO]:
+    """A file to write an object of any size into, piece by piece; a local one appears when the block ends well.
+
+    A remote one that breaks off may be left cut short, so a note written after it must vouch for it.
+
+    Raises:
+        StorageError: it can't be written.
+    """
+    with storage_errors(uri):
+        fs, path = filesystem(uri, storage_options)
+        if isinstance(fs, LocalFileSystem):
+            with whole_file(path) as temporary, open(temporary, "wb") as file:
+                yield file
+            return
+        with fs.open(path, "wb") as file:
+            yield cast(BinaryIO, file)
+
+
+@contextlib.contextmanager
+def reading(uri: str, storage_options: StorageOptions | None = None) -> Generator[BinaryIO]:
+    """A file to read an object from, piece by piece.
+
+    Raises:
+        StorageError: it does not exist or can't be read.
+    """
+    with storage_errors(uri):
+        fs, path = filesystem(uri, storage_options)
+        with fs.open(path, "rb") as file:
+            yield cast(BinaryIO, file)
 
 
 @contextlib.contextmanager

@@ -1,24 +1,27 @@
 """The stream: Ray Data carries the plan's tiles, step by step, to every rank.
 
 `range(first index, last index) → reader actors → streaming_split over the ranks`, in order and in blocks of one
-micro-batch, so that step s is the indices [s·G, (s+1)·G) of global batch G, whatever the number of ranks and readers.
+micro-batch, so that step s is the indices [s·G, (s+1)·G) of global batch G, whatever the number of ranks and readers,
+and however the run is cut into segments (`streaming/chain.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, cast
 
 import numpy as np
 import ray
-import ray.data
-from ray.data import ActorPoolStrategy, DataIterator, Dataset
+from ray.data import DataIterator, Dataset
 from ray.data.collate_fn import NumpyBatchCollateFn
 
 from streaming.catalog import Catalog
+from streaming.chain import Readers, Source, chained, start_chain
 from streaming.errors import ConfigError, StreamError
 from streaming.plan import TilePlan
 from streaming.reader import Batch, ReaderOptions, TileReader
@@ -57,8 +60,8 @@ class BatchShape:
 class TileStream:
     """The tiles of a plan, in steps of a global batch, through Ray Data.
 
-    readers is the least and the most reader actors; Ray Data adds them as the consumers ask for more. Each takes
-    `reader_cpus` CPU slots.
+    readers is the least and the most reader actors; Ray Data adds them as the consumers ask for more. For the rest see
+    `chain.Readers`.
     """
 
     def __init__(
@@ -70,39 +73,34 @@ class TileStream:
         reader: ReaderOptions | None = None,
         readers: tuple[int, int] = (1, 2),
         reader_cpus: float = 1.0,
+        reader_labels: Mapping[str, str] | None = None,
+        segment_blocks: int = 2000,
+        stall_s: float | None = 900.0,
     ) -> None:
-        if not 1 <= readers[0] <= readers[1]:
-            raise ConfigError(f"readers {readers}: give the least and the most, the least at least 1")
         self.catalog, self.plan, self.shape = catalog, plan, shape
         self.reader = reader or ReaderOptions()
-        self._readers, self._reader_cpus = readers, reader_cpus
+        self._readers = Readers(
+            count=readers,
+            cpus=reader_cpus,
+            labels=dict(reader_labels or {}),
+            segment_blocks=segment_blocks,
+            stall_s=stall_s,
+        )
+
+    @cached_property
+    def source(self) -> Source:
+        """The stream's parts in Ray's shared memory, one copy a node for all readers."""
+        plan, catalog, shape = ray.put(self.plan), ray.put(self.catalog), self.shape
+        return Source(plan, catalog, self.reader, self._readers, shape.batch, shape.micro, shape.ranks)
 
     def dataset(self, start: int, stop: int) -> Dataset:
-        """The micro-batches of steps [start, stop), in order, one a block, with `TileReader`'s columns.
+        """The micro-batches of steps [start, stop), all planned at once; `steps` plans them in segments.
 
         Raises:
             ConfigError: no step lies between start and stop.
         """
-        if not 0 <= start < stop:
-            raise ConfigError(f"steps {start}:{stop}; give a first step of at least 0 and a later end")
-        first, count = start * self.shape.batch, (stop - start) * self.shape.batch
-        dataset = ray.data.range(count, override_num_blocks=count // self.shape.micro).map_batches(
-            _ReaderActor,
-            fn_constructor_args=(first, ray.put(self.plan), ray.put(self.catalog), self.reader),
-            batch_size=self.shape.micro,
-            compute=ActorPoolStrategy(
-                min_size=self._readers[0],
-                max_size=self._readers[1],
-                # While one batch is decoded, the other's bytes are on their way.
-                max_concurrent_calls_per_actor=2,
-                enable_true_multi_threading=True,
-            ),
-            num_cpus=self._reader_cpus,
-        )
-        dataset.context.execution_options.preserve_order = True
-        # A micro-batch is a block whatever its size: Ray would cut those over 128 MiB.
-        dataset.context.target_max_block_size = None
-        return dataset
+        check_steps(start, stop)
+        return self.source.dataset(start, stop)
 
     def local_batches(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """The same micro-batches read in this process, without Ray: for one rank, and for a debugger."""
@@ -112,17 +110,38 @@ class TileStream:
             yield TorchCollate()(reader({"index": np.arange(first, first + micro, dtype=np.int64)}))
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
-        """Each step's micro-batches, pulled over all ranks at once by this process; every rank has its own iterator."""
-        splits = self.dataset(start, stop).streaming_split(self.shape.ranks, equal=True)
-        with ThreadPoolExecutor(self.shape.ranks) as pool:
-            rounds = [_numpy_batches(split, self.shape.micro) for split in splits]
-            for step in range(start, stop):
-                batches: list[Batch] = []
-                for _ in range(self.shape.accumulate):
-                    # The splits start together: asked for one after the other, the first would wait forever.
-                    batches += list(pool.map(_next, rounds))
-                check_step(step, self.shape.batch, np.concatenate([batch["index"] for batch in batches]))
-                yield batches
+        """Each step's micro-batches, pulled over all ranks at once by this process; every rank has its own iterator.
+
+        Raises:
+            ConfigError: no step lies between start and stop.
+            StreamError: the stream stands still (see `chain.Readers.stall_s`), or hardly any tile passes.
+        """
+        check_steps(start, stop)
+        shape, source = self.shape, self.source
+        link, generation = start_chain(source), uuid.uuid4().hex
+        read = partial(_numpy_batches, micro=shape.micro)
+        try:
+            with ThreadPoolExecutor(shape.ranks) as pool:
+                ranks = [chained(link, source, generation, rank, (start, stop), read) for rank in range(shape.ranks)]
+                for step in range(start, stop):
+                    batches: list[Batch] = []
+                    for _ in range(shape.accumulate):
+                        # The splits start together: asked for one after the other, the first would wait forever.
+                        batches += list(pool.map(_next, ranks))
+                    check_step(step, shape.batch, np.concatenate([batch["index"] for batch in batches]))
+                    yield batches
+        finally:
+            ray.kill(link)
+
+
+def check_steps(start: int, stop: int) -> None:
+    """Refuses a span without a step.
+
+    Raises:
+        ConfigError: no step lies between start and stop.
+    """
+    if not 0 <= start < stop:
+        raise ConfigError(f"steps {start}:{stop}; give a first step of at least 0 and a later end")
 
 
 def _numpy_batches(shard: DataIterator, micro: int) -> Iterator[Batch]:
@@ -133,35 +152,18 @@ def _next(batches: Iterator[Batch]) -> Batch:
     return next(batches)
 
 
-class _ReaderActor:
-    """A TileReader behind a range of Ray Data, whose ids count from the first index."""
-
-    def __init__(
-        self,
-        first: int,
-        plan: ray.ObjectRef[TilePlan],
-        catalog: ray.ObjectRef[Catalog],
-        options: ReaderOptions,
-    ) -> None:
-        self._first = first
-        self._read = TileReader(plan, catalog, options)
-
-    def __call__(self, batch: Batch) -> Batch:
-        return self._read({"index": batch["id"] + self._first})
-
-
 class TorchCollate(NumpyBatchCollateFn):
-    """A reader's batch with tensors for numbers (no copy) and a list for the failures' texts."""
+    """A reader's batch with tensors for numbers (no copy) and lists for texts."""
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
-        """Columns as tensors, `failures` as strings."""
+        """Columns as tensors, `failures` and `stages` as lists of strings."""
         # Reader actors import this module too: without torch they start two seconds earlier and are 200 MB smaller.
         from ray.data.util.torch_utils import convert_ndarray_to_torch_tensor
 
-        tensors: dict[str, Any] = {
-            name: convert_ndarray_to_torch_tensor(column) for name, column in batch.items() if name != "failures"
+        return {
+            name: convert_ndarray_to_torch_tensor(column) if column.dtype.kind in "buif" else [str(x) for x in column]
+            for name, column in batch.items()
         }
-        return {**tensors, "failures": [str(text) for text in batch["failures"]]}
 
 
 def torch_batches(shard: DataIterator, micro: int, prefetch: int = 2) -> Iterator[dict[str, Any]]:

@@ -1,5 +1,5 @@
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import boto3
@@ -23,7 +23,7 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return paths
 
 
-def write_catalog(folder: Path, slides: list[Path]) -> str:
+def write_catalog(folder: Path, slides: Sequence[Path | str]) -> str:
     found = [inspect(stat(str(path)), None, None, Staging(), str(folder)) for path in slides]
     write(str(folder), *merge([part_of(found)], None), None)
     return str(folder)

@@ -1,10 +1,12 @@
 """Crops and colour on the device, for a whole batch at once, as a pure function of (seed, sample index, view).
 
 What is drawn stands here, what is done with it in `pixels.py`. The order: crop, resize, flips and quarter turn; with
-some probability colour jitter, always in the order brightness, contrast, saturation, hue; grey; blur; normalise.
+some probability stain jitter (HED), stain transfer (Reinhard), colour jitter, always in the order brightness, contrast,
+saturation, hue; grey; blur; solarise; normalise.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -19,7 +21,8 @@ NUM_GLOBAL = 2
 _ATTEMPTS = 10  # of torchvision's RandomResizedCrop
 # What the draws of a (sample, view) are for; a number never changes its meaning, or old runs could not be replayed.
 _AREA, _ASPECT, _TOP, _LEFT, _HFLIP, _VFLIP, _TURN = 0, 10, 20, 21, 22, 23, 24
-_JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GREY, _BLUR, _SIGMA = range(30, 38)
+_JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GREY, _BLUR, _SIGMA, _SOLARISE = range(30, 39)
+_HED, _HED_SCALE, _HED_SHIFT, _REINHARD, _LAB_MEAN, _LAB_STD, _ECT_SCALE, _ECT_ASPECT = 40, 41, 44, 50, 51, 54, 60, 61
 
 
 class Crops(NamedTuple):
@@ -32,7 +35,10 @@ class Crops(NamedTuple):
 
 
 class Parameters(NamedTuple):
-    """Everything drawn for V views of B samples, each field (V, B); replayed through torchvision it gives the crops."""
+    """Everything drawn for V views of B samples; replayed through torchvision and scikit-image it gives the crops.
+
+    Each field is (V, B), those of three stains or colour channels (V, B, 3).
+    """
 
     top: Tensor
     left: Tensor
@@ -50,6 +56,16 @@ class Parameters(NamedTuple):
     blur: Tensor
     sigma: Tensor
     """Standard deviation of the blur in pixels of the crop."""
+    solarise: Tensor
+    stain_scale: Tensor
+    """Factor of each stain's optical density."""
+    stain_shift: Tensor
+    """What is added to it."""
+    reinhard: Tensor
+    lab_mean: Tensor
+    """Mean of L, a, b that the crop gets."""
+    lab_std: Tensor
+    """Standard deviation of L, a, b that the crop gets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +84,34 @@ class Augmentation:
     """Lowest and highest share of the tile's area in a local crop."""
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     """Lowest and highest width/height of a crop before it is resized to a square."""
+    ect: bool = False
+    """Extended-context translation instead of scale and aspect: crops near native size, anywhere in a larger tile (of
+    392 px in Virchow2, arXiv 2408.00738)."""
+    ect_scale: tuple[float, float] = (0.9, 1.1)
+    """Lowest and highest side of such a crop, in sides of what it is resized to."""
+    ect_aspect: tuple[float, float] = (0.95, 1.05)
+    """Lowest and highest width/height of such a crop."""
     hflip_prob: float = 0.5
     """Probability of a horizontal flip."""
     vflip_prob: float = 0.5
     """Probability of a vertical flip."""
     quarter_turns: bool = True
     """Whether crops are turned by 0, 90, 180 or 270 degrees, equally often."""
+    hed_prob: float = 0.0
+    """Probability of stain jitter: haematoxylin, eosin and DAB get their density scaled and shifted, each by itself."""
+    hed_sigma: float = 0.05
+    """Factor within 1 ± this, shift within ± this, in natural-log optical density (arXiv 1902.06543: 0.05 light, 0.2
+    strong; scikit-image's unit is 13.8 of ours)."""
+    reinhard_prob: float = 0.0
+    """Probability of stain transfer: the crop gets a random mean and deviation in CIELAB (as RandStainNA)."""
+    reinhard_mean: tuple[float, float, float] = (68.0, 18.0, -10.0)
+    """Middle of the means of L, a, b; ours, typical of H&E."""
+    reinhard_mean_spread: tuple[float, float, float] = (10.0, 6.0, 5.0)
+    """Means are within the middle ± this."""
+    reinhard_std: tuple[float, float, float] = (13.0, 7.0, 5.0)
+    """Middle of the deviations of L, a, b; ours, typical of H&E."""
+    reinhard_std_spread: tuple[float, float, float] = (4.0, 2.5, 2.0)
+    """Deviations are within the middle ± this."""
     jitter_prob: float = 0.8
     """Probability of the colour jitter, all four parts together."""
     brightness: float = 0.4
@@ -93,6 +131,8 @@ class Augmentation:
     """Taps of the blur, odd."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Lowest and highest standard deviation of the blur in pixels of the crop."""
+    solarise_prob: float = 0.0
+    """Probability that the second global crop has its bright half inverted (0.2 in DINOv2; Virchow2G dropped it)."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Mean of red, green, blue (of 0..1) that is subtracted."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -100,21 +140,26 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         value = vars(self)
-        probs = ("hflip_prob", "vflip_prob", "jitter_prob", "grey_prob")
+        probs = [name for name in value if name.endswith("_prob")]
+        not_negative = ("num_local", "brightness", "contrast", "saturation", "hed_sigma")
         rules = {
             "must be at least 1": [n for n in ("global_size", "local_size") if value[n] < 1],
-            "must not be negative": [n for n in ("num_local", "brightness", "contrast", "saturation") if value[n] < 0],
+            "must not be negative": [n for n in not_negative if value[n] < 0],
             "must rise within (0, 1]": [
                 n for n in ("global_scale", "local_scale") if not 0 < value[n][0] <= value[n][1] <= 1
             ],
             "must rise and be above 0": [
-                n for n in ("aspect", "blur_sigma") if not 0 < value[n][0] <= value[n][1] < math.inf
+                n
+                for n in ("aspect", "blur_sigma", "ect_scale", "ect_aspect")
+                if not 0 < value[n][0] <= value[n][1] < math.inf
             ],
             "must be in [0, 1]": [n for n in probs if not 0 <= value[n] <= 1]
             + ["blur_probs"] * (not all(0 <= p <= 1 for p in self.blur_probs)),
             "must be in [0, 0.5]": ["hue"] * (not 0 <= self.hue <= 0.5),
             "must be odd and at most twice the smallest crop less one": ["blur_kernel"]
             * (self.blur_kernel % 2 == 0 or not 0 < self.blur_kernel < 2 * min(self.global_size, self.local_size)),
+            "must not exceed reinhard_std": ["reinhard_std_spread"]
+            * any(w > s for w, s in zip(self.reinhard_std_spread, self.reinhard_std, strict=True)),
             "must be above 0": ["std"] * (not all(s > 0 for s in self.std)),
         }
         if wrong := [f"{name}={value[name]} {rule}" for rule, names in rules.items() for name in names]:
@@ -146,7 +191,11 @@ class Augmentation:
         drawn = self.draw(index, seed, views, images.shape[1], scale)
         x = _cut(images, drawn, size).flatten(0, 1)
         # The flat order of the parameters is that of the crops: view, then sample.
-        flat = Parameters(*(parameter.flatten() for parameter in drawn))
+        flat = Parameters(*(parameter.flatten(0, 1) for parameter in drawn))
+        if self.hed_prob:
+            x = pixels.jitter_stains(x, flat.stain_scale, flat.stain_shift)
+        if self.reinhard_prob:
+            x = torch.where(flat.reinhard[:, None, None, None], pixels.match_lab(x, flat.lab_mean, flat.lab_std), x)
         x = pixels.adjust_brightness(x, flat.brightness)
         x = pixels.adjust_contrast(x, flat.contrast)
         x = pixels.adjust_saturation(x, flat.saturation)
@@ -156,6 +205,8 @@ class Augmentation:
         untouched = (torch.arange(self.blur_kernel, device=x.device) == self.blur_kernel // 2).float()
         kernels = pixels.gaussian_kernels(flat.sigma, self.blur_kernel)
         x = pixels.blur(x, torch.where(flat.blur[:, None], kernels, untouched))
+        if self.solarise_prob and NUM_GLOBAL - 1 in views:
+            x = pixels.solarise(x, flat.solarise)
         mean, std = (torch.tensor(c, device=x.device)[:, None, None] for c in (self.mean, self.std))
         return ((x - mean) / std).unflatten(0, drawn.top.shape)
 
@@ -172,7 +223,18 @@ class Augmentation:
         def factor(width: float, draw: int) -> Tensor:
             return jitter(max(1 - width, 0.0), 1 + width, 1.0, draw)
 
-        height, width = _draw_box(index, seed, view, tile_px, scale, self.aspect)
+        def channels(middle: Sequence[float], spread: Sequence[float], draw: int) -> Tensor:
+            three = uniform(seed, index[:, None], view[..., None], draw + torch.arange(3, device=index.device))
+            centre, width = (torch.tensor(value, device=index.device) for value in (middle, spread))
+            return centre + width * (2 * three - 1)
+
+        if self.ect:
+            side_px = self.global_size if views.start < NUM_GLOBAL else self.local_size
+            height, width = self._draw_near_native(index, seed, view, tile_px, side_px)
+        else:
+            height, width = _draw_box(index, seed, view, tile_px, scale, self.aspect)
+        stained = (u(_HED) < self.hed_prob)[..., None]
+        strength = (self.hed_sigma,) * 3
         blur_probs = torch.tensor([self.blur_probs[min(v, NUM_GLOBAL)] for v in views], device=index.device)
         return Parameters(
             top=(u(_TOP) * (tile_px - height + 1)).long(),
@@ -189,7 +251,27 @@ class Augmentation:
             grey=u(_GREY) < self.grey_prob,
             blur=u(_BLUR) < blur_probs[:, None],
             sigma=self.blur_sigma[0] + (self.blur_sigma[1] - self.blur_sigma[0]) * u(_SIGMA),
+            solarise=(u(_SOLARISE) < self.solarise_prob) & (view == NUM_GLOBAL - 1),
+            stain_scale=torch.where(stained, channels((1.0,) * 3, strength, _HED_SCALE), 1.0),
+            stain_shift=torch.where(stained, channels((0.0,) * 3, strength, _HED_SHIFT), 0.0),
+            reinhard=u(_REINHARD) < self.reinhard_prob,
+            lab_mean=channels(self.reinhard_mean, self.reinhard_mean_spread, _LAB_MEAN),
+            lab_std=channels(self.reinhard_std, self.reinhard_std_spread, _LAB_STD),
         )
+
+    def _draw_near_native(
+        self, index: Tensor, seed: int, view: Tensor, tile_px: int, side_px: int
+    ) -> tuple[Tensor, Tensor]:
+        """Height and width in pixels, int64 (V, B), of crops near side_px, at most the tile."""
+        side = _between(*self.ect_scale, uniform(seed, index, view, _ECT_SCALE)) * side_px
+        log_low, log_high = (math.log(a) for a in self.ect_aspect)
+        root = torch.exp(0.5 * _between(log_low, log_high, uniform(seed, index, view, _ECT_ASPECT)))
+        height, width = ((s.round().long()).clamp(1, tile_px) for s in (side / root, side * root))
+        return height, width
+
+
+def _between(low: float, high: float, u: Tensor) -> Tensor:
+    return low + (high - low) * u
 
 
 def _rows_first(tiles: Tensor) -> Tensor:

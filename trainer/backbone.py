@@ -1,13 +1,23 @@
-"""timm's vision transformers as DINOv2 uses them: masked tokens, registers, uniform stochastic depth, any crop size."""
+"""timm's vision transformers as DINOv2 uses them: masked tokens, registers, uniform stochastic depth, any crop size.
+
+Crops of several sizes go through in one pass: norms, projections and MLP see the tokens of all sizes at once, attention
+runs once per size. Each size alone (timm's own form) gives the same tokens and gradients.
+"""
 
 import difflib
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, cast
 
 import timm
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer
+import torch.nn.functional as F
+from timm.layers.attention import Attention
+from timm.layers.mlp import GluMlp, Mlp, SwiGLUPacked
+from timm.models import vision_transformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+Ffn = Literal["mlp", "swiglu"]
 
 
 class Tokens(NamedTuple):
@@ -19,6 +29,60 @@ class Tokens(NamedTuple):
     """Patch tokens (B, N, D), row by row."""
 
 
+class CropBlock(vision_transformer.Block):
+    """timm's block, with its weights and names, that also takes tokens of several crop sizes at once.
+
+    While training, each residual branch sees a random subset of each size's crops, 1 − `drop` of them, scaled so that
+    the expectation stays: dropped crops cost nothing, zeroing them afterwards would (DINOv2's
+    `drop_add_residual_stochastic_depth`).
+    """
+
+    drop: float = 0.0
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Maps a list of (B_i, N_i, D) to its like, or one tensor as timm's block does."""
+        if isinstance(x, Tensor):
+            return super().forward(x, *args, **kwargs)
+        x = self._add(cast(list[Tensor], x), self._attend)
+        return self._add(x, lambda flat, _: self.ls2(self.mlp(self.norm2(flat))))
+
+    def _add(self, xs: list[Tensor], branch: Callable[[Tensor, list[torch.Size]], Tensor]) -> list[Tensor]:
+        drop = self.drop if self.training else 0.0
+        if not drop:
+            added = _split(branch(*_join(xs)), [x.shape for x in xs])
+            return [x + a for x, a in zip(xs, added, strict=True)]
+        kept = [max(int(len(x) * (1 - drop)), 1) for x in xs]
+        chosen = [torch.randperm(len(x), device=x.device)[:k] for x, k in zip(xs, kept, strict=True)]
+        parts = [x[c] for x, c in zip(xs, chosen, strict=True)]
+        added = _split(branch(*_join(parts)), [part.shape for part in parts])
+        return [
+            torch.index_add(x, 0, c, a.to(x.dtype), alpha=len(x) / len(c))
+            for x, c, a in zip(xs, chosen, added, strict=True)
+        ]
+
+    def _attend(self, flat: Tensor, shapes: list[torch.Size]) -> Tensor:
+        """The attention branch of tokens (T, D), which are those of the shapes one after the other."""
+        attn = self.attn
+        assert isinstance(attn, Attention), "checked by create_backbone"
+        outputs: list[Tensor] = []
+        for qkv in _split(attn.qkv(self.norm1(flat)), shapes):
+            q, k, v = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            attended = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v)
+            outputs.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
+        joined = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return self.ls1(attn.proj(attn.norm(joined)))
+
+
+def _join(xs: Sequence[Tensor]) -> tuple[Tensor, list[torch.Size]]:
+    flat = [x.flatten(0, 1) for x in xs]
+    return torch.cat(flat) if len(flat) > 1 else flat[0], [x.shape for x in xs]
+
+
+def _split(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    parts = flat.split([shape[0] * shape[1] for shape in shapes])
+    return [part.unflatten(0, tuple(shape[:2])) for part, shape in zip(parts, shapes, strict=True)]
+
+
 class Backbone(nn.Module):
     """A timm vision transformer, kept under `vit` so that its keys stay timm's, and a learned mask token.
 
@@ -27,20 +91,25 @@ class Backbone(nn.Module):
         drop_path: rate of stochastic depth while training, the same in all blocks (DINOv2's `drop_path_uniform`).
 
     Raises:
-        ValueError: drop_path out of range, or above 0 with blocks other than timm's plain `Block`.
+        ValueError: drop_path out of range.
     """
 
     def __init__(self, vit: VisionTransformer, drop_path: float = 0.0) -> None:
         super().__init__()
-        if not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path={drop_path} must be in [0, 1)")
-        if drop_path and not all(type(block) is Block for block in vit.blocks):
-            raise ValueError(
-                f"drop_path={drop_path}: this model's blocks, {type(vit.blocks[0]).__name__}, don't support it"
-            )
         self.vit = vit
-        self.drop_path = drop_path
+        self.set_drop_path(drop_path)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.embed_dim))
+
+    def set_drop_path(self, rate: float) -> None:
+        """Sets the rate of stochastic depth while training.
+
+        Raises:
+            ValueError: it is out of range.
+        """
+        if not 0 <= rate < 1:
+            raise ValueError(f"drop_path={rate} must be in [0, 1)")
+        for block in self.vit.blocks:
+            cast(CropBlock, block).drop = rate
 
     @property
     def embed_dim(self) -> int:
@@ -80,35 +149,29 @@ class Backbone(nn.Module):
         x = self.vit._pos_embed(x)  # pyright: ignore[reportPrivateUsage] — timm has no public name for it
         return self.vit.norm_pre(self.vit.patch_drop(x))
 
-    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tokens:
+    def forward(
+        self, images: Tensor | Sequence[Tensor], mask: Tensor | Sequence[Tensor | None] | None = None
+    ) -> Tokens | list[Tokens]:
         """Tokens of images (B, 3, H, W), float and normalised; mask bool (B, N), true where a patch is hidden.
 
+        A sequence of images of several sizes, with a sequence of masks or none, goes through in one pass and gives a
+        list of tokens.
+
         Raises:
-            ValueError: the patch size does not divide the crop, or the mask has another shape.
+            ValueError: the patch size does not divide a crop, or a mask has another shape.
         """
-        x = self.embed(images, mask)
-        drop = self.drop_path if self.training else 0.0
+        if isinstance(images, Tensor):
+            assert mask is None or isinstance(mask, Tensor)
+            return self._several([images], [mask])[0]
+        return self._several(images, [None] * len(images) if mask is None else list(mask))
+
+    def _several(self, images: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tokens]:
+        xs = [self.embed(image, mask) for image, mask in zip(images, masks, strict=True)]
         for block in self.vit.blocks:
-            x = _block_on_subset(cast(Block, block), x, drop) if drop else block(x)
-        x = self.vit.norm(x)
-        return Tokens(x[:, 0], x[:, self.vit.num_prefix_tokens :])
-
-
-def _add_on_subset(x: Tensor, branch: Callable[[Tensor], Tensor], drop: float) -> Tensor:
-    """Adds a residual branch to a random subset of the batch, scaled so that the expectation stays.
-
-    The dropped samples cost nothing; zeroing them afterwards would. Source: DINOv2's
-    `drop_add_residual_stochastic_depth`.
-    """
-    kept = max(int(len(x) * (1 - drop)), 1)
-    chosen = torch.randperm(len(x), device=x.device)[:kept]
-    return torch.index_add(x, 0, chosen, branch(x[chosen]).to(x.dtype), alpha=len(x) / kept)
-
-
-def _block_on_subset(block: Block, x: Tensor, drop: float) -> Tensor:
-    """`Block.forward` of timm with each of its two residual branches on its own subset of the batch."""
-    x = _add_on_subset(x, lambda s: block.ls1(block.attn(block.norm1(s))), drop)
-    return _add_on_subset(x, lambda s: block.ls2(block.mlp(block.norm2(s))), drop)
+            xs = block(xs)
+        flat, shapes = _join(xs)
+        xs = _split(self.vit.norm(flat), shapes)
+        return [Tokens(x[:, 0], x[:, self.vit.num_prefix_tokens :]) for x in xs]
 
 
 def create_backbone(
@@ -117,6 +180,7 @@ def create_backbone(
     img_size: int,
     patch_size: int | None = None,
     num_registers: int | None = None,
+    ffn: Ffn | None = None,
     drop_path: float = 0.0,
     layer_scale: float | None = 1e-5,
 ) -> Backbone:
@@ -127,30 +191,67 @@ def create_backbone(
         img_size: side in pixels of the crop the position embedding is made for; other crops resample it.
         patch_size: side of a patch in pixels; None keeps the model's own.
         num_registers: register tokens without position embedding (arXiv 2309.16588); None keeps the model's own.
+        ffn: `mlp` with GELU or `swiglu` (DINOv2's, whose hidden width is 8/3 of the tokens', rounded up to a multiple
+            of 8); None keeps the model's own.
         drop_path: rate of stochastic depth; for the student, 0 for the teacher.
         layer_scale: initial scale of each residual branch, None for none (1e-5 in DINOv2).
 
     Raises:
-        ValueError: unknown name (with close matches), a model without class token, or a value out of range.
+        ValueError: unknown name (with close matches), a model of another kind, or a value out of range.
     """
     if not timm.is_model(name):
         close = difflib.get_close_matches(name.split(".")[0], timm.list_models("vit_*"), n=3)
         raise ValueError(f"no timm model '{name}'; close: {', '.join(close) or 'none, see timm.list_models()'}")
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True, "img_size": img_size}
+    options["init_values"] = layer_scale
     if patch_size is not None:
         options["patch_size"] = patch_size
     if num_registers is not None:
         # With registers, timm and the released weights carry no position for class and register tokens.
         options |= {"reg_tokens": num_registers, "no_embed_class": num_registers > 0}
-    wrong_family = f"'{name}' is no plain vision transformer with a class token; take one of timm's vit_* with one"
-    try:
-        vit = timm.create_model(
-            name, num_classes=0, dynamic_img_size=True, img_size=img_size, init_values=layer_scale, **options
-        )
-    except TypeError as error:  # another family, whose constructor lacks one of these options
-        raise ValueError(f"{wrong_family} ({error})") from error
-    if not isinstance(vit, VisionTransformer) or not vit.has_class_token:
-        raise ValueError(wrong_family)
+    embed_dim = _check_family(name, options)
+    if ffn is not None:
+        options |= _ffn_options(ffn, embed_dim)
+    vit = cast(VisionTransformer, timm.create_model(name, **options, block_fn=CropBlock))
+    _init_swiglu(vit)
     backbone = Backbone(vit, drop_path)
     backbone.grid(img_size, img_size)
     return backbone
+
+
+def _check_family(name: str, options: dict[str, Any]) -> int:
+    """Builds timm's own form without memory: CropBlock stands for its plain block and no other. Returns the width.
+
+    Raises:
+        ValueError: a model that is no plain vision transformer with a class token.
+    """
+    wrong = f"'{name}' is no plain vision transformer with a class token; take one of timm's vit_* with one"
+    try:
+        vit = timm.create_model(name, **options, device="meta")
+    except TypeError as error:  # another family, whose constructor lacks one of these options
+        raise ValueError(f"{wrong} ({error})") from error
+    if not isinstance(vit, VisionTransformer) or not vit.has_class_token or vit.pos_embed is None:
+        raise ValueError(wrong)
+    blocks = [cast(vision_transformer.Block, block) for block in vit.blocks]
+    if not all(
+        type(b) is vision_transformer.Block and type(b.attn) is Attention and b.attn.gate is None for b in blocks
+    ):
+        raise ValueError(wrong)
+    return vit.embed_dim
+
+
+def _ffn_options(ffn: Ffn, embed_dim: int) -> dict[str, Any]:
+    if ffn == "mlp":
+        return {"mlp_layer": Mlp, "mlp_ratio": 4.0, "act_layer": nn.GELU}
+    hidden = (int(8 * embed_dim / 3) + 7) // 8 * 8
+    # Both halves of the gate lie in one matrix; the small excess outlives timm's rounding down.
+    return {"mlp_layer": SwiGLUPacked, "mlp_ratio": (2 * hidden + 0.5) / embed_dim, "act_layer": nn.SiLU}
+
+
+def _init_swiglu(vit: VisionTransformer) -> None:
+    """Starts a packed SwiGLU like every other matrix, as DINOv2 does: timm starts half of it near zero."""
+    for module in vit.modules():
+        if isinstance(module, GluMlp):
+            nn.init.trunc_normal_(module.fc1.weight, std=0.02)
+            if module.fc1.bias is not None:
+                nn.init.zeros_(module.fc1.bias)

@@ -1,7 +1,8 @@
 """Checkpoints at any fsspec URI: a folder a step, whole or not at all, the newest few kept.
 
 `step-00000030/state.ckpt` is Lightning's checkpoint, `meta.json` beside it is written last and vouches for it: step,
-next sample index, catalog, SHA-256. A folder without it is an upload that did not finish, and is passed over.
+next sample index, catalog, SHA-256. A folder without it is an upload that did not finish, and is passed over; so is one
+that does not match its checksum. Steps go on while a checkpoint is written.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import pickle
 import re
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 import yaml
@@ -25,6 +28,8 @@ from streaming.errors import CheckpointError, ConfigError
 from trainer.config import Config, parse_config
 
 STATE, META, CONFIG = "state.ckpt", "meta.json", "config.yaml"
+_LOG = logging.getLogger(__name__)
+_PIECE = 16 << 20
 _STEP = re.compile(r"step-(\d{8})")
 
 
@@ -55,9 +60,22 @@ def steps_of(run: str, options: storage.StorageOptions | None = None) -> list[in
 
 
 def latest(run: str, options: storage.StorageOptions | None = None) -> str | None:
-    """The URI of a run's newest whole checkpoint, if it has one."""
+    """The URI of a run's newest whole checkpoint, if it has one; its content is not looked at."""
     steps = steps_of(run, options)
     return checkpoint_uri(run, steps[-1]) if steps else None
+
+
+def newest_good(run: str, options: storage.StorageOptions | None = None) -> str | None:
+    """The URI of a run's newest checkpoint that matches its checksum; damaged ones are passed over with a warning."""
+    for step in reversed(steps_of(run, options)):
+        uri = checkpoint_uri(run, step)
+        try:
+            verify(uri, options)
+        except CheckpointError as error:
+            _LOG.warning("passed over: %s", error)
+        else:
+            return uri
+    return None
 
 
 def find(uri: str, options: storage.StorageOptions | None = None) -> str:
@@ -101,6 +119,23 @@ def read_config(uri: str, options: storage.StorageOptions | None = None) -> Conf
         raise CheckpointError(f"{error}; the checkpoint is of another version of tilestream") from error
 
 
+def verify(uri: str, options: storage.StorageOptions | None = None) -> None:
+    """Reads a checkpoint's state through and compares it with its checksum, in little memory.
+
+    Raises:
+        CheckpointError: it does not match.
+    """
+    meta, path, known = read_meta(uri, options), storage.join(uri, STATE), hashlib.sha256()
+    nbytes = 0
+    if storage.exists(path, options):
+        with storage.reading(path, options) as file:
+            while piece := file.read(_PIECE):
+                known.update(piece)
+                nbytes += len(piece)
+    if known.hexdigest() != meta.sha256:
+        raise _mismatch(uri, nbytes, meta)
+
+
 def load(uri: str, options: storage.StorageOptions | None = None) -> dict[str, Any]:
     """Lightning's checkpoint of a folder, on the CPU; nothing in it is ever executed.
 
@@ -110,43 +145,97 @@ def load(uri: str, options: storage.StorageOptions | None = None) -> dict[str, A
     meta = read_meta(uri, options)
     content = storage.read_bytes(storage.join(uri, STATE), options)
     if hashlib.sha256(content).hexdigest() != meta.sha256:
-        raise CheckpointError(
-            f"{uri}: {STATE} of {len(content):,} bytes does not match its checksum ({meta.nbytes:,} were written); "
-            "delete this folder to go on from the one before"
-        )
+        raise _mismatch(uri, len(content), meta)
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise CheckpointError(f"{uri}: {STATE} can't be read: {error}".splitlines()[0]) from error
 
 
+def _mismatch(uri: str, nbytes: int, meta: Meta) -> CheckpointError:
+    return CheckpointError(
+        f"{uri}: {STATE} of {nbytes:,} bytes does not match its checksum ({meta.nbytes:,} were written); "
+        "delete this folder to go on from the one before"
+    )
+
+
+class _Hashing:
+    """A file that adds up what is written into it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.sha256, self.nbytes = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        self.nbytes += len(memoryview(data).cast("B"))
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
 class FolderCheckpointIO(CheckpointIO):
-    """Lightning's way to storage, through this project's: `path` is a checkpoint's folder."""
+    """Lightning's way to storage, through this project's: `path` is a checkpoint's folder.
+
+    Saving returns at once and goes on in a thread, so what is saved must not be changed afterwards; one is under way at
+    most. Lightning's `AsyncCheckpointIO` queues without bound and tells of a failure one checkpoint late.
+    """
 
     def __init__(self, config: Config, catalog: str) -> None:
         self._config, self._catalog = config, catalog
         self._options = config.data.storage_options
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._under_way: Future[None] | None = None
+        self.last_good: str | None = None
+        """The newest checkpoint that this process has written to its end."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Starts to write, once the one before is done.
+
+        Raises:
+            StorageError: the one before could not be written.
+        """
+        self.wait()
+        self._under_way = self._thread.submit(self._write, checkpoint, str(path))
+
+    def check(self) -> None:
+        """Raises what went wrong with a checkpoint that is done, without waiting for one that is not."""
+        if self._under_way is not None and self._under_way.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the checkpoint under way, and raises what went wrong with it."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def teardown(self) -> None:
+        """Lets the last checkpoint end."""
+        self._thread.shutdown(wait=True)
+
+    def _write(self, checkpoint: dict[str, Any], uri: str) -> None:
         """Writes the state and the configuration, then the note that vouches for them, then removes what is too old."""
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        content = buffer.getvalue()
-        step = int(checkpoint["global_step"])
+        step, options = int(checkpoint["global_step"]), self._options
+        storage.remove(storage.join(uri, META), options)  # of a damaged one, passed over before
+        with storage.writing(storage.join(uri, STATE), options) as file:
+            hashing = _Hashing(file)
+            torch.save(checkpoint, cast(BinaryIO, hashing))
         meta = Meta(
             step=step,
             next_index=step * self._config.train.batch,
             catalog=self._catalog,
-            nbytes=len(content),
-            sha256=hashlib.sha256(content).hexdigest(),
+            nbytes=hashing.nbytes,
+            sha256=hashing.sha256.hexdigest(),
         )
         note = json.dumps(asdict(meta), indent=1)
-        storage.write_bytes(storage.join(str(path), STATE), content, self._options)
-        storage.write_bytes(storage.join(str(path), CONFIG), self._config.to_yaml().encode(), self._options)
-        storage.write_bytes(storage.join(str(path), META), note.encode(), self._options)
+        storage.write_bytes(storage.join(uri, CONFIG), self._config.to_yaml().encode(), options)
+        storage.write_bytes(storage.join(uri, META), note.encode(), options)
+        self.last_good = uri
         run = self._config.run.out
-        for old in steps_of(run, self._options)[: -self._config.train.keep_checkpoints]:
-            storage.remove(checkpoint_uri(run, old), self._options)
+        # Later steps are not this run's, or damaged: they must not count among those that are kept.
+        until_now = [known for known in steps_of(run, options) if known <= step]
+        for old in until_now[: -self._config.train.keep_checkpoints]:
+            storage.remove(checkpoint_uri(run, old), options)
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
         """Reads the state; `weights_only` is always true."""

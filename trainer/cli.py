@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
 import warnings
 from argparse import ArgumentParser, Namespace
+from dataclasses import asdict, replace
 from typing import Any
 
+from streaming.capacity import Capacity
 from streaming.cli import (
     OneLineParser,
     add_bench,
     add_catalog,
     add_command,
+    add_doctor,
     add_storage_options,
     add_stream,
     out,
@@ -54,9 +58,11 @@ def add_train(commands: Any) -> None:
         "  tilestream train debug --data.catalog catalog --debug",
         run_train,
     )
-    parser.usage = "tilestream train CONFIG [--section.key value ...] [--debug] [--fields] [--print_config]"
+    parser.usage = "tilestream train CONFIG [--section.key value ...] [--dry-run] [--debug] [--fields] [--print_config]"
     parser.add_argument("config", metavar="CONFIG", nargs="?", help=f"a YAML file or a preset: {', '.join(presets())}")
     parser.add_argument("--debug", action="store_true", help="reader and trainer in this one process, for a debugger")
+    parser.add_argument("--force", action="store_true", help="go on with a run by another recipe than it began with")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be trained and what it needs, and leave")
     parser.add_argument("--fields", action="store_true", help="list all fields of the configuration and leave")
     parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and leave")
     parser.set_defaults(takes_overrides=True)
@@ -73,12 +79,21 @@ def run_train(args: Namespace) -> None:
     config = read_config(args.config, args.overrides)
     if args.print_config:
         return out(config.to_yaml().rstrip())
+    if args.dry_run:
+        from trainer.preview import describe
+
+        for line in describe(config):
+            out(line)
+        return None
     from trainer.train import train
 
-    result = train(config, debug=args.debug, verbose=args.verbose)
+    result = train(config, debug=args.debug, verbose=args.verbose, force=args.force)
     for line in result.summary:
         sys.stderr.write(line + "\n")
     out(f"trained steps {result.start} to {result.steps}: {result.checkpoint}")
+    if result.steps < config.train.steps:
+        sys.stderr.write(f"stopped before step {config.train.steps}; start the same command again to go on\n")
+        sys.exit(143)
 
 
 def add_embed(commands: Any) -> None:
@@ -124,6 +139,105 @@ def run_embed(args: Namespace) -> None:
     out(f"{args.out}: {done}, {report.skipped} slides done before, {rejected}")
 
 
+def add_capacity(commands: Any) -> None:
+    """`tilestream capacity`."""
+    parser = add_command(
+        commands,
+        "capacity",
+        "readers, nodes, requests, bytes and costs that it takes to feed some GPUs",
+        "  tilestream capacity vits14 --gpus 64 --tiles-per-second-per-gpu 40 --latency-ms 30 --prices prices.yaml",
+        run_capacity,
+    )
+    parser.usage = "tilestream capacity CONFIG --gpus N --tiles-per-second-per-gpu R [--section.key value ...]"
+    parser.add_argument("config", metavar="CONFIG", help=f"a YAML file or a preset: {', '.join(presets())}")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs, one rank each")
+    parser.add_argument("--tiles-per-second-per-gpu", type=float, required=True, metavar="R", help="what one trains on")
+    parser.add_argument("--latency-ms", type=float, default=30, help="of one GET to its first byte (30)")
+    parser.add_argument("--requests-in-flight", type=int, default=32, help="of one reader (32)")
+    parser.add_argument(
+        "--costs", metavar="JSON", help="measured costs of a tile; `tilestream bench scale` writes them"
+    )
+    parser.add_argument("--prices", metavar="YAML", help="price list; deploy/prices.yaml is an example")
+    parser.add_argument("--json", action="store_true", help="print all numbers for a machine")
+    parser.set_defaults(takes_overrides=True)
+
+
+def run_capacity(args: Namespace) -> None:
+    """Prints what is needed, the first limit, and the bill."""
+    from streaming.capacity import StageCosts, Surroundings, costs_of_size, plan_capacity, read_costs
+    from streaming.prices import bill, read_prices
+    from trainer.config import read_config
+
+    config = read_config(args.config, args.overrides)
+    prices = read_prices(args.prices) if args.prices else None
+    around = Surroundings(latency_s=args.latency_ms / 1e3, requests_in_flight=args.requests_in_flight)
+    if prices:
+        node = {"node_cores": prices.reader_node_cores, "node_nbytes_s": prices.reader_node_gbit_s / 8 * 1e9}
+        around = replace(around, **node)
+    capacity = plan_capacity(
+        costs_of_size(read_costs(args.costs) if args.costs else StageCosts(), config.data.tile_size),
+        gpus=args.gpus,
+        tiles_per_second_per_gpu=args.tiles_per_second_per_gpu,
+        micro_batch=config.train.shape.micro,
+        around=around,
+    )
+    costs = bill(capacity, args.gpus, prices) if prices else []
+    if args.json:
+        numbers = {**asdict(capacity), "holds": capacity.holds, "costs": [asdict(cost) for cost in costs]}
+        return out(json.dumps(numbers, indent=2))
+    for line in capacity_lines(capacity, around.node_cores):
+        out(line)
+    if prices:
+        out(f"{'costs, ' + prices.currency:<27}{'an hour':>12}{'1M tiles':>12}")
+        for cost in costs:
+            out(f"  {cost.what:<25}{cost.an_hour:>12,.2f}{cost.a_million_tiles:>12,.3f}")
+    out(capacity.sentence())
+
+
+def capacity_lines(capacity: Capacity, node_cores: int) -> list[str]:
+    """The numbers as a table, one a line."""
+    rows = {
+        "tiles/s": f"{capacity.tiles_s:,.0f}",
+        "readers": f"{capacity.readers:,} of {capacity.reader_tiles_s:,.0f} tiles/s, bound by {capacity.reader_bound}",
+        "reader nodes": f"{capacity.reader_nodes:,} of {node_cores} cores",
+        "GETs/s": f"{capacity.requests_s:,.0f}",
+        "bytes out of the storage": f"{capacity.nbytes_s / 1e9:,.2f} GB/s",
+        "pixels to the trainers": f"{capacity.network_nbytes_s / 1e9:,.2f} GB/s",
+        "object store, reader node": f"at least {capacity.reader_store_nbytes / 1e9:,.2f} GB",
+        "object store, each rank": f"at least {capacity.rank_store_nbytes / 1e9:,.2f} GB",
+    }
+    return [f"{name:<27}{value}" for name, value in rows.items()]
+
+
+def add_export(commands: Any) -> None:
+    """`tilestream export`."""
+    parser = add_command(
+        commands,
+        "export",
+        "write a checkpoint's teacher as a folder that timm or transformers load, with a model card",
+        "  tilestream export s3://bucket/runs/a --out model --token cls+patch --license cc-by-nc-4.0",
+        run_export,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints/step-…")
+    parser.add_argument("--out", required=True, metavar="URI", help="folder of the model")
+    parser.add_argument("--layout", choices=("timm", "transformers"), default="timm", help="who is to load it (timm)")
+    parser.add_argument(
+        "--token", choices=("cls", "patch", "cls+patch"), default="cls", help="what an embedding is, for the card"
+    )
+    parser.add_argument("--license", default="other", metavar="SPDX", help="licence of the weights (other)")
+    parser.add_argument("--name", default="tilestream-model", help="name of the model in its card")
+    add_storage_options(parser)
+
+
+def run_export(args: Namespace) -> None:
+    """Exports, and says how to load it."""
+    from trainer.export import ExportOptions, export
+
+    options = ExportOptions(layout=args.layout, token=args.token, license=args.license, name=args.name)
+    for uri in export(args.checkpoint, args.out, options, storage_options(args)):
+        out(uri)
+
+
 def build_parser() -> ArgumentParser:
     """The parser of all commands."""
     parser = OneLineParser(
@@ -132,7 +246,8 @@ def build_parser() -> ArgumentParser:
         allow_abbrev=False,
     )
     commands: Any = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (add_demo, add_catalog, add_stream, add_train, add_embed, add_bench):
+    data, model = (add_catalog, add_stream, add_doctor), (add_train, add_embed, add_export)
+    for add in (add_demo, *data, *model, add_capacity, add_bench):
         add(commands)
     return parser
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -15,8 +15,10 @@ from streaming.plan import DEFAULT_MPP
 from streaming.slide import Staging
 from streaming.stream import BatchShape
 from streaming.tissue import HsvRule
+from streaming.universe import Universe
 from trainer.augment import Augmentation
 from trainer.configs import preset_text, presets
+from trainer.health import WatchConfig
 from trainer.masks import Masking
 from trainer.schedule import Schedules, scaled_lr
 
@@ -49,6 +51,8 @@ class DataConfig:
     """share of a tile's area that must be tissue"""
     max_upsampling: float = 2.0
     """a slide is left out at magnifications this many times finer than its own"""
+    universe: Universe = field(default_factory=Universe)
+    """which part of the catalog's tiles may be drawn, and in what order"""
     hsv_rule: HsvRule = field(default_factory=HsvRule)
     """filter on a tile's pixels"""
     max_failed_share: float = 0.01
@@ -57,6 +61,14 @@ class DataConfig:
     """least and most reader actors"""
     reader_cpus: float = 1.0
     """CPU slots of a reader actor"""
+    requests_in_flight: int = 32
+    """requests to the storage that a reader keeps under way"""
+    reader_labels: dict[str, str] = field(default_factory=dict)
+    """labels of the nodes that readers run on; empty: any node"""
+    segment_blocks: int = 2000
+    """micro-batches that Ray Data plans at once; a run is a chain of such segments"""
+    stall_s: float | None = 900.0
+    """seconds that a rank waits for a batch before the run stops and says why; none: for ever"""
     staging: str = Staging.folder
     """local folder for copies of remote slides"""
     staging_gb: float = 100.0
@@ -67,6 +79,8 @@ class DataConfig:
             raise ValueError(f"max_failed_share is a share from 0 to 1, not {self.max_failed_share}")
         if not self.staging_gb > 0:
             raise ValueError(f"staging_gb is {self.staging_gb}; it must be above 0")
+        if self.requests_in_flight < 1:
+            raise ValueError(f"requests_in_flight is {self.requests_in_flight}; it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +93,8 @@ class ModelConfig:
     """side of a patch in px; none: the backbone's own"""
     num_registers: int | None = None
     """register tokens; none: the backbone's own"""
+    ffn: Literal["mlp", "swiglu"] | None = None
+    """feed-forward part of the blocks; none: the backbone's own"""
     layer_scale: float | None = 1e-5
     """initial scale of residual branches"""
     drop_path: float = 0.1
@@ -91,6 +107,17 @@ class ModelConfig:
     """width before the prototypes"""
     separate_heads: bool = False
     """whether iBOT has a head of its own"""
+    ibot_prototypes: int | None = None
+    """width of that head's output; none: num_prototypes"""
+    ibot_bottleneck: int | None = None
+    """width before its prototypes; none: head_bottleneck"""
+    init: str | None = None
+    """weights to start from: a checkpoint of ours (student, teacher and heads), a file of DINOv2 weights in timm's
+    naming (.safetensors, .pth), or a name of timm's hub such as vit_small_patch14_dinov2.lvd142m; none: random"""
+
+    def __post_init__(self) -> None:
+        if not self.separate_heads and (self.ibot_prototypes or self.ibot_bottleneck):
+            raise ValueError("ibot_prototypes and ibot_bottleneck are of iBOT's own head; set separate_heads true")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +128,30 @@ class LossConfig:
     """weight of the class-token term"""
     ibot_weight: float = 1.0
     """weight of the masked-token term"""
+    regulariser: Literal["koleo", "kde", "none"] = "koleo"
+    """what spreads the class tokens of each global view"""
     koleo_weight: float = 0.1
     """weight of the KoLeo regulariser, per view"""
+    kde_weight: float = 0.05
+    """weight of the KDE regulariser, per view"""
+    kde_concentration: float = 5.0
+    """concentration κ of its kernel exp(κ·cosine)"""
+    regulariser_over_ranks: bool = True
+    """whether it compares the crops of all ranks; the reference's KoLeo stays on its own"""
+    centring: Literal["sinkhorn", "centring"] = "sinkhorn"
+    """how the teacher's targets are kept from collapse: Sinkhorn-Knopp, or DINO's moving mean"""
+    centre_momentum: float = 0.9
+    """momentum of that mean"""
     student_temp: float = 0.1
     """temperature of the student's softmax"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.centre_momentum < 1:
+            raise ValueError(f"centre_momentum is {self.centre_momentum}; it must be in [0, 1)")
+        if not (self.kde_concentration > 0 and self.student_temp > 0):
+            raise ValueError(
+                f"kde_concentration {self.kde_concentration}, student_temp {self.student_temp}: both must be above 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,12 +220,24 @@ class TrainConfig:
     """whether each rank takes a GPU"""
     rank_cpus: float = 1.0
     """CPU slots of a rank"""
-    precision: str = "32-true"
-    """Lightning's precision: 32-true, bf16-mixed, bf16-true"""
+    rank_resources: dict[str, float] = field(default_factory=dict)
+    """what else a rank takes of its node: Ray's resources by name, such as another maker's accelerator"""
+    rank_labels: dict[str, str] = field(default_factory=dict)
+    """labels of the nodes that ranks run on; empty: any node"""
+    precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
+    """32-true; bf16-mixed: weights in float32, products in bfloat16; bf16-true: all in bfloat16"""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: each rank holds the model; fsdp: each holds its share of weights, gradients, moments and teacher (FSDP2)"""
+    compile: bool = False
+    """whether torch.compile is run on the blocks"""
+    activation_checkpointing: bool = False
+    """whether the backward pass computes the blocks' activations anew instead of keeping them"""
     log_every: int = 10
     """steps between two rows of the metrics"""
     checkpoint_every: int = 500
     """steps between two checkpoints"""
+    checkpoint_minutes: float | None = 30.0
+    """minutes after which a checkpoint is due besides; none: only by steps"""
     keep_checkpoints: int = 3
     """newest checkpoints that are kept"""
     max_restarts: int = 3
@@ -188,6 +247,8 @@ class TrainConfig:
         for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.checkpoint_minutes is not None and not self.checkpoint_minutes > 0:
+            raise ValueError(f"checkpoint_minutes is {self.checkpoint_minutes}; it must be above 0, or none")
         if self.max_restarts < 0:
             raise ValueError(f"max_restarts is {self.max_restarts}; it must not be negative")
         _ = self.shape  # tells at once when the ranks don't divide the batch
@@ -210,6 +271,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     def __post_init__(self) -> None:
         if self.optim.warmup_steps > self.train.steps:
@@ -224,6 +286,45 @@ class Config:
     def to_yaml(self) -> str:
         """The resolved configuration, as a file that `tilestream train` takes."""
         return yaml.safe_dump(_plain(asdict(self)), sort_keys=False)
+
+
+# What may change from one start of a run to the next without changing what is trained.
+FREE_FIELDS = {
+    "run": ("out",),
+    "data": (
+        *("catalog", "storage_options", "max_failed_share", "readers", "reader_cpus", "reader_labels"),
+        *("segment_blocks", "stall_s", "staging", "staging_gb"),
+    ),
+    "model": ("init",),
+    "train": (
+        *("ranks", "gpu", "rank_cpus", "rank_labels", "strategy", "compile", "activation_checkpointing"),
+        *("log_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "max_restarts"),
+    ),
+    "watch": ("min_rankme", "min_teacher_entropy", "grace_steps", "patience"),
+}
+# What no force can change: another model's weights don't fit, another batch's next index lies within a step.
+_FIXED = ("model.", "train.batch", "augment.global_size")
+
+
+def recipe_changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
+    """Fields of the recipe that differ, with both values: those that may be forced, and those that can't be."""
+    was, becomes = _flat(_plain(asdict(before))), _flat(_plain(asdict(now)))
+    free = {f"{section}.{name}" for section, names in FREE_FIELDS.items() for name in names}
+    changed = [
+        key
+        for key in becomes | was
+        if was.get(key) != becomes.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in free)
+    ]
+    fixed = [key for key in changed if key.startswith(_FIXED) and key != "model.drop_path"]
+    told = {key: f"{key} {was.get(key)} (now {becomes.get(key)})" for key in changed}
+    return [told[key] for key in changed if key not in fixed], [told[key] for key in fixed]
+
+
+def _flat(values: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _plain(value: Any) -> Any:
@@ -297,7 +398,14 @@ def _leaf_keys(values: dict[str, Any], prefix: str = "") -> list[str]:
     return keys
 
 
-_DICT_FIELDS = {"data.mpp", "data.cohorts", "data.storage_options"}
+_DICT_FIELDS = {
+    "data.mpp",
+    "data.cohorts",
+    "data.storage_options",
+    "data.reader_labels",
+    "train.rank_labels",
+    "train.rank_resources",
+}
 
 
 def _check_key(key: str, keys: list[str], source: str) -> None:

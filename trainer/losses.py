@@ -1,21 +1,59 @@
 """The losses of DINOv2 (arXiv 2304.07193) as pure functions, each in float32 whatever the precision of the model.
 
 Per rank every loss is a mean over that rank's crops, so averaging gradients over ranks (as data parallelism does) gives
-the loss of the global batch. Only `sinkhorn` talks to other ranks; without a process group it sums over one.
+the loss of the global batch. What compares crops with each other (targets, regularisers) takes those of all ranks;
+without a process group there is one.
+
+Libraries looked at: lightly 1.6 centres its DINO and iBOT targets by the mean alone, without Sinkhorn-Knopp, and its
+KoLeo, equal in value, neither floors the distance nor sees other ranks; none has the KDE regulariser.
 """
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+_TINY = 1e-30  # below any sum that matters; keeps a prototype without any mass finite
+
 
 def _over_ranks(x: Tensor, op: "dist.ReduceOp.RedOpType" = dist.ReduceOp.SUM) -> Tensor:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(x, op=op)
     return x
+
+
+class _OfAllRanks(torch.autograd.Function):
+    """Rows of all ranks, rank after rank; a row's gradient is the sum of those that the ranks have for it.
+
+    torch's own (`distributed.nn.functional.all_gather`) is deprecated, and its successor is private to torch 2.14.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, rows.contiguous())
+        ctx.num_rows = len(rows)
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].contiguous()
+        dist.all_reduce(grad)
+        first = dist.get_rank() * ctx.num_rows
+        return grad[first : first + ctx.num_rows]
+
+
+def _with_other_ranks(rows: Tensor, over_ranks: bool) -> tuple[Tensor, Tensor]:
+    """Rows (B, D) with those of all ranks (n, D), B the same on each, and which of them (B,) are the own ones."""
+    own = torch.arange(len(rows), device=rows.device)
+    if not over_ranks or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows, own
+    gathered: Any = _OfAllRanks.apply(rows)
+    return gathered, own + dist.get_rank() * len(rows)
 
 
 @torch.no_grad()
@@ -30,11 +68,62 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     logits = logits.float()
     # One shift for all rows and ranks: a shift per row would change the result of a finite number of iterations.
     highest = logits.max() if logits.numel() else logits.new_tensor(-torch.inf)
-    probabilities = ((logits - _over_ranks(highest, dist.ReduceOp.MAX)) / temperature).exp_()
+    kernel = ((logits - _over_ranks(highest, dist.ReduceOp.MAX)) / temperature).exp_()
+    # Only the scales of rows and columns are iterated: the matrix is read twice a turn and written once at the end.
+    rows = logits.new_ones(len(logits))
+    columns = logits.new_ones(logits.shape[1])
     for _ in range(iterations):
-        probabilities /= _over_ranks(probabilities.sum(dim=0))
-        probabilities /= probabilities.sum(dim=1, keepdim=True)
-    return probabilities
+        columns = 1 / _over_ranks(rows @ kernel).clamp(min=_TINY)
+        rows = 1 / (kernel @ columns)
+    return kernel.mul_(columns).mul_(rows[:, None])
+
+
+@torch.no_grad()
+def centred(logits: Tensor, centre: Tensor, temperature: float) -> Tensor:
+    """Teacher targets of DINO's centring: softmax of (logits − centre) / temperature.
+
+    logits (M, K), centre (K,). Returns float32 (M, K). Source: DINO, arXiv 2104.14294.
+    """
+    return torch.softmax((logits.float() - centre) / temperature, dim=-1)
+
+
+@torch.no_grad()
+def moved_centre(centre: Tensor, logits: Tensor, momentum: float) -> Tensor:
+    """The centre (K,) for the next step: a moving average of the mean of all ranks' logits (M, K), M may differ.
+
+    Without any row the centre stays. The reference's iBOT variant takes the mean over prototypes instead of tokens,
+    which leaves no centre at all; this one is right for both.
+    """
+    total = _over_ranks(torch.cat([logits.float().sum(dim=0), logits.new_tensor([len(logits)], dtype=torch.float32)]))
+    mean = total[:-1] / total[-1].clamp(min=1)
+    return torch.where(total[-1] > 0, torch.lerp(mean, centre, momentum), centre)
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    """Cross-entropy by row with targets that need no gradient; keeps one tensor of the logits' size for the backward.
+
+    Autograd's own chain keeps and writes several, which for 65,536 prototypes is most of a small model's memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        log_probs = F.log_softmax(logits.float() / temperature, dim=-1)
+        ctx.save_for_backward(log_probs, targets)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        return -torch.linalg.vecdot(targets, log_probs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        log_probs, targets = ctx.saved_tensors
+        scale = (grads[0] / ctx.temperature)[..., None]
+        grad = log_probs.exp().mul_(targets.sum(dim=-1, keepdim=True)).sub_(targets).mul_(scale)
+        return grad.to(ctx.dtype), None, None
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy (M,) of softmax(logits / temperature) against targets, both (M, K); targets get no gradient."""
+    loss: Any = _SoftCrossEntropy.apply(logits, targets.detach().float(), temperature)
+    return loss
 
 
 def dino_loss(student_logits: Sequence[Tensor], teacher_probs: Sequence[Tensor], student_temp: float = 0.1) -> Tensor:
@@ -45,7 +134,7 @@ def dino_loss(student_logits: Sequence[Tensor], teacher_probs: Sequence[Tensor],
     """
     # Cross-entropy is linear in the targets: one log-softmax against the sum of the views instead of one per pair.
     targets = torch.stack([probs.float() for probs in teacher_probs]).sum(dim=0)
-    losses = [-(targets * F.log_softmax(s.float() / student_temp, dim=-1)).sum(dim=-1).mean() for s in student_logits]
+    losses = [soft_cross_entropy(logits, targets, student_temp).mean() for logits in student_logits]
     return torch.stack(losses).sum()
 
 
@@ -86,27 +175,43 @@ def ibot_loss(
     student_patch_logits and teacher_patch_probs (M, K), weights (M,) of `mask_weights`. M = 0 gives 0 with a gradient.
     Returns a float32 scalar. Source: iBOT, arXiv 2111.07832, as in DINOv2's `iBOTPatchLoss.forward_masked`.
     """
-    log_probs = F.log_softmax(student_patch_logits.float() / student_temp, dim=-1)
-    return -((teacher_patch_probs * log_probs).sum(dim=-1) * weights).sum() / num_crops
+    return (soft_cross_entropy(student_patch_logits, teacher_patch_probs, student_temp) * weights).sum() / num_crops
 
 
-def koleo(features: Tensor, floor: float = 1e-4) -> Tensor:
+def koleo(features: Tensor, floor: float = 1e-4, *, over_ranks: bool = True) -> Tensor:
     """Kozachenko-Leonenko regulariser: minus the mean log distance to the nearest other row on the unit sphere.
 
-    features (B, D), not yet normalised; neighbours are sought on the own rank only, as in DINOv2. The distance d enters
-    as sqrt(d² + floor²): near-duplicate tiles then push with a gradient of at most 1/(2·floor), and exact duplicates
-    not at all, where the reference goes to infinity. B = 1 gives 0. Returns a float32 scalar.
+    features (B, D), not yet normalised; neighbours are sought on all ranks, or on the own one only, as in DINOv2. The
+    distance d enters as sqrt(d² + floor²): near-duplicate tiles then push with a gradient of at most 1/(2·floor), and
+    exact duplicates not at all, where the reference goes to infinity. One row gives 0. Returns a float32 scalar.
     Source: arXiv 1806.03198; DINOv2's `KoLeoLoss`.
     """
     with torch.autocast(features.device.type, enabled=False):  # bfloat16 cosines would pick the wrong neighbour
         unit = F.normalize(features.float(), dim=-1)
-        if len(unit) < 2:
+        others, own = _with_other_ranks(unit, over_ranks)
+        if len(others) < 2:
             return unit.sum() * 0
         with torch.no_grad():
-            nearest = (unit @ unit.T).fill_diagonal_(-torch.inf).argmax(dim=1)
+            nearest = (unit @ others.T).scatter_(1, own[:, None], -torch.inf).argmax(dim=1)
         # Not 2 − 2·cosine: for near neighbours that cancels to noise.
-        squared = (unit - unit[nearest]).square().sum(dim=-1)
+        squared = (unit - others[nearest]).square().sum(dim=-1)
         return -0.5 * torch.log(squared + floor**2).mean()
+
+
+def kde(features: Tensor, concentration: float = 5.0, *, over_ranks: bool = True) -> Tensor:
+    """Kernel density regulariser: mean log of the mean over *other* rows of exp(concentration · cosine).
+
+    features (B, D), not yet normalised; the others are those of all ranks, or of the own one. Minimising it spreads the
+    embeddings; unlike KoLeo it stays finite for duplicates. One row gives 0. Returns a float32 scalar, in
+    −concentration..concentration. Source: Virchow2, arXiv 2408.00738, with the von Mises-Fisher kernel.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        unit = F.normalize(features.float(), dim=-1)
+        others, own = _with_other_ranks(unit, over_ranks)
+        if len(others) < 2:
+            return unit.sum() * 0
+        similarity = (concentration * unit @ others.T).scatter(1, own[:, None], -torch.inf)
+        return (torch.logsumexp(similarity, dim=1) - math.log(len(others) - 1)).mean()
 
 
 @torch.no_grad()

@@ -1,14 +1,26 @@
 """Image operations on a whole batch, each sample with its own parameters and nothing drawn here.
 
-Images are float32 (n, 3, height, width) in 0..1, parameters (n,). Each operation equals torchvision's of that name for
-one sample, and none looks at another sample.
+Images are float32 (n, 3, height, width) in 0..1, parameters (n,). Each operation equals torchvision's or
+scikit-image's for one sample, and none looks at another sample.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, with torchvision's rounding
+
+# Optical density of red, green, blue of haematoxylin, eosin and DAB.
+_STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
+_DARKEST = 1e-6  # as scikit-image's
+# sRGB to XYZ, divided by D65's white (0.95047, 1, 1.08883), whose Lab is then L = 100, a = b = 0.
+_XYZ_OF_RGB = (
+    (0.412453 / 0.95047, 0.357580 / 0.95047, 0.180423 / 0.95047),
+    (0.212671, 0.715160, 0.072169),
+    (0.019334 / 1.08883, 0.119193 / 1.08883, 0.950227 / 1.08883),
+)
 
 
 def _cubic(x: Tensor) -> Tensor:
@@ -91,13 +103,70 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     sixths = torch.where(high == red, (green - blue) / divisor, of_green_or_blue)  # hue in sixths of a turn
     # https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative, with value·saturation = chroma
     offsets = torch.arange(5, 0, -2, device=images.device)[:, None, None]
-    k = (offsets + (sixths + 6 * shift[:, None, None])[:, None]).remainder(6)
-    return high[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    k = offsets + (sixths + 6 * shift[:, None, None])[:, None]
+    k = k.sub_(k.div(6).floor_().mul_(6))  # remainder, which torch does not vectorise on the CPU
+    return high[:, None] - torch.minimum(k, 4 - k).clamp_(0, 1).mul_(chroma[:, None])
 
 
 def to_grey(images: Tensor, chosen: Tensor) -> Tensor:
     """Takes the colour out of the chosen images, keeping three channels; chosen bool (n,)."""
     return torch.where(_per_image(chosen), luma(images), images)
+
+
+def solarise(images: Tensor, chosen: Tensor) -> Tensor:
+    """Inverts what is 0.5 or brighter in the chosen images; chosen bool (n,)."""
+    return torch.where(_per_image(chosen) & (images >= 0.5), 1 - images, images)
+
+
+def jitter_stains(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Scales and shifts each stain's density: haematoxylin, eosin, DAB; scale and shift (n, 3), 1 and 0 change nothing.
+
+    Densities are natural logarithms, −ln(pixel) = density @ stain colours. Unlike scikit-image's, negative ones (of
+    colours that no mixture of stains has) are kept, so that doing nothing is exact. Source: Tellez et al., arXiv
+    1902.06543; stain colours of Ruifrok and Johnston, as in scikit-image.
+    """
+    colours = torch.tensor(_STAINS, device=images.device)
+    # Unmix, scale and mix again are one 3×3 matrix a sample, applied to columns of pixels.
+    matrix = colours.T @ (scale[:, :, None] * torch.linalg.inv(colours).T)
+    density = images.clamp(min=_DARKEST).log().flatten(2)
+    mixed = torch.baddbmm((shift @ colours)[:, :, None], matrix, density, beta=-1)
+    return mixed.exp_().clamp_(max=1).view_as(images)
+
+
+def rgb_to_lab(images: Tensor) -> Tensor:
+    """CIELAB (n, 3, height, width) under D65 of sRGB images; L in 0..100."""
+    linear = torch.where(images > 0.04045, ((images + 0.055) / 1.055) ** 2.4, images / 12.92)
+    xyz = _mix_channels(linear, _XYZ_OF_RGB)
+    f = torch.where(xyz > 0.008856, xyz.clamp(min=1e-6) ** (1 / 3), 7.787 * xyz + 16 / 116)
+    x, y, z = f.unbind(dim=1)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
+
+
+def lab_to_rgb(lab: Tensor) -> Tensor:
+    """SRGB in 0..1 of CIELAB under D65; what lies outside is cut off."""
+    lightness, a, b = lab.unbind(dim=1)
+    y = (lightness + 16) / 116
+    f = torch.stack([y + a / 500, y, (y - b / 200).clamp(min=0)], dim=1)
+    xyz = torch.where(f > 0.2068966, f**3, (f - 16 / 116) / 7.787)
+    matrix = torch.linalg.inv(torch.tensor(_XYZ_OF_RGB, dtype=torch.float64)).tolist()
+    linear = _mix_channels(xyz, matrix)
+    bright = 1.055 * linear.clamp(min=0.0031308) ** (1 / 2.4) - 0.055
+    return torch.where(linear > 0.0031308, bright, linear * 12.92).clamp(0, 1)
+
+
+def match_lab(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Gives each image a mean and a standard deviation (n, 3) of L, a, b (Reinhard's colour transfer, in CIELAB).
+
+    A channel without any deviation keeps none.
+    """
+    lab = rgb_to_lab(images)
+    own_std, own_mean = torch.std_mean(lab, dim=(2, 3), keepdim=True, correction=0)
+    scaled = (lab - own_mean) * (std[:, :, None, None] / own_std.clamp(min=1e-3))
+    return lab_to_rgb(scaled + mean[:, :, None, None])
+
+
+def _mix_channels(images: Tensor, matrix: Sequence[Sequence[float]]) -> Tensor:
+    return torch.einsum("oc,nchw->nohw", torch.tensor(matrix, dtype=images.dtype, device=images.device), images)
 
 
 def gaussian_kernels(sigma: Tensor, size: int) -> Tensor:

@@ -211,8 +211,10 @@ def _curves(metrics: pa.Table, config: Config) -> str:
         ("dino_local", "DINO local"),
         ("ibot", "iBOT"),
         ("koleo", "KoLeo"),
+        ("kde", "KDE"),
     ]
-    losses = _plot(step, [(label, metrics[name].to_numpy()) for name, label in terms], "loss", None)
+    kept = [(label, metrics[name].to_numpy()) for name, label in terms if name in metrics.column_names]
+    losses = _plot(step, kept, "loss", None)
     speed = [("tiles/s", metrics["tiles_per_s"].to_numpy())]
     waited = ("waited for data, %", 100 * metrics["data_wait_share"].to_numpy())
     caption = f"global batch {config.train.batch}; the first point holds the cold start"

@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
+import threading
 import uuid
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import ray
 import ray.train
+import ray.train.collective
+import ray.train.torch
 import ray.util.queue
+import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from pyarrow.fs import FSSpecHandler, PyFileSystem
-from ray.data import DataIterator, Dataset, ExecutionOptions
-from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment, prepare_trainer
+from ray.actor import ActorHandle
+from ray.train import UserCallback
+from ray.train.lightning import RayLightningEnvironment
 from ray.train.torch import TorchTrainer
 
 from streaming import cluster, storage
 from streaming.catalog import Catalog
-from streaming.errors import CheckpointError, ConfigError, TilestreamError
+from streaming.chain import Source, chained, start_chain
+from streaming.errors import CheckpointError, ConfigError, TilestreamError, root_cause
 from streaming.plan import TilePlan
 from streaming.reader import ReaderOptions
 from streaming.slide import Staging
 from streaming.stream import TileStream, torch_batches
 from trainer import checkpoint
-from trainer.config import Config, DataConfig
+from trainer.config import Config, DataConfig, recipe_changes
+from trainer.feed import DeviceFeed
 from trainer.module import DinoModule
-from trainer.watch import MetricsLog, Report, StepBatches, Watch
+from trainer.strategy import OneDevice, Replicas, Shards, autocast_precision
+from trainer.watch import Failed, MetricsLog, Report, Signals, StepBatches, Watch
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,7 @@ def make_plan(config: Config, catalog: Catalog) -> TilePlan:
         cohorts=data.cohorts,
         min_tissue=data.min_tissue,
         max_upsampling=data.max_upsampling,
+        universe=data.universe,
     )
 
 
@@ -80,6 +93,7 @@ def make_stream(config: Config, catalog: Catalog) -> TileStream:
         hsv_rule=data.hsv_rule,
         storage_options=data.storage_options,
         staging=staging(data),
+        requests_in_flight=data.requests_in_flight,
     )
     return TileStream(
         catalog,
@@ -88,111 +102,163 @@ def make_stream(config: Config, catalog: Catalog) -> TileStream:
         reader=reader,
         readers=data.readers,
         reader_cpus=data.reader_cpus,
+        reader_labels=data.reader_labels,
+        segment_blocks=data.segment_blocks,
+        stall_s=data.stall_s,
     )
 
 
-def resume_point(config: Config, catalog: Catalog) -> tuple[int, str | None]:
-    """The step to go on from and the checkpoint to load: the run's newest, if it has one.
+def resume_point(config: Config, catalog: str, *, force: bool = False) -> tuple[int, str | None]:
+    """The step to go on from and the checkpoint to load: the run's newest that is not damaged, if it has one.
+
+    catalog is its fingerprint. With `force`, another recipe or catalog is taken as meant.
 
     Raises:
-        CheckpointError: it is of another model, or was trained on another catalog or batch, so that its next index
-            would mean other tiles.
+        CheckpointError: it is of another model, or was trained by another recipe, or on another catalog or batch, so
+            that its next index would mean other tiles.
     """
-    found = checkpoint.latest(config.run.out, config.data.storage_options)
+    found = checkpoint.newest_good(config.run.out, config.data.storage_options)
     if found is None:
         return 0, None
     meta = checkpoint.read_meta(found, config.data.storage_options)
-    if meta.catalog != catalog.fingerprint:
-        raise CheckpointError(
-            f"{found}: trained on another catalog ({meta.catalog}, now {catalog.fingerprint}); "
-            "restore that catalog or set another run.out"
-        )
-    if meta.next_index != meta.step * config.train.batch:
-        raise CheckpointError(
-            f"{found}: trained with batch {meta.next_index // meta.step}, now {config.train.batch}; "
-            "set train.batch back or set another run.out"
-        )
     before = checkpoint.read_config(found, config.data.storage_options)
-    now = {**asdict(config.model), "global_size": config.augment.global_size}
-    was = {**asdict(before.model), "global_size": before.augment.global_size}
-    # What acts on the way and leaves the weights' shapes alone may change.
-    changed = [f"{key} {was[key]} (now {now[key]})" for key in now if was[key] != now[key] and key != "drop_path"]
-    if changed:
-        raise CheckpointError(f"{found}: of another model: {', '.join(changed)}; set it back or set another run.out")
+    changed, fixed = recipe_changes(before, config)
+    if fixed:
+        raise CheckpointError(
+            f"{found}: does not fit the configuration: {', '.join(fixed)}; set it back or set another run.out"
+        )
+    if meta.catalog != catalog:
+        changed.append(f"the catalog's content {meta.catalog} (now {catalog})")
+    if changed and not force:
+        raise CheckpointError(
+            f"{found}: trained by another recipe: {', '.join(changed)}; set it back, set another run.out, "
+            "or go on all the same with --force"
+        )
     return meta.step, found
 
 
-def fit(config: Config, catalog: str, batches: StepBatches, resume: str | None, report: Report, **where: Any) -> None:
-    """Trains to the last step in this process; `where` is Lightning's strategy, plugins and devices."""
+def check_model(config: Config, *, resumed: bool = False) -> None:
+    """Builds the model, without memory for it where it need not load weights.
+
+    Raises:
+        ConfigError: a model, crops or schedules that make no sense.
+        CheckpointError: weights of `model.init` that don't fit.
+    """
+    loads = config.model.init is not None and not resumed
+    try:
+        with contextlib.nullcontext() if loads else torch.device("meta"):
+            DinoModule(config, resumed=resumed)
+    except ValueError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands among the others."""
+
+    device: torch.device
+    environment: ClusterEnvironment
+
+
+def fit(
+    config: Config,
+    catalog: str,
+    batches: StepBatches,
+    resume: str | None,
+    report: Report,
+    signals: Signals,
+    place: Place | None = None,
+) -> None:
+    """Trains to the last step, or until told to stop, in this process: alone, or as a rank at its place."""
     # Its advice (more workers for the loader, a product to try) does not apply here.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    plugins: list[Any] = [*where.pop("plugins", []), checkpoint.FolderCheckpointIO(config, catalog)]
-    train = config.train
+    train, to_storage = config.train, checkpoint.FolderCheckpointIO(config, catalog)
+    if place is None:
+        strategy = OneDevice(torch.device("cuda" if train.gpu else "cpu"))
+    else:
+        strategy = (Shards if train.strategy == "fsdp" else Replicas)(place.device)
     trainer = pl.Trainer(
-        **where,
-        plugins=plugins,
+        strategy=strategy,
+        plugins=[to_storage] if place is None else [place.environment, to_storage],
+        devices=1 if place is None else "auto",
         accelerator="gpu" if train.gpu else "cpu",
         max_steps=train.steps,
-        precision=train.precision,  # type: ignore[arg-type]
+        precision=autocast_precision(train),  # type: ignore[arg-type]
         accumulate_grad_batches=train.accumulate,
-        callbacks=[Watch(config, batches, report)],
+        callbacks=[Watch(config, batches, report, to_storage, signals)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    if "strategy" in where:
-        trainer = prepare_trainer(trainer)
-    trainer.fit(DinoModule(config), train_dataloaders=batches, ckpt_path=resume, weights_only=True)
-
-
-def _worker(loop: dict[str, Any]) -> None:
-    """One rank of Ray Train."""
-    config: Config = loop["config"]
-    messages: ray.util.queue.Queue = loop["messages"]
+    module = DinoModule(config, resumed=resume is not None)
+    feed = DeviceFeed(batches, strategy.root_device)
     try:
-        _train_rank(config, loop["catalog"], messages)
-    except TilestreamError as error:
-        # Starting the workers again would meet the same error: `_dataset` looks here before it lets them.
-        with contextlib.suppress(ray.util.queue.Full):
-            loop["fatal"].put_nowait(error)
-        raise
+        trainer.fit(module, train_dataloaders=feed, ckpt_path=resume, weights_only=True)
+    finally:
+        to_storage.teardown()
 
 
-def _train_rank(config: Config, catalog: Catalog, messages: ray.util.queue.Queue) -> None:
-    start, resume = resume_point(config, catalog)
-    shard = cast("DataIterator", ray.train.get_dataset_shard("tiles"))
-    batches = StepBatches(torch_batches(shard, config.train.shape.micro), start, config)
-    fit(
-        config,
-        catalog.fingerprint,
-        batches,
-        resume,
-        messages.put,
-        strategy=RayDDPStrategy(),
-        plugins=[RayLightningEnvironment()],
-        devices="auto",
+@dataclass(frozen=True)
+class _Loop:
+    """What each rank is given."""
+
+    config: Config
+    catalog: str
+    """its fingerprint"""
+    source: Source
+    chain: ActorHandle[Any]
+    messages: ray.util.queue.Queue
+    """of rank 0 to the driver"""
+    orders: ray.util.queue.Queue
+    """of the driver to rank 0"""
+
+
+def _worker(given: dict[str, _Loop]) -> None:
+    """One rank of Ray Train."""
+    loop = given["loop"]
+    config = loop.config
+    rank = ray.train.get_context().get_world_rank()
+    # One looks where the run stands, so that no two can see different checkpoints; the driver has compared recipes.
+    found = (*resume_point(config, loop.catalog, force=True), uuid.uuid4().hex) if rank == 0 else None
+    start, resume, generation = cast(
+        "tuple[int, str | None, str]", ray.train.collective.broadcast_from_rank_zero(found)
     )
+    read = partial(torch_batches, micro=config.train.shape.micro)
+    tiles = chained(loop.chain, loop.source, generation, rank, (start, config.train.steps), read)
+    batches = StepBatches(tiles, start, config, lambda failures: loop.messages.put(Failed(generation, failures)))
+    signals = Signals(
+        stop=_order(loop.orders) if rank == 0 else lambda: False,
+        leaving=lambda: ray.train.get_preemption_info() is not None,
+    )
+    place = Place(ray.train.torch.get_device(), RayLightningEnvironment())
+    fit(config, loop.catalog, batches, resume, loop.messages.put, signals, place)
 
 
-def _dataset(config: Config, catalog: Catalog, fatal: ray.util.queue.Queue) -> Dataset:
-    """The tiles not yet trained on; Ray Train calls this whenever it starts the workers.
-
-    Raises:
-        TilestreamError: what stopped the workers before, when no restart can mend it; Ray Train then gives up.
-    """
-    cluster.quiet()
-    if not fatal.empty():
-        raise fatal.get()
-    start, _ = resume_point(config, catalog)
-    return make_stream(config, catalog).dataset(start, config.train.steps)
+def _order(orders: ray.util.queue.Queue) -> Callable[[], bool]:
+    """Whether the driver has put an order, asked without waiting."""
+    order = cast(Any, orders.actor).get.remote()
+    return lambda: bool(ray.wait([order], timeout=0)[0])
 
 
-def train(config: Config, *, debug: bool = False, verbose: bool = False) -> TrainResult:
+class _EndForGood(UserCallback):
+    """Ends a run at an error that starting the workers again would only meet again."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Ray Train calls this before it decides about a restart; what is raised here ends the run."""
+        del run_context
+        causes = [root_cause(error) for error in worker_exceptions.values()]
+        for cause in causes:
+            if isinstance(cause, TilestreamError):
+                raise cause
+
+
+def train(config: Config, *, debug: bool = False, verbose: bool = False, force: bool = False) -> TrainResult:
     """Runs a training to its last step, from the newest checkpoint of `run.out` if there is one.
 
-    With `debug`, reader and trainer run in this process, without Ray, so that a debugger stops in both.
+    With `debug`, reader and trainer run in this process, without Ray, so that a debugger stops in both. With `force`,
+    a run goes on by another recipe than it began with.
 
     Raises:
         TilestreamError: bad input, told in one line.
@@ -201,51 +267,98 @@ def train(config: Config, *, debug: bool = False, verbose: bool = False) -> Trai
     config = replace(config, run=replace(config.run, out=storage.canonical(config.run.out)))
     catalog = load_catalog(config.data)
     out, options, steps = config.run.out, config.data.storage_options, config.train.steps
-    start, resume = resume_point(config, catalog)
+    start, resume = resume_point(config, catalog.fingerprint, force=force)
     last = checkpoint.checkpoint_uri(out, steps)
     if start >= steps:
         return TrainResult(resume or last, start, steps, [f"{out} is trained to step {start} already"])
     make_plan(config, catalog)  # what the catalog can't give is told before anything starts
-    DinoModule(config)  # and what the model can't be
+    check_model(config, resumed=resume is not None)
     storage.write_bytes(storage.join(out, checkpoint.CONFIG), config.to_yaml().encode(), options)
-    with MetricsLog(config, start) as log:
+    with MetricsLog(config, start) as log, terminated() as stop:
         if debug:
             if config.train.ranks != 1:
                 raise ConfigError(f"train.ranks is {config.train.ranks}; --debug runs one rank: add --train.ranks 1")
             source = make_stream(config, catalog).local_batches(start, steps)
-            batches = StepBatches(source, start, config)
-            fit(config, catalog.fingerprint, batches, resume, log.add, devices=1)
+            batches = StepBatches(source, start, config, lambda failures: log.add(Failed("", failures)))
+            fit(config, catalog.fingerprint, batches, resume, log.add, Signals(stop=stop.is_set))
         else:
-            _fit_on_ray(config, catalog, log, verbose=verbose)
-    return TrainResult(last, start, steps, log.summary)
+            _fit_on_ray(config, catalog, log, stop, verbose=verbose)
+    reached = checkpoint.steps_of(out, options)[-1]
+    return TrainResult(checkpoint.checkpoint_uri(out, reached), start, reached, log.summary)
 
 
-def _fit_on_ray(config: Config, catalog: Catalog, log: MetricsLog, *, verbose: bool) -> None:
+@contextlib.contextmanager
+def terminated() -> Generator[threading.Event]:
+    """An event that SIGTERM sets while the block runs (spot machines send it); a second one kills the process."""
+    event, term = threading.Event(), signal.SIGTERM
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # only the main thread may listen to signals
+        return
+
+    def note(*_: Any) -> None:
+        event.set()
+        signal.signal(term, signal.SIG_DFL)
+
+    before = signal.signal(term, note)
+    try:
+        yield event
+    finally:
+        signal.signal(term, before)
+
+
+def _fit_on_ray(config: Config, catalog: Catalog, log: MetricsLog, stop: threading.Event, *, verbose: bool) -> None:
     train, data, options = config.train, config.data, config.data.storage_options
     cluster.connect(round(train.ranks * train.rank_cpus + data.readers[1] * data.reader_cpus) + 1, verbose=verbose)
-    messages, fatal = (ray.util.queue.Queue(actor_options={"num_cpus": 0}) for _ in range(2))
+    source = make_stream(config, catalog).source
+    chain = start_chain(source)
+    messages, orders = (ray.util.queue.Queue(actor_options={"num_cpus": 0}) for _ in range(2))
     # Ray Train keeps its own notes in the run's storage, which all nodes reach.
     notes = storage.join(config.run.out, f".ray-{uuid.uuid4().hex[:8]}")
     fs, path = storage.filesystem(notes, options)
     handler = cast(Any, FSSpecHandler)(fs)  # its stubs call it abstract
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": config, "catalog": catalog, "messages": messages, "fatal": fatal},
-        datasets={"tiles": partial(_dataset, config, catalog, fatal)},
-        dataset_config=ray.train.DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
+        train_loop_config={"loop": _Loop(config, catalog.fingerprint, source, chain, messages, orders)},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=train.ranks, use_gpu=train.gpu, resources_per_worker={"CPU": train.rank_cpus}
+            num_workers=train.ranks,
+            use_gpu=train.gpu,
+            resources_per_worker={"CPU": train.rank_cpus, **train.rank_resources},
+            label_selector=train.rank_labels or None,
         ),
         run_config=ray.train.RunConfig(
             name="train",
+            # Crops of two sizes tear the GPU's memory into pieces.
+            worker_runtime_env={"env_vars": {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}} if train.gpu else None,
             storage_path=path,
             storage_filesystem=PyFileSystem(handler),
             failure_config=ray.train.FailureConfig(max_failures=train.max_restarts),
+            callbacks=[_EndForGood()],
         ),
     )
     try:
-        with log.listening(messages):
+        with log.listening(messages), _passing_on(stop, orders):
             trainer.fit()
     finally:
+        ray.kill(chain)
         with contextlib.suppress(TilestreamError):
             storage.remove(notes, options)
+
+
+@contextlib.contextmanager
+def _passing_on(stop: threading.Event, orders: ray.util.queue.Queue) -> Generator[None]:
+    """Tells rank 0 of the event while the block runs."""
+    done = threading.Event()
+
+    def wait() -> None:
+        while not done.is_set():
+            if stop.wait(0.5):
+                orders.put("stop")
+                return
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    try:
+        yield
+    finally:
+        done.set()
+        waiting.join()

@@ -1,39 +1,63 @@
-"""Watching a run: batches timed and checked, metrics of each step, checkpoints when due, a progress line."""
+"""Watching a run: batches timed and checked, metrics of each step, checkpoints when due, an end when it broke down."""
 
 from __future__ import annotations
 
 import contextlib
 import queue
+import resource
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn, cast
 
 import lightning.pytorch as pl
 import pyarrow as pa
 import ray.util.queue
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from streaming import storage
-from streaming.errors import StreamError, TilestreamError
+from streaming.errors import StreamError, TilestreamError, TrainingError
+from streaming.failures import Failure, FailureLog, failures_of
+from streaming.metrics import export_step, export_wait
 from streaming.progress import ProgressLine
 from streaming.stats import FailureBudget
 from streaming.stream import check_step
 from trainer import checkpoint
 from trainer.config import Config
+from trainer.health import Guard
 from trainer.module import DinoModule
 
 METRICS = "metrics.parquet"
+_TERMS = ("loss", "dino_global", "dino_local", "ibot", "koleo", "kde")
 Row = dict[str, float]
-Report = Callable[[Row], None]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Tiles that a rank could not get, and the generation of ranks (`streaming.chain`) that it is one of."""
+
+    generation: str
+    failures: list[Failure]
+
+
+Report = Callable[["Row | Failed"], None]
 
 
 class StepBatches:
     """A rank's micro-batches, timed, counted and checked against the step they belong to."""
 
-    def __init__(self, source: Iterable[dict[str, Any]], start: int, config: Config) -> None:
-        self._source, self.start, self._config = source, start, config
+    def __init__(
+        self,
+        source: Iterable[dict[str, Any]],
+        start: int,
+        config: Config,
+        failed: Callable[[list[Failure]], None] | None = None,
+    ) -> None:
+        """`failed` is told of each batch's tiles that could not be read, where there are any."""
+        self._source, self.start, self._config, self._failed = source, start, config, failed
         self.budget = FailureBudget(config.data.max_failed_share)
         self.waited_s = 0.0
 
@@ -48,9 +72,13 @@ class StepBatches:
         while True:
             asked = time.perf_counter()
             batch = next(batches, None)
-            self.waited_s += time.perf_counter() - asked
+            waited = time.perf_counter() - asked
+            self.waited_s += waited
             if batch is None:
                 return
+            export_wait(waited)
+            if self._failed and (failures := failures_of(batch)):
+                self._failed(failures)
             self.budget.add(batch)
             step = self.start + rounds // shape.accumulate
             rounds += 1
@@ -63,59 +91,194 @@ class StepBatches:
             yield {"tile": batch["tile"], "index": batch["index"]}
 
 
-class Watch(Callback):
-    """After each step: its metrics to whoever listens, and a checkpoint when one is due."""
+class Wishes(NamedTuple):
+    """What some rank asks all ranks to do after a step."""
 
-    def __init__(self, config: Config, batches: StepBatches, report: Report) -> None:
+    stop: bool = False
+    """Save and leave: the run was told to end."""
+    save: bool = False
+    """Save: the time has come."""
+    look: bool = False
+    """Look together whether a machine is about to go."""
+
+
+class _Agreement:
+    """Tells every rank what any rank wished for a step ago: nobody waits for it, and all hear of it at one step."""
+
+    def __init__(self, num_ranks: int) -> None:
+        # A group of its own on the host: with NCCL's, each step would wait for the device.
+        self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if num_ranks > 1 else None
+        self._asked: tuple[torch.Tensor, dist.Work] | None = None
+
+    def exchange(self, wishes: Wishes) -> Wishes:
+        if self._group is None:
+            return wishes
+        before, flags = self._asked, torch.tensor(wishes, dtype=torch.uint8)
+        work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None, "asynchronous collectives return their work"
+        self._asked = (flags, work)
+        if before is None:
+            return Wishes()
+        before[1].wait()
+        return Wishes(*(bool(flag) for flag in before[0]))
+
+    def end(self) -> None:
+        if self._asked is not None:
+            self._asked[1].wait()
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What reaches a rank from outside."""
+
+    stop: Callable[[], bool] = lambda: False
+    """Whether this rank was told to save and leave."""
+    leaving: Callable[[], bool] = lambda: False
+    """Whether a machine of the run is about to go; asked of all ranks at once."""
+
+
+_LOOK_EVERY_S = 10.0
+
+
+class Watch(Callback):
+    """After each step: its metrics to whoever listens, a checkpoint when one is due, an end when the run broke down."""
+
+    def __init__(
+        self,
+        config: Config,
+        batches: StepBatches,
+        report: Report,
+        storage_io: checkpoint.FolderCheckpointIO,
+        signals: Signals,
+    ) -> None:
         self._config, self._batches, self._report = config, batches, report
+        self._io, self._signals = storage_io, signals
+        self._guard = Guard(config.watch)
         self._index: list[torch.Tensor] = []
+        self._finite: torch.Tensor | None = None
         # The first row counts from here: it shows what the cold start cost.
         self._since, self._waited_s, self._logged_step = time.perf_counter(), 0.0, batches.start
+        self._saved = [batches.start] if batches.start else []
+        self._saved_at = self._looked_at = time.monotonic()
+        self._has_left = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Opens the ranks' way to agree."""
+        self._agreement = _Agreement(trainer.world_size)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Looks whether the micro-batch ended a step."""
+        """Looks whether the micro-batch ended a step.
+
+        Raises:
+            TrainingError: loss, gradients, embeddings or targets broke down.
+            StorageError: the last checkpoint could not be written.
+        """
+        assert isinstance(pl_module, DinoModule)
         self._index.append(batch["index"])
         train, step = self._config.train, trainer.global_step
         if len(self._index) < train.accumulate:
             return
         index, self._index = torch.cat(self._index), []
-        if step % train.log_every == 0 or step == train.steps:
+        self._io.check()
+        self._note_finite(pl_module)
+        if pl_module.is_logged(step):
             self._log(trainer, pl_module, step, index)
-        if step % train.checkpoint_every == 0 or step == train.steps:
-            trainer.save_checkpoint(checkpoint.checkpoint_uri(self._config.run.out, step), weights_only=False)
+        wishes = self._agreement.exchange(self._wishes())
+        if wishes.look:
+            self._looked_at = time.monotonic()
+            leaving = not self._has_left and self._signals.leaving()
+            self._has_left |= leaving
+            wishes = wishes._replace(save=wishes.save or leaving)
+        if wishes.save or wishes.stop or step % train.checkpoint_every == 0 or step == train.steps:
+            self._save(trainer, pl_module, step)
+        trainer.should_stop |= wishes.stop
 
-    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, index: torch.Tensor) -> None:
+    def _wishes(self) -> Wishes:
+        now, minutes = time.monotonic(), self._config.train.checkpoint_minutes
+        return Wishes(
+            stop=self._signals.stop(),
+            save=minutes is not None and now - self._saved_at >= minutes * 60,
+            look=now - self._looked_at >= _LOOK_EVERY_S,
+        )
+
+    def _note_finite(self, pl_module: DinoModule) -> None:
+        """Remembers on the device whether all was finite since the last look: looking would wait for the device."""
+        values = [torch.as_tensor(value, device=pl_module.device) for value in pl_module.step_metrics.values()]
+        now = torch.stack([value.float() for value in values]).isfinite().all()
+        self._finite = now if self._finite is None else self._finite & now
+
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        assert self._finite is not None
+        if not bool(_of_all_ranks(pl_module, self._finite).all()):
+            self._break_down(step, f"loss or gradients not finite after step {self._logged_step}", step)
+        if step in self._saved:
+            return
+        if trainer.is_global_zero:
+            self._report({"saving": float(step)})
+        trainer.save_checkpoint(checkpoint.checkpoint_uri(self._config.run.out, step), weights_only=False)
+        self._saved.append(step)
+        self._saved_at = time.monotonic()
+
+    def _break_down(self, step: int, trouble: str, until: int) -> NoReturn:
+        """Ends the run and names the last checkpoint that was written until then."""
+        self._io.wait()
+        kept = self._saved[-self._config.train.keep_checkpoints :]
+        good = max((saved for saved in kept if saved <= until), default=None)
+        where = checkpoint.checkpoint_uri(self._config.run.out, good) if good is not None else "none yet"
+        raise TrainingError(
+            f"{self._config.run.out}: step {step}: {trouble}; the run was stopped. Last good checkpoint: {where}; "
+            "remove later ones, lower optim.base_lr and start again (watch.* says what counts as broken)"
+        )
+
+    def _log(self, trainer: pl.Trainer, pl_module: DinoModule, step: int, index: torch.Tensor) -> None:
         batch = self._config.train.batch
         seen = _of_all_ranks(pl_module, index).flatten().cpu().numpy()
         check_step(step - 1, batch, seen)
-        assert isinstance(pl_module, DinoModule)
         own = {name: float(value) for name, value in pl_module.step_metrics.items()}
         budget = self._batches.budget
         # Counts of this rank stand beside the mean of the others: all are summed or averaged in one exchange.
-        values = torch.tensor([*own.values(), budget.filtered, budget.failed, self._batches.waited_s])
-        mean = _of_all_ranks(pl_module, values.to(pl_module.device)).view(-1, len(values)).mean(dim=0).tolist()
+        counts = [budget.filtered, budget.failed, _peak_memory_gb(pl_module.device), self._batches.waited_s]
+        values = torch.tensor([*own.values(), *counts])
+        rows = _of_all_ranks(pl_module, values.to(pl_module.device)).view(-1, len(values))
+        mean = rows.mean(dim=0).tolist()
         now = time.perf_counter()
         elapsed, steps = now - self._since, step - self._logged_step
         row: Row = dict(zip(own, mean, strict=False)) | {
             "step": step,
             "first_index": int(seen.min()),
             "next_index": int(seen.max()) + 1,
+            "tiles_seen": step * batch,
             "tiles_per_s": steps * batch / elapsed,
             "data_wait_share": (mean[-1] - self._waited_s) / elapsed,
-            "filtered": round(mean[-3] * trainer.world_size),
-            "failed": round(mean[-2] * trainer.world_size),
+            "filtered": round(mean[-4] * trainer.world_size),
+            "failed": round(mean[-3] * trainer.world_size),
+            "peak_memory_gb": float(rows[:, -2].max()),
             "time": time.time(),
         }
-        self._since, self._waited_s, self._logged_step = now, mean[-1], step
         if trainer.is_global_zero:
             self._report(row)
+        # Every rank has the same row, so all stop at once.
+        if trouble := self._guard.trouble(row):
+            # What was saved has been looked at: infinite values are in none of it, a collapse may be.
+            self._break_down(step, trouble, self._guard.well_until if "collapsed" in trouble else step)
+        self._since, self._waited_s, self._logged_step = now, mean[-1], step
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tells of replaced tiles."""
+        """Waits for the last checkpoint, and tells of replaced tiles."""
+        self._agreement.end()
+        self._io.wait()
+        trainer.strategy.barrier("checkpoint")
         if trainer.is_global_zero and (lines := self._batches.budget.summary()):
             self._report({f"summary:{line}": 0.0 for line in lines})
+
+
+def _peak_memory_gb(device: torch.device) -> float:
+    """Highest memory so far in GiB: of the GPU's tensors, or of this process where there is no GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 
 def _of_all_ranks(pl_module: pl.LightningModule, values: torch.Tensor) -> torch.Tensor:
@@ -125,7 +288,10 @@ def _of_all_ranks(pl_module: pl.LightningModule, values: torch.Tensor) -> torch.
 
 
 class MetricsLog:
-    """The metrics of a run: a progress line now, `metrics.parquet` of the run at every checkpoint and at the end."""
+    """The metrics of a run: a progress line now, `metrics.parquet` of the run at every checkpoint and at the end.
+
+    So it is with `failures.parquet`, the tiles that could not be read.
+    """
 
     def __init__(self, config: Config, start: int) -> None:
         self._config, self._options = config, config.data.storage_options
@@ -135,6 +301,8 @@ class MetricsLog:
         if start and storage.exists(self._uri, self._options):
             earlier: list[Row] = storage.read_table(self._uri, self._options).to_pylist()
             self._rows = [row for row in earlier if row["step"] <= start]
+        self._failures = FailureLog(config.run.out, self._options, start * config.train.batch)
+        self._generation = ""
         self._progress = ProgressLine("train", "steps", total=config.train.steps)
 
     def __enter__(self) -> MetricsLog:
@@ -146,19 +314,28 @@ class MetricsLog:
         with contextlib.suppress(TilestreamError):
             self._save()
 
-    def add(self, row: Row) -> None:
-        """Takes the row of a step, or lines of the summary."""
+    def add(self, row: Row | Failed) -> None:
+        """Takes the row of a step, lines of the summary, or failures."""
+        if isinstance(row, Failed):
+            if row.generation != self._generation:
+                self._failures.rewind()
+                self._generation = row.generation
+            self._failures.add(row.failures)
+            return
+        if "saving" in row:
+            self._failures.settle()
+            self._save()  # before the checkpoint is whole, so that none is without the rows that lead to it
+            return
         if "step" not in row:
             self.summary += [name.removeprefix("summary:") for name in row]
             return
         # After a restart of the workers, steps since the last checkpoint come again.
         self._rows = [kept for kept in self._rows if kept["step"] < row["step"]] if self._is_repeat(row) else self._rows
         self._rows.append(row)
-        terms = "  ".join(f"{name} {row[name]:.3f}" for name in ("loss", "dino_global", "dino_local", "ibot", "koleo"))
+        export_step(row["step"], row["loss"])
+        terms = "  ".join(f"{name} {row[name]:.3f}" for name in _TERMS if name in row)
         speed = f"{row['tiles_per_s']:.0f} tiles/s  waited {row['data_wait_share']:.0%}"
         self._progress.update(int(row["step"]), f"{speed}  {terms}")
-        if row["step"] % self._config.train.checkpoint_every == 0:
-            self._save()
 
     def _is_repeat(self, row: Row) -> bool:
         return bool(self._rows) and self._rows[-1]["step"] >= row["step"]
@@ -166,6 +343,7 @@ class MetricsLog:
     def _save(self) -> None:
         if self._rows:
             storage.write_table(self._uri, pa.Table.from_pylist(self._rows), self._options)
+        self._failures.save()
 
     @contextlib.contextmanager
     def listening(self, messages: ray.util.queue.Queue) -> Generator[None]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import perf_counter
 
 import numpy as np
 
+from streaming import counters
 from streaming.errors import SlideError
 from streaming.ranges import Ranges
 from streaming.slide import geometry
@@ -75,7 +77,9 @@ class BlockSlide:
                 return
             pixels = geometry.scratch("box", box.height // scale, box.width // scale)
             fill(pixels)
+            started = perf_counter()
             geometry.resize(pixels, out)
+            counters.mine().resample_s += perf_counter() - started
 
         return finish
 
@@ -108,19 +112,28 @@ class BlockSlide:
         def fill(out: Pixels) -> None:
             if not whole:
                 out.fill(0)  # black past the slide and where a block is empty, as OpenSlide
+            count, at = counters.mine(), perf_counter()
             for row, start, answer, blocks in asked:
                 content = answer()
+                before, at = at, perf_counter()
+                count.fetch_s += at - before
                 y0, y1 = max(top, row * high), min(bottom, row * high + high)
                 for column, offset, nbytes in blocks:
                     x0, x1 = max(left, column * wide), min(right, column * wide + wide)
                     try:
-                        block = decode(content[offset - start : offset - start + nbytes], level.form, scale)
+                        compressed = content[offset - start : offset - start + nbytes]
+                        block = decode(compressed, level.form, scale, y1 - row * high)
                     except (ValueError, RuntimeError, MemoryError) as error:
                         raise self._broken(box.level, row * level.columns + column, error) from error
+                    before, at = at, perf_counter()
+                    count.decode_s += at - before
                     rows, columns = _scaled(y0, y1, box.y, scale), _scaled(x0, x1, box.x, scale)
                     out[rows, columns] = block[
                         _scaled(y0, y1, row * high, scale), _scaled(x0, x1, column * wide, scale)
                     ]
+                    before, at = at, perf_counter()
+                    count.assemble_s += at - before
+                count.blocks += len(blocks)
 
         return fill
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -12,6 +13,10 @@ import simplejpeg
 from streaming.slide.geometry import Pixels, scratch
 
 _SOI, _APP0, _APP14 = b"\xff\xd8", b"\xff\xe0", b"\xff\xee"
+
+# libjpeg's first complaint about a JPEG that was told to be less high than it is, if all before was sound: it tells the
+# first of several, and sees what is left over only after the last row.
+_ONLY_LEFT_OVER = re.compile("extraneous bytes before marker 0xd9$")
 
 # TIFF's compression tag → name: Adobe TIFF 6.0 and its supplements; 33003 and 33005 are Aperio's.
 CODECS = {1: "NONE", 5: "LZW", 7: "JPEG", 8: "DEFLATE", 32946: "DEFLATE", 33003: "JP2K_YCBCR", 33005: "JP2K_RGB"}
@@ -49,16 +54,17 @@ def jpeg_prefix(tables: bytes, *, rgb: bool) -> bytes:
     return _SOI + adobe + tables.removeprefix(_SOI).removesuffix(b"\xff\xd9")
 
 
-def decode(block: bytes, form: BlockFormat, scale: int = 1) -> Pixels:
+def decode(block: bytes, form: BlockFormat, scale: int = 1, rows: int | None = None) -> Pixels:
     """The pixels of a block, uint8 (height / scale, width / scale, 3); a scale above 1 only of `BlockFormat.scales`.
 
-    They may lie in memory that this thread's next call overwrites.
+    Where only the block's first `rows` (in its own pixels) are wanted, those below may be missing or of any content.
+    The pixels may lie in memory that this thread's next call overwrites.
 
     Raises:
         ValueError: it is damaged, or of another size than the level's blocks.
     """
     if form.codec == "JPEG":
-        return _decode_jpeg(block, form, scale)
+        return _decode_jpeg(block, form, scale, form.height if rows is None else rows)
     pixels = _decode_jpeg2000(block, form) if form.codec.startswith("JP2K") else _decode_plain(block, form)
     wanted = (form.height, form.width, 3)
     if pixels.shape != wanted or pixels.dtype != np.uint8:
@@ -66,7 +72,7 @@ def decode(block: bytes, form: BlockFormat, scale: int = 1) -> Pixels:
     return cast(Pixels, pixels)
 
 
-def _decode_jpeg(block: bytes, form: BlockFormat, scale: int) -> Pixels:
+def _decode_jpeg(block: bytes, form: BlockFormat, scale: int, rows: int) -> Pixels:
     if block[:2] != _SOI:
         raise ValueError("it does not begin as a JPEG")
     start = 2
@@ -78,10 +84,48 @@ def _decode_jpeg(block: bytes, form: BlockFormat, scale: int) -> Pixels:
     # Before a byte is allocated for it: a header can claim 65,535 × 65,535 px.
     if (height, width) != (form.height, form.width):
         raise ValueError(f"it is of {width} × {height} px, not {form.width} × {form.height}")
-    height, width = form.height // scale, form.width // scale
-    out = scratch("block", height, width)
-    simplejpeg.decode_jpeg(whole, min_height=height, min_width=width, min_factor=scale, buffer=cast(Any, out))
+    # Chroma is interpolated with the next row's; sixteen rows are decoded at once.
+    enough = -(-(rows + 2 * scale) // 16) * 16
+    shorter = _shortened(whole, enough) if enough < form.height else None
+    if shorter is not None:
+        out = scratch("block", enough // scale, form.width // scale)
+        try:
+            _decode_into(shorter, out, scale)
+            return out
+        except ValueError as error:
+            if _ONLY_LEFT_OVER.search(str(error)):
+                return out
+    out = scratch("block", form.height // scale, form.width // scale)
+    _decode_into(whole, out, scale)
     return out
+
+
+def _decode_into(jpeg: bytes | bytearray, out: Pixels, scale: int) -> None:
+    height, width = out.shape[:2]
+    simplejpeg.decode_jpeg(jpeg, min_height=height, min_width=width, min_factor=scale, buffer=cast(Any, out))
+
+
+def _shortened(jpeg: bytes, height: int) -> bytearray | None:
+    """The JPEG with another height in its header, so that decoding ends there; most of the work is reading its codes.
+
+    None where more than one pass goes over the rows, or restart markers may hide where one breaks off.
+    """
+    at, frame = 2, 0
+    while at + 10 < len(jpeg) and jpeg[at] == 0xFF:
+        kind = jpeg[at + 1]
+        if kind in (0xC0, 0xC1):
+            frame = at
+        elif kind == 0xDA:
+            # One scan of all components.
+            if not frame or jpeg[at + 4] != jpeg[frame + 9]:
+                return None
+            shorter = bytearray(jpeg)
+            shorter[frame + 5 : frame + 7] = height.to_bytes(2)
+            return shorter
+        elif kind == 0xDD or (0xC2 <= kind <= 0xCF and kind != 0xC4):
+            return None
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4])
+    return None
 
 
 def _decode_jpeg2000(block: bytes, form: BlockFormat) -> Any:

@@ -20,7 +20,7 @@ import numpy as np
 import openslide
 from filelock import FileLock
 
-from streaming import storage
+from streaming import counters, storage
 from streaming.errors import SlideError, StorageError
 from streaming.slide import geometry
 from streaming.slide.geometry import Pixels
@@ -47,8 +47,10 @@ class Staging:
         Path(self.folder).mkdir(parents=True, exist_ok=True)
         with FileLock(os.path.join(self.folder, f"{key}.lock")):
             if path.exists():
+                counters.mine().staged_hits += 1
                 os.utime(path)
             else:
+                counters.mine().staged_misses += 1
                 self._make_room(info)
                 storage.download(info, str(path), options)
         return str(path)
@@ -118,7 +120,16 @@ class OpenSlideSlide:
         box = geometry.checked_tile_box(self.mpp, self.level_downsamples, x, y, mpp, size)
         downsample = self.level_downsamples[box.level]
         location = (round(box.x * downsample), round(box.y * downsample))
-        return lambda out: geometry.resize(self.read_region(location, box.level, (box.width, box.height)), out)
+
+        def finish(out: Pixels) -> None:
+            count, started = counters.mine(), time.perf_counter()
+            pixels = self.read_region(location, box.level, (box.width, box.height))
+            decoded = time.perf_counter()
+            geometry.resize(pixels, out)
+            count.decode_s += decoded - started
+            count.resample_s += time.perf_counter() - decoded
+
+        return finish
 
     def read_tile(self, x: int, y: int, mpp: float, size: int, *, exact: bool = False) -> Pixels:
         """A tile of uint8 (size, size, 3); x, y the level-0 pixel of its top-left corner, mpp its µm/px."""

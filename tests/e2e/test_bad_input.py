@@ -13,8 +13,10 @@ import boto3
 import pyarrow.parquet as pq
 import pytest
 from s3fs import S3FileSystem
+from safetensors.torch import save_file
 
 from trainer import checkpoint
+from trainer.backbone import create_backbone
 from trainer.cli import main
 from trainer.config import read_config
 
@@ -178,7 +180,9 @@ def test_a_checkpoint_of_another_architecture(
     config = read_config("debug", ["--run.out", str(tmp_path / "run")])
     uri = checkpoint.checkpoint_uri(str(tmp_path / "run"), 1)
     state = {"global_step": 1, "state_dict": {"teacher.backbone.vit.other": checkpoint.torch.zeros(1)}}
-    checkpoint.FolderCheckpointIO(config, "c0ffee").save_checkpoint(state, uri)
+    to_storage = checkpoint.FolderCheckpointIO(config, "c0ffee")
+    to_storage.save_checkpoint(state, uri)
+    to_storage.wait()
     line = refusal(capsys, "embed", tmp_path / "run", slides[0], "--out", tmp_path / "out")
     assert uri in line
     assert "another architecture" in line
@@ -200,3 +204,27 @@ def test_a_command_line_with_a_typo(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--steps" in refusal(capsys, "stream", "catalog", "--steps", "5")
     assert "trian" in refusal(capsys, "trian")
     assert "KEY=VALUE" in refusal(capsys, "stream", "catalog", "--storage", "nonsense")
+
+
+def test_crops_that_the_patches_do_not_divide(capsys: pytest.CaptureFixture[str], catalog: str, tmp_path: Path) -> None:
+    run = ("--data.catalog", catalog, "--run.out", tmp_path / "run", "--data.mpp", "{0.5: 1}")
+    line = refusal(capsys, "train", "debug", *run, "--augment.global_size", "72")
+    assert "72×72 px: patch size 16 does not divide it; nearest: 64 and 80" in line
+    assert "50×50" in refusal(capsys, "train", "debug", *run, "--augment.local_size", "50", "--dry-run")
+
+
+def test_weights_of_another_architecture_or_with_missing_keys(
+    capsys: pytest.CaptureFixture[str], catalog: str, tmp_path: Path
+) -> None:
+    run = ("--data.catalog", catalog, "--run.out", tmp_path / "run", "--data.mpp", "{0.5: 1}")
+    small = create_backbone("vit_small_patch16_224", img_size=64).vit.state_dict()
+    save_file(small, tmp_path / "small.safetensors")
+    line = refusal(capsys, "train", "debug", *run, "--model.init", tmp_path / "small.safetensors")
+    assert str(tmp_path / "small.safetensors") in line
+    assert "of another shape" in line
+    some = create_backbone("vit_tiny_patch16_224", img_size=64).vit.state_dict()
+    del some["norm.weight"]
+    save_file(some, tmp_path / "some.safetensors")
+    line = refusal(capsys, "train", "debug", *run, "--model.init", tmp_path / "some.safetensors")
+    assert "missing" in line
+    assert "norm.weight" in line

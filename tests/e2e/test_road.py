@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -88,22 +89,17 @@ def test_a_killed_rank_is_started_again_and_trains_the_same_indices(catalog: str
         assert running.poll() is None, "training ended before its first checkpoint"
         assert time.monotonic() < deadline, "no checkpoint in four minutes"
         time.sleep(0.1)
-    os.kill(_pids_of("ray::RayTrainWorker")[0], signal.SIGKILL)
+    os.kill(_child_named("ray::RayTrainWorker", running.pid), signal.SIGKILL)
     assert running.wait(timeout=300) == 0
     assert "trained steps 0 to 10" in printed.read_text()
     steps = pq.read_table(out / "metrics.parquet").to_pylist()
     assert [(row["first_index"], row["next_index"]) for row in steps] == [(8 * s, 8 * s + 8) for s in range(10)]
 
 
-def _pids_of(name: str) -> list[int]:
-    found: list[int] = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if (process / "cmdline").read_bytes().startswith(name.encode()):
-                found.append(int(process.name))
-        except OSError:
-            continue
-    return found
+def _child_named(name: str, pid: int) -> int:
+    """A process below another; other Ray sessions of this machine are left alone."""
+    children = psutil.Process(pid).children(recursive=True)
+    return next(child.pid for child in children if " ".join(child.cmdline()).startswith(name))
 
 
 def test_the_digests_of_steps_do_not_depend_on_ranks_readers_or_where_a_run_starts(catalog: str) -> None:

@@ -149,7 +149,7 @@ def test_a_slide_too_coarse_for_a_magnification_does_not_serve_it() -> None:
         ({"mpp": {0.5: 0}}, ConfigError, "mpp"),
         ({"size": 0}, ConfigError, "size"),
         ({"min_tissue": 2.0}, ConfigError, "min_tissue"),
-        ({"cohorts": {"nobody": 1}}, PlanError, "none of its 3 slides"),
+        ({"cohorts": {"nobody": 1}}, PlanError, "cohort 'nobody' among the 3"),
         ({"size": 10**6}, PlanError, "10+ px tile"),
     ],
 )

@@ -37,6 +37,10 @@ def test_senseless_shapes_steps_and_readers_are_refused(catalog: str) -> None:
         BatchShape(0)
     with pytest.raises(ConfigError, match="steps 3:3"):
         stream(catalog, BatchShape(8)).dataset(3, 3)
+    with pytest.raises(ConfigError, match="segment_blocks is 0"):
+        stream(catalog, BatchShape(8), segment_blocks=0)
+    with pytest.raises(ConfigError, match="stall_s is 0"):
+        stream(catalog, BatchShape(8), stall_s=0)
     with pytest.raises(ConfigError, match="readers"):
         stream(catalog, BatchShape(8), readers=(2, 1))
 
@@ -67,13 +71,17 @@ def test_without_ray_the_batches_are_the_reader_s(catalog: str) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_rounds_and_readers_change_nothing_in_a_step(catalog: str) -> None:
-    cluster.connect(4)
+def test_ranks_rounds_readers_and_segments_change_nothing_in_a_step(catalog: str) -> None:
+    cluster.connect(8)
     local = stream(catalog, BatchShape(16))
     undisturbed = [{k: np.asarray(v) for k, v in batch.items()} for batch in local.local_batches(0, 3)]
     wanted = [step_digest([batch]) for batch in undisturbed]
-    for shape, readers in ((BatchShape(16), (1, 1)), (BatchShape(16, 2, 2), (2, 2)), (BatchShape(16, 4), (1, 2))):
-        steps = list(stream(catalog, shape, readers=readers).steps(0, 3))
+    for shape, readers, segment in (
+        (BatchShape(16), (1, 1), 2000),
+        (BatchShape(16, 2, 2), (4, 4), 1),
+        (BatchShape(16, 4), (1, 2), 8),
+    ):
+        steps = list(stream(catalog, shape, readers=readers, segment_blocks=segment).steps(0, 3))
         assert [len(batches) for batches in steps] == [shape.ranks * shape.accumulate] * 3
         assert [step_digest(batches) for batches in steps] == wanted
         for step, batches in enumerate(steps):

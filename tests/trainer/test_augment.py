@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as tv
+from skimage import color
 from torch import Tensor
 
 from trainer.augment import NUM_GLOBAL, Augmentation, Parameters
@@ -26,11 +27,17 @@ def replay(tile: Tensor, p: dict[str, Any], size: int, augmentation: Augmentatio
     x = tv.hflip(x) if p["hflip"] else x
     x = tv.vflip(x) if p["vflip"] else x
     x = torch.rot90(x, p["turns"], (-2, -1))
+    # scikit-image's unit of density is ln(10^6) natural ones.
+    if augmentation.hed_prob:
+        hed = color.separate_stains(x.permute(1, 2, 0).double().numpy(), color.hed_from_rgb)
+        hed = hed * p["stain_scale"] + np.array(p["stain_shift"]) / -np.log(1e-6)
+        x = torch.from_numpy(color.combine_stains(hed, color.rgb_from_hed)).permute(2, 0, 1).float()
     x = tv.adjust_contrast(tv.adjust_brightness(x, p["brightness"]), p["contrast"])
     x = tv.adjust_hue(tv.adjust_saturation(x, p["saturation"]), p["hue"])
     x = tv.rgb_to_grayscale(x, 3) if p["grey"] else x
     kernel = [augmentation.blur_kernel] * 2
     x = tv.gaussian_blur(x, kernel, [p["sigma"]] * 2) if p["blur"] else x
+    x = tv.solarize(x, 0.5) if p["solarise"] else x
     return tv.normalize(x, list(augmentation.mean), list(augmentation.std))
 
 
@@ -45,9 +52,68 @@ def test_every_crop_equals_torchvision_on_the_drawn_parameters() -> None:
         drawn = augmentation.draw(index, 3, views, 48, scale)
         for v in range(len(views)):
             for b in range(6):
-                one = {name: value[v, b].item() for name, value in drawn._asdict().items()}
+                one = {name: value[v, b].tolist() for name, value in drawn._asdict().items()}
                 expected = replay(tiles()[b], one, size, augmentation)
                 torch.testing.assert_close(found[v, b], expected, rtol=0, atol=1e-4)
+
+
+def h_and_e(num: int = 3, side: int = 48) -> Tensor:
+    """Tiles of positive densities of all stains: scikit-image cuts the others off."""
+    densities = np.random.default_rng(0).uniform(0.3, 0.9, (num, side, side, 3)) / -np.log(1e-6)
+    return torch.from_numpy(color.hed2rgb(densities) * 255).round().to(torch.uint8)
+
+
+def test_with_stain_jitter_and_solarising_too_every_crop_equals_its_replay() -> None:
+    options = {
+        "hed_prob": 0.7,
+        "hed_sigma": 0.2,
+        "solarise_prob": 0.6,
+        "global_scale": (1.0, 1.0),
+        "aspect": (1.0, 1.0),
+    }
+    augmentation = Augmentation(**SMALL | options | {"global_size": 48, "num_local": 0})
+    index, pictures = torch.arange(3), h_and_e()
+    crops = augmentation.multi_crop(pictures, index, seed=4).global_
+    drawn = augmentation.draw(index, 4, range(2), 48, (1.0, 1.0))
+    assert drawn.solarise[1].any()
+    assert not drawn.solarise[0].any()
+    for v in range(2):
+        for b in range(3):
+            one = {name: value[v, b].tolist() for name, value in drawn._asdict().items()}
+            expected = replay(pictures[b].permute(2, 0, 1), one, 48, augmentation)
+            close = (crops[v, b] - expected).abs() < 2e-3
+            assert close.float().mean() > 0.999, "all but pixels on solarising's threshold"
+
+
+def test_stain_transfer_gives_crops_of_the_drawn_colour() -> None:
+    options = {"reinhard_prob": 1.0, "jitter_prob": 0.0, "grey_prob": 0.0, "blur_probs": (0.0, 0.0, 0.0)}
+    augmentation = Augmentation(**SMALL | options)
+    drawn = augmentation.draw(torch.arange(3), 0, range(2), 48, augmentation.global_scale)
+    crops = augmentation.multi_crop(h_and_e(), torch.arange(3), 0).global_ / 2 + 0.5
+    for v in range(2):
+        for b in range(3):
+            lab = color.rgb2lab(crops[v, b].permute(1, 2, 0).double().numpy()).reshape(-1, 3)
+            np.testing.assert_allclose(lab.mean(axis=0), drawn.lab_mean[v, b].numpy(), atol=3)  # bright ones are cut
+
+
+def test_extended_context_crops_lie_anywhere_near_their_native_size() -> None:
+    augmentation = Augmentation(ect=True)
+    for views, side in ((range(2), 224), (range(2, 4), 98)):
+        drawn = augmentation.draw(torch.arange(5000), 0, views, 392, (0.05, 0.32))
+        for length, start in ((drawn.height, drawn.top), (drawn.width, drawn.left)):
+            assert side * 0.9 / 1.03 <= length.min()
+            assert length.max() <= side * 1.1 * 1.03
+            assert (start + length).max() <= 392
+            assert start.float().mean().item() == pytest.approx((392 - side) / 2, rel=0.05)
+        aspect = drawn.width / drawn.height
+        assert aspect.min() > 0.93
+        assert aspect.max() < 1.07
+
+
+def test_extended_context_crops_of_a_tile_that_is_too_small_are_the_whole_of_it() -> None:
+    drawn = Augmentation(ect=True).draw(torch.arange(10), 0, range(2), 128, (0.32, 1.0))
+    assert (drawn.height == 128).all()
+    assert (drawn.width == 128).all()
 
 
 def test_the_crops_of_a_sample_depend_neither_on_batch_mates_nor_on_order() -> None:
@@ -177,6 +243,8 @@ def test_unfit_tiles_are_refused(wrong: Tensor, message: str) -> None:
         ({"global_scale": (0.5, 1.5)}, r"global_scale=\(0\.5, 1\.5\) must rise within \(0, 1\]"),
         ({"blur_sigma": (0.0, 2.0)}, r"blur_sigma=\(0\.0, 2\.0\) must rise and be above 0"),
         ({"grey_prob": 1.2, "blur_probs": (0.0, 2.0, 0.0)}, r"grey_prob=1\.2 .*; blur_probs="),
+        ({"hed_prob": 1.5, "solarise_prob": -1}, r"hed_prob=1\.5 .*; solarise_prob=-1 must be in \[0, 1\]"),
+        ({"reinhard_std_spread": (20.0, 1.0, 1.0)}, "must not exceed reinhard_std"),
         ({"hue": 0.6}, r"hue=0\.6 must be in \[0, 0\.5\]"),
         ({"blur_kernel": 8}, "blur_kernel=8 must be odd"),
         ({"blur_kernel": 9, "local_size": 4}, "blur_kernel=9 must be odd and at most"),

@@ -1,21 +1,28 @@
+import copy
+from functools import cache
+
 import pytest
 import timm
 import torch
 from torch import Tensor
 
-from trainer.backbone import Backbone, create_backbone
+from trainer.backbone import Backbone, Tokens, create_backbone
 
 NAME = "vit_tiny_patch16_224"
 
 
-def backbone(num_registers: int | None = None, drop_path: float = 0.0, layer_scale: float = 1.0) -> Backbone:
+@cache
+def whole(num_registers: int | None, layer_scale: float) -> Backbone:
     torch.manual_seed(0)
-    model = create_backbone(
-        NAME, img_size=64, num_registers=num_registers, drop_path=drop_path, layer_scale=layer_scale
-    )
+    model = create_backbone(NAME, img_size=64, num_registers=num_registers, layer_scale=layer_scale)
     model.vit.blocks = model.vit.blocks[:2]
     torch.nn.init.normal_(model.mask_token)
     return model.eval()
+
+
+def backbone(num_registers: int | None = None, drop_path: float = 0.0, layer_scale: float = 1.0) -> Backbone:
+    model = copy.deepcopy(whole(num_registers, layer_scale))
+    return Backbone(model.vit, drop_path).eval() if drop_path else model
 
 
 def images(num: int = 2, height: int = 64, width: int = 64) -> Tensor:
@@ -99,9 +106,59 @@ def test_stochastic_depth_has_the_same_rate_in_all_blocks() -> None:
     model = backbone(drop_path=0.5).train()
     seen: list[int] = []
     for block in model.vit.blocks:
-        block.attn.register_forward_hook(lambda module, args, output: seen.append(len(output)))  # type: ignore[union-attr]
+        block.mlp.register_forward_hook(lambda module, args, output: seen.append(len(output)))  # type: ignore[union-attr]
     model(images(8))
-    assert seen == [4, 4]
+    assert seen == [4 * 17, 4 * 17]
+
+
+def gradients(model: Backbone, tokens: list[Tokens]) -> dict[str, Tensor]:
+    model.zero_grad()
+    upstream = torch.Generator().manual_seed(2)
+    values = [part for one in tokens for part in one]
+    torch.autograd.backward(values, [torch.randn(v.shape, generator=upstream) for v in values])
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("num_registers", "drop_path"), [(None, 0.0), (4, 0.5)])
+def test_one_pass_over_two_crop_sizes_gives_the_tokens_and_gradients_of_two_passes(
+    num_registers: int | None, drop_path: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = backbone(num_registers, drop_path).train()
+    # The two ways ask for their random subsets in another order; with these both take the first half.
+    monkeypatch.setattr(torch, "randperm", lambda num, device: torch.arange(num, device=device))
+    large, small = images(4), images(6, 32, 32)
+    mask = torch.rand(4, 16, generator=torch.Generator().manual_seed(0)) < 0.4
+    one_pass = model([large, small], [mask, None])
+    found = gradients(model, one_pass)
+    two_passes = [model(large, mask), model(small)]
+    expected = gradients(model, two_passes)
+    torch.testing.assert_close(one_pass, two_passes)
+    assert found.keys() == expected.keys() == dict(model.named_parameters()).keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_swiglu_has_the_hidden_width_of_dinov2() -> None:
+    with torch.device("meta"):
+        mlp = create_backbone("vit_large_patch14_dinov2", img_size=98, ffn="swiglu").vit.blocks[0].mlp
+    assert mlp.fc1.weight.shape == (2 * 2736, 1024)
+    assert mlp.fc2.weight.shape == (1024, 2736)
+
+
+def test_swiglu_is_silu_of_the_first_half_times_the_second_and_starts_like_every_matrix() -> None:
+    mlp = create_backbone("vit_tiny_patch16_224", img_size=32, ffn="swiglu").vit.blocks[0].mlp
+    gate, value = mlp.fc1.weight.chunk(2)
+    x = torch.randn(3, 192)
+    torch.testing.assert_close(mlp(x), mlp.fc2(torch.nn.functional.silu(x @ gate.T) * (x @ value.T)))
+    for half in (gate, value):
+        assert half.std().item() == pytest.approx(0.02, rel=0.05)
+    assert not mlp.fc1.bias.any()
+
+
+def test_a_plain_mlp_can_be_asked_of_a_model_that_has_swiglu() -> None:
+    with torch.device("meta"):
+        mlp = create_backbone("vit_giant_patch14_dinov2", img_size=98, ffn="mlp").vit.blocks[0].mlp
+    assert mlp.fc1.weight.shape == (6144, 1536)
 
 
 def test_layer_scale_is_set_in_every_block() -> None:
@@ -130,7 +187,7 @@ def test_an_unknown_name_is_refused_with_close_matches() -> None:
         create_backbone("vit_smal_patch14_dinov2", img_size=98)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_base_patch16_siglip_224"])
+@pytest.mark.parametrize("name", ["resnet18", "vit_base_patch16_siglip_224", "vit_base_patch16_rpn_224"])
 def test_another_family_is_refused(name: str) -> None:
     refused = pytest.raises(ValueError, match=f"'{name}' is no plain vision transformer with a class token")
     with refused, torch.device("meta"):

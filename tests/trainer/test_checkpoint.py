@@ -5,9 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from streaming.errors import CheckpointError
+from streaming.errors import CheckpointError, StorageError
 from trainer import checkpoint
-from trainer.checkpoint import FolderCheckpointIO, checkpoint_uri, find, latest, load, load_weights, read_meta, steps_of
+from trainer.checkpoint import (
+    FolderCheckpointIO,
+    checkpoint_uri,
+    find,
+    latest,
+    load,
+    load_weights,
+    newest_good,
+    read_meta,
+    steps_of,
+    verify,
+)
 from trainer.config import Config, read_config
 
 
@@ -20,8 +31,15 @@ def config(tmp_path: Path) -> Config:
 def save(config: Config, step: int) -> str:
     uri = checkpoint_uri(config.run.out, step)
     state = {"global_step": step, "state_dict": {"weight": torch.arange(4.0)}}
-    FolderCheckpointIO(config, "c0ffee").save_checkpoint(state, uri)
+    write(config, state, uri)
     return uri
+
+
+def write(config: Config, state: dict, uri: str) -> None:
+    to_storage = FolderCheckpointIO(config, "c0ffee")
+    to_storage.save_checkpoint(state, uri)
+    to_storage.wait()
+    to_storage.teardown()
 
 
 def test_what_is_saved_is_loaded_with_its_next_index_and_configuration(config: Config) -> None:
@@ -49,10 +67,7 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(config: Con
 
 def test_a_damaged_checkpoint_is_refused_with_its_name(config: Config) -> None:
     uri = save(config, 1)
-    state = Path(uri, checkpoint.STATE)
-    content = bytearray(state.read_bytes())
-    content[len(content) // 2] ^= 1
-    state.write_bytes(content)
+    damage(uri)
     with pytest.raises(CheckpointError, match=r"step-00000001.*checksum"):
         load(uri)
 
@@ -65,7 +80,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(config: Config, tmp_path: P
             return os.mkdir, (str(marker),)
 
     uri = checkpoint_uri(config.run.out, 1)
-    FolderCheckpointIO(config, "c0ffee").save_checkpoint({"global_step": 1, "evil": Evil()}, uri)
+    write(config, {"global_step": 1, "evil": Evil()}, uri)
     with pytest.raises(CheckpointError, match="can't be read"):
         load(uri)
     assert not marker.exists()
@@ -93,3 +108,46 @@ def test_weights_that_fit_are_loaded() -> None:
     layer = torch.nn.Linear(3, 2)
     load_weights(layer, {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, "run")
     assert layer(torch.ones(1, 3)).tolist() == [[3.0, 3.0]]
+
+
+def damage(uri: str) -> None:
+    state = Path(uri, checkpoint.STATE)
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    whole, damaged = save(config, 1), save(config, 2)
+    damage(damaged)
+    assert newest_good(config.run.out) == whole
+    assert damaged in caplog.text
+    os.remove(Path(whole, checkpoint.STATE))
+    assert newest_good(config.run.out) is None
+
+
+def test_a_damaged_later_checkpoint_does_not_cost_the_one_just_written(config: Config) -> None:
+    config = replace(config, train=replace(config.train, keep_checkpoints=1))
+    damage(save(config, 9))
+    written = save(config, 5)
+    assert newest_good(config.run.out) == written
+    written = save(config, 6)
+    assert newest_good(config.run.out) == written
+    assert steps_of(config.run.out) == [6, 9]
+
+
+def test_saving_goes_on_behind_and_tells_of_its_failure_at_the_next_look(config: Config) -> None:
+    in_the_way = Path(config.run.out)
+    in_the_way.write_text("a file where the run's folder should be")
+    to_storage = FolderCheckpointIO(config, "c0ffee")
+    to_storage.save_checkpoint({"global_step": 1}, checkpoint_uri(config.run.out, 1))
+    with pytest.raises(StorageError, match=str(in_the_way)):
+        to_storage.save_checkpoint({"global_step": 2}, checkpoint_uri(config.run.out, 2))
+    to_storage.teardown()
+
+
+def test_a_checkpoint_goes_to_an_object_store_in_pieces_and_comes_back(config: Config, s3_bucket: str) -> None:
+    config = replace(config, run=replace(config.run, out=f"{s3_bucket}/checkpointed"))
+    uri = save(config, 7)
+    verify(uri)
+    assert torch.equal(load(uri)["state_dict"]["weight"], torch.arange(4.0))

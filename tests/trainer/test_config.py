@@ -1,11 +1,12 @@
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 
 from streaming.errors import ConfigError
-from trainer.config import Config, TrainConfig, parse_config, read_config
+from trainer.config import FREE_FIELDS, Config, TrainConfig, parse_config, read_config, recipe_changes
 from trainer.configs import presets
 
 
@@ -93,3 +94,20 @@ def test_an_unknown_preset_is_told_with_those_there_are() -> None:
 
 def test_defaults_alone_make_a_configuration() -> None:
     assert Config().train == TrainConfig()
+
+
+def test_only_what_changes_the_training_counts_as_another_recipe() -> None:
+    base = read_config("debug", [])
+    free = ["--run.out", "x", "--data.readers", "[1, 3]", "--train.ranks", "2", "--watch.patience", "9"]
+    assert recipe_changes(base, read_config("debug", [*free, "--train.strategy", "fsdp"])) == ([], [])
+    forced, fixed = recipe_changes(base, read_config("debug", ["--train.steps", "90", "--model.head_hidden", "256"]))
+    assert forced == ["train.steps 60 (now 90)"]
+    assert fixed == ["model.head_hidden 512 (now 256)"]
+
+
+def test_every_free_field_exists() -> None:
+    fields = asdict(Config())
+    missing = [
+        f"{section}.{name}" for section, names in FREE_FIELDS.items() for name in names if name not in fields[section]
+    ]
+    assert not missing

@@ -1,7 +1,10 @@
 import pytest
 import torch
 
+from trainer.backbone import create_backbone
+from trainer.config import ModelConfig
 from trainer.heads import DINOHead
+from trainer.module import Network
 
 
 def head(**sizes: int) -> DINOHead:
@@ -59,3 +62,24 @@ def test_only_one_parameter_belongs_to_the_last_layer() -> None:
 def test_impossible_sizes_are_named() -> None:
     with pytest.raises(ValueError, match=r"num_prototypes=0, num_layers=0 must be at least 1"):
         head(num_prototypes=0, num_layers=0)
+
+
+def test_separate_heads_have_bottlenecks_and_prototypes_of_their_own() -> None:
+    sizes = {"num_prototypes": 20, "head_hidden": 8, "head_bottleneck": 6, "separate_heads": True}
+    backbone = create_backbone("vit_tiny_patch16_224", img_size=32)
+    backbone.vit.blocks = backbone.vit.blocks[:1]
+    network = Network(backbone, ModelConfig(**sizes, ibot_bottleneck=4, ibot_prototypes=12))
+    assert network.dino_head.last_layer.weight.shape == (20, 6)
+    assert network.ibot_head is not None
+    assert network.ibot_head.last_layer.weight.shape == (12, 4)
+    images, chosen = torch.randn(2, 3, 32, 32), torch.tensor([[True, False, False, True], [False] * 4])
+    cls, (logits,), patch_logits = network([images], [None], chosen)
+    tokens = backbone(images)
+    torch.testing.assert_close(cls[0], tokens.cls)
+    torch.testing.assert_close(logits, network.dino_head(tokens.cls))
+    torch.testing.assert_close(patch_logits, network.ibot_head(tokens.patches[chosen]))
+
+
+def test_a_shared_head_takes_no_sizes_for_another_one() -> None:
+    with pytest.raises(ValueError, match="separate_heads"):
+        ModelConfig(ibot_bottleneck=256)

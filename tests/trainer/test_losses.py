@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,19 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from trainer.losses import dino_loss, dino_terms, ibot_loss, koleo, mask_weights, sinkhorn, teacher_entropy
+from trainer.losses import (
+    centred,
+    dino_loss,
+    dino_terms,
+    ibot_loss,
+    kde,
+    koleo,
+    mask_weights,
+    moved_centre,
+    sinkhorn,
+    soft_cross_entropy,
+    teacher_entropy,
+)
 
 GOLDEN = Path(__file__).parents[2].parent / "shared/data/dinov2_losses.npz"
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-8}
@@ -154,38 +167,111 @@ def test_teacher_entropy_is_log_k_when_uniform_and_zero_when_one_hot() -> None:
     assert teacher_entropy(torch.eye(8)).item() == 0
 
 
-def losses(crops: slice, tokens: slice) -> dict[str, Tensor]:
-    """Targets and losses of a part of the global batch: 4 crops, 8 masked tokens."""
-    logits, student, patches, patch_logits = rand(4, 9), rand(4, 9, seed=1), rand(8, 9, seed=2), rand(8, 9, seed=3)
+def test_centring_and_its_moving_mean_equal_the_reference(golden: dict[str, Tensor]) -> None:
+    temp, centre = float(golden["teacher_temp"]), torch.zeros(64)
+    torch.testing.assert_close(centred(golden["teacher"], centre, temp), golden["teacher_centered_first"], **TOLERANCE)
+    centre = moved_centre(centre, golden["teacher"], 0.9)
+    torch.testing.assert_close(centre, golden["center_after_one_update"][0], **TOLERANCE)
+    torch.testing.assert_close(centred(golden["teacher"], centre, temp), golden["teacher_centered_second"], **TOLERANCE)
+
+
+def test_the_centre_stays_where_no_token_is_masked() -> None:
+    centre = rand(6)
+    assert torch.equal(moved_centre(centre, torch.empty(0, 6), 0.9), centre)
+
+
+def test_soft_cross_entropy_has_the_gradient_of_autograds_own_chain() -> None:
+    logits, targets, upstream = rand(5, 7).requires_grad_(), 2 * rand(5, 7, seed=1).softmax(dim=1), rand(5, seed=2)
+    peer = logits.detach().clone().requires_grad_()
+    expected = -(targets * torch.log_softmax(peer / 0.1, dim=1)).sum(dim=1)
+    found = soft_cross_entropy(logits, targets, 0.1)
+    torch.testing.assert_close(found, expected)
+    found.backward(upstream)
+    expected.backward(upstream)
+    torch.testing.assert_close(logits.grad, peer.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_kde_is_the_mean_log_of_the_mean_kernel_over_the_others() -> None:
+    features = rand(5, 4).numpy().astype(np.float64)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    rows = [np.log(np.mean([np.exp(5 * unit[i] @ unit[j]) for j in range(5) if j != i])) for i in range(5)]
+    assert kde(torch.from_numpy(features), 5.0).item() == pytest.approx(np.mean(rows), rel=1e-5)
+
+
+def test_kde_of_duplicates_is_the_concentration_and_of_opposites_its_negative() -> None:
+    assert kde(torch.ones(4, 8), 5.0).item() == pytest.approx(5.0)
+    assert kde(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), 5.0).item() == pytest.approx(-5.0)
+    assert kde(torch.ones(1, 8)).item() == 0
+
+
+@pytest.mark.parametrize("regulariser", [kde, koleo])
+def test_descending_a_regulariser_spreads_the_embeddings(regulariser: Callable[[Tensor], Tensor]) -> None:
+    features = torch.tensor([[1.0, 0.1], [1.0, -0.1], [1.0, 0.3]], requires_grad=True)
+    regulariser(features).backward()
+    assert features.grad is not None
+    before, after = features.detach(), features.detach() - 0.05 * features.grad
+    cosines = [torch.nn.functional.normalize(x, dim=1) for x in (before, after)]
+    assert torch.pdist(cosines[1]).mean() > torch.pdist(cosines[0]).mean()
+
+
+class TinyModel(torch.nn.Module):
+    """A student of eight numbers a crop, with a hidden token in one crop or another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = torch.nn.Linear(8, 5), torch.nn.Linear(5, 9)
+
+    def forward(self, crops: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features = self.body(crops)
+        return features, self.head(features), self.head(self.body(tokens))
+
+
+def losses_of(model: torch.nn.Module, crops: slice, tokens: slice) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and targets of a part of the global batch: 4 crops, 8 masked tokens."""
     masks = torch.zeros(4, 6, dtype=torch.bool)
     masks[0, :2], masks[1, 1:6], masks[3, 2] = True, True, True
-    targets, patch_targets = sinkhorn(logits[crops], 0.5), sinkhorn(patch_logits[tokens], 0.5)
-    weights = mask_weights(masks[crops])
-    return {
-        "targets": targets,
-        "patch_targets": patch_targets,
-        "dino": dino_loss([student[crops]], [targets]),
-        "ibot": ibot_loss(patches[tokens], patch_targets, weights, len(targets)),
+    features, logits, patch_logits = model(rand(4, 8)[crops], rand(8, 8, seed=1)[tokens])
+    targets = sinkhorn(rand(4, 9, seed=2)[crops], 0.5)
+    patch_targets = sinkhorn(rand(8, 9, seed=3)[tokens], 0.5)
+    named = {"targets": targets, "patch_targets": patch_targets}
+    named["centred"] = centred(rand(4, 9)[crops], moved_centre(torch.zeros(9), rand(8, 9, seed=3)[tokens], 0.5), 0.1)
+    terms = {
+        "dino": dino_loss([logits], [targets]),
+        "ibot": ibot_loss(patch_logits, patch_targets, mask_weights(masks[crops]), len(targets)),
+        "kde": kde(features),
+        "koleo": koleo(features),
     }
+    return torch.stack(list(terms.values())).sum(), named | {name: term.detach() for name, term in terms.items()}
 
 
 def one_of_two_ranks(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     # The first two crops have seven masked tokens, the last two have one: unequal rows on purpose.
-    part = losses(slice(0, 2), slice(0, 7)) if rank == 0 else losses(slice(2, 4), slice(7, 8))
-    torch.save(part, f"{folder}/{rank}.pt")
+    part = (slice(0, 2), slice(0, 7)) if rank == 0 else (slice(2, 4), slice(7, 8))
+    model = torch.nn.parallel.DistributedDataParallel(TinyModel())
+    loss, named = losses_of(model, *part)
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.module.named_parameters()}
+    torch.save({"named": named, "gradients": gradients}, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def test_two_ranks_give_the_targets_and_losses_of_one_rank(tmp_path: Path) -> None:
+def test_two_ranks_give_the_targets_losses_and_gradients_of_one_rank(tmp_path: Path) -> None:
     mp.spawn(one_of_two_ranks, args=(str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    whole = losses(slice(None), slice(None))
-    for name in ("targets", "patch_targets"):
-        torch.testing.assert_close(torch.cat([first[name], second[name]]), whole[name])
-    for name in ("dino", "ibot"):
-        torch.testing.assert_close((first[name] + second[name]) / 2, whole[name])
-    alone = sinkhorn(rand(4, 9)[:2], 0.5)
-    assert not torch.allclose(alone, first["targets"]), "the ranks must have balanced their rows together"
+    model = TinyModel()
+    loss, whole = losses_of(model, slice(None), slice(None))
+    loss.backward()
+    for name in ("targets", "patch_targets", "centred"):
+        torch.testing.assert_close(torch.cat([first["named"][name], second["named"][name]]), whole[name])
+    for name in ("dino", "ibot", "kde", "koleo"):
+        torch.testing.assert_close((first["named"][name] + second["named"][name]) / 2, whole[name])
+    for name, parameter in model.named_parameters():
+        for rank in (first, second):
+            torch.testing.assert_close(rank["gradients"][name], parameter.grad, rtol=1e-5, atol=1e-6)
+    alone = sinkhorn(rand(4, 9, seed=2)[:2], 0.5)
+    assert not torch.allclose(alone, first["named"]["targets"]), "the ranks must have balanced their rows together"
+    assert not torch.allclose(kde(model.body(rand(4, 8)[:2])), first["named"]["kde"]), "and compared their crops"

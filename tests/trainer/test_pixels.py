@@ -1,12 +1,14 @@
-"""Oracle throughout: torchvision's functional transforms, one sample at a time."""
+"""Oracles: torchvision's functional transforms and scikit-image, one sample at a time."""
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as tv
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from skimage import color
 from torch import Tensor
 
 from trainer import pixels
@@ -93,3 +95,57 @@ def test_blur_equals_torchvisions_gaussian_up_to_the_border(sigma: list[float], 
     expected = torch.stack([tv.gaussian_blur(x, [size, size], [s, s]) for x, s in zip(batch, sigma, strict=True)])
     found = pixels.blur(batch, pixels.gaussian_kernels(torch.tensor(sigma), size))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def last(x: Tensor) -> np.ndarray:
+    return x.permute(1, 2, 0).numpy().astype(np.float64)
+
+
+def stained(num: int = 4) -> Tensor:
+    """Images of positive densities of all three stains, which scikit-image does not cut off."""
+    densities = np.random.default_rng(0).uniform(0.2, 0.6, (num, 24, 20, 3)) / -np.log(1e-6)
+    return torch.from_numpy(color.hed2rgb(densities)).permute(0, 3, 1, 2).float()
+
+
+def test_stain_jitter_equals_scikit_image_s_colour_deconvolution_in_natural_log_density() -> None:
+    batch, rng = stained(), np.random.default_rng(1)
+    scale, shift = rng.uniform(0.8, 1.2, (4, 3)), rng.uniform(-0.1, 0.1, (4, 3))
+    found = pixels.jitter_stains(batch, torch.from_numpy(scale).float(), torch.from_numpy(shift).float())
+    for image, a, b, ours in zip(batch, scale, shift, found, strict=True):
+        # scikit-image's unit of density is ln(10^6) = 13.8 natural ones.
+        hed = color.rgb2hed(last(image)) * a + b / -np.log(1e-6)
+        np.testing.assert_allclose(last(ours), color.hed2rgb(hed), atol=2e-5)
+
+
+def test_stain_jitter_by_one_and_zero_changes_no_colour_at_all() -> None:
+    batch = images().clamp(min=1e-3)
+    batch[:, :, 0], batch[:, :, 1] = 1.0, torch.tensor([1.0, 0.01, 0.01])[:, None]
+    same = pixels.jitter_stains(batch, torch.ones(4, 3), torch.zeros(4, 3))
+    torch.testing.assert_close(same, batch, rtol=0, atol=1e-5)
+
+
+def test_lab_and_back_equal_scikit_image_s() -> None:
+    batch = images()
+    batch[:, :, 0], batch[:, :, 1] = 0.0, 1.0
+    lab = pixels.rgb_to_lab(batch)
+    for image, ours in zip(batch, lab, strict=True):
+        np.testing.assert_allclose(last(ours), color.rgb2lab(last(image)), atol=2e-3)
+    torch.testing.assert_close(pixels.lab_to_rgb(lab), batch, rtol=0, atol=1e-4)
+
+
+def test_colour_transfer_gives_the_asked_mean_and_deviation() -> None:
+    batch = 0.4 + 0.2 * images()
+    mean, std = torch.tensor([[60.0, 10.0, -8.0]] * 4), torch.tensor([[5.0, 3.0, 2.0]] * 4)
+    for ours in pixels.match_lab(batch, mean, std):
+        lab = color.rgb2lab(last(ours)).reshape(-1, 3)
+        np.testing.assert_allclose(lab.mean(axis=0), [60, 10, -8], atol=0.05)
+        np.testing.assert_allclose(lab.std(axis=0), [5, 3, 2], atol=0.05)
+    assert pixels.match_lab(torch.full((4, 3, 4, 4), 0.5), mean, std).isfinite().all()
+
+
+def test_solarising_equals_torchvisions_for_the_chosen_images_only() -> None:
+    batch = images(2)
+    batch[:, :, 0] = 0.5
+    found = pixels.solarise(batch, torch.tensor([True, False]))
+    assert torch.equal(found[0], tv.solarize(batch[0], 0.5))
+    assert torch.equal(found[1], batch[1])

@@ -105,8 +105,11 @@ def test_a_finished_run_is_left_alone(config: Config, tmp_path: Path) -> None:
     ("overrides", "named"),
     [
         (["--model.num_prototypes", "64"], "num_prototypes 32 .now 64"),
-        (["--train.batch", "8"], "batch 4, now 8"),
-        (["--data.catalog", "OTHER"], "another catalog"),
+        (["--model.backbone", "vit_small_patch16_224"], r"backbone vit_tiny_patch16_224 \(now vit_small_patch16_224"),
+        (["--train.batch", "8"], "batch 4 .now 8"),
+        (["--augment.hue", "0.2"], r"augment.hue 0.1 \(now 0.2\).*--force"),
+        (["--data.mpp", "{0.5: 1}"], r"data.mpp.1.0 1.0 \(now None\)"),
+        (["--data.catalog", "OTHER"], r"the catalog's content"),
     ],
 )
 def test_a_run_does_not_go_on_with_what_does_not_fit_it(
@@ -114,11 +117,12 @@ def test_a_run_does_not_go_on_with_what_does_not_fit_it(
 ) -> None:
     out = tmp_path / "run"
     train(steps(config, 2, every=2, out=out), debug=True)
+    overrides = ["--train.steps", "2", *overrides]
     overrides = [other_catalog if word == "OTHER" else word for word in overrides]
     arguments = [*SMALL, "--data.catalog", config.data.catalog or "", "--run.out", str(out), *overrides]
-    changed = read_config("debug", [*arguments, "--train.steps", "4"])
-    with pytest.raises(CheckpointError, match=named):
-        train(changed, debug=True)
+    with pytest.raises(CheckpointError, match=named) as caught:
+        train(read_config("debug", arguments), debug=True)
+    assert "\n" not in str(caught.value)
 
 
 def test_debugging_several_ranks_is_refused(config: Config) -> None:

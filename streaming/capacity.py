@@ -1,0 +1,243 @@
+"""How many readers a training needs, and which limit it meets first: arithmetic on measured costs, nothing is run.
+
+A reader keeps `requests_in_flight` requests under way, each of which takes the storage's latency plus the time its
+bytes take, and decodes with as many cores as it has: it gives the smaller of both rates. What all readers share
+(storage, network, the process that schedules Ray Data's blocks, the cores of the machine) bounds their sum.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, fields, replace
+
+from streaming import storage
+from streaming.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCosts:
+    """What one tile costs, measured by `tilestream bench scale`; the defaults are 256 px JPEG tiles at 0.25 µm/px."""
+
+    reader_cpu_s: float = 0.0016
+    """CPU seconds in the reader: plan, requests, decoding, filter, assembling"""
+    transport_cpu_s: float = 0.0004
+    """CPU seconds in Ray's own processes on a node, which write and send the object"""
+    consumer_s: float = 0.0003
+    """CPU seconds in which a rank takes a tile from the object store"""
+    reader_cores: float = 1.6
+    """cores that one reader process keeps busy at most; Python's lock holds it below its number of threads"""
+    requests: float = 2.0
+    """ranged GETs"""
+    nbytes: float = 46_000.0
+    """bytes fetched from the storage"""
+    tile_nbytes: float = 196_700.0
+    """bytes in the object store: pixels, index, position"""
+    block_s: float = 0.0012
+    """seconds of the one process that schedules the stream, per block of one micro-batch"""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"cost {name} is {value}; it must be above 0")
+
+
+def read_costs(uri: str) -> StageCosts:
+    """Costs from a JSON file, which may leave some at their defaults.
+
+    Raises:
+        ConfigError: a cost is unknown or no number above 0.
+        StorageError: the file can't be read.
+    """
+    try:
+        values = json.loads(storage.read_bytes(uri))
+        return StageCosts(**values)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{uri}: not JSON: {error}") from error
+    except TypeError as error:
+        known = ", ".join(field.name for field in fields(StageCosts))
+        raise ConfigError(f"{uri}: {error}; costs are numbers named {known}") from error
+
+
+def costs_of_size(costs: StageCosts, size: int) -> StageCosts:
+    """Costs measured with 256 px tiles, for tiles of that side.
+
+    Bytes and seconds go with a tile's area, requests (one a row of blocks, of which a tile crosses its own height and
+    one more) with its side.
+    """
+    side = size / 256
+    area = {
+        name: getattr(costs, name) * side**2 for name in ("reader_cpu_s", "transport_cpu_s", "consumer_s", "nbytes")
+    }
+    return replace(costs, **area, tile_nbytes=costs.tile_nbytes * side**2, requests=costs.requests * (side + 1) / 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """Storage and machines; None: without bound."""
+
+    latency_s: float = 0.03
+    """seconds from a request to the first byte of its answer"""
+    connection_nbytes_s: float = 50e6
+    """bytes/s of one connection to the storage"""
+    requests_in_flight: int = 32
+    """requests that a reader keeps under way"""
+    reader_cores: float = 1.0
+    """cores that a reader may keep busy"""
+    node_cores: int = 32
+    """cores of a reader node"""
+    node_nbytes_s: float = 1.25e9
+    """bytes/s of a reader node's network, each way"""
+    storage_requests_s: float | None = 5500.0
+    """GETs/s that the storage allows; S3: 5,500 for each prefix of the keys"""
+    storage_nbytes_s: float | None = None
+    """bytes/s that the storage gives to all"""
+    max_readers: int | None = None
+    """readers that may run"""
+    headroom: float = 0.25
+    """share of readers on top of what the mean needs, for stragglers and lost nodes"""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            least_ok = value is None or value > 0 or (value == 0 and name in ("latency_s", "headroom"))
+            if not least_ok:
+                raise ConfigError(f"{name} is {value}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Something that bounds the stream: what it is, at how many tiles/s, and what would raise it."""
+
+    what: str
+    tiles_s: float
+    remedy: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """What a training needs, and its limits, the first one first."""
+
+    tiles_s: float
+    """tiles/s that all GPUs consume"""
+    readers: int
+    """reader actors, headroom included"""
+    reader_nodes: int
+    """nodes for them"""
+    reader_tiles_s: float
+    """tiles/s of one reader"""
+    reader_bound: str
+    """what bounds one reader: `storage` or `CPU`"""
+    requests_s: float
+    """GETs/s to the storage"""
+    nbytes_s: float
+    """bytes/s from the storage"""
+    network_nbytes_s: float
+    """bytes/s of pixels from reader nodes to GPU nodes"""
+    reader_store_nbytes: int
+    """least object-store memory of a reader node, bytes"""
+    rank_store_nbytes: int
+    """least object-store memory for each rank, bytes"""
+    limits: tuple[Limit, ...]
+    """all limits by tiles/s, the lowest first"""
+
+    @property
+    def first(self) -> Limit:
+        """The limit that growing demand meets first."""
+        return self.limits[0]
+
+    @property
+    def holds(self) -> bool:
+        """Whether the stream can feed the GPUs."""
+        return self.first.tiles_s >= self.tiles_s
+
+    def sentence(self) -> str:
+        """One line: what comes first, and what to do."""
+        first = self.first
+        state = "enough" if self.holds else "too little"
+        return (
+            f"first limit: {first.what} at {first.tiles_s:,.0f} tiles/s, {state} for the {self.tiles_s:,.0f} wanted; "
+            f"{'for more' if self.holds else 'to go on'}, {first.remedy}"
+        )
+
+
+def reader_rates(costs: StageCosts, around: Surroundings) -> tuple[float, float]:
+    """Tiles/s of one reader as its requests allow, and as its cores allow; the smaller one counts."""
+    request_s = around.latency_s + costs.nbytes / costs.requests / around.connection_nbytes_s
+    by_storage = around.requests_in_flight / (costs.requests * request_s)
+    by_cpu = min(around.reader_cores, costs.reader_cores) / costs.reader_cpu_s
+    return by_storage, by_cpu
+
+
+def one_machine_rate(
+    costs: StageCosts, around: Surroundings, *, readers: int, cores: int, micro_batch: int, other_cpu_s: float = 0.0
+) -> float:
+    """Tiles/s of some readers and one rank that share the cores of one machine; `bench scale` holds it against runs.
+
+    other_cpu_s is CPU per tile of what else runs there, such as the benchmark's own storage server.
+    """
+    cpu_s = costs.reader_cpu_s + costs.transport_cpu_s + costs.consumer_s + costs.block_s / micro_batch + other_cpu_s
+    return min(readers * min(reader_rates(costs, around)), cores / cpu_s, 1 / costs.consumer_s)
+
+
+def plan_capacity(
+    costs: StageCosts,
+    *,
+    gpus: int,
+    tiles_per_second_per_gpu: float,
+    micro_batch: int = 64,
+    around: Surroundings | None = None,
+) -> Capacity:
+    """What it takes to feed that many GPUs, one rank each, whose micro-batches are one block each.
+
+    Raises:
+        ConfigError: a number that makes no sense.
+    """
+    around = around or Surroundings()
+    if gpus < 1 or micro_batch < 1 or not tiles_per_second_per_gpu > 0:
+        raise ConfigError(
+            f"{gpus} GPUs of {tiles_per_second_per_gpu} tiles/s, micro-batch {micro_batch}: all must be above 0"
+        )
+    wanted = gpus * tiles_per_second_per_gpu
+    by_storage, by_cpu = reader_rates(costs, around)
+    rate = min(by_storage, by_cpu)
+    needed = math.ceil(wanted / rate * (1 + around.headroom))
+    readers = min(needed, around.max_readers or needed)
+    # A node's cores also carry Ray's own processes, its network the bytes in and the pixels out.
+    node_cores_per_reader = rate * (costs.reader_cpu_s + costs.transport_cpu_s)
+    by_cores = max(1, math.floor(around.node_cores / max(node_cores_per_reader, around.reader_cores)))
+    by_network = max(1, math.floor(around.node_nbytes_s / (rate * max(costs.nbytes, costs.tile_nbytes))))
+    per_node = min(by_cores, by_network)
+    block_nbytes = micro_batch * costs.tile_nbytes
+    return Capacity(
+        tiles_s=wanted,
+        readers=readers,
+        reader_nodes=math.ceil(readers / per_node),
+        reader_tiles_s=rate,
+        reader_bound="storage" if by_storage < by_cpu else "CPU",
+        requests_s=wanted * costs.requests,
+        nbytes_s=wanted * costs.nbytes,
+        network_nbytes_s=wanted * costs.tile_nbytes,
+        # A reader works on two blocks while two finished ones wait to be taken.
+        reader_store_nbytes=math.ceil(min(per_node, readers) * 4 * block_nbytes),
+        # A rank trains on one block, has two fetched ahead, and one is on its way.
+        rank_store_nbytes=math.ceil(4 * block_nbytes),
+        limits=_limits(costs, around, gpus, micro_batch, readers * rate, by_storage < by_cpu),
+    )
+
+
+def _limits(
+    costs: StageCosts, around: Surroundings, gpus: int, micro_batch: int, supply: float, storage_bound: bool
+) -> tuple[Limit, ...]:
+    faster = "raise `requests_in_flight`" if storage_bound else "give each reader more cores"
+    limits = [
+        Limit("the readers", supply, f"{faster}, or add readers"),
+        Limit("scheduling of blocks by the driver", micro_batch / costs.block_s, "take larger micro-batches"),
+        Limit("the ranks' intake", gpus / costs.consumer_s, "take more ranks, or smaller tiles"),
+    ]
+    if around.storage_requests_s is not None:
+        wide = around.storage_requests_s / costs.requests
+        limits.append(Limit("the storage's requests/s", wide, "spread the slides over more prefixes or buckets"))
+    if around.storage_nbytes_s is not None:
+        wide = around.storage_nbytes_s / costs.nbytes
+        limits.append(Limit("the storage's bandwidth", wide, "take storage with more bandwidth, or coarser mpp"))
+    return tuple(sorted(limits, key=lambda limit: limit.tiles_s))

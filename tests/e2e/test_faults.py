@@ -1,0 +1,215 @@
+"""Readers and nodes that are lost, join or can't start, on a Ray of several nodes; an undisturbed run is the oracle."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+from ray import cloudpickle
+from ray.cluster_utils import Cluster
+
+from streaming.catalog import Catalog
+from streaming.errors import StreamError
+from streaming.plan import TilePlan
+from streaming.reader import Batch
+from streaming.stream import BatchShape, TileStream, step_digest
+from tests import odd_slides
+from tests.odd_slides import OddCatalog
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+cloudpickle.register_pickle_by_value(odd_slides)
+
+STEPS, BATCH, RANKS = 24, 8, 2
+READERS = {"role": "reader"}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    ray.shutdown()
+    # A node is given up a second after its last sign of life, not half a minute after.
+    running = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    for _ in range(2):
+        running.add_node(num_cpus=2, labels=READERS, object_store_memory=100 * 2**20)
+    running.add_node(num_cpus=2, object_store_memory=100 * 2**20)
+    ray.init(address=running.address, log_to_driver=False, logging_level="warning")
+    yield running
+    ray.shutdown()
+    running.shutdown()
+
+
+def make_stream(catalog: str, *, delay_s: float = 0.05, deadly: Any = frozenset(), **options: Any) -> TileStream:
+    loaded = OddCatalog(catalog, Catalog.load(catalog).table, delay_s, deadly)
+    settings = {"readers": (2, 2), "reader_cpus": 2, "reader_labels": READERS, "segment_blocks": 24, "stall_s": None}
+    plan = TilePlan(loaded, mpp={0.5: 1}, size=32)
+    return TileStream(loaded, plan, BatchShape(BATCH, RANKS), **{**settings, **options})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(catalog: str) -> list[Batch]:
+    batches = make_stream(catalog, delay_s=0.0).local_batches(0, STEPS)
+    rows = [{name: np.asarray(column) for name, column in batch.items()} for batch in batches]
+    return [
+        {name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(rows[::2], rows[1::2], strict=True)
+    ]
+
+
+def digests(steps: Iterator[list[Batch]], disturb: Callable[[int], None] = lambda step: None) -> list[str]:
+    found: list[str] = []
+    for step, batches in enumerate(steps):
+        found.append(step_digest(batches))
+        disturb(step)
+    return found
+
+
+def raylet(node: Any) -> psutil.Process:
+    return psutil.Process(node.all_processes["raylet"][0].process.pid)
+
+
+def readers_of(node: Any) -> list[psutil.Process]:
+    """The reader actors of a node, by their titles."""
+    found: list[psutil.Process] = []
+    for process in raylet(node).children():
+        try:
+            title = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        if title.startswith("ray::") and "ReaderActor" in title:
+            found.append(process)
+    return found
+
+
+def wait_for(what: Callable[[], Any], timeout_s: float = 120) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (found := what()):
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
+    return found
+
+
+def labelled(cluster: Cluster) -> list[Any]:
+    ids = {node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Labels"].get("role") == "reader"}
+    return [node for node in cluster.worker_nodes if node.unique_id in ids or node.node_id in ids]
+
+
+def test_a_reader_that_is_killed_costs_no_tile(cluster: Cluster, catalog: str, undisturbed: list[Batch]) -> None:
+    wanted = [step_digest([batch]) for batch in undisturbed]
+    killed: list[int] = []
+
+    def kill(step: int) -> None:
+        if step in (1, 14):
+            victim = wait_for(lambda: [p for node in cluster.worker_nodes for p in readers_of(node)])[0]
+            killed.append(victim.pid)
+            victim.kill()
+
+    assert digests(make_stream(catalog).steps(0, STEPS), kill) == wanted
+    assert len(set(killed)) == 2
+
+
+def test_a_tile_that_crashes_its_reader_is_replaced_as_one_that_can_t_be_read(
+    cluster: Cluster, catalog: str, undisturbed: list[Batch]
+) -> None:
+    step, at = 3, 5
+    deadly = frozenset({(int(undisturbed[step]["x"][at]), int(undisturbed[step]["y"][at]))})
+    plan = make_stream(catalog).plan
+    instead = plan.specs(np.array([step * BATCH + at]), np.array([1], np.int32))
+    steps = [
+        {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+        for batches in make_stream(catalog, deadly=deadly, delay_s=0.0).steps(0, 6)
+    ]
+    for number, (got, wanted) in enumerate(zip(steps, undisturbed, strict=False)):
+        order = np.argsort(got["index"])
+        for row, i in enumerate(order):
+            if (number, row) != (step, at):
+                assert np.array_equal(got["tile"][i], wanted["tile"][row])
+                assert not got["failures"][i]
+                continue
+            assert (got["slide"][i], got["x"][i], got["y"][i]) == (instead.slide[0], instead.x[0], instead.y[0])
+            assert "crashes its decoder (SIGSEGV)" in got["failures"][i]
+
+
+def test_a_lost_node_costs_no_tile_and_a_new_one_is_used(
+    cluster: Cluster, catalog: str, undisturbed: list[Batch]
+) -> None:
+    wanted = [step_digest([batch]) for batch in undisturbed]
+    joined: list[Any] = []
+
+    def disturb(step: int) -> None:
+        if step == 2:
+            lost = wait_for(lambda: [node for node in labelled(cluster) if readers_of(node)])[0]
+            cluster.remove_node(lost, allow_graceful=False)
+        if step == 6:
+            joined.append(cluster.add_node(num_cpus=2, labels=READERS, object_store_memory=100 * 2**20))
+            wait_for(lambda: readers_of(joined[0]))
+
+    assert digests(make_stream(catalog, delay_s=0.2).steps(0, STEPS), disturb) == wanted
+    other = next(node for node in cluster.worker_nodes if node not in labelled(cluster))
+    assert not readers_of(other), "a reader runs on a node without its label"
+
+
+def test_a_slide_that_is_deleted_and_one_that_turns_corrupt_cost_their_own_tiles_alone(
+    cluster: Cluster, slides: list[Path], make_catalog: Callable[[Path, list[Path]], str], tmp_path: Path
+) -> None:
+    copies = [Path(shutil.copy2(path, tmp_path / path.name)) for path in slides]
+    catalog = make_catalog(tmp_path / "catalog", copies)
+    stream = make_stream(catalog, delay_s=0.2)
+    undisturbed = list(make_stream(catalog, delay_s=0.0).local_batches(0, STEPS))
+    kept, deleted, corrupt = range(3)
+    seen = {"deleted": 0, "corrupt": 0}
+    for step, batches in enumerate(stream.steps(0, STEPS)):
+        if step == 1:
+            copies[deleted].unlink()
+            stat, size = copies[corrupt].stat(), copies[corrupt].stat().st_size
+            with copies[corrupt].open("r+b") as file:
+                file.write(b"\0" * size)
+            os.utime(copies[corrupt], ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as bits rot: nobody wrote it
+        for batch, wanted in zip(batches, undisturbed[step * RANKS :], strict=False):
+            for row in range(len(batch["index"])):
+                assert batch["index"][row] == wanted["index"][row]
+                if not batch["failures"][row]:
+                    assert np.array_equal(batch["tile"][row], wanted["tile"][row].numpy())
+                    continue
+                failed = {Path(slide).name for slide, _ in json.loads(batch["failures"][row])}
+                assert int(wanted["slide"][row]) in (deleted, corrupt)
+                assert failed <= {copies[deleted].name, copies[corrupt].name}
+                seen["deleted"] += copies[deleted].name in failed
+                seen["corrupt"] += copies[corrupt].name in failed
+                if step > STEPS // 2:
+                    assert batch["slide"][row] == kept
+    assert seen["deleted"] > 5
+    assert seen["corrupt"] > 5
+
+
+def test_a_stream_whose_readers_can_t_be_placed_says_which_label_is_missing(cluster: Cluster, catalog: str) -> None:
+    stalled = make_stream(catalog, reader_labels={"role": "reeder"}, stall_s=3)
+    with pytest.raises(
+        StreamError, match=r"waited \d+ s for a batch: no reader can start: none of 4 nodes has the labels role=reeder"
+    ):
+        next(stalled.steps(0, 2))
+
+
+def test_a_stream_whose_readers_are_too_large_says_what_a_node_has(cluster: Cluster, catalog: str) -> None:
+    with pytest.raises(StreamError, match="no reader can start: it needs 3 CPU slots, a node has 2 at most"):
+        next(make_stream(catalog, reader_cpus=3, stall_s=3).steps(0, 2))
+
+
+def test_segments_that_ended_leave_no_process_behind(cluster: Cluster, catalog: str, undisturbed: list[Batch]) -> None:
+    most: list[int] = []
+
+    def count(step: int) -> None:
+        processes = [p for node in cluster.list_all_nodes() for p in raylet(node).children()]
+        titles = [" ".join(p.cmdline()) for p in processes if p.is_running()]
+        most.append(sum("SplitCoordinator" in title or "ReaderActor" in title for title in titles))
+
+    wanted = [step_digest([batch]) for batch in undisturbed]
+    stream = make_stream(catalog, delay_s=0.0, readers=(1, 1), segment_blocks=4)
+    assert digests(stream.steps(0, STEPS), count) == wanted
+    # Twelve segments; at a time one ends, one runs and one is warm, each with a coordinator and a reader.
+    assert max(most) <= 6
+    wait_for(lambda: not any(readers_of(node) for node in cluster.list_all_nodes()))

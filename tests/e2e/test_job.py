@@ -1,0 +1,224 @@
+"""A cluster of several Ray nodes with a job server and token authentication, as `ray job submit` meets one."""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from streaming import storage
+from streaming.metrics import METRICS
+from trainer import checkpoint
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+# What a run without failures, staged copies and filtered tiles counts; Ray puts `ray_` before.
+EXPORTED = {
+    f"ray_{name}"
+    for name in METRICS
+    if not name.startswith(("tilestream_staging", "tilestream_tiles_replaced")) and not METRICS[name].bounds
+} | {"ray_tilestream_batch_wait_seconds_bucket"}
+ROOT = Path(__file__).parents[2]
+RAY = Path(sys.executable).parent / "ray"
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The cluster: its job server, its nodes' agents and metrics, and an environment that holds the token."""
+
+    dashboard: str
+    agents: Sequence[str]
+    metrics: Sequence[str]
+    environment: dict[str, str]
+
+    def ray(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [RAY, *arguments], env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout
+        )
+
+    def submit(self, name: str, *command: str, wait: bool = True) -> subprocess.CompletedProcess[str]:
+        options = ["--address", self.dashboard, "--working-dir", ".", "--submission-id", name]
+        return self.ray("job", "submit", *options, *([] if wait else ["--no-wait"]), "--", *command)
+
+    def ask(self, path: str, token: str | None = None) -> Any:
+        headers = {"Authorization": f"Bearer {token or self.environment['RAY_AUTH_TOKEN']}"} if token != "" else {}
+        with urllib.request.urlopen(urllib.request.Request(self.dashboard + path, headers=headers), timeout=30) as got:
+            return json.loads(got.read())
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def start_node(environment: dict[str, str], log: Path, *arguments: str) -> tuple[subprocess.Popen[bytes], str, str]:
+    """The process, the address of the node's agent, and that of its metrics."""
+    metrics, agent, agent_grpc, env_agent = free_ports(4)
+    command = [RAY, "start", "--block", "--disable-usage-stats", "--object-store-memory", "150000000"]
+    command += ["--metrics-export-port", str(metrics), "--dashboard-agent-listen-port", str(agent)]
+    command += ["--dashboard-agent-grpc-port", str(agent_grpc), "--runtime-env-agent-port", str(env_agent)]
+    with log.open("w") as printed:
+        node = subprocess.Popen(
+            [*command, *arguments], env=environment, stdout=printed, stderr=printed, start_new_session=True
+        )
+    return node, f"http://127.0.0.1:{agent}", f"http://127.0.0.1:{metrics}/metrics"
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    # Ray's sockets lie below its folder, and a socket's path may have 107 characters.
+    folder = Path("/tmp") / f"ts-{secrets.token_hex(3)}"
+    folder.mkdir()
+    port, dashboard, client = free_ports(3)
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_metrics_report_interval_ms": "1000",
+        "RAY_TMPDIR": str(folder),
+    }
+    head = ["--head", "--num-cpus", "0", "--port", str(port), "--ray-client-server-port", str(client)]
+    head += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard), "--temp-dir", str(folder)]
+    reader = ["--num-cpus", "2", "--labels", "tilestream-role=reader"]
+    trainer = ["--num-cpus", "2", "--labels", "tilestream-role=trainer", "--resources", '{"accelerator": 2}']
+    started: list[tuple[subprocess.Popen[bytes], str, str]] = []
+    try:
+        for kind in (head, reader, reader, trainer):
+            address = ["--address", f"127.0.0.1:{port}"] if started else []
+            # Ray gives a node 30 s to start, too few on a loaded machine: hence tries, and one after the other.
+            for attempt in range(5):
+                log = folder / f"node{len(started)}-{attempt}.log"
+                node, agent, metrics = start_node(environment, log, *address, *kind)
+                if answers(f"{agent}/api/local_raylet_healthz", node, log):
+                    break
+            started.append((node, agent, metrics))
+        assert answers(f"http://127.0.0.1:{dashboard}/api/gcs_healthz", started[0][0], folder / "node0-0.log")
+        _, agents, endpoints = zip(*started, strict=True)
+        yield Nodes(f"http://127.0.0.1:{dashboard}", agents, endpoints, environment)
+    finally:
+        for node, _, _ in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(node.pid).children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
+            node.kill()
+            node.wait()
+
+
+def answers(address: str, process: subprocess.Popen[bytes], log: Path) -> bool:
+    """Waits for a node's server; False if the node gave up."""
+    deadline = time.monotonic() + 180
+    while process.poll() is None:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(address, timeout=5).close()
+            return True
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.3)
+    return False
+
+
+def test_nobody_submits_or_looks_without_the_token_but_probes_get_their_answer(nodes: Nodes) -> None:
+    for token, status in (("", 401), ("wrong" * 8, 403)):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            nodes.ask("/api/jobs/", token)
+        assert refused.value.code == status
+    assert nodes.ask("/api/jobs/") == []
+    urllib.request.urlopen(f"{nodes.dashboard}/api/gcs_healthz", timeout=30).close()
+    for agent in nodes.agents:
+        urllib.request.urlopen(f"{agent}/api/local_raylet_healthz", timeout=30).close()
+
+
+def test_a_job_runs_the_code_that_was_shipped_and_ends_with_the_runs_status(nodes: Nodes) -> None:
+    failed = nodes.submit("bad-input", "tilestream", "train", "no-such-preset")
+    assert failed.returncode == 1
+    assert "tilestream: no-such-preset: neither a file nor a preset" in failed.stdout
+    assert nodes.ask("/api/jobs/bad-input")["driver_exit_code"] == 2
+    (ROOT / "where_am_i.py").write_text("import streaming, os\nprint(streaming.__file__, sorted(os.listdir()))\n")
+    try:
+        shipped = nodes.submit("where", "python", "where_am_i.py")
+    finally:
+        (ROOT / "where_am_i.py").unlink()
+    assert shipped.returncode == 0, shipped.stdout + shipped.stderr
+    assert re.search(r"working_dir_files/\S+/streaming/__init__.py", shipped.stdout)
+    listed = re.search(r"\[('.*')\]", shipped.stdout)
+    assert listed is not None
+    assert not {"'tests'", "'benchmarks'", "'.venv'", "'.git'"} & set(listed[1].split(", ")), "code goes, data stays"
+
+
+def test_a_killed_job_that_is_submitted_again_goes_on_where_it_was(nodes: Nodes, catalog: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    config = ["--data.catalog", catalog, "--run.out", str(out), "--train.batch", "8", "--optim.warmup_steps", "2"]
+    config += ["--train.ranks", "2", "--train.checkpoint_every", "2", "--train.log_every", "1"]
+    config += ["--data.readers", "[1,2]", "--data.tile_size", "64", "--train.rank_resources.accelerator", "1"]
+    config += ["--data.reader_labels.tilestream-role", "reader", "--train.rank_labels.tilestream-role", "trainer"]
+    command = ["tilestream", "train", "debug", *config, "--train.steps"]
+    begun = nodes.submit("first", *command, "5000", wait=False)
+    assert begun.returncode == 0, begun.stdout + begun.stderr
+    until(lambda: bool(checkpoint.steps_of(str(out))), nodes, "first")
+    assert_placed_by_label(nodes)
+    until(lambda: scraped(nodes) >= EXPORTED, nodes, "first")
+    for process in psutil.process_iter(["cmdline"]):
+        if str(out) in (process.info["cmdline"] or []):
+            process.kill()
+    until(lambda: nodes.ask("/api/jobs/first")["status"] == "FAILED", nodes)
+    reached = checkpoint.steps_of(str(out))[-1]
+
+    steps = reached + 6
+    again = nodes.submit("again", *command, str(steps))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"trained steps {reached} to {steps}" in again.stdout
+    assert re.search(rf"^train: {steps}/{steps} steps  \d+ tiles/s", again.stdout, re.MULTILINE), "progress as lines"
+    rows = storage.read_table(f"{out}/metrics.parquet").to_pylist()
+    assert [(row["first_index"], row["next_index"]) for row in rows] == [(8 * s, 8 * s + 8) for s in range(steps)]
+
+
+def until(holds: Callable[[], bool], nodes: Nodes, running: str | None = None) -> None:
+    """Waits; a job that must run meanwhile is watched."""
+    deadline = time.monotonic() + 240
+    while not holds():
+        if running:
+            job = nodes.ask(f"/api/jobs/{running}")
+            log = "" if job["status"] in ("PENDING", "RUNNING") else nodes.ask(f"/api/jobs/{running}/logs")["logs"]
+            assert not log, log
+        assert time.monotonic() < deadline, "not within four minutes"
+        time.sleep(0.5)
+
+
+def assert_placed_by_label(nodes: Nodes) -> None:
+    """Readers are on nodes of theirs, ranks on the one with accelerators, and the head has no work."""
+    listed = nodes.ask("/api/v0/nodes?limit=100&detail=1")["data"]["result"]["result"]
+    roles = {node["node_id"]: node["labels"].get("tilestream-role", "head") for node in listed}
+    assert sorted(roles.values()) == ["head", "reader", "reader", "trainer"]
+    actors = nodes.ask("/api/v0/actors?limit=1000&detail=1")["data"]["result"]["result"]
+    where = {(a["class_name"], roles.get(a["node_id"])) for a in actors if a["state"] == "ALIVE"}
+    placed = {name: {role for other, role in where if other == name} for name, _ in where}
+    assert placed["RayTrainWorker"] == {"trainer"}, placed
+    (readers,) = [role for name, role in placed.items() if "ReaderActor" in name]
+    assert readers == {"reader"}, placed
+
+
+def scraped(nodes: Nodes) -> set[str]:
+    """Names of the samples that the nodes' endpoints show."""
+    found: set[str] = set()
+    for endpoint in nodes.metrics:
+        with contextlib.suppress(OSError), urllib.request.urlopen(endpoint, timeout=30) as answer:
+            found |= set(re.findall(r"^(ray_tilestream_\w+)", answer.read().decode(), re.MULTILINE))
+    return found
