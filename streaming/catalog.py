@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from streaming import storage
 from streaming.errors import CatalogError
 from streaming.slide import Slide, Staging, open_slide
-from streaming.slide.block_index import open_index
+from streaming.slide.block_index import open_index, open_staged_index
 from streaming.tissue import CELL_UM, TissueGrid
 from streaming.tissue_map import Cells, TissueMap, file_nbytes, padded, write_tissue
 
@@ -292,10 +292,11 @@ class Catalog:
         index = None
         if name is not None:
             uri = storage.join(self.uri, BLOCKS, name)
-            if not storage.is_local(uri):
+            if storage.is_local(uri):
+                index = open_index(uri)
+            else:
                 # Its name tells its content, so there is nothing to ask of the storage before.
-                uri = staging.fetch(storage.ObjectInfo(uri, index_nbytes, name), storage_options)
-            index = open_index(uri)
+                index = open_staged_index(storage.ObjectInfo(uri, index_nbytes, name), storage_options, staging)
         info = storage.ObjectInfo(slide, size, version)
         return open_slide(slide, storage_options, mpp=mpp, index=index, expected=info, staging=staging)
 

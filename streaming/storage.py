@@ -316,6 +316,31 @@ def list_names(uri: str, storage_options: StorageOptions | None = None) -> list[
             return []
 
 
+def list_files(
+    uri: str, wanted: Callable[[str], bool], storage_options: StorageOptions | None = None
+) -> list[ObjectInfo]:
+    """The files directly below a folder whose names are wanted, sorted; none where there is no folder.
+
+    Raises:
+        StorageError: it can't be listed.
+    """
+    with storage_errors(uri):
+        fs, path = filesystem(uri, storage_options)
+        try:
+            entries: list[dict[str, Any]] = fs.ls(path, detail=True)  # type: ignore[assignment]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        found: dict[str, dict[str, Any]] = {}
+        for entry in entries:
+            name = name_of(str(entry["name"]))
+            # A key of an object store may be called like the folder above.
+            if entry["type"] == "file" and name not in ("", ".", "..") and wanted(name):
+                found[str(entry["name"])] = entry
+        # A listing over HTTP tells no sizes.
+        infos = [_info(fs, e if e.get("size") is not None else fs.info(name)) for name, e in found.items()]
+        return sorted(infos, key=lambda info: info.uri)
+
+
 def read_bytes(uri: str, storage_options: StorageOptions | None = None) -> bytes:
     """The whole content of an object.
 

@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from streaming import storage
 from streaming.errors import CatalogError
 from streaming.slide.codecs import BlockFormat
+from streaming.slide.staged import Staging
 from streaming.slide.tiff import BlockLevel, TiffSlide
 
 _MAGIC = b"tilestream blocks 1\n"
@@ -118,27 +120,53 @@ def open_index(path: str) -> BlockIndex:
     Raises:
         CatalogError: it is missing or damaged.
     """
-    start = _pread(path, 0, 4096)
+    return _open_index(path, partial(_pread, path))
+
+
+def open_staged_index(info: storage.ObjectInfo, options: storage.StorageOptions | None, staging: Staging) -> BlockIndex:
+    """An index that lies remote, by a staged copy, which is staged again whenever it was evicted.
+
+    Raises:
+        CatalogError: it is damaged.
+        StorageError: it can't be staged.
+    """
+    path = staging.fetch(info, options)
+
+    def read(offset: int, size: int) -> bytes:
+        try:
+            return _bytes_at(path, offset, size)
+        except FileNotFoundError:
+            return staging.use(info, options, lambda path: _bytes_at(path, offset, size))
+
+    return _open_index(path, read)
+
+
+def _open_index(path: str, read: ReadBytes) -> BlockIndex:
+    start = read(0, 4096)
     end = _header_end(path, start)
     if end > len(start):
-        start += _pread(path, len(start), end - len(start))
-    return _index(path, start, partial(_read, path))
+        start += read(len(start), end - len(start))
+    return _index(path, start, partial(_read, path, read))
 
 
 def _pread(path: str, offset: int, size: int) -> bytes:
-    # Opened for each read: 12,000 slides would be 12,000 descriptors, and a memory map counts as resident.
     try:
-        file = os.open(path, os.O_RDONLY)
-        try:
-            return os.pread(file, size, offset)
-        finally:
-            os.close(file)
+        return _bytes_at(path, offset, size)
     except OSError as error:
         raise CatalogError(f"{path}: can't read this block index ({error.strerror}); build the catalog anew") from error
 
 
-def _read(path: str, offset: int, size: int) -> bytes:
-    content = _pread(path, offset, size)
+def _bytes_at(path: str, offset: int, size: int) -> bytes:
+    # Opened for each read: 12,000 slides would be 12,000 descriptors, and a memory map counts as resident.
+    file = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(file, size, offset)
+    finally:
+        os.close(file)
+
+
+def _read(path: str, read: ReadBytes, offset: int, size: int) -> bytes:
+    content = read(offset, size)
     if len(content) != size:
         raise CatalogError(f"{path}: the block index is cut off; build the catalog anew")
     return content
