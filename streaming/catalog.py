@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from streaming import storage
 from streaming.errors import CatalogError
 from streaming.slide import Slide, Staging, open_slide
-from streaming.slide.block_index import open_index
+from streaming.slide.block_index import open_index, open_staged_index
 from streaming.tissue import CELL_UM, TissueGrid
 from streaming.tissue_map import Cells, TissueMap, file_nbytes, padded, write_tissue
 
@@ -288,17 +288,17 @@ class Catalog:
             StorageError: it can't be reached.
             CatalogError: its block index is damaged.
         """
-        entry = self[row]
+        slide, size, version, mpp, name, index_nbytes = self._opening[row]
         index = None
-        if entry.index is not None:
-            uri = storage.join(self.uri, BLOCKS, entry.index)
-            if not storage.is_local(uri):
+        if name is not None:
+            uri = storage.join(self.uri, BLOCKS, name)
+            if storage.is_local(uri):
+                index = open_index(uri)
+            else:
                 # Its name tells its content, so there is nothing to ask of the storage before.
-                uri = staging.fetch(storage.ObjectInfo(uri, entry.index_nbytes, entry.index), storage_options)
-            index = open_index(uri)
-        return open_slide(
-            entry.slide, storage_options, mpp=entry.mpp, index=index, expected=entry.info, staging=staging
-        )
+                index = open_staged_index(storage.ObjectInfo(uri, index_nbytes, name), storage_options, staging)
+        info = storage.ObjectInfo(slide, size, version)
+        return open_slide(slide, storage_options, mpp=mpp, index=index, expected=info, staging=staging)
 
     def to_arrow(self) -> pa.Table:
         """One row a slide, the metadata spread into columns."""
@@ -322,6 +322,12 @@ class Catalog:
             have = ", ".join(self.metadata_columns) or "none"
             raise CatalogError(f"{self.uri}: no metadata column {name!r}; it has: {have}; add it by --metadata CSV")
         return [entry.get(name) for entry in self._metadata]
+
+    @cached_property
+    def _opening(self) -> list[tuple[Any, ...]]:
+        # A row of Arrow's costs a millisecond to look up, and a reader soon opens every slide.
+        names = ("slide", "size", "version", "mpp", "index", "index_nbytes")
+        return list(zip(*(self.table[name].to_pylist() for name in names), strict=True))
 
     @cached_property
     def _metadata(self) -> list[dict[str, str]]:

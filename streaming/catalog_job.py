@@ -9,6 +9,7 @@ import pickle
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any, cast
@@ -22,11 +23,13 @@ from streaming.catalog import REJECTED_SCHEMA, Catalog, Inspected
 from streaming.errors import CatalogError, ConfigError, SlideError, StorageError
 from streaming.progress import ProgressLine
 from streaming.slide import SLIDE_SUFFIXES, Staging, open_slide
+from streaming.slide.members import as_one, is_multi_file, members, without_members
 from streaming.tissue import tissue_grid
 from streaming.tissue_map import TissueMap
 
 _KEY_COLUMNS = ("slide", "uri", "path", "filename", "file", "slide_id", "name")
 _SAVE_EVERY_S = 20.0
+_MAX_LISTINGS = 16
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class BuildReport:
 def find_slides(sources: Sequence[str], options: storage.StorageOptions | None) -> list[storage.ObjectInfo]:
     """The slides that files, folders, globs and prefixes name: each once, sorted.
 
-    In folders and globs a slide is told by its suffix; a file named outright is taken as it is.
+    In folders and globs a slide is told by its suffix, and the DICOM files of a folder are one; a file named outright
+    is taken as it is. Size and version of a slide of several files are those of all of them.
 
     Raises:
         StorageError: a source is missing or can't be reached.
@@ -64,12 +68,17 @@ def find_slides(sources: Sequence[str], options: storage.StorageOptions | None) 
     for source in sources:
         source = storage.canonical(source)
         objects, outright = storage.expand(source, options)
-        slides = [o for o in objects if outright or o.uri.lower().endswith(SLIDE_SUFFIXES)]
+        slides = objects if outright else without_members(o for o in objects if o.uri.lower().endswith(SLIDE_SUFFIXES))
         if not slides:
             what = f"none of its {len(objects)} files is a slide" if objects else "is empty"
             raise CatalogError(f"{source}: {what} ({', '.join(SLIDE_SUFFIXES)}); name a folder or file with slides")
         found.update({o.uri: o for o in slides})
-    return [found[uri] for uri in sorted(found)]
+    with ThreadPoolExecutor(_MAX_LISTINGS) as pool:
+        return list(pool.map(lambda uri: _whole(found[uri], options), sorted(found)))
+
+
+def _whole(info: storage.ObjectInfo, options: storage.StorageOptions | None) -> storage.ObjectInfo:
+    return as_one(members(info.uri, options)) if is_multi_file(info.uri) else info
 
 
 def inspect(

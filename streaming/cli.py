@@ -294,7 +294,7 @@ def add_bench(commands: Any) -> None:
         run_bench,
     )
     parser.usage = "tilestream bench [NAME ...] [arguments of the benchmark]"
-    parser.add_argument("names", nargs="*", metavar="NAME", help="reader, stream, soak, scale, … (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="catalog, reader, stream, soak, … (default: all)")
     parser.set_defaults(takes_overrides=True)
 
 

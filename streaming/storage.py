@@ -74,11 +74,9 @@ def filesystem(uri: str, storage_options: StorageOptions | None = None) -> tuple
     timeout_s = options.pop("timeout_s", _TIMEOUT_S)
     protocol = uri.split("://", 1)[0] if "://" in uri else "file"
     if protocol in _S3:
-        region = options.pop("region", None) or os.environ.get("AWS_REGION")
-        client = dict(options.pop("client_kwargs", {}))
-        if region:
-            client.setdefault("region_name", region)
-        options["client_kwargs"] = client
+        client = {**options.get("client_kwargs", {}), "region_name": _s3_region(options)}
+        options.pop("region", None)
+        options["client_kwargs"] = {key: value for key, value in client.items() if value}
         options["config_kwargs"] = {**_S3_CONFIG, "read_timeout": timeout_s, **options.pop("config_kwargs", {})}
     elif protocol == "file":
         options = {}  # options configure remote stores; a run may mix both
@@ -91,6 +89,11 @@ def filesystem(uri: str, storage_options: StorageOptions | None = None) -> tuple
             f"{uri}: no storage for this address ({error}); install the fsspec package for it"
         ) from error
     return fs, path
+
+
+def _s3_region(options: StorageOptions) -> str | None:
+    inner: Mapping[str, Any] = options.get("client_kwargs", {})
+    return options.get("region") or inner.get("region_name") or os.environ.get("AWS_REGION")
 
 
 def has_ranges(uri: str) -> bool:
@@ -137,10 +140,7 @@ def object_store(bucket: str, storage_options: StorageOptions | None = None) -> 
         profile_name=options.get("profile"),
     )
     config = {
-        "region": options.get("region")
-        or inner.get("region_name")
-        or os.environ.get("AWS_REGION")
-        or session.region_name,
+        "region": _s3_region(options) or session.region_name,
         "endpoint": options.get("endpoint_url")
         or inner.get("endpoint_url")
         or os.environ.get("AWS_ENDPOINT_URL_S3")
@@ -314,6 +314,31 @@ def list_names(uri: str, storage_options: StorageOptions | None = None) -> list[
             return sorted(name_of(str(name)) for name in fs.ls(path, detail=False))
         except (FileNotFoundError, NotADirectoryError):
             return []
+
+
+def list_files(
+    uri: str, wanted: Callable[[str], bool], storage_options: StorageOptions | None = None
+) -> list[ObjectInfo]:
+    """The files directly below a folder whose names are wanted, sorted; none where there is no folder.
+
+    Raises:
+        StorageError: it can't be listed.
+    """
+    with storage_errors(uri):
+        fs, path = filesystem(uri, storage_options)
+        try:
+            entries: list[dict[str, Any]] = fs.ls(path, detail=True)  # type: ignore[assignment]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        found: dict[str, dict[str, Any]] = {}
+        for entry in entries:
+            name = name_of(str(entry["name"]))
+            # A key of an object store may be called like the folder above.
+            if entry["type"] == "file" and name not in ("", ".", "..") and wanted(name):
+                found[str(entry["name"])] = entry
+        # A listing over HTTP tells no sizes.
+        infos = [_info(fs, e if e.get("size") is not None else fs.info(name)) for name, e in found.items()]
+        return sorted(infos, key=lambda info: info.uri)
 
 
 def read_bytes(uri: str, storage_options: StorageOptions | None = None) -> bytes:

@@ -12,11 +12,15 @@ from streaming.slide import block_index, geometry
 from streaming.slide.block_index import BlockIndex
 from streaming.slide.blocks import BlockSlide
 from streaming.slide.geometry import Pixels
+from streaming.slide.members import MULTI_FILE_SUFFIXES, as_one, is_multi_file, members
 from streaming.slide.staged import Staging, open_staged
 from streaming.slide.tiff import read_tiff
 
 # What a folder is searched for; a file named outright is tried whatever its suffix.
-SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi")
+SLIDE_SUFFIXES = (
+    *(".svs", ".tif", ".tiff", ".ndpi", ".scn", ".bif", ".svslide", ".czi"),
+    *MULTI_FILE_SUFFIXES,
+)
 
 
 class Slide(Protocol):
@@ -75,13 +79,14 @@ def open_slide(
         ranges = open_ranges(uri, storage_options, index.tag)
         assert ranges is not None, "an index is made of ranges"
         return BlockSlide(uri, ranges, index, mpp)
-    info = storage.stat(uri, storage_options)
+    files = members(uri, storage_options)
+    info = as_one(files)
     if expected is not None and (info.size, info.version) != (expected.size, expected.version):
         raise SlideError(f"{uri}: changed since it was catalogued; run `tilestream catalog` on it again")
-    ranges = open_ranges(uri, storage_options)
+    ranges = None if is_multi_file(uri) else open_ranges(uri, storage_options)
     tiff = read_tiff(uri, ranges) if ranges is not None else None
     if ranges is None or tiff is None:
-        return open_staged(info, storage_options, mpp, staging or Staging())
+        return open_staged(files, storage_options, mpp, staging or Staging())
     packed = block_index.pack(tiff, ranges.tag, geometry.plausible_mpp(uri, tiff.mpp))
     return BlockSlide(uri, ranges, block_index.unpack(packed), mpp, packed)
 

@@ -15,14 +15,16 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from streaming import storage
 from streaming.errors import CatalogError
 from streaming.slide.codecs import BlockFormat
+from streaming.slide.staged import Staging
 from streaming.slide.tiff import BlockLevel, TiffSlide
 
 _MAGIC = b"tilestream blocks 1\n"
@@ -33,7 +35,7 @@ Ints = NDArray[np.int64]
 ReadBytes = Callable[[int, int], bytes]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class IndexedLevel:
     """A level as a grid of blocks; width, height in its own pixels. `places` knows where they lie."""
 
@@ -69,7 +71,7 @@ class IndexedLevel:
         return (ends - nbytes)[kept], nbytes[kept]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BlockIndex:
     """All that reading a slide's blocks needs; mpp is the metadata's in µm/px, None where it has none.
 
@@ -118,27 +120,53 @@ def open_index(path: str) -> BlockIndex:
     Raises:
         CatalogError: it is missing or damaged.
     """
-    start = _pread(path, 0, 4096)
+    return _open_index(path, partial(_pread, path))
+
+
+def open_staged_index(info: storage.ObjectInfo, options: storage.StorageOptions | None, staging: Staging) -> BlockIndex:
+    """An index that lies remote, by a staged copy, which is staged again whenever it was evicted.
+
+    Raises:
+        CatalogError: it is damaged.
+        StorageError: it can't be staged.
+    """
+    path = staging.fetch(info, options)
+
+    def read(offset: int, size: int) -> bytes:
+        try:
+            return _bytes_at(path, offset, size)
+        except FileNotFoundError:
+            return staging.use(info, options, lambda path: _bytes_at(path, offset, size))
+
+    return _open_index(path, read)
+
+
+def _open_index(path: str, read: ReadBytes) -> BlockIndex:
+    start = read(0, 4096)
     end = _header_end(path, start)
     if end > len(start):
-        start += _pread(path, len(start), end - len(start))
-    return _index(path, start, partial(_read, path))
+        start += read(len(start), end - len(start))
+    return _index(path, start, partial(_read, path, read))
 
 
 def _pread(path: str, offset: int, size: int) -> bytes:
-    # Opened for each read: 12,000 slides would be 12,000 descriptors, and a memory map counts as resident.
     try:
-        file = os.open(path, os.O_RDONLY)
-        try:
-            return os.pread(file, size, offset)
-        finally:
-            os.close(file)
+        return _bytes_at(path, offset, size)
     except OSError as error:
         raise CatalogError(f"{path}: can't read this block index ({error.strerror}); build the catalog anew") from error
 
 
-def _read(path: str, offset: int, size: int) -> bytes:
-    content = _pread(path, offset, size)
+def _bytes_at(path: str, offset: int, size: int) -> bytes:
+    # Opened for each read: 12,000 slides would be 12,000 descriptors, and a memory map counts as resident.
+    file = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(file, size, offset)
+    finally:
+        os.close(file)
+
+
+def _read(path: str, read: ReadBytes, offset: int, size: int) -> bytes:
+    content = read(offset, size)
     if len(content) != size:
         raise CatalogError(f"{path}: the block index is cut off; build the catalog anew")
     return content
@@ -160,12 +188,18 @@ def _index(name: str, start: bytes, read: ReadBytes) -> BlockIndex:
     return BlockIndex(header["tag"], header["vendor"], header["mpp"], levels)
 
 
+@lru_cache(maxsize=1024)
+def _form(codec: str, width: int, height: int, prefix: str, predictor: bool) -> BlockFormat:
+    """One for all levels and slides of a kind: thousands are open at once, each with half a kilobyte of tables."""
+    return BlockFormat(codec, width, height, base64.b64decode(prefix), predictor)
+
+
 def _level(entry: dict[str, Any], tables_at: int, read: ReadBytes) -> IndexedLevel:
     width, height = entry["block"]
     return IndexedLevel(
         width=entry["size"][0],
         height=entry["size"][1],
-        form=BlockFormat(entry["codec"], width, height, base64.b64decode(entry["prefix"]), entry["predictor"]),
+        form=_form(entry["codec"], width, height, entry["prefix"], entry["predictor"]),
         at=tables_at + entry["at"],
         length_bytes=entry["bytes"][0],
         gap_bytes=entry["bytes"][1],

@@ -12,9 +12,12 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import openslide
@@ -24,9 +27,14 @@ from streaming import counters, storage
 from streaming.errors import SlideError, StorageError
 from streaming.slide import geometry
 from streaming.slide.geometry import Pixels
+from streaming.slide.members import as_one, relative_name
 
-# Formats whose pixels lie in other files beside the one that is opened; one object alone is not the slide.
-_MULTI_FILE_SUFFIXES = {".mrxs", ".vms", ".vmu", ".dcm"}
+T = TypeVar("T")
+
+# A copy that is evicted as often as this while it is being read has too small a cache.
+_TRIES = 3
+# So long after its last byte a download's process is taken for dead.
+_DEAD_S = 3600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,24 +44,53 @@ class Staging:
     folder: str = os.environ.get("TILESTREAM_STAGING", os.path.join(tempfile.gettempdir(), "tilestream-staging"))
     max_bytes: int = 100 * 2**30
 
-    def fetch(self, info: storage.ObjectInfo, options: storage.StorageOptions | None) -> str:
+    def fetch(
+        self,
+        info: storage.ObjectInfo,
+        options: storage.StorageOptions | None,
+        files: Sequence[storage.ObjectInfo] = (),
+    ) -> str:
         """The local path of an object's copy, downloaded unless it is there.
+
+        `files` are those of a slide, the one to open first, and `info` is all of them as one object: they are staged
+        and evicted together, whole or not at all, and only in the versions that `files` tells.
 
         Raises:
             StorageError: it can't be read, or is larger than the whole cache.
+            SlideError: one of `files` has changed.
         """
-        key = info.digest[:32]
-        path = Path(self.folder, key, storage.name_of(info.uri))
+        entry = Path(self.folder, info.digest[:32])
+        path = entry / storage.name_of(info.uri)
         Path(self.folder).mkdir(parents=True, exist_ok=True)
-        with FileLock(os.path.join(self.folder, f"{key}.lock")):
+        with FileLock(f"{entry}.lock"):
             if path.exists():
                 counters.mine().staged_hits += 1
-                os.utime(path)
+                # Another process may evict it at any moment: whoever opens it finds out.
+                with contextlib.suppress(FileNotFoundError):
+                    os.utime(path)
             else:
                 counters.mine().staged_misses += 1
                 self._make_room(info)
-                storage.download(info, str(path), options)
+                shutil.rmtree(entry, ignore_errors=True)
+                _download_all(entry, info, files, options)
         return str(path)
+
+    def use(
+        self,
+        info: storage.ObjectInfo,
+        options: storage.StorageOptions | None,
+        read: Callable[[str], T],
+        files: Sequence[storage.ObjectInfo] = (),
+    ) -> T:
+        """What `read` makes of the copy's path; it raises FileNotFoundError where the copy was evicted meanwhile.
+
+        Raises:
+            StorageError, SlideError: as `fetch`; or the copy is evicted again and again.
+        """
+        for _ in range(_TRIES):
+            with contextlib.suppress(FileNotFoundError):
+                return read(self.fetch(info, options, files))
+        raise StorageError(f"{info.uri}: its staged copy is evicted again and again; raise staging_gb")
 
     def _make_room(self, info: storage.ObjectInfo) -> None:
         if info.size > self.max_bytes:
@@ -61,17 +98,101 @@ class Staging:
                 f"{info.uri}: {info.size:,} bytes don't fit the staging cache of {self.max_bytes:,}; raise staging_gb"
             )
         with FileLock(os.path.join(self.folder, "evict.lock")):
-            copies = sorted((c for c in Path(self.folder).glob("*/*") if c.is_file()), key=lambda c: c.stat().st_mtime)
-            sizes = {copy: copy.stat().st_size for copy in copies}
-            excess = sum(sizes.values()) + info.size - self.max_bytes
-            for copy in copies:
-                # A download under way is another process's; one that died leaves its part file to age.
-                under_way = ".part-" in copy.name and time.time() - copy.stat().st_mtime < 3600
-                if (excess <= 0 and ".part-" not in copy.name) or under_way:
+            entries = sorted(_entries(self.folder))
+            excess = sum(nbytes for _, nbytes, _ in entries) + info.size - self.max_bytes
+            for used_at, nbytes, entry in entries:
+                # A download under way is another process's; one that died leaves its folder to age.
+                part = ".part-" in entry
+                dead = ".gone-" in entry or (part and time.time() - used_at > _DEAD_S)
+                if not dead and (part or excess <= 0):
                     continue
-                # Whoever has the file open keeps reading it: only its name goes.
-                shutil.rmtree(copy.parent, ignore_errors=True)
-                excess -= sizes[copy]
+                # At once, so that nobody finds a part of it. Whoever has a file open keeps reading it.
+                gone = f"{entry}.gone-{uuid.uuid4().hex[:8]}"
+                os.rename(entry, gone)
+                shutil.rmtree(gone, ignore_errors=True)
+                excess -= nbytes
+
+
+def _entries(folder: str) -> Iterator[tuple[float, int, str]]:
+    """When each copy (a folder with all its files) was last used, its bytes, and its path."""
+    for entry in list(os.scandir(folder)):
+        if not entry.is_dir():
+            continue
+        stats: list[os.stat_result] = []
+        # A download that ends meanwhile has another name.
+        with contextlib.suppress(FileNotFoundError):
+            stats += [os.stat(os.path.join(at, name)) for at, _, names in os.walk(entry.path) for name in names]
+        used_at = max((stat.st_mtime for stat in stats), default=time.time())
+        yield used_at, sum(stat.st_size for stat in stats), entry.path
+
+
+def _download_all(
+    entry: Path,
+    info: storage.ObjectInfo,
+    files: Sequence[storage.ObjectInfo],
+    options: storage.StorageOptions | None,
+) -> None:
+    part = Path(f"{entry}.part-{uuid.uuid4().hex[:8]}")
+    try:
+        for file in files or [info]:
+            storage.download(file, str(part / relative_name(file, info)), options)
+        for file in files:
+            if storage.stat(file.uri, options) != file:
+                raise SlideError(f"{file.uri}: changed while it was copied; run `tilestream catalog` on it again")
+        os.rename(part, entry)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """An OpenSlide handle; OpenSlide opens files anew while it reads, so it breaks when a staged copy is evicted."""
+
+    handle: openslide.OpenSlide
+    entry: str = ""
+    """The copy's folder; none where the slide is local"""
+    mark: tuple[int, int] = (0, 0)
+
+    def is_gone(self) -> bool:
+        """Whether the copy that was opened is not there any more; another one may be in its place."""
+        return bool(self.entry) and _mark(self.entry) != self.mark
+
+
+def _mark(entry: str) -> tuple[int, int] | None:
+    """What tells a folder of the cache from a later one of the same name."""
+    try:
+        stat = os.stat(entry)
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns
+
+
+def _open(uri: str, path: str) -> openslide.OpenSlide:
+    try:
+        if openslide.OpenSlide.detect_format(path) is None:
+            raise SlideError(f"{uri}: not a slide that OpenSlide knows; is it an image of another kind?")
+        return openslide.OpenSlide(path)
+    except openslide.OpenSlideError as error:
+        raise SlideError(f"{uri}: OpenSlide can't open it: {error}; compare it with its source") from error
+
+
+def _open_copy(uri: str, path: str) -> _Opened:
+    """Opens a staged copy.
+
+    Raises:
+        FileNotFoundError: it was evicted meanwhile.
+        SlideError: it is no slide, or is broken.
+    """
+    entry = os.path.dirname(path)
+    mark = _mark(entry)
+    if mark is None:
+        raise FileNotFoundError(path)
+    try:
+        return _Opened(_open(uri, path), entry, mark)
+    except SlideError:
+        if _mark(entry) != mark:
+            raise FileNotFoundError(path) from None
+        raise
 
 
 class OpenSlideSlide:
@@ -80,25 +201,21 @@ class OpenSlideSlide:
     backend = "openslide"
     packed_index: bytes | None = None
 
-    def __init__(self, uri: str, path: str, mpp: float | None = None) -> None:
+    def __init__(self, uri: str, opener: Callable[[], _Opened], mpp: float | None = None) -> None:
         self.uri = uri
-        self._path = path
-        try:
-            if openslide.OpenSlide.detect_format(path) is None:
-                raise SlideError(f"{uri}: not a slide that OpenSlide knows; is it an image of another kind?")
-            self._handle = openslide.OpenSlide(path)
-        except openslide.OpenSlideError as error:
-            raise SlideError(f"{uri}: OpenSlide can't open it: {error}; compare it with its source") from error
-        self.level_dimensions: tuple[tuple[int, int], ...] = self._handle.level_dimensions
-        self.level_downsamples: tuple[float, ...] = self._handle.level_downsamples
-        self.vendor = str(self._handle.properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown"))
+        self._opener = opener
+        self._opened = opener()
+        handle = self._opened.handle
+        self.level_dimensions: tuple[tuple[int, int], ...] = handle.level_dimensions
+        self.level_downsamples: tuple[float, ...] = handle.level_downsamples
+        self.vendor = str(handle.properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown"))
         self.mpp = self._metadata_mpp() or mpp
 
     def _metadata_mpp(self) -> float | None:
         values: list[float] = []
         for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y):
             with contextlib.suppress(KeyError, ValueError):
-                values.append(float(self._handle.properties[name]))
+                values.append(float(self._opened.handle.properties[name]))
         return geometry.plausible_mpp(self.uri, values)
 
     def level_compressions(self) -> list[str | None]:
@@ -108,11 +225,17 @@ class OpenSlideSlide:
     def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Pixels:
         """Pixels of one level as uint8 (h, w, 3); location in level-0 pixels; black outside the slide, as OpenSlide."""
         geometry.check_region(self.uri, len(self.level_dimensions), level, size)
-        try:
-            region = self._handle.read_region(location, level, size)
-        except (openslide.OpenSlideError, ctypes.ArgumentError, ValueError) as error:
-            raise SlideError(f"{self.uri}: level {level}, region {location} {size}: {error}") from error
-        return np.asarray(region, dtype=np.uint8)[:, :, :3]
+        for _ in range(_TRIES):
+            opened = self._opened
+            try:
+                region = opened.handle.read_region(location, level, size)
+            except (openslide.OpenSlideError, ctypes.ArgumentError, ValueError) as error:
+                if not opened.is_gone():
+                    raise SlideError(f"{self.uri}: level {level}, region {location} {size}: {error}") from error
+                self._opened = self._opener()
+            else:
+                return np.asarray(region, dtype=np.uint8)[:, :, :3]
+        raise StorageError(f"{self.uri}: its staged copy is evicted again and again; raise staging_gb")
 
     def begin_tile(self, x: int, y: int, mpp: float, size: int, *, exact: bool = False) -> Callable[[Pixels], None]:
         """A tile that is read when the answer is called; it fills uint8 (size, size, 3)."""
@@ -139,27 +262,25 @@ class OpenSlideSlide:
 
     def close(self) -> None:
         """Lets go of the file."""
-        self._handle.close()
+        self._opened.handle.close()
 
 
 def open_staged(
-    info: storage.ObjectInfo, options: storage.StorageOptions | None, mpp: float | None, staging: Staging
+    files: Sequence[storage.ObjectInfo],
+    options: storage.StorageOptions | None,
+    mpp: float | None,
+    staging: Staging,
 ) -> OpenSlideSlide:
-    """Opens a slide through OpenSlide, on a staged copy where it is remote.
+    """Opens a slide, of which `files` are all files and the first the main one, through OpenSlide.
+
+    Where it is remote, on a staged copy, which is staged again whenever it was evicted.
 
     Raises:
-        SlideError: it is no slide, or is broken.
+        SlideError: it is no slide, or is broken, or has changed.
         StorageError: it can't be reached.
     """
-    uri = info.uri
+    uri = files[0].uri
     if storage.is_local(uri):
-        return OpenSlideSlide(uri, storage.local_path(uri), mpp)
-    if Path(storage.name_of(uri)).suffix.lower() in _MULTI_FILE_SUFFIXES:
-        raise SlideError(f"{uri}: this format spreads over several files; copy the slide's files to a local disk")
-    for _ in range(3):
-        path = staging.fetch(info, options)
-        # Between fetch and open another process may have made room by removing just this copy.
-        with contextlib.suppress(FileNotFoundError):
-            os.stat(path)
-            return OpenSlideSlide(uri, path, mpp)
-    raise StorageError(f"{uri}: its staged copy is evicted again and again; raise staging_gb")
+        return OpenSlideSlide(uri, lambda: _Opened(_open(uri, storage.local_path(uri))), mpp)
+    opener = partial(staging.use, as_one(files), options, partial(_open_copy, uri), files)
+    return OpenSlideSlide(uri, opener, mpp)

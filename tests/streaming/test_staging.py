@@ -41,7 +41,7 @@ def test_processes_that_want_one_slide_at_once_download_it_once(
 def test_what_a_killed_download_left_goes_once_it_is_old_and_one_under_way_stays(
     s3_slides: str, slides: list[Path], tmp_path: Path
 ) -> None:
-    left, under_way = (tmp_path / key / "slide.svs.part-0123abcd" for key in ("left", "under_way"))
+    left, under_way = (tmp_path / f"{key}.part-0123abcd" / "slide.svs" for key in ("left", "under_way"))
     for part in (left, under_way):
         part.parent.mkdir()
         part.write_bytes(b"half")

@@ -1,0 +1,249 @@
+"""What a large catalog costs whoever opens it: `tilestream bench catalog`.
+
+A catalog of made slides (block indexes and tissue of real size, some 3 GB, removed afterwards) is opened in fresh
+processes, by one that does what a reader does: plans tiles and finds their blocks, of slides all over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from streaming.catalog import BLOCKS, SCHEMA, Catalog, SlideRow, write
+from streaming.plan import TilePlan
+from streaming.slide import Staging
+from streaming.slide.block_index import pack
+from streaming.slide.blocks import BlockSlide
+from streaming.slide.codecs import BlockFormat
+from streaming.slide.tiff import BlockLevel, TiffSlide
+from streaming.tissue_map import Cells
+
+BLOCK, MPP, BATCH, TURNS = 256, 0.25, 128, 3
+STORE = {"anon": True, "endpoint_url": "http://127.0.0.1:9", "region": "us-east-1"}  # nothing is ever asked of it
+KINDS = 16  # so many slides differ; the others are copies of them under other names
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table."""
+
+    what: str
+    value: float
+    unit: str
+    must: str
+    holds: bool
+
+
+def line(what: str, value: float, unit: str, *, most: float = 0, least: float = 0) -> Line:
+    """A line whose value must be at most, or at least, something."""
+    must = f"≤ {most:,g}" if most else f"≥ {least:,g}" if least else "–"
+    return Line(what, value, unit, must, value <= most if most else value >= least)
+
+
+def made_index(columns: int, rows: int, random: np.random.Generator) -> tuple[bytes, int]:
+    """A block index of a pyramid by halves as a scanner writes it, and how many blocks it has."""
+    levels, at, form = list[BlockLevel](), 16, BlockFormat("JPEG", BLOCK, BLOCK, random.bytes(600))
+    while columns >= 1 and rows >= 1:
+        nbytes = random.integers(1_500, 40_000, columns * rows)
+        offsets = at + np.cumsum(nbytes) - nbytes
+        levels.append(BlockLevel(columns * BLOCK, rows * BLOCK, form, offsets, nbytes))
+        at += int(nbytes.sum())
+        columns, rows = columns // 2, rows // 2
+    return pack(TiffSlide("aperio", (MPP, MPP), tuple(levels)), "tag", MPP), sum(len(entry.nbytes) for entry in levels)
+
+
+def made_grid(columns: int, rows: int, random: np.random.Generator) -> Cells:
+    """Tissue in three blobs: a third of the slide, say."""
+    y, x = np.mgrid[:rows, :columns]
+    inside = np.zeros((rows, columns), np.bool_)
+    for _ in range(3):
+        middle_y, middle_x = random.integers(rows // 5, rows * 4 // 5), random.integers(columns // 5, columns * 4 // 5)
+        inside |= (y - middle_y) ** 2 + (x - middle_x) ** 2 < (rows * random.uniform(0.15, 0.3)) ** 2
+    return np.where(inside, random.integers(120, 256, (rows, columns)), 0).astype(np.uint8)
+
+
+def make(folder: str, slides: int, blocks: int) -> tuple[int, int]:
+    """A catalog of so many slides of about so many blocks; how many blocks, and how many bytes on disk."""
+    columns = round((blocks * 0.75 * 1.5) ** 0.5)
+    rows = round(columns / 1.5)
+    random = np.random.default_rng(0)
+    indexes = [made_index(columns, rows, random) for _ in range(KINDS)]
+    grids = [made_grid(columns, rows, random) for _ in range(KINDS)]
+    Path(folder, BLOCKS).mkdir(parents=True)
+    entries: list[dict[str, object]] = []
+    for number in range(slides):
+        content, name = indexes[number % KINDS][0], f"slide{number:05}.svs-{number:016x}"
+        Path(folder, BLOCKS, name).write_bytes(content)
+        row = SlideRow(
+            slide=f"s3://bucket/a/folder/of/some/length/slide{number:05}.svs",
+            size=10**9,
+            version=f"{number:032x}",
+            vendor="aperio",
+            mpp=MPP,
+            width=columns * BLOCK,
+            height=rows * BLOCK,
+            levels=[
+                {
+                    "width": columns * BLOCK >> i,
+                    "height": rows * BLOCK >> i,
+                    "downsample": 2.0**i,
+                    "compression": "JPEG",
+                }
+                for i in range(8)
+            ],
+            backend="blocks",
+            index=name,
+            index_nbytes=len(content),
+            tissue_rows=rows,
+            tissue_columns=columns,
+            tissue_threshold=20.0,
+            tissue_mm2=100.0,
+            metadata=json.dumps({"patient": f"patient{number // 3}", "organ": "lung", "stain": "H&E"}),
+        )
+        entries.append(asdict(row))
+    write(folder, pa.Table.from_pylist(entries, SCHEMA), (grids[number % KINDS] for number in range(slides)), None)
+    num_blocks = sum(indexes[number % KINDS][1] for number in range(slides))
+    return num_blocks, sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+class Places:
+    """Takes the place of a slide's storage: notes what is asked for."""
+
+    size, tag = 0, ""
+    requests = 0
+
+    def begin(self, start: int, end: int) -> Callable[[], bytes]:
+        """Counts the request; nobody asks for the answer."""
+        assert end > start
+        self.requests += 1
+        return bytes
+
+
+def resident_mib(field: str = "VmRSS") -> float:
+    """This process's memory, or the most it had (`VmHWM`), in MiB."""
+    status = Path("/proc/self/status").read_text().split(f"{field}:")[1]
+    return int(status.split()[0]) / 1024
+
+
+def forget_cached(folder: str) -> None:
+    """Puts the catalog's files out of the page cache."""
+    os.sync()
+    for path in Path(folder).glob("*.*"):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(folder: str, tiles: int) -> dict[str, float]:
+    """Opens the catalog and does a reader's work on it; run in a process of its own."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = resident_mib()
+    started = time.perf_counter()
+    catalog = Catalog.load(folder)
+    plan = TilePlan(catalog)
+    first = plan[0]
+    opened = time.perf_counter() - started
+    assert first.slide in catalog.slides()
+    resident_open = resident_mib() - before
+    pickled = len(pickle.dumps((plan, catalog))) / 2**20
+    slides: dict[int, BlockSlide] = {}
+    places, planning = Places(), 0.0
+    for start in range(0, tiles, BATCH):
+        at = time.process_time()
+        specs = plan.specs(np.arange(start, start + BATCH))
+        planning += time.process_time() - at
+        for slide, x, y, mpp in zip(*(a.tolist() for a in (specs.slide, specs.x, specs.y, specs.mpp)), strict=True):
+            if slide not in slides:
+                found = catalog.open_slide(slide, STORE, Staging())
+                assert isinstance(found, BlockSlide)
+                found._ranges = places
+                slides[slide] = found
+            slides[slide].begin_tile(x, y, mpp, specs.size)
+    peak = resident_mib("VmHWM")
+    at = time.process_time()
+    plan.specs(np.arange(tiles))
+    return {
+        "open_s": opened,
+        "open_mib": resident_open,
+        "peak_mib": peak - before,
+        "pickled_mib": pickled,
+        "specs_per_s": tiles / (time.process_time() - at),
+        "batch_specs_per_s": tiles / planning,
+        "slides": len(slides),
+        "requests": places.requests / tiles,
+    }
+
+
+def turns(folder: str, tiles: int) -> Iterator[dict[str, float]]:
+    """What fresh processes measure, the first without the page cache's help."""
+    for turn in range(TURNS):
+        if turn == 0:
+            forget_cached(folder)
+        command = [sys.executable, __file__, "--measure", folder, "--tiles", str(tiles)]
+        yield json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+
+def lines(args: argparse.Namespace) -> list[Line]:
+    """Makes a catalog, measures and removes it."""
+    with tempfile.TemporaryDirectory(prefix="tilestream-bench-", dir=args.folder) as folder:
+        sys.stderr.write(f"making a catalog of {args.slides:,} slides × {args.blocks:,} blocks\n")
+        num_blocks, nbytes = make(f"{folder}/catalog", args.slides, args.blocks)
+        found = list(turns(f"{folder}/catalog", args.tiles))
+    index_and_tissue = nbytes / num_blocks
+    middle = {name: statistics.median(turn[name] for turn in found) for name in found[0]}
+    work = f"plan {args.tiles:,} tiles and find their blocks, of {middle['slides']:,.0f} slides"
+    return [
+        line("the catalog on disk, tissue and all, per block", index_and_tissue, "bytes", most=4),
+        line("open it and plan a tile, not in the page cache", found[0]["open_s"], "s", most=1),
+        line("the same, in the page cache", middle["open_s"], "s", most=1),
+        line("memory of a process that opened it", middle["open_mib"], "MiB", most=300),
+        line(f"the most memory of one that goes on to {work}", max(t["peak_mib"] for t in found), "MiB", most=300),
+        line("plan and catalog as Ray ships them", middle["pickled_mib"], "MiB"),
+        line(f"tiles planned a second of CPU, {BATCH} at once", middle["batch_specs_per_s"] / 1000, "1000/s"),
+        line("tiles planned a second of CPU, all at once", middle["specs_per_s"] / 1000, "1000/s"),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the table; exit status 1 where something does not hold."""
+    parser = argparse.ArgumentParser(prog="tilestream bench catalog", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    parser.add_argument("--slides", type=int, default=12_000, help="slides of the made catalog (12000)")
+    parser.add_argument("--blocks", type=int, default=80_000, help="blocks a slide, over all levels (80000)")
+    parser.add_argument("--tiles", type=int, default=200_000, help="tiles planned and found (200000)")
+    parser.add_argument("--folder", default=tempfile.gettempdir(), help="where it is made, and removed afterwards")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.measure:
+        print(json.dumps(measure(args.measure, args.tiles)))
+        return 0
+    found = lines(args)
+    machine = (
+        f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, Python {platform.python_version()}"
+    )
+    if args.json:
+        print(json.dumps({"machine": machine, "lines": [asdict(entry) for entry in found]}))
+    else:
+        print(f"{machine}; {args.slides:,} slides × {args.blocks:,} blocks; {TURNS} processes\n")
+        print(f"{'value':>9} {'':8} {'must':8}      what")
+        for entry in found:
+            verdict = "" if entry.must == "–" else "yes" if entry.holds else "NO"
+            print(f"{entry.value:9.2f} {entry.unit:8} {entry.must:8} {verdict:4} {entry.what}")
+    return 0 if all(entry.holds for entry in found if entry.must != "–") else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
