@@ -109,7 +109,8 @@ def gcsfs_options(options: Options) -> dict[str, Any]:
     """The options of gcsfs for the same project and credentials."""
     endpoint, token = _gcs_endpoint(options), _gcs_token(options)
     if endpoint:
-        # gcsfs 2026 asks Google's own gRPC address for the kind of a bucket, for a minute where that does not answer.
+        # gcsfs 2026 asks by gRPC for the kind of a bucket, in vain and for a minute where the storage speaks HTTP only.
+        # It reads the variable when it is imported, which is after this.
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     found = {"endpoint_url": endpoint, "token": token}
     return {**options, **{key: value for key, value in found.items() if value}}
