@@ -2,7 +2,8 @@
 
 A URI is a local path or anything fsspec knows (`s3://`, `gs://`, `az://`, `http(s)://`, …). `storage_options` are
 fsspec's, plus `region` for S3 and `timeout_s` for one request; what they leave open comes from the usual environment
-variables (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT_URL`, …).
+variables (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT_URL`, …; Azure's and Google's in
+`clouds`). An HTTP server takes `headers` alone.
 """
 
 from __future__ import annotations
@@ -36,11 +37,15 @@ from fsspec.implementations.local import LocalFileSystem
 from obstore.auth.boto3 import Boto3CredentialProvider
 from obstore.store import AzureStore, GCSStore, HTTPStore, ObjectStore, S3Store
 
+from streaming import clouds
 from streaming.errors import StorageError
 
 StorageOptions = Mapping[str, Any]
 
 _S3, _GCS, _AZURE, _HTTP = ("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss"), ("http", "https")
+
+# Packages behind fsspec's, which may not be installed: their errors are known by where they come from.
+_FOREIGN = ("aiohttp", "azure", "gcsfs", "google")
 
 # A wrong endpoint should be told within seconds, not after botocore's minute-long default timeouts and retries.
 _S3_CONFIG = {"connect_timeout": 5, "retries": {"mode": "standard", "max_attempts": 5}}
@@ -68,7 +73,7 @@ def filesystem(uri: str, storage_options: StorageOptions | None = None) -> tuple
     """The fsspec filesystem of a URI and the path within it.
 
     Raises:
-        StorageError: the protocol is unknown, or its package is not installed.
+        StorageError: the protocol is unknown, its package is not installed, or no account is named.
     """
     options = dict(storage_options or {})
     timeout_s = options.pop("timeout_s", _TIMEOUT_S)
@@ -78,6 +83,13 @@ def filesystem(uri: str, storage_options: StorageOptions | None = None) -> tuple
         options.pop("region", None)
         options["client_kwargs"] = {key: value for key, value in client.items() if value}
         options["config_kwargs"] = {**_S3_CONFIG, "read_timeout": timeout_s, **options.pop("config_kwargs", {})}
+    elif protocol in _AZURE:
+        timeouts = {"connection_timeout": 5, "read_timeout": timeout_s}
+        options = {**timeouts, **clouds.adlfs_options(_of_account(uri, options))}
+    elif protocol in _GCS:
+        options = clouds.gcsfs_options(options)
+    elif protocol in _HTTP:
+        options = {key: options[key] for key in ("headers",) if key in options}
     elif protocol == "file":
         options = {}  # options configure remote stores; a run may mix both
     # A listing must show what another process wrote a second ago, so no listing is cached.
@@ -96,6 +108,13 @@ def _s3_region(options: StorageOptions) -> str | None:
     return options.get("region") or inner.get("region_name") or os.environ.get("AWS_REGION")
 
 
+def _of_account(uri: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of an Azure URI, which names the container alone."""
+    if "@" in uri.split("://", 1)[1].partition("/")[0]:
+        raise StorageError(f"{uri}: names an account; write az://container/… and set AZURE_STORAGE_ACCOUNT_NAME")
+    return options
+
+
 def has_ranges(uri: str) -> bool:
     """Whether `object_store` knows the protocol of a URI."""
     return uri.split("://", 1)[0] in (*_S3, *_GCS, *_AZURE, *_HTTP)
@@ -110,7 +129,8 @@ def split_bucket(uri: str) -> tuple[str, str]:
 
 def store_environment() -> str:
     """The part of the environment that decides what a store is."""
-    return repr(sorted((k, v) for k, v in os.environ.items() if k.startswith(("AWS_", "GOOGLE_", "AZURE_"))))
+    names = ("AWS_", "GOOGLE_", "AZURE_", "STORAGE_EMULATOR_")
+    return repr(sorted((k, v) for k, v in os.environ.items() if k.startswith(names)))
 
 
 def object_store(bucket: str, storage_options: StorageOptions | None = None) -> ObjectStore:
@@ -124,13 +144,13 @@ def object_store(bucket: str, storage_options: StorageOptions | None = None) -> 
     client: Any = {"allow_http": True, "connect_timeout": "5s", "timeout": f"{options.get('timeout_s', _TIMEOUT_S)}s"}
     retry: Any = {"max_retries": 100, "retry_timeout": timedelta(seconds=300)}
     if protocol in _HTTP:
+        client["default_headers"] = dict(options.get("headers", {}))
         return HTTPStore.from_url(bucket, client_options=client, retry_config=retry)
     if protocol in _GCS:
-        config = {"service_account_path": options["token"]} if isinstance(options.get("token"), str) else {}
+        config = clouds.gcs_config(options)
         return GCSStore(name, config=cast(Any, config), client_options=client, retry_config=retry)
     if protocol in _AZURE:
-        known = ("account_name", "account_key", "sas_token", "tenant_id", "client_id", "client_secret")
-        config = {key: options[key] for key in known if options.get(key)}
+        config = clouds.azure_config(_of_account(bucket, options))
         return AzureStore(name, config=cast(Any, config), client_options=client, retry_config=retry)
     inner = options.get("client_kwargs", {})
     session = boto3.Session(
@@ -186,10 +206,9 @@ def _endpoint(uri: str, options: dict[str, Any]) -> str:
     if protocol in _HTTP:
         return f"{protocol}://{name}"
     if protocol in _GCS:
-        return "https://storage.googleapis.com"
+        return clouds.gcs_endpoint(options)
     if protocol in _AZURE:
-        account = options.get("account_name") or os.environ.get("AZURE_STORAGE_ACCOUNT_NAME", "")
-        return f"https://{account}.blob.core.windows.net"
+        return clouds.azure_endpoint(options)
     given = options.get("endpoint_url") or options.get("client_kwargs", {}).get("endpoint_url")
     given = given or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = options.get("region") or os.environ.get("AWS_REGION") or "us-east-1"
@@ -238,7 +257,7 @@ def storage_errors(uri: str) -> Generator[None]:
         raise StorageError(f"{uri}: access denied; check the credentials and their rights") from error
     except obstore.exceptions.BaseError as error:
         text = " ".join(str(error).split("Debug source")[0].split())
-        raise StorageError(f"{uri}: {text}; check AWS_ENDPOINT_URL, AWS_REGION and the network") from error
+        raise StorageError(f"{uri}: {text}; check {_settings(uri)} and the network") from error
     except (BotoCoreError, ClientError) as error:
         text = " ".join(str(error).split())
         remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or storage_options"
@@ -248,13 +267,31 @@ def storage_errors(uri: str) -> Generator[None]:
     except (OSError, ConnectionError, TimeoutError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise StorageError(f"{uri}: {text}; check that the storage answers and has room") from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in _FOREIGN:
+            raise
+        text = (" ".join(str(error).split()) or type(error).__name__)[:300]
+        raise StorageError(f"{uri}: {text}; check {_settings(uri)} and the network") from error
+
+
+def _settings(uri: str) -> str:
+    """The variables that say where a URI's storage is."""
+    protocol = uri.split("://", 1)[0]
+    if protocol in _AZURE:
+        return "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ENDPOINT, the key"
+    if protocol in _GCS:
+        return "GOOGLE_APPLICATION_CREDENTIALS, GOOGLE_BASE_URL"
+    return "the address" if protocol in _HTTP else "AWS_ENDPOINT_URL, AWS_REGION"
 
 
 def _info(fs: AbstractFileSystem, entry: Mapping[str, Any]) -> ObjectInfo:
     etag = entry.get("ETag") or entry.get("etag")
-    changed = entry.get("mtime") or entry.get("LastModified") or entry.get("last_modified") or ""
+    times = ("mtime", "LastModified", "last_modified", "Last-Modified")
+    changed = next((entry[name] for name in times if entry.get(name)), "")
     version = str(etag).strip('"') if etag else repr(changed)
     uri = str(entry["name"]) if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(entry["name"]))
+    if uri.startswith("abfs://"):
+        uri = f"az://{uri.removeprefix('abfs://')}"  # one spelling for Azure's three, that of the documentation
     return ObjectInfo(uri=uri, size=int(entry.get("size") or 0), version=version)
 
 

@@ -31,9 +31,9 @@ def saved(out: Path, *overrides: str) -> str:
     for weight in module.parameters():
         weight.data += 0.05 * torch.randn(weight.shape, generator=generator)
     uri = checkpoint.checkpoint_uri(str(out), 3)
-    checkpoint.FolderCheckpointIO(config, "0123").save_checkpoint(
-        {"state_dict": module.state_dict(), "global_step": 3}, uri
-    )
+    writer = checkpoint.FolderCheckpointIO(config, "0123")
+    writer.save_checkpoint({"state_dict": module.state_dict(), "global_step": 3}, uri)
+    writer.wait()
     return str(out)
 
 
