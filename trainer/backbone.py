@@ -202,13 +202,7 @@ def create_backbone(
     if not timm.is_model(name):
         close = difflib.get_close_matches(name.split(".")[0], timm.list_models("vit_*"), n=3)
         raise ValueError(f"no timm model '{name}'; close: {', '.join(close) or 'none, see timm.list_models()'}")
-    options: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True, "img_size": img_size}
-    options["init_values"] = layer_scale
-    if patch_size is not None:
-        options["patch_size"] = patch_size
-    if num_registers is not None:
-        # With registers, timm and the released weights carry no position for class and register tokens.
-        options |= {"reg_tokens": num_registers, "no_embed_class": num_registers > 0}
+    options = timm_options(img_size, patch_size, num_registers, layer_scale)
     embed_dim = _check_family(name, options)
     if ffn is not None:
         options |= _ffn_options(ffn, embed_dim)
@@ -217,6 +211,20 @@ def create_backbone(
     backbone = Backbone(vit, drop_path)
     backbone.grid(img_size, img_size)
     return backbone
+
+
+def timm_options(
+    img_size: int, patch_size: int | None, num_registers: int | None, layer_scale: float | None
+) -> dict[str, Any]:
+    """What `timm.create_model` needs beside the name for a network of `create_backbone`'s shape."""
+    options: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True, "img_size": img_size}
+    options["init_values"] = layer_scale
+    if patch_size is not None:
+        options["patch_size"] = patch_size
+    if num_registers is not None:
+        # With registers, timm and the released weights carry no position for class and register tokens.
+        options |= {"reg_tokens": num_registers, "no_embed_class": num_registers > 0}
+    return options
 
 
 def _check_family(name: str, options: dict[str, Any]) -> int:

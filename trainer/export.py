@@ -11,19 +11,20 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
+import timm
 import torch
 from safetensors.torch import save_file
-from timm.layers import GluMlp
+from timm.layers.mlp import GluMlp
 from timm.models import save_for_hf
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 from streaming import storage
 from streaming.errors import ConfigError
 from trainer import checkpoint
-from trainer.backbone import Backbone
+from trainer.backbone import Backbone, timm_options
 from trainer.card import model_card
 from trainer.config import Config
 from trainer.embed import Token, load_backbone
@@ -104,10 +105,23 @@ def description(config: Config, backbone: Backbone, meta: checkpoint.Meta, token
 
 
 def write_timm(folder: Path, config: Config, backbone: Backbone, about: dict[str, Any]) -> None:
-    """Timm's layout, by timm itself: it notes what `timm.create_model` needs to build the same network."""
-    side = config.augment.global_size
+    """Timm's layout, by timm itself: it notes what `timm.create_model` needs to build the same network.
+
+    Raises:
+        ConfigError: timm has no name for it.
+    """
+    side, model = config.augment.global_size, config.model
+    # Training has blocks of its own, which timm could not name; their weights are those of timm's.
+    options = timm_options(side, model.patch_size, model.num_registers, model.layer_scale)
+    plain = timm.create_model(model.backbone, **options)
+    try:
+        plain.load_state_dict(backbone.vit.state_dict())
+    except RuntimeError as error:
+        raise ConfigError(
+            f"timm's {model.backbone} has no {model.ffn} layers, as this model has; take --layout transformers"
+        ) from error
     save_for_hf(
-        backbone.vit,
+        plain,
         str(folder),
         model_config={"tilestream": about},
         safe_serialization=True,
@@ -131,20 +145,21 @@ def write_transformers(folder: Path, config: Config, backbone: Backbone, about: 
     weights = dinov2_weights(vit, backbone.mask_token)
     num_registers = vit.num_reg_tokens
     kind = "Dinov2WithRegisters" if num_registers else "Dinov2"
-    gated = isinstance(vit.blocks[0].mlp, GluMlp)
+    block = cast(Block, vit.blocks[0])
+    gated = isinstance(block.mlp, GluMlp)
     settings: dict[str, Any] = {
         "architectures": [f"{kind}Model"],
         "model_type": "dinov2_with_registers" if num_registers else "dinov2",
         "hidden_size": vit.embed_dim,
         "num_hidden_layers": len(vit.blocks),
-        "num_attention_heads": vit.blocks[0].attn.num_heads,
+        "num_attention_heads": block.attn.num_heads,
         "image_size": config.augment.global_size,
         "patch_size": backbone.patch_size,
         "mlp_ratio": 4,
         "use_swiglu_ffn": gated,
         "hidden_act": "gelu",
         "layer_norm_eps": vit.norm.eps,
-        "qkv_bias": vit.blocks[0].attn.qkv.bias is not None,
+        "qkv_bias": block.attn.qkv.bias is not None,
         "torch_dtype": "float32",
         "tilestream": about,
         **({"num_register_tokens": num_registers} if num_registers else {}),

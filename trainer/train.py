@@ -281,30 +281,36 @@ def train(config: Config, *, debug: bool = False, verbose: bool = False, force: 
             source = make_stream(config, catalog).local_batches(start, steps)
             batches = StepBatches(source, start, config, lambda failures: log.add(Failed("", failures)))
             with terminated() as stop:
-                fit(config, catalog.fingerprint, batches, resume, log.add, Signals(stop=stop.is_set))
+                fit(config, catalog.fingerprint, batches, resume, log.add, Signals(stop=stop.is_set, begin=stop.listen))
         else:
             _fit_on_ray(config, catalog, log, verbose=verbose)
     reached = checkpoint.steps_of(out, options)[-1]
     return TrainResult(checkpoint.checkpoint_uri(out, reached), start, reached, log.summary)
 
 
+class Termination(threading.Event):
+    """Set by SIGTERM (spot machines send it) from `listen` on; a second one kills the process."""
+
+    def listen(self) -> None:
+        """Takes the signal to itself, where this is the main thread: no other may listen to signals."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, *_: Any) -> None:
+        self.set()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
-def terminated() -> Generator[threading.Event]:
-    """An event that SIGTERM sets while the block runs (spot machines send it); a second one kills the process."""
-    event, term = threading.Event(), signal.SIGTERM
-    if threading.current_thread() is not threading.main_thread():
-        yield event  # only the main thread may listen to signals
-        return
-
-    def note(*_: Any) -> None:
-        event.set()
-        signal.signal(term, signal.SIG_DFL)
-
-    before = signal.signal(term, note)
+def terminated() -> Generator[Termination]:
+    """Listens to SIGTERM while the block runs."""
+    event, before = Termination(), signal.getsignal(signal.SIGTERM)
+    event.listen()
     try:
         yield event
     finally:
-        signal.signal(term, before)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _fit_on_ray(config: Config, catalog: Catalog, log: MetricsLog, *, verbose: bool) -> None:

@@ -136,6 +136,8 @@ class Signals:
     """Whether this rank was told to save and leave."""
     leaving: Callable[[], bool] = lambda: False
     """Whether a machine of the run is about to go; asked of all ranks at once."""
+    begin: Callable[[], None] = lambda: None
+    """Called when training begins: Lightning has set handlers of its own by then, which would end it without saving."""
 
 
 _LOOK_EVERY_S = 10.0
@@ -164,7 +166,8 @@ class Watch(Callback):
         self._has_left = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Opens the ranks' way to agree."""
+        """Opens the ranks' way to agree, and listens to signals."""
+        self._signals.begin()
         self._agreement = _Agreement(trainer.world_size)
 
     def on_train_batch_end(
