@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import openslide
 import pytest
+from PIL import Image
 from pydicom.uid import generate_uid
 
 from streaming import storage
@@ -24,6 +25,17 @@ ImageFile(1,0)=scan(1,0).jpg
 MapFile=scan_map.jpg
 MacroImage=../secret.jpg
 OptimisationFile=scan.opt
+"""
+
+REAL_VMS = """[Virtual Microscope Specimen]
+NoLayers=1
+NoJpegColumns=1
+NoJpegRows=1
+ImageFile=scan.jpg
+MapFile=scan_map.jpg
+PhysicalWidth=128000
+PhysicalHeight=128000
+SourceLens=40
 """
 
 
@@ -102,9 +114,7 @@ def test_a_download_that_breaks_off_leaves_nothing(
     assert not [entry for entry in tmp_path.iterdir() if entry.is_dir()]
 
 
-def test_a_dicom_slide_on_s3_has_openslides_pixels_also_when_its_copy_goes(
-    remote_dicom: str, dicom: Path, tmp_path: Path
-) -> None:
+def test_a_dicom_slide_on_s3_has_openslides_pixels(remote_dicom: str, dicom: Path, tmp_path: Path) -> None:
     slide = open_slide(f"{remote_dicom}/a.dcm", staging=Staging(folder=str(tmp_path)))
     assert (slide.backend, slide.mpp, len(slide.level_dimensions)) == ("openslide", 0.25, 2)
     assert staged(tmp_path) == {"a.dcm", "b.dcm"}
@@ -112,8 +122,31 @@ def test_a_dicom_slide_on_s3_has_openslides_pixels_also_when_its_copy_goes(
         for level, location in ((0, (100, 130)), (1, (300, 200)), (0, (700, 600))):
             wanted = np.asarray(oracle.read_region(location, level, (200, 100)))[:, :, :3]
             assert np.array_equal(slide.read_region(location, level, (200, 100)), wanted)
-            for entry in tmp_path.iterdir():
-                shutil.rmtree(entry, ignore_errors=True)
+
+
+def test_a_slide_that_is_evicted_under_its_reader_is_staged_again(s3_bucket: str, tmp_path: Path) -> None:
+    # OpenSlide opens a VMS slide's files anew for each read.
+    pixels = np.kron(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8), np.ones((8, 8, 1), np.uint8))
+    local = tmp_path / "local"
+    local.mkdir()
+    Image.fromarray(pixels).save(local / "scan.jpg", quality=90, subsampling=0, restart_marker_blocks=8)
+    Image.fromarray(pixels[::4, ::4].copy()).save(
+        local / "scan_map.jpg", quality=90, subsampling=0, restart_marker_blocks=2
+    )
+    (local / "scan.vms").write_text(REAL_VMS)
+    put(f"{s3_bucket}/vms", {path.name: path.read_bytes() for path in local.iterdir()})
+    cache = tmp_path / "staged"
+    slide = open_slide(f"{s3_bucket}/vms/scan.vms", staging=Staging(folder=str(cache)))
+    assert (slide.vendor, slide.mpp) == ("hamamatsu", 0.25)
+    with openslide.OpenSlide(local / "scan.vms") as oracle:
+        for x in (0, 100, 300):
+            wanted = np.asarray(oracle.read_region((x, 200), 0, (200, 100)))[:, :, :3]
+            assert np.array_equal(slide.read_region((x, 200), 0, (200, 100)), wanted)
+            assert staged(cache) == {"scan.vms", "scan.jpg", "scan_map.jpg"}
+            shutil.rmtree(cache)
+    put(f"{s3_bucket}/vms", {"scan.jpg": (local / "scan.jpg").read_bytes()[::-1]})
+    with pytest.raises(SlideError, match=r"scan\.jpg: changed"):
+        slide.read_region((0, 0), 0, (200, 100))
 
 
 def test_a_folder_of_dicom_is_one_slide_and_another_one_when_a_member_changes(
