@@ -11,11 +11,12 @@ test test-fast: export RAY_DEDUP_LOGS = 0
 demo: $(INSTALLED)
 	$(BIN)/tilestream demo
 
+# Two processes: tests that start Ray wait more than they work.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not long"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -159,7 +159,7 @@ def write_transformers(folder: Path, config: Config, backbone: Backbone, about: 
         "use_swiglu_ffn": gated,
         "hidden_act": "gelu",
         "layer_norm_eps": vit.norm.eps,
-        "qkv_bias": block.attn.qkv.bias is not None,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in vit.state_dict(),
         "torch_dtype": "float32",
         "tilestream": about,
         **({"num_register_tokens": num_registers} if num_registers else {}),
