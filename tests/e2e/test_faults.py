@@ -24,7 +24,7 @@ from streaming.stream import BatchShape, TileStream, step_digest
 from tests import odd_slides
 from tests.odd_slides import OddCatalog
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
 cloudpickle.register_pickle_by_value(odd_slides)
 
 STEPS, BATCH, RANKS = 24, 8, 2

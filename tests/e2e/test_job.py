@@ -24,7 +24,7 @@ from streaming import storage
 from streaming.metrics import METRICS
 from trainer import checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
 # What a run without failures, staged copies and filtered tiles counts; Ray puts `ray_` before.
 EXPORTED = {
     f"ray_{name}"
@@ -169,7 +169,6 @@ def test_a_job_runs_the_code_that_was_shipped_and_ends_with_the_runs_status(node
 
 
 # Long: not yet seen to pass as a whole, and minutes on a loaded machine.
-@pytest.mark.long
 def test_a_killed_job_that_is_submitted_again_goes_on_where_it_was(nodes: Nodes, catalog: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     config = ["--data.catalog", catalog, "--run.out", str(out), "--train.batch", "8", "--optim.warmup_steps", "2"]

@@ -147,6 +147,7 @@ def test_a_recipe_that_collapses_stops_the_run(catalog: str, tmp_path: Path) -> 
         train(tiny(catalog, tmp_path / "run", *broken, *limits), debug=True)
 
 
+@pytest.mark.long
 def test_post_training_at_a_higher_resolution_goes_on_from_a_checkpoint_with_its_heads(
     catalog: str, tmp_path: Path
 ) -> None:
