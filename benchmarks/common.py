@@ -154,7 +154,7 @@ def peer(name: str, packages: Sequence[str], folder: Path, **work: Any) -> dict[
     script = Path(__file__).parent / "peers" / f"with_{name}.py"
     work |= {"size": SIZE, "batch": BATCH}
     try:
-        ran = subprocess.run([python, script, json.dumps(work)], capture_output=True, text=True, timeout=300)
+        ran = subprocess.run([python, script], input=json.dumps(work), capture_output=True, text=True, timeout=300)
     except subprocess.TimeoutExpired:
         sys.stderr.write(f"{name}: did not end in 300 s\n")
         return None

@@ -35,6 +35,7 @@ from latency_server import serve
 
 from streaming import cluster
 from streaming.plan import TilePlan
+from streaming.ranges import read_range
 from streaming.reader import ReaderOptions
 from streaming.slide import Slide, codecs, open_slide
 from streaming.slide.block_index import open_index
@@ -104,9 +105,9 @@ def touched_blocks(plan: TilePlan, paths: list[Path], tiles: int) -> list[list[t
             for row in range(y // level.form.height, (y + SIZE - 1) // level.form.height + 1)
             for column in range(x // level.form.width, (x + SIZE - 1) // level.form.width + 1)
         ]
-        places = [[int(part[0]) for part in level.places(i, i)] for i in ids]
+        places = [[part[0] for part in level.places(i, i)] for i in ids]
         ranges = slides[slide]._ranges
-        per_tile.append([(ranges.begin(at, at + size)(), level.form) for at, size in places])
+        per_tile.append([(read_range(ranges, at, at + size), level.form) for at, size in places])
     return per_tile
 
 

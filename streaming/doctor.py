@@ -24,7 +24,7 @@ from streaming import cluster, storage
 from streaming.catalog import Catalog
 from streaming.errors import PlanError, SlideError, StorageError, TilestreamError
 from streaming.plan import DEFAULT_MPP, TilePlan
-from streaming.ranges import open_ranges
+from streaming.ranges import open_ranges, read_range
 from streaming.slide import Staging
 
 # One object store of Ray needs a descriptor a client and socket; a reader, one a connection. Ray asks for 65,536.
@@ -207,7 +207,7 @@ def _latency(catalog: Catalog, options: storage.StorageOptions) -> Iterator[Find
                 return  # only fsspec knows this storage: tiles are read from copies, which `_tiles` tries
             start = int(draw.integers(max(ranges.size - _GET_NBYTES, 1)))
             began = time.perf_counter()
-            ranges.begin(start, min(start + _GET_NBYTES, ranges.size))()
+            read_range(ranges, start, min(start + _GET_NBYTES, ranges.size))
             seconds.append(time.perf_counter() - began)
         except TilestreamError as error:
             remedy = "the message names it; without credentials of its own a node may lack its role"

@@ -150,6 +150,7 @@ class ReaderActor:
         self._read = TileReader(plan, catalog, options)
         # What was imported stays: looking through it again and again took a tenth of an actor's time.
         gc.freeze()
+        gc.set_threshold(50_000)
 
     def __call__(self, batch: Batch) -> Batch:
         """Reads a batch of indices."""

@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from obstore import ObjectMeta  # there is none at run time
 
 _in_flight = 32
+# So many ranges of a slide does one thread ask for, one after the other: a tile's are two, and to hand work from thread
+# to thread costs as much as the request.
+_A_TURN = 2
+
+Span = tuple[int, int]  # [start, end) in bytes
 
 
 class Ranges(Protocol):
@@ -29,8 +34,8 @@ class Ranges(Protocol):
     size: int
     tag: str
 
-    def begin(self, start: int, end: int) -> Callable[[], bytes]:
-        """Asks for the bytes [start, end); the answer waits for them.
+    def begin(self, spans: Sequence[Span]) -> Callable[[], list[bytes]]:
+        """Asks for the bytes [start, end) of each span; the answer waits for them.
 
         Raises (the answer):
             StorageError: they can't be read.
@@ -54,17 +59,17 @@ class LocalRanges:
             stat = os.stat(self._path)
         self.size, self.tag = stat.st_size, _same(uri, _file_tag(stat), tag)
 
-    def begin(self, start: int, end: int) -> Callable[[], bytes]:
+    def begin(self, spans: Sequence[Span]) -> Callable[[], list[bytes]]:
         """Reads when the answer is called for: a page cache needs no company."""
-        _count(start, end)
-        return lambda: self._read(start, end)
+        _count(spans)
+        return lambda: self._read(spans)
 
-    def _read(self, start: int, end: int) -> bytes:
+    def _read(self, spans: Sequence[Span]) -> list[bytes]:
         with storage.storage_errors(self._uri):
             file = os.open(self._path, os.O_RDONLY)
             try:
                 _same(self._uri, _file_tag(os.fstat(file)), self.tag)
-                return _whole(self._uri, os.pread(file, end - start, start), start, end)
+                return [_whole(self._uri, os.pread(file, end - start, start), start, end) for start, end in spans]
             finally:
                 os.close(file)
 
@@ -86,12 +91,17 @@ class RemoteRanges:
                 meta = obstore.head(self._store, self._path)
             self.size, self.tag = meta["size"], _object_tag(meta)
 
-    def begin(self, start: int, end: int) -> Callable[[], bytes]:
-        """Sends the request at once, or as soon as others have come back."""
-        _count(start, end)
-        return _requests().submit(self._read, start, end).result
+    def begin(self, spans: Sequence[Span]) -> Callable[[], list[bytes]]:
+        """Sends the requests at once, or as soon as others have come back."""
+        _count(spans)
+        pool = _requests()
+        answers = [pool.submit(self._read, spans[at : at + _A_TURN]) for at in range(0, len(spans), _A_TURN)]
+        return lambda: [content for answer in answers for content in answer.result()]
 
-    def _read(self, start: int, end: int) -> bytes:
+    def _read(self, spans: Sequence[Span]) -> list[bytes]:
+        return [self._get(start, end) for start, end in spans]
+
+    def _get(self, start: int, end: int) -> bytes:
         with storage.storage_errors(self._uri), _under_way(self._uri):
             answer = obstore.get(self._store, self._path, options={"range": (start, end)})
             _same(self._uri, _object_tag(answer.meta), self.tag)
@@ -110,10 +120,19 @@ def open_ranges(uri: str, options: storage.StorageOptions | None = None, tag: st
     return RemoteRanges(uri, options, tag) if storage.has_ranges(uri) else None
 
 
-def _count(start: int, end: int) -> None:
+def read_range(ranges: Ranges, start: int, end: int) -> bytes:
+    """The bytes [start, end) of an object.
+
+    Raises:
+        StorageError, SlideError: as `Ranges.begin`.
+    """
+    return ranges.begin([(start, end)])()[0]
+
+
+def _count(spans: Sequence[Span]) -> None:
     count = counters.mine()
-    count.requests += 1
-    count.nbytes += end - start
+    count.requests += len(spans)
+    count.nbytes += sum(end - start for start, end in spans)
 
 
 def _file_tag(stat: os.stat_result) -> str:
@@ -201,7 +220,7 @@ class RangeFile:
 
     def _fetch(self, page: int) -> bytes:
         start = page * self._PAGE
-        return self._ranges.begin(start, min(start + self._PAGE, self._ranges.size))()
+        return read_range(self._ranges, start, min(start + self._PAGE, self._ranges.size))
 
     def seek(self, offset: int, whence: int = 0) -> int:
         """As io's."""
@@ -219,7 +238,7 @@ class RangeFile:
             return b""
         first, last = self._at // self._PAGE, (end - 1) // self._PAGE
         if last - first > 8:
-            content = self._ranges.begin(self._at, end)()
+            content = read_range(self._ranges, self._at, end)
         else:
             pages = b"".join(self._page(page) for page in range(first, last + 1))
             content = pages[self._at - first * self._PAGE : end - first * self._PAGE]

@@ -9,7 +9,7 @@ import numpy as np
 
 from streaming import counters
 from streaming.errors import SlideError
-from streaming.ranges import Ranges
+from streaming.ranges import Ranges, Span
 from streaming.slide import geometry
 from streaming.slide.block_index import BlockIndex
 from streaming.slide.codecs import decode
@@ -102,21 +102,24 @@ class BlockSlide:
             return lambda out: out.fill(0)
         whole = (left, top, right - left, bottom - top) == (box.x, box.y, box.width, box.height)
         first, last = left // wide, (right - 1) // wide
-        asked: list[tuple[int, int, Callable[[], bytes], list[_Place]]] = []
+        spans: list[Span] = []
+        wanted: list[tuple[int, list[_Place]]] = []
         for row in range(top // high, (bottom - 1) // high + 1):
             offsets, nbytes = level.places(row * level.columns + first, row * level.columns + last)
-            whole = whole and bool(nbytes.all())
-            for start, end, blocks in _merged(offsets.tolist(), nbytes.tolist(), first):
-                asked.append((row, start, self._ranges.begin(start, end), blocks))
+            whole = whole and all(nbytes)
+            for start, end, blocks in _merged(offsets, nbytes, first):
+                spans.append((start, end))
+                wanted.append((row, blocks))
+        begun = self._ranges.begin(spans)
 
         def fill(out: Pixels) -> None:
             if not whole:
                 out.fill(0)  # black past the slide and where a block is empty, as OpenSlide
             count, at = counters.mine(), perf_counter()
-            for row, start, answer, blocks in asked:
-                content = answer()
-                before, at = at, perf_counter()
-                count.fetch_s += at - before
+            contents = begun()
+            before, at = at, perf_counter()
+            count.fetch_s += at - before
+            for (row, blocks), (start, _), content in zip(wanted, spans, contents, strict=True):
                 y0, y1 = max(top, row * high), min(bottom, row * high + high)
                 for column, offset, nbytes in blocks:
                     x0, x1 = max(left, column * wide), min(right, column * wide + wide)

@@ -80,14 +80,17 @@ def _decode_jpeg(block: bytes, form: BlockFormat, scale: int, rows: int) -> Pixe
     while block[start : start + 2] in (_APP0, _APP14):
         start += 2 + int.from_bytes(block[start + 2 : start + 4])
     whole = form.prefix + block[start:]
-    height, width, *_ = simplejpeg.decode_jpeg_header(whole)
+    frame, can_end_early = _frame(whole)
+    height, width = int.from_bytes(whole[frame + 5 : frame + 7]), int.from_bytes(whole[frame + 7 : frame + 9])
     # Before a byte is allocated for it: a header can claim 65,535 × 65,535 px.
     if (height, width) != (form.height, form.width):
         raise ValueError(f"it is of {width} × {height} px, not {form.width} × {form.height}")
     # Chroma is interpolated with the next row's; sixteen rows are decoded at once.
     enough = -(-(rows + 2 * scale) // 16) * 16
-    shorter = _shortened(whole, enough) if enough < form.height else None
-    if shorter is not None:
+    if can_end_early and enough < form.height:
+        # Told that it is less high, decoding ends there; most of the work is reading its codes.
+        shorter = bytearray(whole)
+        shorter[frame + 5 : frame + 7] = enough.to_bytes(2)
         out = scratch("block", enough // scale, form.width // scale)
         try:
             _decode_into(shorter, out, scale)
@@ -105,27 +108,31 @@ def _decode_into(jpeg: bytes | bytearray, out: Pixels, scale: int) -> None:
     simplejpeg.decode_jpeg(jpeg, min_height=height, min_width=width, min_factor=scale, buffer=cast(Any, out))
 
 
-def _shortened(jpeg: bytes, height: int) -> bytearray | None:
-    """The JPEG with another height in its header, so that decoding ends there; most of the work is reading its codes.
+def _frame(jpeg: bytes) -> tuple[int, bool]:
+    """Where a JPEG's frame header lies (ITU-T T.81, B.2.2), and whether decoding may end after any of its rows.
 
-    None where more than one pass goes over the rows, or restart markers may hide where one breaks off.
+    It may not where more than one pass goes over the rows, or restart markers may hide where one breaks off.
+
+    Raises:
+        ValueError: there is no frame before the first scan.
     """
-    at, frame = 2, 0
+    at, frame, can_end_early = 2, 0, True
     while at + 10 < len(jpeg) and jpeg[at] == 0xFF:
         kind = jpeg[at + 1]
-        if kind in (0xC0, 0xC1):
-            frame = at
-        elif kind == 0xDA:
+        if kind == 0xFF:  # a marker may stand behind any number of these
+            at += 1
+            continue
+        if kind == 0xDA and frame:
             # One scan of all components.
-            if not frame or jpeg[at + 4] != jpeg[frame + 9]:
-                return None
-            shorter = bytearray(jpeg)
-            shorter[frame + 5 : frame + 7] = height.to_bytes(2)
-            return shorter
-        elif kind == 0xDD or (0xC2 <= kind <= 0xCF and kind != 0xC4):
-            return None
+            return frame, can_end_early and jpeg[at + 4] == jpeg[frame + 9]
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
+            if frame:
+                raise ValueError("it has two frames")
+            frame = at
+            can_end_early &= kind <= 0xC1
+        can_end_early &= kind != 0xDD
         at += 2 + int.from_bytes(jpeg[at + 2 : at + 4])
-    return None
+    raise ValueError("it has no frame and scan")
 
 
 def _decode_jpeg2000(block: bytes, form: BlockFormat) -> Any:

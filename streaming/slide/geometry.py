@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -39,7 +40,8 @@ class LevelBox:
     height: int
 
 
-def level_for_mpp(mpp: float, level_downsamples: Sequence[float], wanted_mpp: float) -> int:
+@lru_cache(maxsize=4096)
+def level_for_mpp(mpp: float, level_downsamples: tuple[float, ...], wanted_mpp: float) -> int:
     """The level whose mpp is the nearest not above the wanted one; level 0 where all are coarser."""
     fine_enough = [
         level
@@ -49,7 +51,9 @@ def level_for_mpp(mpp: float, level_downsamples: Sequence[float], wanted_mpp: fl
     return max(fine_enough, key=lambda level: level_downsamples[level], default=0)
 
 
-def tile_box(mpp: float, level_downsamples: Sequence[float], x: int, y: int, wanted_mpp: float, size: int) -> LevelBox:
+def tile_box(
+    mpp: float, level_downsamples: tuple[float, ...], x: int, y: int, wanted_mpp: float, size: int
+) -> LevelBox:
     """The part of a level that a tile shows; x, y are the level-0 pixel of its top-left corner.
 
     Corner and extent are rounded to whole pixels of the level: at most half a pixel of what is read.
@@ -73,7 +77,7 @@ def decode_scale(box: LevelBox, size: int, scales: Sequence[int]) -> int:
             return False
         return box.width % (size * scale) == 0 or box.width >= _MIN_REMAINING_RATIO * size * scale
 
-    return max(filter(fits, scales), default=1)
+    return max(filter(fits, scales), default=1) if box.width >= 2 * size else 1
 
 
 _buffers = threading.local()
@@ -123,7 +127,7 @@ def check_region(uri: str, num_levels: int, level: int, size: tuple[int, int]) -
 
 
 def checked_tile_box(
-    mpp: float | None, level_downsamples: Sequence[float], x: int, y: int, wanted_mpp: float, size: int
+    mpp: float | None, level_downsamples: tuple[float, ...], x: int, y: int, wanted_mpp: float, size: int
 ) -> LevelBox:
     """`tile_box` of a slide whose mpp may not be known.
 

@@ -17,7 +17,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from streaming.errors import SlideError, StorageError
-from streaming.ranges import RangeFile, Ranges
+from streaming.ranges import RangeFile, Ranges, read_range
 from streaming.slide.codecs import CODECS, BlockFormat, jpeg_prefix
 
 _RGB, _YCBCR = 2, 6
@@ -58,7 +58,7 @@ def read_tiff(uri: str, ranges: Ranges) -> TiffSlide | None:
         SlideError: its tags contradict each other or the file's size.
         StorageError: it can't be read.
     """
-    magic = ranges.begin(0, min(4, ranges.size))()
+    magic = read_range(ranges, 0, min(4, ranges.size))
     if magic not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return None
     try:
