@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -109,7 +109,7 @@ class TileStream:
         for first in range(start * self.shape.batch, stop * self.shape.batch, micro):
             yield TorchCollate()(reader({"index": np.arange(first, first + micro, dtype=np.int64)}))
 
-    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
+    def steps(self, start: int, stop: int) -> Generator[list[Batch]]:
         """Each step's micro-batches, pulled over all ranks at once by this process; every rank has its own iterator.
 
         Raises:

@@ -250,6 +250,6 @@ def _sum(raw: bytes, at: int, width: int, count: int) -> int:
 
 
 def _gap(raw: bytes, at: int, width: int) -> int:
-    """A signed number by its zigzag: 0, -1, 1, -2, … are 0, 1, 2, 3, …"""
+    """A signed number by its zigzag (0, -1, 1, -2, … are 0, 1, 2, 3, …)."""
     zigzag = _number(raw, at, width)
     return (zigzag >> 1) ^ -(zigzag & 1)

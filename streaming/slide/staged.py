@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
+import platform
 import shutil
 import tempfile
 import time
@@ -24,7 +26,7 @@ import openslide
 from filelock import FileLock
 
 from streaming import counters, storage
-from streaming.errors import SlideError, StorageError
+from streaming.errors import NodeError, SlideError, StorageError
 from streaming.slide import geometry
 from streaming.slide.geometry import Pixels
 from streaming.slide.members import as_one, relative_name
@@ -58,6 +60,7 @@ class Staging:
         Raises:
             StorageError: it can't be read, or is larger than the whole cache.
             SlideError: one of `files` has changed.
+            NodeError: the disk has no room for it.
         """
         entry = Path(self.folder, info.digest[:32])
         path = entry / storage.name_of(info.uri)
@@ -72,7 +75,13 @@ class Staging:
                 counters.mine().staged_misses += 1
                 self._make_room(info)
                 shutil.rmtree(entry, ignore_errors=True)
-                _download_all(entry, info, files, options)
+                try:
+                    _download_all(entry, info, files, options)
+                except StorageError as error:
+                    cause = error.__cause__
+                    if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+                        raise self._disk_full(info) from error
+                    raise
         return str(path)
 
     def use(
@@ -99,7 +108,9 @@ class Staging:
             )
         with FileLock(os.path.join(self.folder, "evict.lock")):
             entries = sorted(_entries(self.folder))
-            excess = sum(nbytes for _, nbytes, _ in entries) + info.size - self.max_bytes
+            # The disk may be smaller than the cache may become, or filled by others.
+            over = info.size - shutil.disk_usage(self.folder).free
+            excess = max(sum(nbytes for _, nbytes, _ in entries) + info.size - self.max_bytes, over)
             for used_at, nbytes, entry in entries:
                 # A download under way is another process's; one that died leaves its folder to age.
                 part = ".part-" in entry
@@ -111,6 +122,15 @@ class Staging:
                 os.rename(entry, gone)
                 shutil.rmtree(gone, ignore_errors=True)
                 excess -= nbytes
+        if shutil.disk_usage(self.folder).free < info.size:
+            raise self._disk_full(info)
+
+    def _disk_full(self, info: storage.ObjectInfo) -> NodeError:
+        free = shutil.disk_usage(self.folder).free
+        return NodeError(
+            f"{info.uri}: its copy of {info.size:,} bytes does not fit the disk of {self.folder} on "
+            f"{platform.node()} ({free:,} bytes free); free some, or set data.staging (or TILESTREAM_STAGING) to a larger disk"
+        )
 
 
 def _entries(folder: str) -> Iterator[tuple[float, int, str]]:

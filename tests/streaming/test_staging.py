@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from streaming import storage
-from streaming.errors import StorageError
+from streaming.errors import NodeError, StorageError
 from streaming.slide import Staging
 
 FETCH = """
@@ -64,3 +66,42 @@ def test_a_slide_that_vanished_is_told_and_leaves_nothing(s3_slides: str, tmp_pa
     with pytest.raises(StorageError, match=r"gone\.svs: not found"):
         Staging(folder=str(tmp_path)).fetch(gone, None)
     assert not list(tmp_path.glob("*/*"))
+
+
+@pytest.fixture
+def small_disk(slides: list[Path], tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own that holds two and a half slides."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = int(2.5 * max(path.stat().st_size for path in slides))
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("only root may mount a disk")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_disk_smaller_than_the_cache_may_become_makes_room_by_the_oldest_copies(
+    s3_slides: str, slides: list[Path], small_disk: Path
+) -> None:
+    staging = Staging(folder=str(small_disk))
+    for path in slides:
+        assert Path(staging.fetch(storage.stat(f"{s3_slides}/{path.name}"), None)).read_bytes() == path.read_bytes()
+    assert sorted(path.name for path in small_disk.glob("*/*")) == sorted(path.name for path in slides[1:])
+
+
+def test_a_full_disk_is_no_fault_of_the_slide_and_leaves_no_part(
+    s3_slides: str, slides: list[Path], small_disk: Path
+) -> None:
+    info = storage.stat(f"{s3_slides}/{slides[0].name}")
+    others = small_disk / "others"
+    others.write_bytes(bytes(2 * info.size))
+    with pytest.raises(
+        NodeError, match=r"patient0\.svs: its copy of .* does not fit the disk of .*; free some, or set"
+    ):
+        Staging(folder=str(small_disk)).fetch(info, None)
+    # What fills the disk while the copy is under way is told as well.
+    with pytest.raises(NodeError, match="does not fit the disk"):
+        Staging(folder=str(small_disk)).fetch(replace(info, size=10), None)
+    assert not list(small_disk.glob("*/*"))
+    others.unlink()
+    assert Staging(folder=str(small_disk)).fetch(info, None)
