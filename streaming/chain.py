@@ -24,12 +24,12 @@ import ray.data
 from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, DataContext, DataIterator, Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
-from ray.exceptions import RayError
+from ray.exceptions import OutOfDiskError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from streaming import cluster
 from streaming.catalog import Catalog
-from streaming.errors import ConfigError, StreamError
+from streaming.errors import ConfigError, NodeError, StreamError
 from streaming.plan import TilePlan
 from streaming.pulse import Pulse, Pulses, ReaderActor
 from streaming.reader import ReaderOptions
@@ -317,10 +317,16 @@ class _Watchdog:
 
         Raises:
             StreamError: the stream was ended meanwhile, because it stands still.
+            NodeError: a node's object store is full, and so is the disk that it spills to.
         """
         self._since = time.monotonic()
         try:
             yield
+        except OutOfDiskError as error:
+            raise NodeError(
+                "a node's object store is full, and so is the disk that it spills to; free some, give Ray more "
+                "object_store_memory, or a larger disk by object_spilling_directory"
+            ) from error
         except RayError as error:
             why = None
             with contextlib.suppress(RayError):

@@ -1,4 +1,5 @@
 import os
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -70,3 +71,20 @@ def s3_slides(s3_bucket: str, slides: list[Path]) -> str:
     for path in [*slides, *([real] if real.exists() else [])]:
         client.upload_file(str(path), "tiles", f"slides/{path.name}")
     return f"{s3_bucket}/slides"
+
+
+@pytest.fixture
+def make_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mounts a disk of its own of so many bytes; skips where that is not allowed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(nbytes: int) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "tmpfs", disk]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("only root may mount a disk")
+        return disk
+
+    yield mount
+    # Lazily: Ray's processes may still be on their way out.
+    subprocess.run(["umount", "--lazy", disk], capture_output=True)

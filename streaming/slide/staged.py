@@ -129,7 +129,7 @@ class Staging:
         free = shutil.disk_usage(self.folder).free
         return NodeError(
             f"{info.uri}: its copy of {info.size:,} bytes does not fit the disk of {self.folder} on "
-            f"{platform.node()} ({free:,} bytes free); free some, or set data.staging (or TILESTREAM_STAGING) to a larger disk"
+            f"{platform.node()}, {free:,} bytes free; free some, or set data.staging or TILESTREAM_STAGING to another"
         )
 
 

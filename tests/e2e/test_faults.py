@@ -90,7 +90,7 @@ def readers_of(node: Any) -> list[psutil.Process]:
     return found
 
 
-def wait_for(what: Callable[[], Any], timeout_s: float = 120) -> Any:
+def wait_for(what: Callable[[], Any], timeout_s: float = 240) -> Any:
     deadline = time.monotonic() + timeout_s
     while not (found := what()):
         assert time.monotonic() < deadline, "it did not happen in time"

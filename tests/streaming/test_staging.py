@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,21 +68,10 @@ def test_a_slide_that_vanished_is_told_and_leaves_nothing(s3_slides: str, tmp_pa
     assert not list(tmp_path.glob("*/*"))
 
 
-@pytest.fixture
-def small_disk(slides: list[Path], tmp_path: Path) -> Iterator[Path]:
-    """A disk of its own that holds two and a half slides."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    size = int(2.5 * max(path.stat().st_size for path in slides))
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("only root may mount a disk")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
 def test_a_disk_smaller_than_the_cache_may_become_makes_room_by_the_oldest_copies(
-    s3_slides: str, slides: list[Path], small_disk: Path
+    s3_slides: str, slides: list[Path], make_disk: Callable[[int], Path]
 ) -> None:
+    small_disk = make_disk(int(2.5 * max(path.stat().st_size for path in slides)))
     staging = Staging(folder=str(small_disk))
     for path in slides:
         assert Path(staging.fetch(storage.stat(f"{s3_slides}/{path.name}"), None)).read_bytes() == path.read_bytes()
@@ -90,13 +79,14 @@ def test_a_disk_smaller_than_the_cache_may_become_makes_room_by_the_oldest_copie
 
 
 def test_a_full_disk_is_no_fault_of_the_slide_and_leaves_no_part(
-    s3_slides: str, slides: list[Path], small_disk: Path
+    s3_slides: str, slides: list[Path], make_disk: Callable[[int], Path]
 ) -> None:
+    small_disk = make_disk(int(2.5 * slides[0].stat().st_size))
     info = storage.stat(f"{s3_slides}/{slides[0].name}")
     others = small_disk / "others"
     others.write_bytes(bytes(2 * info.size))
     with pytest.raises(
-        NodeError, match=r"patient0\.svs: its copy of .* does not fit the disk of .*; free some, or set"
+        NodeError, match=r"patient0\.svs: its copy of .* does not fit the disk of .* free; free some, or set"
     ):
         Staging(folder=str(small_disk)).fetch(info, None)
     # What fills the disk while the copy is under way is told as well.
