@@ -6,8 +6,9 @@ saturation, hue; grey; blur; solarise; normalise.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from trainer.pixels import Taps
 
 NUM_GLOBAL = 2
 _ATTEMPTS = 10  # of torchvision's RandomResizedCrop
-_CACHED = 1 << 18  # float32 values, 1 MiB
+_CACHED = 1 << 19  # float32 values, 2 MiB
 # What the draws of a (sample, view) are for; a number never changes its meaning, or old runs could not be replayed.
 _AREA, _ASPECT, _TOP, _LEFT, _HFLIP, _VFLIP, _TURN = 0, 10, 20, 21, 22, 23, 24
 _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GREY, _BLUR, _SIGMA, _SOLARISE = range(30, 39)
@@ -179,7 +180,7 @@ class Augmentation:
         Raises:
             ValueError: tiles of another shape or type, or another number of indices.
         """
-        images = _as_float(tiles)
+        images = _channels_last(tiles)
         if index.shape != tiles.shape[:1]:
             raise ValueError(f"index {tuple(index.shape)}: one for each of {len(tiles)} tiles is needed")
         global_, local = range(NUM_GLOBAL), range(NUM_GLOBAL, NUM_GLOBAL + self.num_local)
@@ -192,41 +193,40 @@ class Augmentation:
     def _crops(
         self, images: Tensor, index: Tensor, seed: int, views: range, size: int, scale: tuple[float, float]
     ) -> Tensor:
-        if not views or not len(images):  # a convolution of no groups is an error
-            return images.new_empty(len(views), len(images), 3, size, size)
+        crops = torch.empty(len(views), len(images), 3, size, size, device=images.device)
         drawn = self.draw(index, seed, views, images.shape[1], scale)
-        # The flat order is view, then sample.
-        flat = Parameters(*(parameter.flatten(0, 1) for parameter in drawn))
-        taps = _taps(flat, size, self.longest_px(views, images.shape[1], scale))
-        kernels = pixels.gaussian_kernels(flat.sigma, self.blur_kernel)
-        sample = torch.arange(len(images), device=images.device).repeat(len(views))
-        crops = images.new_empty(len(sample), 3, size, size)
-        # What is worked on at once stays in the caches of a CPU.
-        at_once = len(crops) if images.device.type != "cpu" else max(_CACHED // crops[0].numel(), 1)
-        for first in range(0, len(crops), at_once):
-            some = slice(first, first + at_once)
-            of_some = Parameters(*(parameter[some] for parameter in flat))
-            x = pixels.resample(images, sample[some], *(Taps(*(t[some] for t in one)) for one in taps))
-            x = pixels.transpose(x, of_some.turns % 2 == 1).clamp_(0, 1)
-            x = self._coloured(x, of_some, kernels[some])
-            self._normalise(x, crops[some])
-        return crops.unflatten(0, drawn.top.shape)
+        taps = _taps(drawn, size, self.longest_px(views, images.shape[1], scale))
+        kernels = pixels.gaussian_kernels(drawn.sigma, self.blur_kernel)
+        for piece in _pieces(crops):
+            some, own = images[piece[1]].float().div_(255), partial(_flat, piece)
+            sample = torch.arange(len(some), device=images.device).repeat(crops[piece].shape[0])
+            x = pixels.resample(some, sample, *(Taps(own(one.position), own(one.weight)) for one in taps))
+            x = pixels.transpose(x, own(drawn.turns) % 2 == 1).clamp_(0, 1)
+            self._normalise(self._coloured(x, drawn, kernels, own), crops[piece])
+        return crops
 
-    def _coloured(self, x: Tensor, drawn: Parameters, kernels: Tensor) -> Tensor:
-        """Crops (n, 3, size, size) in other colours and blurred, changed in place; parameters (n,)."""
+    def _coloured(self, x: Tensor, drawn: Parameters, kernels: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
+        """Crops (n, 3, size, size) in other colours and blurred, changed in place; `own` picks their parameters."""
+
+        def change(chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
+            return pixels.on_chosen(x, own(chosen), operation, *map(own, parameters))
+
         if self.hed_prob:
-            x = pixels.on_chosen(x, drawn.stain, pixels.jitter_stains, drawn.stain_scale, drawn.stain_shift)
+            x = change(drawn.stain, pixels.jitter_stains, drawn.stain_scale, drawn.stain_shift)
         if self.reinhard_prob:
-            x = pixels.on_chosen(x, drawn.reinhard, pixels.match_lab, drawn.lab_mean, drawn.lab_std)
-        jitter = (drawn.brightness, drawn.contrast, drawn.saturation, drawn.hue)
-        x = pixels.on_chosen(x, drawn.jitter, pixels.jitter_colours, *jitter)
-        x = pixels.on_chosen(x, drawn.grey, pixels.to_grey)
-        x = pixels.on_chosen(x, drawn.blur, pixels.blur, kernels)
-        return pixels.on_chosen(x, drawn.solarise, pixels.solarise) if self.solarise_prob else x
+            x = change(drawn.reinhard, pixels.match_lab, drawn.lab_mean, drawn.lab_std)
+        if self.jitter_prob:
+            jitter = (drawn.brightness, drawn.contrast, drawn.saturation, drawn.hue)
+            x = change(drawn.jitter, pixels.jitter_colours, *jitter)
+        if self.grey_prob:
+            x = change(drawn.grey, pixels.to_grey)
+        if any(self.blur_probs):
+            x = change(drawn.blur, pixels.blur, kernels)
+        return change(drawn.solarise, pixels.solarise) if self.solarise_prob else x
 
     def _normalise(self, x: Tensor, out: Tensor) -> None:
         mean, std = (torch.tensor(c, device=x.device)[:, None, None] for c in (self.mean, self.std))
-        torch.mul(x, 1 / std, out=out).sub_(mean / std)
+        torch.mul(x.view(out.shape), 1 / std, out=out).sub_(mean / std)
 
     def longest_px(self, views: range, tile_px: int, scale: tuple[float, float]) -> int:
         """The longest side in pixels that a crop of these views can have."""
@@ -310,14 +310,33 @@ def _between(low: float, high: float, u: Tensor) -> Tensor:
     return low + (high - low) * u
 
 
-def _as_float(tiles: Tensor) -> Tensor:
-    """Tiles as float32 (B, S, S, 3) in 0..1."""
+def _channels_last(tiles: Tensor) -> Tensor:
+    """Tiles as (B, S, S, 3)."""
     if tiles.ndim == 4:
         images = tiles if tiles.shape[3] == 3 else tiles.permute(0, 2, 3, 1)
         _, side, columns, channels = images.shape
         if tiles.dtype == torch.uint8 and channels == 3 and side == columns:
-            return images.float().contiguous().div_(255)
+            return images
     raise ValueError(f"tiles {tiles.dtype} {tuple(tiles.shape)}: uint8 (B, S, S, 3) or (B, 3, S, S) is needed")
+
+
+def _pieces(crops: Tensor) -> list[tuple[slice, slice]]:
+    """Views and samples of crops (V, B, …) that are worked on at once: on a CPU no more than its caches hold."""
+    num_views, num_samples = crops.shape[:2]
+    if not crops.numel():
+        return []
+    at_once = max(_CACHED // crops[0, 0].numel(), 1) if crops.device.type == "cpu" else num_views * num_samples
+    views, samples = min(at_once, num_views), max(at_once // num_views, 1)
+    return [
+        (slice(view, view + views), slice(sample, sample + samples))
+        for sample in range(0, num_samples, samples)
+        for view in range(0, num_views, views)
+    ]
+
+
+def _flat(piece: tuple[slice, slice], parameter: Tensor) -> Tensor:
+    """A piece's part of a parameter (V, B, …), view first, as (n, …)."""
+    return parameter[piece].flatten(0, 1)
 
 
 def _box(

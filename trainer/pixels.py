@@ -37,9 +37,9 @@ class Taps(NamedTuple):
     """For each of a picture's rows to be made, the rows it is a weighted sum of, and their weights."""
 
     position: Tensor
-    """int64 (n, rows, taps)."""
+    """int64 (…, rows, taps)."""
     weight: Tensor
-    """float32 (n, rows, taps)."""
+    """float32 (…, rows, taps)."""
 
 
 def _weighted_rows(table: Tensor, position: Tensor, weight: Tensor) -> Tensor:
@@ -54,10 +54,10 @@ def _weighted_rows(table: Tensor, position: Tensor, weight: Tensor) -> Tensor:
 def resample_taps(start: Tensor, length: Tensor, flip: Tensor, size_out: int, longest: int) -> Taps:
     """What makes size_out pixels of the `length` (at most longest) from `start` on, bicubic and antialiased.
 
-    start, length int64 and flip bool, all (n,). Pixels outside the interval get weight 0, as if it had been cut out
+    start, length int64 and flip bool, all (…). Pixels outside the interval get weight 0, as if it had been cut out
     first; a flip reverses the order.
     """
-    start, length, flip = (x[:, None, None] for x in (start, length, flip))
+    start, length, flip = (x[..., None, None] for x in (start, length, flip))
     out = torch.arange(size_out, device=start.device)[:, None]
     scale = length / size_out
     support = 2 * scale.clamp(min=1)
@@ -228,9 +228,9 @@ def _mix_channels(images: Tensor, matrix: Sequence[Sequence[float]]) -> Tensor:
 
 
 def gaussian_kernels(sigma: Tensor, size: int) -> Tensor:
-    """Kernels (n, size) for standard deviations (n,) in pixels, summing to 1; size is odd."""
+    """Kernels (…, size) for standard deviations (…) in pixels, summing to 1; size is odd."""
     x = torch.arange(size, device=sigma.device) - size // 2
-    return torch.softmax(-0.5 * (x / sigma[:, None]).square(), dim=1)
+    return torch.softmax(-0.5 * (x / sigma[..., None]).square(), dim=-1)
 
 
 def blur(images: Tensor, kernels: Tensor) -> Tensor:
