@@ -20,7 +20,7 @@ from trainer.pixels import Taps
 
 NUM_GLOBAL = 2
 _ATTEMPTS = 10  # of torchvision's RandomResizedCrop
-_CACHED = 1 << 19  # float32 values, 2 MiB
+_CACHED = 5 << 17  # float32 values, 2.5 MiB
 # What the draws of a (sample, view) are for; a number never changes its meaning, or old runs could not be replayed.
 _AREA, _ASPECT, _TOP, _LEFT, _HFLIP, _VFLIP, _TURN = 0, 10, 20, 21, 22, 23, 24
 _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GREY, _BLUR, _SIGMA, _SOLARISE = range(30, 39)
@@ -197,11 +197,12 @@ class Augmentation:
         drawn = self.draw(index, seed, views, images.shape[1], scale)
         taps = _taps(drawn, size, self.longest_px(views, images.shape[1], scale))
         kernels = pixels.gaussian_kernels(drawn.sigma, self.blur_kernel)
-        for piece in _pieces(crops):
+        for piece in _pieces(crops, images.shape[1]):
             some, own = images[piece[1]].float().div_(255), partial(_flat, piece)
             sample = torch.arange(len(some), device=images.device).repeat(crops[piece].shape[0])
             x = pixels.resample(some, sample, *(Taps(own(one.position), own(one.weight)) for one in taps))
-            x = pixels.transpose(x, own(drawn.turns) % 2 == 1).clamp_(0, 1)
+            # Columns come first: what is not to be turned is turned back.
+            x = pixels.on_chosen(x.clamp_(0, 1), own(drawn.turns) % 2 == 0, pixels.turned)
             self._normalise(self._coloured(x, drawn, kernels, own), crops[piece])
         return crops
 
@@ -320,12 +321,16 @@ def _channels_last(tiles: Tensor) -> Tensor:
     raise ValueError(f"tiles {tiles.dtype} {tuple(tiles.shape)}: uint8 (B, S, S, 3) or (B, 3, S, S) is needed")
 
 
-def _pieces(crops: Tensor) -> list[tuple[slice, slice]]:
-    """Views and samples of crops (V, B, …) that are worked on at once: on a CPU no more than its caches hold."""
+def _pieces(crops: Tensor, tile_px: int) -> list[tuple[slice, slice]]:
+    """Views and samples of crops (V, B, …) that are worked on at once.
+
+    On a CPU no more than its caches hold of crops whose rows are resampled but not yet their columns.
+    """
     num_views, num_samples = crops.shape[:2]
     if not crops.numel():
         return []
-    at_once = max(_CACHED // crops[0, 0].numel(), 1) if crops.device.type == "cpu" else num_views * num_samples
+    cached = max(_CACHED // (3 * tile_px * crops.shape[-1]), 1)
+    at_once = cached if crops.device.type == "cpu" else num_views * num_samples
     views, samples = min(at_once, num_views), max(at_once // num_views, 1)
     return [
         (slice(view, view + views), slice(sample, sample + samples))

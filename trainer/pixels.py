@@ -62,18 +62,20 @@ def resample_taps(start: Tensor, length: Tensor, flip: Tensor, size_out: int, lo
     scale = length / size_out
     support = 2 * scale.clamp(min=1)
     centre = (torch.where(flip, size_out - 1 - out, out) + 0.5) * scale
+    first = (centre - support).floor_()
     # How many pixels there can be under the kernel is known without looking at the lengths.
     taps = torch.arange(math.ceil(4 * max(longest / size_out, 1)) + 1, device=start.device)
-    position = (centre - support).floor().long() + taps
-    weight = _cubic((position + 0.5 - centre) / scale.clamp(min=1)) * ((position >= 0) & (position < length))
-    weight = weight / weight.sum(dim=-1, keepdim=True)
-    return Taps(torch.minimum(position.clamp(min=0), length - 1) + start, weight)
+    position = first + taps
+    weight = _cubic((first + 0.5 - centre + taps) / scale.clamp(min=1))
+    inside = torch.minimum(position.clamp(min=0), length - 1)
+    weight = weight.masked_fill_(inside != position, 0)
+    return Taps(inside.long() + start, weight.div_(weight.sum(dim=-1, keepdim=True)))
 
 
 def resample(images: Tensor, chosen: Tensor, down: Taps, across: Taps) -> Tensor:
-    """Crops (n, 3, s, s) of the images that chosen (n,) int64 numbers, not clamped: bicubic overshoots at edges.
+    """Crops (n, 3, s, s), columns before rows, of the images that chosen (n,) int64 numbers.
 
-    images float32 (B, S, S, 3). The crops' memory has their columns first.
+    images float32 (B, S, S, 3). Not clamped: bicubic overshoots at edges.
     """
     num, size, side = len(chosen), down.position.shape[1], images.shape[1]
     table = images.reshape(-1, 3 * side)
@@ -85,7 +87,7 @@ def resample(images: Tensor, chosen: Tensor, down: Taps, across: Taps) -> Tensor
     position = across.position[:, None] * (3 * num) + planes
     weight = across.weight[:, None].expand(position.shape)
     crops = _weighted_rows(columns, position.flatten(0, 2), weight.flatten(0, 2))
-    return crops.view(num, 3, size, size).mT
+    return crops.view(num, 3, size, size)
 
 
 def _per_image(parameter: Tensor) -> Tensor:
@@ -99,12 +101,15 @@ def on_chosen(images: Tensor, chosen: Tensor, operation: Callable[..., Tensor], 
     picked = chosen.nonzero().flatten()
     if len(picked) in (0, len(images)):
         return operation(images, *parameters) if len(picked) else images
-    return images.index_copy_(0, picked, operation(images[picked], *(parameter[picked] for parameter in parameters)))
+    changed = operation(*(tensor.index_select(0, picked) for tensor in (images, *parameters)))
+    for place, image in zip(picked.tolist(), changed, strict=True):  # `index_copy_` goes number by number
+        images[place] = image
+    return images
 
 
-def transpose(images: Tensor, chosen: Tensor) -> Tensor:
-    """Swaps rows and columns of the chosen square images; with flips this makes quarter turns. chosen bool (n,)."""
-    return torch.where(_per_image(chosen), images.mT, images)
+def turned(images: Tensor) -> Tensor:
+    """Swaps rows and columns; with flips this makes quarter turns."""
+    return images.mT
 
 
 def luma(images: Tensor) -> Tensor:
@@ -153,10 +158,9 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     hue = hue.add_(1 + shift[:, None, None]).frac_()  # of a turn, 0..1
     # https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB: red is |6·hue − 3| − 1 cut to 0..1, green 2 − |6·hue − 2|,
     # blue 2 − |6·hue − 4|, times chroma, above value − chroma.
-    for channel, (offset, sign) in enumerate(((3, 1), (2, -1), (4, -1))):
-        part = (hue - offset / 6).abs_().clamp_(1 / 6, 2 / 6)
-        base = torch.add(high, chroma, alpha=-2 if sign > 0 else 1)
-        torch.addcmul(base, six, part, value=sign, out=images[:, channel])
+    of_red = high - 2 * chroma
+    for out, offset, base, sign in ((red, 3, of_red, 1), (green, 2, high.add_(chroma), -1), (blue, 4, high, -1)):
+        torch.addcmul(base, six, (hue - offset / 6).abs_().clamp_(1 / 6, 2 / 6), value=sign, out=out)
     return images
 
 
