@@ -6,7 +6,7 @@ saturation, hue; grey; blur; solarise; normalise.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -16,13 +16,16 @@ from torch import Tensor
 
 from trainer import pixels
 from trainer.draws import uniform
+from trainer.pixels import Taps
 
 NUM_GLOBAL = 2
 _ATTEMPTS = 10  # of torchvision's RandomResizedCrop
+_CACHED = 5 << 17  # float32 values, 2.5 MiB
 # What the draws of a (sample, view) are for; a number never changes its meaning, or old runs could not be replayed.
 _AREA, _ASPECT, _TOP, _LEFT, _HFLIP, _VFLIP, _TURN = 0, 10, 20, 21, 22, 23, 24
 _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GREY, _BLUR, _SIGMA, _SOLARISE = range(30, 39)
 _HED, _HED_SCALE, _HED_SHIFT, _REINHARD, _LAB_MEAN, _LAB_STD, _ECT_SCALE, _ECT_ASPECT = 40, 41, 44, 50, 51, 54, 60, 61
+_NUM_DRAWS = 62
 
 
 class Crops(NamedTuple):
@@ -48,6 +51,8 @@ class Parameters(NamedTuple):
     vflip: Tensor
     turns: Tensor
     """Quarter turns, counter-clockwise, after the flips."""
+    jitter: Tensor
+    """Whether the colours are jittered; where not, the next four change nothing."""
     brightness: Tensor
     contrast: Tensor
     saturation: Tensor
@@ -57,6 +62,8 @@ class Parameters(NamedTuple):
     sigma: Tensor
     """Standard deviation of the blur in pixels of the crop."""
     solarise: Tensor
+    stain: Tensor
+    """Whether the stains are jittered; where not, the next two change nothing."""
     stain_scale: Tensor
     """Factor of each stain's optical density."""
     stain_shift: Tensor
@@ -173,7 +180,7 @@ class Augmentation:
         Raises:
             ValueError: tiles of another shape or type, or another number of indices.
         """
-        images = _rows_first(tiles)
+        images = _channels_last(tiles)
         if index.shape != tiles.shape[:1]:
             raise ValueError(f"index {tuple(index.shape)}: one for each of {len(tiles)} tiles is needed")
         global_, local = range(NUM_GLOBAL), range(NUM_GLOBAL, NUM_GLOBAL + self.num_local)
@@ -186,34 +193,63 @@ class Augmentation:
     def _crops(
         self, images: Tensor, index: Tensor, seed: int, views: range, size: int, scale: tuple[float, float]
     ) -> Tensor:
-        if not views or not len(images):  # a convolution of no groups is an error
-            return images.new_empty(len(views), len(images), 3, size, size)
+        crops = torch.empty(len(views), len(images), 3, size, size, device=images.device)
         drawn = self.draw(index, seed, views, images.shape[1], scale)
-        x = _cut(images, drawn, size).flatten(0, 1)
-        # The flat order of the parameters is that of the crops: view, then sample.
-        flat = Parameters(*(parameter.flatten(0, 1) for parameter in drawn))
+        taps = _taps(drawn, size, self.longest_px(views, images.shape[1], scale))
+        kernels = pixels.gaussian_kernels(drawn.sigma, self.blur_kernel)
+        for piece in _pieces(crops, images.shape[1]):
+            some, own = images[piece[1]].float().div_(255), partial(_flat, piece)
+            sample = torch.arange(len(some), device=images.device).repeat(crops[piece].shape[0])
+            x = pixels.resample(some, sample, *(Taps(own(one.position), own(one.weight)) for one in taps))
+            # Columns come first: what is not to be turned is turned back.
+            x = pixels.on_chosen(x.clamp_(0, 1), own(drawn.turns) % 2 == 0, pixels.turned)
+            self._normalise(self._coloured(x, drawn, kernels, own), crops[piece])
+        return crops
+
+    def _coloured(self, x: Tensor, drawn: Parameters, kernels: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
+        """Crops (n, 3, size, size) in other colours and blurred, changed in place; `own` picks their parameters."""
+
+        def change(chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
+            return pixels.on_chosen(x, own(chosen), operation, *map(own, parameters))
+
         if self.hed_prob:
-            x = pixels.jitter_stains(x, flat.stain_scale, flat.stain_shift)
+            x = change(drawn.stain, pixels.jitter_stains, drawn.stain_scale, drawn.stain_shift)
         if self.reinhard_prob:
-            x = torch.where(flat.reinhard[:, None, None, None], pixels.match_lab(x, flat.lab_mean, flat.lab_std), x)
-        x = pixels.adjust_brightness(x, flat.brightness)
-        x = pixels.adjust_contrast(x, flat.contrast)
-        x = pixels.adjust_saturation(x, flat.saturation)
-        x = pixels.adjust_hue(x, flat.hue)
-        x = pixels.to_grey(x, flat.grey)
-        # All crops are convolved, the unchosen ones with a kernel of 1: choosing rows would wait for the device.
-        untouched = (torch.arange(self.blur_kernel, device=x.device) == self.blur_kernel // 2).float()
-        kernels = pixels.gaussian_kernels(flat.sigma, self.blur_kernel)
-        x = pixels.blur(x, torch.where(flat.blur[:, None], kernels, untouched))
-        if self.solarise_prob and NUM_GLOBAL - 1 in views:
-            x = pixels.solarise(x, flat.solarise)
+            x = change(drawn.reinhard, pixels.match_lab, drawn.lab_mean, drawn.lab_std)
+        if self.jitter_prob:
+            jitter = (drawn.brightness, drawn.contrast, drawn.saturation, drawn.hue)
+            x = change(drawn.jitter, pixels.jitter_colours, *jitter)
+        if self.grey_prob:
+            x = change(drawn.grey, pixels.to_grey)
+        if any(self.blur_probs):
+            x = change(drawn.blur, pixels.blur, kernels)
+        return change(drawn.solarise, pixels.solarise) if self.solarise_prob else x
+
+    def _normalise(self, x: Tensor, out: Tensor) -> None:
         mean, std = (torch.tensor(c, device=x.device)[:, None, None] for c in (self.mean, self.std))
-        return torch.addcmul(-mean / std, x, 1 / std).unflatten(0, drawn.top.shape)
+        torch.mul(x.view(out.shape), 1 / std, out=out).sub_(mean / std)
+
+    def longest_px(self, views: range, tile_px: int, scale: tuple[float, float]) -> int:
+        """The longest side in pixels that a crop of these views can have."""
+        if self.ect:
+            side_px = self.global_size if views.start < NUM_GLOBAL else self.local_size
+            areas, aspect = [(bound * side_px) ** 2 for bound in self.ect_scale], self.ect_aspect
+        else:
+            areas, aspect = [bound * tile_px**2 for bound in scale], self.aspect
+        stretch = max(aspect[1], 1 / aspect[0])
+        # Where no attempt fits, the whole tile is taken.
+        if areas[0] / stretch < 1:
+            return tile_px
+        return min(tile_px, round(math.sqrt(areas[1] * stretch)) + 1)
 
     def draw(self, index: Tensor, seed: int, views: range, tile_px: int, scale: tuple[float, float]) -> Parameters:
         """Draws for the numbered views (0 and 1 are global) of samples index (B,), from tiles of tile_px pixels."""
         view = torch.arange(views.start, views.stop, device=index.device)[:, None]
-        u = partial(uniform, seed, index, view)
+        draws = torch.arange(_NUM_DRAWS, device=index.device)
+        numbers = uniform(seed, index[:, None], view[..., None], draws)  # (V, B, draws)
+
+        def u(draw: int) -> Tensor:
+            return numbers[..., draw]
 
         jittered = u(_JITTER) < self.jitter_prob
 
@@ -224,16 +260,17 @@ class Augmentation:
             return jitter(max(1 - width, 0.0), 1 + width, 1.0, draw)
 
         def channels(middle: Sequence[float], spread: Sequence[float], draw: int) -> Tensor:
-            three = uniform(seed, index[:, None], view[..., None], draw + torch.arange(3, device=index.device))
+            three = numbers[..., draw : draw + 3]
             centre, width = (torch.tensor(value, device=index.device) for value in (middle, spread))
             return centre + width * (2 * three - 1)
 
         if self.ect:
             side_px = self.global_size if views.start < NUM_GLOBAL else self.local_size
-            height, width = self._draw_near_native(index, seed, view, tile_px, side_px)
+            height, width = self._near_native(u(_ECT_SCALE), u(_ECT_ASPECT), tile_px, side_px)
         else:
-            height, width = _draw_box(index, seed, view, tile_px, scale, self.aspect)
-        stained = (u(_HED) < self.hed_prob)[..., None]
+            areas, aspects = (numbers[..., first : first + _ATTEMPTS] for first in (_AREA, _ASPECT))
+            height, width = _box(areas, aspects, tile_px, scale, self.aspect)
+        stained = u(_HED) < self.hed_prob
         strength = (self.hed_sigma,) * 3
         blur_probs = torch.tensor([self.blur_probs[min(v, NUM_GLOBAL)] for v in views], device=index.device)
         return Parameters(
@@ -244,6 +281,7 @@ class Augmentation:
             hflip=u(_HFLIP) < self.hflip_prob,
             vflip=u(_VFLIP) < self.vflip_prob,
             turns=(4 * u(_TURN)).long() * self.quarter_turns,
+            jitter=jittered,
             brightness=factor(self.brightness, _BRIGHTNESS),
             contrast=factor(self.contrast, _CONTRAST),
             saturation=factor(self.saturation, _SATURATION),
@@ -252,20 +290,19 @@ class Augmentation:
             blur=u(_BLUR) < blur_probs[:, None],
             sigma=self.blur_sigma[0] + (self.blur_sigma[1] - self.blur_sigma[0]) * u(_SIGMA),
             solarise=(u(_SOLARISE) < self.solarise_prob) & (view == NUM_GLOBAL - 1),
-            stain_scale=torch.where(stained, channels((1.0,) * 3, strength, _HED_SCALE), 1.0),
-            stain_shift=torch.where(stained, channels((0.0,) * 3, strength, _HED_SHIFT), 0.0),
+            stain=stained,
+            stain_scale=torch.where(stained[..., None], channels((1.0,) * 3, strength, _HED_SCALE), 1.0),
+            stain_shift=torch.where(stained[..., None], channels((0.0,) * 3, strength, _HED_SHIFT), 0.0),
             reinhard=u(_REINHARD) < self.reinhard_prob,
             lab_mean=channels(self.reinhard_mean, self.reinhard_mean_spread, _LAB_MEAN),
             lab_std=channels(self.reinhard_std, self.reinhard_std_spread, _LAB_STD),
         )
 
-    def _draw_near_native(
-        self, index: Tensor, seed: int, view: Tensor, tile_px: int, side_px: int
-    ) -> tuple[Tensor, Tensor]:
-        """Height and width in pixels, int64 (V, B), of crops near side_px, at most the tile."""
-        side = _between(*self.ect_scale, uniform(seed, index, view, _ECT_SCALE)) * side_px
+    def _near_native(self, area: Tensor, aspect: Tensor, tile_px: int, side_px: int) -> tuple[Tensor, Tensor]:
+        """Height and width in pixels, int64 (V, B), of crops near side_px, at most the tile, from uniform (V, B)."""
+        side = _between(*self.ect_scale, area) * side_px
         log_low, log_high = (math.log(a) for a in self.ect_aspect)
-        root = torch.exp(0.5 * _between(log_low, log_high, uniform(seed, index, view, _ECT_ASPECT)))
+        root = torch.exp(0.5 * _between(log_low, log_high, aspect))
         height, width = ((s.round().long()).clamp(1, tile_px) for s in (side / root, side * root))
         return height, width
 
@@ -274,29 +311,50 @@ def _between(low: float, high: float, u: Tensor) -> Tensor:
     return low + (high - low) * u
 
 
-def _rows_first(tiles: Tensor) -> Tensor:
-    """Tiles as float32 (B, S, 3, S) in 0..1, the layout of `pixels.resample`."""
+def _channels_last(tiles: Tensor) -> Tensor:
+    """Tiles as (B, S, S, 3)."""
     if tiles.ndim == 4:
-        rows_first = tiles.permute(0, 1, 3, 2) if tiles.shape[3] == 3 else tiles.permute(0, 2, 1, 3)
-        _, side, channels, columns = rows_first.shape
+        images = tiles if tiles.shape[3] == 3 else tiles.permute(0, 2, 3, 1)
+        _, side, columns, channels = images.shape
         if tiles.dtype == torch.uint8 and channels == 3 and side == columns:
-            return rows_first.float().contiguous() / 255
+            return images
     raise ValueError(f"tiles {tiles.dtype} {tuple(tiles.shape)}: uint8 (B, S, S, 3) or (B, 3, S, S) is needed")
 
 
-def _draw_box(
-    index: Tensor, seed: int, view: Tensor, tile_px: int, scale: tuple[float, float], aspect: tuple[float, float]
+def _pieces(crops: Tensor, tile_px: int) -> list[tuple[slice, slice]]:
+    """Views and samples of crops (V, B, …) that are worked on at once.
+
+    On a CPU no more than its caches hold of crops whose rows are resampled but not yet their columns.
+    """
+    num_views, num_samples = crops.shape[:2]
+    if not crops.numel():
+        return []
+    cached = max(_CACHED // (3 * tile_px * crops.shape[-1]), 1)
+    at_once = cached if crops.device.type == "cpu" else num_views * num_samples
+    views, samples = min(at_once, num_views), max(at_once // num_views, 1)
+    return [
+        (slice(view, view + views), slice(sample, sample + samples))
+        for sample in range(0, num_samples, samples)
+        for view in range(0, num_views, views)
+    ]
+
+
+def _flat(piece: tuple[slice, slice], parameter: Tensor) -> Tensor:
+    """A piece's part of a parameter (V, B, …), view first, as (n, …)."""
+    return parameter[piece].flatten(0, 1)
+
+
+def _box(
+    areas: Tensor, aspects: Tensor, tile_px: int, scale: tuple[float, float], aspect: tuple[float, float]
 ) -> tuple[Tensor, Tensor]:
     """Height and width in pixels, int64 (V, B): torchvision's `RandomResizedCrop` on a square tile.
 
-    Area uniform, aspect log-uniform, the first of ten attempts that fits; all ten are drawn, the first is chosen. If
+    From uniform areas and aspects (V, B, attempts): area uniform, aspect log-uniform, the first attempt that fits. If
     none fits it is the whole tile, torchvision's central crop of a square.
     """
-    attempts = torch.arange(_ATTEMPTS, device=index.device)
-    u = partial(uniform, seed, index[:, None], view[..., None])
-    area = tile_px**2 * (scale[0] + (scale[1] - scale[0]) * u(_AREA + attempts))
+    area = tile_px**2 * _between(*scale, areas)
     log_low, log_high = (math.log(a) for a in aspect)
-    ratio = torch.exp(log_low + (log_high - log_low) * u(_ASPECT + attempts))
+    ratio = torch.exp(_between(log_low, log_high, aspects))
     width, height = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
     fits = (width >= 1) & (width <= tile_px) & (height >= 1) & (height <= tile_px)
     first = fits.int().argmax(dim=-1, keepdim=True)
@@ -305,15 +363,12 @@ def _draw_box(
     return height.masked_fill(none_fits, tile_px), width.masked_fill(none_fits, tile_px)
 
 
-def _cut(images: Tensor, drawn: Parameters, size: int) -> Tensor:
-    """Crops (V, B, 3, size, size) in 0..1: resized, flipped and turned by the same two matrix products.
+def _taps(drawn: Parameters, size: int, longest: int) -> tuple[Taps, Taps]:
+    """What resizes and flips along y and x; a quarter turn needs a transposition besides.
 
     A half turn is two flips, a quarter turn a flip and a transposition: turning by 1 is mirroring x, then transposing.
     """
     hflip = drawn.hflip ^ (drawn.turns == 1) ^ (drawn.turns == 2)
     vflip = drawn.vflip ^ (drawn.turns == 2) ^ (drawn.turns == 3)
-    weights_y = pixels.resample_weights(drawn.top, drawn.height, vflip, images.shape[1], size)
-    weights_x = pixels.resample_weights(drawn.left, drawn.width, hflip, images.shape[1], size)
-    crops = pixels.resample(images, weights_y, weights_x).clamp(0, 1)
-    turned = pixels.transpose(crops.flatten(0, 1), (drawn.turns % 2 == 1).flatten())
-    return turned.view(crops.shape)
+    down = pixels.resample_taps(drawn.top, drawn.height, vflip, size, longest)
+    return down, pixels.resample_taps(drawn.left, drawn.width, hflip, size, longest)

@@ -7,13 +7,14 @@ that does not match its checksum. Steps go on while a checkpoint is written.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import logging
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, cast
@@ -146,8 +147,27 @@ def load(uri: str, options: storage.StorageOptions | None = None) -> dict[str, A
     content = storage.read_bytes(storage.join(uri, STATE), options)
     if hashlib.sha256(content).hexdigest() != meta.sha256:
         raise _mismatch(uri, len(content), meta)
-    try:
+    with _unreadable(uri):
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def load_shapes(uri: str, options: storage.StorageOptions | None = None) -> dict[str, Any]:
+    """The same with tensors without memory; little of the file is read, and no checksum compared.
+
+    Raises:
+        CheckpointError: it has another length than was written, or holds more than tensors and plain values.
+    """
+    meta, path = read_meta(uri, options), storage.join(uri, STATE)
+    if (nbytes := storage.stat(path, options).size) != meta.nbytes:
+        raise _mismatch(uri, nbytes, meta)
+    with storage.reading(path, options) as file, _unreadable(uri):
+        return torch.load(file, map_location="meta", weights_only=True)
+
+
+@contextlib.contextmanager
+def _unreadable(uri: str) -> Generator[None]:
+    try:
+        yield
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise CheckpointError(f"{uri}: {STATE} can't be read: {error}".splitlines()[0]) from error
 

@@ -1,11 +1,13 @@
 """Image operations on a whole batch, each sample with its own parameters and nothing drawn here.
 
 Images are float32 (n, 3, height, width) in 0..1, parameters (n,). Each operation equals torchvision's or
-scikit-image's for one sample, and none looks at another sample.
+scikit-image's for one sample, and none looks at another sample. Those that say so change the images they are given:
+new memory for each step costs a CPU more than the arithmetic.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,102 +29,155 @@ _XYZ_OF_RGB = (
 def _cubic(x: Tensor) -> Tensor:
     """Keys' cubic convolution kernel with a = −0.5, as PIL and antialiased torch resampling use it."""
     x = x.abs()
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    near, far = x.clamp(max=1), x.clamp(1, 2)  # each part of the kernel is 0 where the other one begins
+    return (1.5 * near - 2.5) * near * near + 1 - 0.5 * (far - 1) * (far - 2).square()
 
 
-def resample_weights(start: Tensor, length: Tensor, flip: Tensor, size_in: int, size_out: int) -> Tensor:
-    """Matrices that resample `length` pixels from `start` on to size_out pixels, bicubic and antialiased.
+class Taps(NamedTuple):
+    """For each of a picture's rows to be made, the rows it is a weighted sum of, and their weights."""
 
-    start, length int64 and flip bool, all of one shape (…); returns float32 (…, size_out, size_in) whose rows sum to 1.
-    Pixels outside the interval get weight 0, as if it had been cut out first; a flip reverses the rows.
+    position: Tensor
+    """int64 (…, rows, taps)."""
+    weight: Tensor
+    """float32 (…, rows, taps)."""
+
+
+def _weighted_rows(table: Tensor, position: Tensor, weight: Tensor) -> Tensor:
+    """Rows (M, W), each the sum of some rows of table (N, W) by weight; position and weight (M, taps).
+
+    An embedding bag is just that, and has a fast kernel on every device: kernels have few taps, and matrices that hold
+    them would be nearly all zeros.
+    """
+    return F.embedding_bag(position, table, mode="sum", per_sample_weights=weight)
+
+
+def resample_taps(start: Tensor, length: Tensor, flip: Tensor, size_out: int, longest: int) -> Taps:
+    """What makes size_out pixels of the `length` (at most longest) from `start` on, bicubic and antialiased.
+
+    start, length int64 and flip bool, all (…). Pixels outside the interval get weight 0, as if it had been cut out
+    first; a flip reverses the order.
     """
     start, length, flip = (x[..., None, None] for x in (start, length, flip))
     out = torch.arange(size_out, device=start.device)[:, None]
     scale = length / size_out
     support = 2 * scale.clamp(min=1)
     centre = (torch.where(flip, size_out - 1 - out, out) + 0.5) * scale
-    # Only the pixels under the kernel are computed; how many there can be at most is known without the lengths.
-    taps = torch.arange(math.ceil(4 * max(size_in / size_out, 1)) + 1, device=start.device)
-    position = (centre - support).floor().long() + taps
-    weights = _cubic((position + 0.5 - centre) / scale.clamp(min=1)) * ((position >= 0) & (position < length))
-    weights = weights / weights.sum(dim=-1, keepdim=True)
-    dense = weights.new_zeros(*weights.shape[:-1], size_in)
-    return dense.scatter_add_(-1, (position + start).clamp(0, size_in - 1), weights)
+    first = (centre - support).floor_()
+    # How many pixels there can be under the kernel is known without looking at the lengths.
+    taps = torch.arange(math.ceil(4 * max(longest / size_out, 1)) + 1, device=start.device)
+    position = first + taps
+    weight = _cubic((first + 0.5 - centre + taps) / scale.clamp(min=1))
+    inside = torch.minimum(position.clamp(min=0), length - 1)
+    weight = weight.masked_fill_(inside != position, 0)
+    return Taps(inside.long() + start, weight.div_(weight.sum(dim=-1, keepdim=True)))
 
 
-def resample(images: Tensor, weights_y: Tensor, weights_x: Tensor) -> Tensor:
-    """V crops of each of B images by two batched matrix products, weights_y @ image @ weights_xᵀ.
+def resample(images: Tensor, chosen: Tensor, down: Taps, across: Taps) -> Tensor:
+    """Crops (n, 3, s, s), columns before rows, of the images that chosen (n,) int64 numbers.
 
-    images float32 (B, S, 3, S), rows before channels so that neither product copies them; weights_y, weights_x
-    (V, B, s, S). Returns (V, B, 3, s, s), not clamped: bicubic overshoots at edges.
+    images float32 (B, S, S, 3). Not clamped: bicubic overshoots at edges.
     """
-    num_views, num_images, size_out, size_in = weights_y.shape
-    rows = weights_y.transpose(0, 1).reshape(num_images, num_views * size_out, size_in) @ images.flatten(2)
-    rows = rows.view(num_images * num_views, size_out * 3, size_in)
-    crops = rows @ weights_x.transpose(0, 1).flatten(0, 1).mT
-    return crops.view(num_images, num_views, size_out, 3, size_out).permute(1, 0, 3, 2, 4)
+    num, size, side = len(chosen), down.position.shape[1], images.shape[1]
+    table = images.reshape(-1, 3 * side)
+    position = down.position + side * chosen[:, None, None]
+    rows = _weighted_rows(table, position.flatten(0, 1), down.weight.flatten(0, 1))
+    # One row a column, channel and crop. Its memory is a plain transposition, which torch does much faster than others.
+    columns = rows.t().contiguous().view(-1, size)
+    planes = torch.arange(3 * num, device=images.device).view(3, num).T[..., None, None]
+    position = across.position[:, None] * (3 * num) + planes
+    weight = across.weight[:, None].expand(position.shape)
+    crops = _weighted_rows(columns, position.flatten(0, 2), weight.flatten(0, 2))
+    return crops.view(num, 3, size, size)
 
 
 def _per_image(parameter: Tensor) -> Tensor:
     return parameter[:, None, None, None]
 
 
-def transpose(images: Tensor, chosen: Tensor) -> Tensor:
-    """Swaps rows and columns of the chosen square images; with flips this makes quarter turns. chosen bool (n,)."""
-    return torch.where(_per_image(chosen), images.mT, images)
+def on_chosen(images: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
+    """Puts the images that chosen (n,) bool names through an operation with their parameters, in place."""
+    if images.device.type != "cpu":  # picking them would wait for the device
+        return torch.where(_per_image(chosen), operation(images.clone(), *parameters), images)
+    picked = chosen.nonzero().flatten()
+    if len(picked) in (0, len(images)):
+        return operation(images, *parameters) if len(picked) else images
+    changed = operation(*(tensor.index_select(0, picked) for tensor in (images, *parameters)))
+    for place, image in zip(picked.tolist(), changed, strict=True):  # `index_copy_` goes number by number
+        images[place] = image
+    return images
+
+
+def turned(images: Tensor) -> Tensor:
+    """Swaps rows and columns; with flips this makes quarter turns."""
+    return images.mT
 
 
 def luma(images: Tensor) -> Tensor:
     """Grey value (n, 1, height, width) of each pixel."""
     red, green, blue = images.split(1, dim=1)
-    return _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
+    return (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """Scales all channels; 1 changes nothing."""
-    return (images * _per_image(factor)).clamp(0, 1)
+    """Scales all channels, in place; 1 changes nothing."""
+    return images.mul_(_per_image(factor)).clamp_(0, 1)
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Moves pixels away from the image's mean grey value (or towards it, below 1)."""
-    mean = luma(images).mean(dim=(1, 2, 3), keepdim=True)
-    return torch.lerp(mean, images, _per_image(factor)).clamp(0, 1)
+    """Moves pixels away from the image's mean grey value (or towards it, below 1), in place."""
+    # The mean of the grey values is the grey value of the means; and torch vectorises two steps with a number for each
+    # image, not `lerp` with two.
+    mean = luma(images.mean(dim=(2, 3), keepdim=True))
+    factor = _per_image(factor)
+    return images.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Moves pixels away from their own grey value (or towards it, below 1)."""
-    return torch.lerp(luma(images), images, _per_image(factor)).clamp(0, 1)
+    """Moves pixels away from their own grey value (or towards it, below 1), in place."""
+    factor = _per_image(factor)
+    grey = luma(images).mul_(1 - factor)
+    return images.mul_(factor).add_(grey).clamp_(0, 1)
 
 
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turns the hue of HSV by `shift` (−0.5..0.5 of a full turn), keeping saturation and value.
+    """Turns the hue of HSV by `shift` (−0.5..0.5 of a full turn), keeping saturation and value, in place.
 
     The HSV way and not a rotation matrix in YIQ, because the reference recipe's torchvision does so.
     """
     red, green, blue = images.unbind(dim=1)
-    high = torch.maximum(torch.maximum(red, green), blue)
-    chroma = high - torch.minimum(torch.minimum(red, green), blue)
-    per_chroma = 1 / chroma.clamp(min=1e-12)  # a grey pixel's differences are 0, and stay so
-    of_green_or_blue = torch.where(high == green, (blue - red) * per_chroma + 2, (red - green) * per_chroma + 4)
-    sixths = torch.where(high == red, (green - blue) * per_chroma, of_green_or_blue)  # hue in sixths of a turn
-    # https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative, with value·saturation = chroma; k − 2 there is
-    # `turned` here, wrapped to −3..3 (torch does not vectorise `remainder` on the CPU).
-    offsets = torch.arange(3, -3, -2, device=images.device)[:, None, None]
-    turned = offsets + (sixths + 6 * shift[:, None, None])[:, None]
-    turned = turned.sub_((turned / 6).round_(), alpha=6)
-    return torch.addcmul(high[:, None], chroma[:, None], turned.abs_().neg_().add_(2).clamp_(0, 1), value=-1)
+    high = torch.maximum(red, green)
+    low = torch.minimum(red, green)
+    torch.maximum(high, blue, out=high)
+    torch.minimum(low, blue, out=low)
+    chroma = high - low
+    # The hue's distance from red in sixths of a turn, times chroma, is chroma − r + g + b with r, g, b above the
+    # lowest: on each of the six edges one of them is 1 (of chroma), one 0. Its sign is that of green − blue.
+    hue = low.neg_().add_(chroma).sub_(red).add_(green).add_(blue)
+    six = (6 * chroma).clamp_(min=1e-12)  # a grey pixel's hue is 0
+    hue = hue.div_(six).copysign_(green - blue)
+    hue = hue.add_(1 + shift[:, None, None]).frac_()  # of a turn, 0..1
+    # https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB: red is |6·hue − 3| − 1 cut to 0..1, green 2 − |6·hue − 2|,
+    # blue 2 − |6·hue − 4|, times chroma, above value − chroma.
+    of_red = high - 2 * chroma
+    for out, offset, base, sign in ((red, 3, of_red, 1), (green, 2, high.add_(chroma), -1), (blue, 4, high, -1)):
+        torch.addcmul(base, six, (hue - offset / 6).abs_().clamp_(1 / 6, 2 / 6), value=sign, out=out)
+    return images
 
 
-def to_grey(images: Tensor, chosen: Tensor) -> Tensor:
-    """Takes the colour out of the chosen images, keeping three channels; chosen bool (n,)."""
-    return torch.where(_per_image(chosen), luma(images), images)
+def jitter_colours(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
+    """Brightness, contrast, saturation and hue, in this order and in place."""
+    images = adjust_contrast(adjust_brightness(images, brightness), contrast)
+    return adjust_hue(adjust_saturation(images, saturation), hue)
 
 
-def solarise(images: Tensor, chosen: Tensor) -> Tensor:
-    """Inverts what is 0.5 or brighter in the chosen images; chosen bool (n,)."""
-    return torch.where(_per_image(chosen) & (images >= 0.5), 1 - images, images)
+def to_grey(images: Tensor) -> Tensor:
+    """Takes the colour out, keeping three channels, in place."""
+    return images.copy_(luma(images))
+
+
+def solarise(images: Tensor) -> Tensor:
+    """Inverts what is 0.5 or brighter."""
+    return torch.where(images >= 0.5, 1 - images, images)
 
 
 def jitter_stains(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -177,17 +232,22 @@ def _mix_channels(images: Tensor, matrix: Sequence[Sequence[float]]) -> Tensor:
 
 
 def gaussian_kernels(sigma: Tensor, size: int) -> Tensor:
-    """Kernels (n, size) for standard deviations (n,) in pixels, summing to 1; size is odd."""
+    """Kernels (…, size) for standard deviations (…) in pixels, summing to 1; size is odd."""
     x = torch.arange(size, device=sigma.device) - size // 2
-    return torch.softmax(-0.5 * (x / sigma[:, None]).square(), dim=1)
+    return torch.softmax(-0.5 * (x / sigma[..., None]).square(), dim=-1)
 
 
 def blur(images: Tensor, kernels: Tensor) -> Tensor:
     """Convolves each image with its own kernel (n, size) along both axes, borders reflected."""
+    return _blur_down(_blur_down(images, kernels).mT.contiguous(), kernels).mT
+
+
+def _blur_down(images: Tensor, kernels: Tensor) -> Tensor:
     num, channels, height, width = images.shape
-    half = kernels.shape[1] // 2
-    # One depthwise convolution per axis over all images and channels: each is a group of its own.
-    x = F.pad(images, (half, half, half, half), mode="reflect").flatten(0, 1)[None]
-    kernels = kernels.repeat_interleave(channels, dim=0)
-    x = F.conv2d(x, kernels[:, None, :, None], groups=num * channels)
-    return F.conv2d(x, kernels[:, None, None, :], groups=num * channels).view(num, channels, height, width)
+    size = kernels.shape[1]
+    rows = torch.arange(height, device=images.device)[:, None] + torch.arange(size, device=images.device) - size // 2
+    rows = height - 1 - (height - 1 - rows.abs()).abs()
+    planes = torch.arange(num * channels, device=images.device)[:, None, None]
+    weight = kernels[:, None, None].expand(num, channels, height, size).reshape(-1, size)
+    table = images.reshape(-1, width)
+    return _weighted_rows(table, (rows + planes * height).flatten(0, 1), weight).view(images.shape)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from streaming import storage
+from trainer import weights
 from trainer.augment import NUM_GLOBAL
 from trainer.config import Config, TrainConfig
 from trainer.module import DinoModule
@@ -110,6 +111,7 @@ def describe(config: Config) -> Iterator[str]:
     Raises:
         ConfigError, ValueError: a model, crops or schedules that make no sense.
         CatalogError, PlanError: no catalog, or one that can't give what is asked for.
+        CheckpointError, StorageError: weights of `model.init` that don't fit, or no such file.
     """
     check_model(config, resumed=True)
     size = model_size(config)
@@ -128,11 +130,22 @@ def describe(config: Config) -> Iterator[str]:
     schedules = config.optim.schedules(train.steps, train.batch)
     storage.write_bytes(picture, draw(schedules), config.data.storage_options)
     yield f"schedules     {picture}"
+    if config.model.init:
+        yield f"model.init    {_init_line(config)}"
     yield f"catalog       {_catalog_line(config)}"
 
 
 def _cut(train: TrainConfig) -> str:
     return f"{train.ranks} ranks × {train.shape.micro} tiles × {train.accumulate} rounds, {train.strategy}"
+
+
+def _init_line(config: Config) -> str:
+    """A first stage may still be under way: that a run has no checkpoint yet is told, not refused."""
+    source = config.model.init or ""
+    if weights.is_awaited(source, config.data.storage_options):
+        return f"{source}: no checkpoint there yet; the run would not start"
+    check_model(config)
+    return f"{source}: its names and shapes fit"
 
 
 def _catalog_line(config: Config) -> str:

@@ -138,15 +138,15 @@ def resume_point(config: Config, catalog: str, *, force: bool = False) -> tuple[
 
 
 def check_model(config: Config, *, resumed: bool = False) -> None:
-    """Builds the model, without memory for it where it need not load weights.
+    """Builds the model without memory for it, and compares names and shapes with `model.init` unless it is resumed.
 
     Raises:
         ConfigError: a model, crops or schedules that make no sense.
         CheckpointError: weights of `model.init` that don't fit.
+        StorageError: there is no such file.
     """
-    loads = config.model.init is not None and not resumed
     try:
-        with contextlib.nullcontext() if loads else torch.device("meta"):
+        with torch.device("meta"):
             DinoModule(config, resumed=resumed)
     except ValueError as error:
         raise ConfigError(" ".join(str(error).split())) from error

@@ -1,15 +1,18 @@
 """Weights to start from: published DINOv2 weights for the backbone, or a whole checkpoint of ours.
 
 Every tensor of a source must be used and every parameter filled; a position embedding of another grid is resized.
+Networks on torch's meta device are filled with shapes: of a source, only names and shapes are read then.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 import math
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -40,16 +43,24 @@ def start_from(source: str, student: nn.Module, teacher: nn.Module, options: sto
         CheckpointError: there is no such source, or it holds weights of another architecture.
         StorageError: it can't be read.
     """
+    device = next(student.parameters()).device
     if PurePosixPath(source).suffix in _FILES:
-        published = read_weights(source, options)
+        published = read_shapes(source, options) if device.type == "meta" else read_weights(source, options)
     elif timm.is_model_pretrained(source):
-        published = hub_weights(source)
+        published = hub_weights(source, device)
     else:
         return _load_checkpoint(source, student, teacher, options)
     for network in (student, teacher):
         backbone = network.get_submodule("backbone")
         assert isinstance(backbone, Backbone), "a network's backbone"
         load_published(backbone, published, source)
+
+
+def is_awaited(source: str, options: storage.StorageOptions | None) -> bool:
+    """Whether a source is no file or name, but a run of ours that has no checkpoint yet."""
+    if PurePosixPath(source).suffix in _FILES or timm.is_model_pretrained(source):
+        return False
+    return not storage.exists(storage.join(source, checkpoint.META), options) and not checkpoint.latest(source, options)
 
 
 def _load_checkpoint(
@@ -60,7 +71,8 @@ def _load_checkpoint(
     except CheckpointError as error:
         kinds = f"a file ({', '.join(_FILES)}), timm's hub (such as vit_small_patch14_dinov2.lvd142m)"
         raise CheckpointError(f"{error}; model.init also takes {kinds}") from error
-    state: Weights = checkpoint.load(found, options)["state_dict"]
+    shapes_only = next(student.parameters()).device.type == "meta"
+    state: Weights = (checkpoint.load_shapes if shapes_only else checkpoint.load)(found, options)["state_dict"]
     for name, network in (("student", student), ("teacher", teacher)):
         own = {key.removeprefix(f"{name}."): w for key, w in state.items() if key.startswith(f"{name}.")}
         backbone = network.get_submodule("backbone")
@@ -79,13 +91,43 @@ def read_weights(uri: str, options: storage.StorageOptions | None = None) -> Wei
         StorageError: it can't be read.
     """
     content = storage.read_bytes(uri, options)
-    try:
+    with _no_weights(uri, len(content)):
         if uri.endswith(".safetensors"):
             return safetensors.torch.load(content)
         held: Any = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return _tensors(held, uri)
+
+
+def read_shapes(uri: str, options: storage.StorageOptions | None = None) -> Weights:
+    """Names and shapes of such a file, as tensors without memory; little of it is read.
+
+    Raises:
+        CheckpointError, StorageError: as `read_weights`.
+    """
+    nbytes = storage.stat(uri, options).size
+    with storage.reading(uri, options) as file, _no_weights(uri, nbytes):
+        if not uri.endswith(".safetensors"):
+            return _tensors(torch.load(file, map_location="meta", weights_only=True), uri)
+        # https://huggingface.co/docs/safetensors: the header's length, the header, the tensors.
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length) if length < nbytes else b"")
+        header.pop("__metadata__", None)
+        if max((8 + length + entry["data_offsets"][1] for entry in header.values()), default=0) != nbytes:
+            raise ValueError("its end is missing")
+        return {name: torch.empty(entry["shape"], device="meta") for name, entry in header.items()}
+
+
+@contextlib.contextmanager
+def _no_weights(uri: str, nbytes: int) -> Generator[None]:
+    """Tells in one line what a reader of weights makes of other content."""
+    try:
+        yield
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{uri}: {len(content):,} bytes that are no weights: {reason}; fetch it again") from error
+        raise CheckpointError(f"{uri}: {nbytes:,} bytes that are no weights: {reason}; fetch it again") from error
+
+
+def _tensors(held: Any, uri: str) -> Weights:
     for nested in ("model", "state_dict"):
         held = held.get(nested, held) if isinstance(held, dict) else held
     if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
@@ -93,14 +135,15 @@ def read_weights(uri: str, options: storage.StorageOptions | None = None) -> Wei
     return held
 
 
-def hub_weights(name: str) -> Weights:
-    """Tensors of a model of timm's hub, in timm's naming.
+def hub_weights(name: str, device: torch.device) -> Weights:
+    """Tensors of a model of timm's hub, in timm's naming; for the meta device, nothing is fetched.
 
     Raises:
         CheckpointError: they can't be fetched.
     """
+    pretrained = device.type != "meta"
     try:
-        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, device=device).state_dict()
     except Exception as error:  # whatever its downloader raises: no network, no such file, a full disk
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{name}: not fetched from timm's hub ({reason}); give a local file instead") from error

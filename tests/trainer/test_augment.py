@@ -116,6 +116,18 @@ def test_extended_context_crops_of_a_tile_that_is_too_small_are_the_whole_of_it(
     assert (drawn.width == 128).all()
 
 
+@pytest.mark.parametrize(
+    ("options", "tile_px"),
+    [({}, 256), ({"aspect": (0.5, 1.1)}, 256), ({"ect": True}, 392), ({"ect": True}, 128), ({}, 2)],
+)
+def test_no_crop_is_longer_than_what_its_kernels_are_made_for(options: dict[str, Any], tile_px: int) -> None:
+    augmentation = Augmentation(**options)
+    for views, scale in ((range(2), augmentation.global_scale), (range(2, 10), augmentation.local_scale)):
+        drawn = augmentation.draw(torch.arange(2000), 0, views, tile_px, scale)
+        longest = augmentation.longest_px(views, tile_px, scale)
+        assert max(drawn.height.max(), drawn.width.max()) <= longest <= tile_px
+
+
 def test_the_crops_of_a_sample_depend_neither_on_batch_mates_nor_on_order() -> None:
     augmentation, index = Augmentation(**SMALL), torch.tensor([5, 900, 17, 2**40, 3, 4])
     together = augmentation.multi_crop(tiles(), index, seed=1)

@@ -32,31 +32,30 @@ def test_resampling_equals_torchvisions_antialiased_bicubic_with_flips(
     )
     expected = tv.hflip(expected) if hflip else expected
     expected = tv.vflip(expected) if vflip else expected
-    weights = [
-        pixels.resample_weights(*(torch.tensor([[x]]) for x in (start, length, flip)), size_in, size_out)
+    longest = data.draw(st.integers(max(height, width), size_in))
+    taps = [
+        pixels.resample_taps(*(torch.tensor([x]) for x in (start, length, flip)), size_out, longest)
         for start, length, flip in ((top, height, vflip), (left, width, hflip))
     ]
-    found = pixels.resample(image.transpose(1, 2).contiguous(), *weights)
-    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-4)
+    found = pixels.resample(image.permute(0, 2, 3, 1), torch.tensor([0]), *taps)
+    torch.testing.assert_close(found.mT, expected, rtol=0, atol=1e-4)
 
 
-def test_each_view_and_sample_is_resampled_with_its_own_weights() -> None:
-    batch = images(3, 16, 16)
-    start = torch.tensor([[0, 1, 2], [3, 4, 5]])
-    no_flip = torch.zeros(2, 3, dtype=torch.bool)
-    weights = pixels.resample_weights(start, torch.full((2, 3), 8), no_flip, 16, 8)
-    crops = pixels.resample(batch.transpose(1, 2).contiguous(), weights, weights)
-    for v in range(2):
-        for b in range(3):
-            s = int(start[v, b])
-            torch.testing.assert_close(crops[v, b], batch[b, :, s : s + 8, s : s + 8], rtol=0, atol=1e-5)
+def test_each_crop_is_resampled_from_its_own_image_with_its_own_taps() -> None:
+    batch, chosen = images(3, 16, 16), torch.tensor([2, 0, 1, 0])
+    start = torch.tensor([0, 1, 2, 5])
+    taps = pixels.resample_taps(start, torch.full((4,), 8), torch.zeros(4, dtype=torch.bool), 8, 8)
+    crops = pixels.resample(batch.permute(0, 2, 3, 1), chosen, taps, taps)
+    for crop, s, b in zip(crops, start.tolist(), chosen.tolist(), strict=True):
+        torch.testing.assert_close(crop.mT, batch[b, :, s : s + 8, s : s + 8], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("chosen", [[True, False], [False, True]])
-def test_transposition_touches_the_chosen_images_only(chosen: list[bool]) -> None:
-    batch = images(2, 8, 8)
-    expected = torch.stack([x.transpose(-1, -2) if c else x for x, c in zip(batch, chosen, strict=True)])
-    assert torch.equal(pixels.transpose(batch, torch.tensor(chosen)), expected)
+@pytest.mark.parametrize("chosen", [[True, False, True], [False] * 3, [True] * 3])
+def test_an_operation_touches_the_chosen_images_only_each_with_its_own_parameter(chosen: list[bool]) -> None:
+    batch, factors = images(3), [0.5, 0.6, 0.7]
+    expected = [tv.adjust_brightness(x, f) if c else x for x, f, c in zip(batch.clone(), factors, chosen, strict=True)]
+    found = pixels.on_chosen(batch, torch.tensor(chosen), pixels.adjust_brightness, torch.tensor(factors))
+    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -80,11 +79,8 @@ def test_colour_adjustments_equal_torchvisions(
     torch.testing.assert_close(ours(batch, torch.tensor(values)), expected, rtol=0, atol=2e-6)
 
 
-def test_grey_equals_torchvisions_for_the_chosen_images_only() -> None:
-    batch = images(2)
-    grey = pixels.to_grey(batch, torch.tensor([True, False]))
-    torch.testing.assert_close(grey[0], tv.rgb_to_grayscale(batch[0], 3))
-    assert torch.equal(grey[1], batch[1])
+def test_grey_equals_torchvisions() -> None:
+    torch.testing.assert_close(pixels.to_grey(images()), tv.rgb_to_grayscale(images(), 3))
 
 
 @given(sigma=st.lists(st.floats(0.1, 2.0), min_size=3, max_size=3), size=st.sampled_from([1, 3, 9]))
@@ -143,9 +139,7 @@ def test_colour_transfer_gives_the_asked_mean_and_deviation() -> None:
     assert pixels.match_lab(torch.full((4, 3, 4, 4), 0.5), mean, std).isfinite().all()
 
 
-def test_solarising_equals_torchvisions_for_the_chosen_images_only() -> None:
-    batch = images(2)
+def test_solarising_equals_torchvisions() -> None:
+    batch = images()
     batch[:, :, 0] = 0.5
-    found = pixels.solarise(batch, torch.tensor([True, False]))
-    assert torch.equal(found[0], tv.solarize(batch[0], 0.5))
-    assert torch.equal(found[1], batch[1])
+    assert torch.equal(pixels.solarise(batch), tv.solarize(batch, 0.5))

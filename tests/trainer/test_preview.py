@@ -26,6 +26,7 @@ def test_a_dry_run_of_the_largest_preset_tells_its_size_steps_and_curves(
     assert "500,000 optimiser steps of 768 tiles: 32 ranks × 12 tiles × 2 rounds, fsdp" in told
     assert "384,000,000 of 256 px" in told
     assert "not checked" in told
+    assert "vit_giant_patch14_dinov2.lvd142m: its names and shapes fit" in told
     picture = np.asarray(Image.open(tmp_path / PICTURE).convert("RGB"))
     assert picture.std() > 5  # not blank
 

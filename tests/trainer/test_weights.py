@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from streaming.errors import CheckpointError
+from streaming.errors import CheckpointError, StorageError
 from trainer import checkpoint
 from trainer.backbone import Backbone, create_backbone
 from trainer.config import Config, read_config
 from trainer.module import DinoModule
-from trainer.weights import load_published, read_weights, resize_positions, timm_names
+from trainer.train import check_model
+from trainer.weights import is_awaited, load_published, read_weights, resize_positions, timm_names
 
 
 @cache
@@ -146,6 +147,40 @@ def test_a_checkpoint_of_ours_gives_student_teacher_and_heads_also_to_larger_cro
     assert not torch.equal(
         expected["student.dino_head.last_layer.weight"], expected["teacher.dino_head.last_layer.weight"]
     )
+
+
+def test_whether_weights_to_start_from_fit_is_told_without_reading_them(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {"global_step": 3, "state_dict": DinoModule(config).state_dict()}
+    to_storage = checkpoint.FolderCheckpointIO(config, "c0ffee")
+    to_storage.save_checkpoint(state, checkpoint.checkpoint_uri(config.run.out, 3))
+    to_storage.wait()
+    save_file(published(), tmp_path / "a.safetensors")
+    torch.save(published(), tmp_path / "a.pth")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-1])
+    for reader in ("trainer.weights.read_weights", "trainer.checkpoint.load"):
+        monkeypatch.setattr(reader, None)
+
+    def check(init: str, **model: object) -> None:
+        check_model(replace(config, model=replace(config.model, init=init, **model)))
+
+    check(config.run.out)
+    check("vit_tiny_patch16_224.augreg_in21k", layer_scale=None)
+    for init, named in (
+        ("vit_tiny_patch16_224.augreg_in21k", "weights of another architecture: 24 missing"),
+        (str(tmp_path / "a.safetensors"), r"a\.safetensors: weights of another architecture: .* missing"),
+        (str(tmp_path / "a.pth"), r"a\.pth: weights of another architecture: .* missing"),
+        (str(tmp_path / "cut.safetensors"), "its end is missing"),
+    ):
+        with pytest.raises(CheckpointError, match=named):
+            check(init)
+    with pytest.raises(CheckpointError, match="of another shape"):
+        check(config.run.out, head_hidden=9)
+    with pytest.raises(StorageError, match=r"none\.pth"):
+        check(str(tmp_path / "none.pth"))
+    assert is_awaited(str(tmp_path / "run-to-come"), None)
+    assert not is_awaited(config.run.out, None)
 
 
 def test_published_weights_start_student_and_teacher_alike(config: Config, tmp_path: Path) -> None:
