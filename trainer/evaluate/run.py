@@ -17,17 +17,16 @@ from streaming import storage
 from streaming.errors import ConfigError
 from streaming.progress import ProgressLine
 from trainer.embed import Token
-from trainer.evaluate import probes, quality
+from trainer.evaluate import mil, probes, quality
 from trainer.evaluate.annotations import TileGrid
 from trainer.evaluate.datasets import Samples, read_dataset
 from trainer.evaluate.features import Model, extracted, load_model
 from trainer.evaluate.scores import Score, balanced_accuracy
 from trainer.evaluate.splits import Fold, make_folds
 
-Task = Literal["knn", "linear", "logistic", "quality"]
+Task = Literal["knn", "linear", "logistic", "quality", "slide"]
 TASKS: tuple[Task, ...] = get_args(Task)
 _OF_TILES: tuple[Task, ...] = ("knn", "linear", "logistic", "quality")
-_DEFAULT: tuple[Task, ...] = ("knn", "linear", "quality")
 SCORES = "scores.parquet"
 SCORES_JSON = "scores.json"
 
@@ -44,6 +43,8 @@ class EvaluateOptions:
     """neighbours of kNN, purity and robustness index"""
     steps: int = probes.PROBE_STEPS
     """steps of the linear probe"""
+    epochs: int = 20
+    """passes over the slides that attention MIL takes"""
     folds: int = 5
     """parts of the cross-validation where the dataset has no split"""
     seed: int = 0
@@ -60,9 +61,13 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         if unknown := [task for task in self.tasks if task not in TASKS]:
             raise ConfigError(f"task {unknown[0]!r}; take some of {', '.join(TASKS)}")
-        if min(self.k, self.steps, self.batch) < 1 or self.folds < 2 or (self.resize is not None and self.resize < 1):
+        if (
+            min(self.k, self.steps, self.epochs, self.batch) < 1
+            or self.folds < 2
+            or (self.resize is not None and self.resize < 1)
+        ):
             raise ConfigError(
-                f"k {self.k}, steps {self.steps}, batch {self.batch}, resize {self.resize}: all must be at least 1; "
+                f"k {self.k}, steps {self.steps}, epochs {self.epochs}, batch {self.batch}, resize {self.resize}: all must be at least 1; "
                 f"folds {self.folds}: at least 2"
             )
 
@@ -77,8 +82,9 @@ def evaluate(
 ) -> list[Score]:
     """Scores a model on a dataset, and writes `scores.parquet` and `scores.json` to `out` where that is given.
 
-    source is a run or one of its checkpoints, a folder that `tilestream export` wrote, or a name of timm's hub. What is
-    wrong with the dataset is told before the model is loaded, and nothing is written unless all is scored.
+    source is a run or one of its checkpoints, a folder that `tilestream export` wrote, or a name of timm's hub; for whole
+    slides, the folder that `tilestream embed` wrote. What is wrong with the dataset is told before the model is loaded,
+    and nothing is written unless all is scored.
 
     Raises:
         CheckpointError: no usable model.
@@ -91,9 +97,12 @@ def evaluate(
         raise ConfigError("no GPU is visible to PyTorch here; leave out --gpu")
     samples = read_dataset(dataset, options.grid, storage_options)
     _tasks(options, samples)
-    make_folds(samples, options.folds, options.seed)
-    model = load_model(source, options.token, storage_options)
-    scores = evaluate_model(model, samples, options, storage_options)
+    folds = make_folds(samples, options.folds, options.seed)
+    if samples.whole_slides:
+        bags = mil.read_bags(source, samples, storage_options)
+        scores = mil.score_slides(bags, samples, folds, options.epochs, options.seed)
+    else:
+        scores = evaluate_model(load_model(source, options.token, storage_options), samples, options, storage_options)
     if out is not None:
         about = {"model": source, "dataset": dataset, "options": asdict(options)}
         write_scores(out, scores, about, storage_options)
@@ -158,7 +167,8 @@ def _tasks(options: EvaluateOptions, samples: Samples) -> tuple[Task, ...]:
     Raises:
         ConfigError: the dataset has not what one needs.
     """
-    possible, default = _OF_TILES, _DEFAULT
+    possible: tuple[Task, ...] = ("slide",) if samples.whole_slides else _OF_TILES
+    default = tuple(task for task in possible if task != "logistic")
     if wrong := [task for task in options.tasks if task not in possible]:
         raise ConfigError(f"{samples.source}: can't be scored by {wrong[0]}; take some of {', '.join(possible)}")
     return options.tasks or default
