@@ -150,7 +150,9 @@ def add_evaluate(commands: Any) -> None:
         run_evaluate,
     )
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a run, an exported folder, a name of timm's hub; an embedding folder"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a run, an exported folder, a name of timm's hub; embeddings for slides",
     )
     parser.add_argument("dataset", metavar="DATASET", help="a folder of images by class, a .csv or a .parquet file")
     parser.add_argument("--task", nargs="+", metavar="TASK", default=[], help="knn, linear, logistic, quality; slide")

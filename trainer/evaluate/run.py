@@ -61,15 +61,11 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         if unknown := [task for task in self.tasks if task not in TASKS]:
             raise ConfigError(f"task {unknown[0]!r}; take some of {', '.join(TASKS)}")
-        if (
-            min(self.k, self.steps, self.epochs, self.batch) < 1
-            or self.folds < 2
-            or (self.resize is not None and self.resize < 1)
-        ):
-            raise ConfigError(
-                f"k {self.k}, steps {self.steps}, epochs {self.epochs}, batch {self.batch}, resize {self.resize}: all must be at least 1; "
-                f"folds {self.folds}: at least 2"
-            )
+        for name in ("k", "steps", "epochs", "batch", "resize"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if self.folds < 2:
+            raise ConfigError(f"folds is {self.folds}; it must be at least 2")
 
 
 def evaluate(
@@ -82,9 +78,9 @@ def evaluate(
 ) -> list[Score]:
     """Scores a model on a dataset, and writes `scores.parquet` and `scores.json` to `out` where that is given.
 
-    source is a run or one of its checkpoints, a folder that `tilestream export` wrote, or a name of timm's hub; for whole
-    slides, the folder that `tilestream embed` wrote. What is wrong with the dataset is told before the model is loaded,
-    and nothing is written unless all is scored.
+    source is a run or one of its checkpoints, a folder that `tilestream export` wrote, or a name of timm's hub; for
+    whole slides, the folder that `tilestream embed` wrote. What is wrong with the dataset is told before the model is
+    loaded, and nothing is written unless all is scored.
 
     Raises:
         CheckpointError: no usable model.

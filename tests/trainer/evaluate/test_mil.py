@@ -74,7 +74,7 @@ def slide_rows() -> list[dict[str, object]]:
 
 def test_slides_are_scored_from_the_files_of_the_embedding_job(embedded: Path, table: Table, tmp_path: Path) -> None:
     out = tmp_path / "scores"
-    assert main(["evaluate", str(embedded), table(slide_rows()), "--epochs", "30", "--out", str(out)]) == 0
+    assert main(["evaluate", str(embedded), table(slide_rows()), "--epochs", "20", "--out", str(out)]) == 0
     accuracy, area = pq.read_table(out / "scores.parquet").to_pylist()
     assert (accuracy["task"], area["metric"]) == ("slide", "AUROC")
     assert accuracy["value"] > 0.8
