@@ -74,9 +74,9 @@ def made_slides(folder: Path, num: int) -> list[Path]:
     return paths
 
 
-def made_catalog(uris: Sequence[str], options: dict[str, Any] | None = None) -> Catalog:
+def made_catalog(uris: Sequence[str], options: dict[str, Any] | None = None, out: str | None = None) -> Catalog:
     """A catalog of some slides, in a folder of its own."""
-    out = tempfile.mkdtemp()
+    out = out or tempfile.mkdtemp()
     rows = [inspect(storage.stat(uri, options), None, options, Staging(), out) for uri in uris]
     rejected = [row for row in rows if isinstance(row, Rejected)]
     assert not rejected, rejected
@@ -179,15 +179,18 @@ def arguments(name: str, description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def machine() -> str:
+    """What the numbers were measured on."""
+    kind = platform.processor() or platform.machine()
+    return f"{os.cpu_count()} cores, {kind}, Python {platform.python_version()}"
+
+
 def report(lines: Sequence[Line], as_json: bool, **facts: str) -> int:
     """Prints the table; 1 where a ratio does not hold, else 0."""
-    machine = (
-        f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, Python {platform.python_version()}"
-    )
     if as_json:
-        print(json.dumps({"machine": machine, **facts, "lines": [asdict(entry) for entry in lines]}))
+        print(json.dumps({"machine": machine(), **facts, "lines": [asdict(entry) for entry in lines]}))
         return 0 if all(entry.holds for entry in lines if entry.must != "–") else 1
-    print("; ".join([machine, *(f"{key}: {fact}" for key, fact in facts.items()), f"median of {TURNS} turns\n"]))
+    print("; ".join([machine(), *(f"{key}: {fact}" for key, fact in facts.items()), f"median of {TURNS} turns\n"]))
     cut = any(entry.extract_s is not None for entry in lines)
     more = f"{'cut s':>7} {'MB':>6}  " if cut else ""
     print(f"{'ours':>9} {'theirs':>9} {'':8} {'ratio':>6}  {'must':7}      {more}what")

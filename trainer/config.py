@@ -308,7 +308,7 @@ FREE_FIELDS = {
         *("compile", "activation_checkpointing"),
         *("log_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "max_restarts"),
     ),
-    "watch": ("min_rankme", "min_teacher_entropy", "grace_steps", "patience"),
+    "watch": ("min_rankme", "min_teacher_entropy", "min_prototypes", "grace_steps", "patience"),
 }
 # What no force can change: another model's weights don't fit, another batch's next index lies within a step.
 _FIXED = ("model.", "train.batch", "augment.global_size")

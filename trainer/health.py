@@ -58,6 +58,9 @@ class WatchConfig:
     """effective rank of a batch's class tokens at which the embeddings count as collapsed; none: never"""
     min_teacher_entropy: float | None = 0.01
     """mean entropy of the teacher's targets in nats at which they count as collapsed; none: never"""
+    min_prototypes: float | None = 1.5
+    """how many prototypes a batch's targets use in effect (exp of their mean's entropy) at which they count as
+    collapsed, all on one; none: never, for DINO's centring on one or two tiles a rank"""
     grace_steps: int = 2000
     """steps from the start in which a collapse stops nothing: embeddings start out nearly equal"""
     patience: int = 3
@@ -71,7 +74,14 @@ class WatchConfig:
 class Guard:
     """Looks at each row of the metrics for a run that has broken down."""
 
-    def __init__(self, config: WatchConfig) -> None:
+    def __init__(self, config: WatchConfig, num_prototypes: int) -> None:
+        """num_prototypes are the class head's, K."""
+        least = config.min_prototypes
+        self._floors = {
+            "rankme": config.min_rankme,
+            "teacher_entropy": config.min_teacher_entropy,
+            "prototype_perplexity": None if least is None else least / num_prototypes,
+        }
         self._config = config
         self._rows, self._before = 0, 0
         self.well_until = 0
@@ -83,10 +93,9 @@ class Guard:
         if infinite := [name for name, value in row.items() if not math.isfinite(value)]:
             self.well_until = self._before
             return f"{', '.join(infinite[:3])} not finite"
-        floors = {"rankme": self._config.min_rankme, "teacher_entropy": self._config.min_teacher_entropy}
         low = [
             f"{name} {row[name]:.3g}, not above {floor:g}"
-            for name, floor in floors.items()
+            for name, floor in self._floors.items()
             if floor is not None and name in row and row[name] <= floor
         ]
         if not low or step <= self._config.grace_steps:

@@ -156,7 +156,7 @@ class Watch(Callback):
     ) -> None:
         self._config, self._batches, self._report = config, batches, report
         self._io, self._signals = storage_io, signals
-        self._guard = Guard(config.watch)
+        self._guard = Guard(config.watch, config.model.num_prototypes)
         self._index: list[torch.Tensor] = []
         self._finite: torch.Tensor | None = None
         # The first row counts from here: it shows what the cold start cost.

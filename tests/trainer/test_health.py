@@ -39,7 +39,7 @@ def rows(values: list[float], first: int = 1) -> list[dict[str, float]]:
 
 
 def test_a_collapse_counts_after_the_grace_and_only_when_it_lasts() -> None:
-    guard = Guard(WatchConfig(min_rankme=1.5, grace_steps=2, patience=3))
+    guard = Guard(WatchConfig(min_rankme=1.5, grace_steps=2, patience=3), 64)
     told = [guard.trouble(row) for row in rows([1, 1, 1, 1, 9, 1, 1, 1])]
     assert told[:7] == [None] * 7
     assert told[7] is not None
@@ -48,14 +48,23 @@ def test_a_collapse_counts_after_the_grace_and_only_when_it_lasts() -> None:
 
 
 def test_an_infinite_value_counts_at_once() -> None:
-    guard = Guard(WatchConfig(grace_steps=100))
+    guard = Guard(WatchConfig(grace_steps=100), 64)
     assert guard.trouble({"step": 1, **WELL, "loss": 3.0}) is None
     assert guard.trouble({"step": 2, **WELL, "loss": math.nan, "koleo": math.inf}) == "loss, koleo not finite"
 
 
 def test_floors_can_be_switched_off() -> None:
-    guard = Guard(WatchConfig(min_rankme=None, min_teacher_entropy=None, grace_steps=0, patience=1))
-    assert guard.trouble({"step": 1, "rankme": 1.0, "teacher_entropy": 0.0}) is None
+    config = WatchConfig(min_rankme=None, min_teacher_entropy=None, min_prototypes=None, grace_steps=0, patience=1)
+    row = {"step": 1, "rankme": 1.0, "teacher_entropy": 0.0, "prototype_perplexity": 1 / 64}
+    assert Guard(config, 64).trouble(row) is None
+
+
+def test_targets_all_on_one_prototype_count_as_collapsed() -> None:
+    use = [prototype_use(torch.eye(64)[chosen]) for chosen in ([5] * 4 + [7] * 4, [5] * 8)]
+    rows = [{"step": 1, **WELL, "prototype_perplexity": one["prototype_perplexity"].item()} for one in use]
+    guard = Guard(WatchConfig(grace_steps=0, patience=1), 64)
+    assert guard.trouble(rows[0]) is None  # two of 64 are few, and no collapse yet
+    assert "prototype_perplexity 0.0156, not above 0.0234" in (guard.trouble(rows[1]) or "")
 
 
 def test_the_effective_rank_of_what_is_not_finite_is_not_a_number() -> None:

@@ -1,0 +1,96 @@
+"""Slides whose class only a few of their tiles show."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from trainer.cli import main
+from trainer.evaluate.mil import GatedAttention, fit, predict
+
+Table = Callable[..., str]
+NUM, TILES, WIDTH = 24, 40, 16
+
+
+def bags(seed: int) -> tuple[list[np.ndarray], np.ndarray]:
+    random = np.random.default_rng(seed)
+    labels = np.arange(NUM) % 2
+    found = [random.normal(size=(TILES, WIDTH)).astype(np.float32) for _ in labels]
+    for bag, label in zip(found, labels, strict=True):
+        bag[:4, 0] += 4 if label else 0  # four of forty tiles
+    return found, labels
+
+
+def test_attention_finds_the_tiles_that_tell_the_class() -> None:
+    found, labels = bags(0)
+    model = fit(found, labels, 2, epochs=40, seed=0)
+    unseen, truth = bags(1)
+    assert (predict(model, unseen).argmax(axis=1) == truth).mean() >= 0.9
+    attention = model(torch.from_numpy(unseen[1]))[1]
+    assert attention[:4].mean() > 3 * attention[4:].mean()
+
+
+def test_the_order_of_tiles_does_not_matter_and_attention_sums_to_one() -> None:
+    model, bag = GatedAttention(WIDTH, 3).eval(), torch.randn(10, WIDTH)
+    logits, attention = model(bag)
+    order = torch.randperm(10)
+    torch.testing.assert_close(model(bag[order])[0], logits)
+    assert attention.sum().item() == pytest.approx(1)
+
+
+def test_attention_follows_its_formula() -> None:
+    model, bag = GatedAttention(WIDTH, 2).eval(), torch.randn(5, WIDTH)
+    h = model.hidden(bag)
+    value, gate = h @ model.value.weight.T + model.value.bias, h @ model.gate.weight.T + model.gate.bias
+    scores = (
+        (value.exp() - (-value).exp()) / (value.exp() + (-value).exp()) / (1 + (-gate).exp())
+    ) @ model.weight.weight[0]
+    weights = scores.exp() / scores.exp().sum()
+    torch.testing.assert_close(model(bag)[0], model.head((weights[:, None] * h).sum(dim=0)))
+
+
+@pytest.fixture
+def embedded(tmp_path: Path) -> Path:
+    """Parquet files in the layout of `tilestream embed`."""
+    folder = tmp_path / "embeddings"
+    folder.mkdir()
+    for i, bag in enumerate(bags(0)[0]):
+        columns = {"slide": [f"s3://b/slides/s{i}.svs"] * TILES, "x": [0] * TILES, "y": [0] * TILES}
+        width = pa.FixedSizeListArray.from_arrays(pa.array(bag.ravel()), WIDTH)
+        pq.write_table(pa.table({**columns, "embedding": width}), folder / f"s{i}-0123abcd.parquet")
+    pq.write_table(pa.table({"slide": ["s3://b/slides/x.svs"], "reason": ["broken"]}), folder / "rejected.parquet")
+    return folder
+
+
+def slide_rows() -> list[dict[str, object]]:
+    return [
+        {"slide": f"s{i}.svs", "label": ("benign", "malignant")[i % 2], "patient": f"p{i // 4}"} for i in range(NUM)
+    ]
+
+
+def test_slides_are_scored_from_the_files_of_the_embedding_job(embedded: Path, table: Table, tmp_path: Path) -> None:
+    out = tmp_path / "scores"
+    assert main(["evaluate", str(embedded), table(slide_rows()), "--epochs", "20", "--out", str(out)]) == 0
+    accuracy, area = pq.read_table(out / "scores.parquet").to_pylist()
+    assert (accuracy["task"], area["metric"]) == ("slide", "AUROC")
+    assert accuracy["value"] > 0.8
+    assert area["value"] > 0.85
+    assert (area["n"], area["groups"]) == (NUM, 6)
+
+
+@pytest.mark.parametrize("damage", ["missing", "twice"])
+def test_a_slide_without_embeddings_or_with_two_kinds_is_refused(
+    embedded: Path, table: Table, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = embedded / "s3-0123abcd.parquet"
+    if damage == "missing":
+        one.unlink()
+    else:
+        (embedded / "s3-ffffffff.parquet").write_bytes(one.read_bytes())
+    assert main(["evaluate", str(embedded), table(slide_rows())]) == 2
+    told = capsys.readouterr().err
+    assert ("s3.svs: no embeddings in" in told and "(1 of 24 slides" in told) or "are both of s3" in told
