@@ -8,7 +8,7 @@ import sys
 import traceback
 import warnings
 from argparse import ArgumentParser, Namespace
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from streaming.capacity import Capacity
@@ -101,22 +101,31 @@ def add_embed(commands: Any) -> None:
     parser = add_command(
         commands,
         "embed",
-        "embed every tissue tile of slides, a Parquet file a slide",
-        "  tilestream embed s3://bucket/runs/a s3://bucket/slides --out s3://bucket/embeddings --token cls+patch",
+        "embed every tissue tile of slides, a file a slide",
+        "  tilestream embed s3://bucket/runs/a s3://bucket/slides --out s3://bucket/embeddings --token cls+patch\n"
+        "  tilestream embed vit_small_patch14_dinov2.lvd142m slides --out features --format h5 --gpu --precision bf16",
         run_embed,
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints/step-…")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a run or one of its checkpoints/step-…, an export, or a timm model"
+    )
     parser.add_argument("slides", nargs="+", metavar="SLIDES", help="files, folders, globs, s3:// (or other) prefixes")
-    parser.add_argument("--out", required=True, metavar="URI", help="folder of the Parquet files; done slides stay")
+    parser.add_argument("--out", required=True, metavar="URI", help="folder of the files; done slides stay")
+    parser.add_argument(
+        "--format", choices=("parquet", "h5"), default="parquet", help="h5: HDF5 as CLAM and TRIDENT read it"
+    )
     parser.add_argument("--mpp", type=float, default=0.5, help="µm/px of the tiles (0.5)")
     parser.add_argument("--size", type=int, default=256, help="side of a tile in px (256)")
     parser.add_argument("--min-tissue", type=float, default=0.4, help="share that must be tissue (0.4)")
     parser.add_argument(
         "--token", choices=("cls", "patch", "cls+patch"), default="cls", help="class token, mean patch token, both"
     )
+    parser.add_argument("--tokens", action="store_true", help="keep all patch tokens too (float16), for segmentation")
+    parser.add_argument("--precision", choices=("32", "bf16"), default="32", help="bf16: products in bfloat16")
     parser.add_argument("--batch", type=int, default=64, help="tiles that the model sees at once (64)")
     parser.add_argument("--readers", type=pair, default=(1, 2), metavar="MIN:MAX", help="reader actors (1:2)")
     parser.add_argument("--models", type=int, default=1, help="actors that hold the model (1)")
+    parser.add_argument("--model-cpus", type=int, default=1, help="CPU slots and threads of each (1)")
     parser.add_argument("--gpu", action="store_true", help="each of them takes a GPU")
     parser.add_argument("--slide-mpp", type=float, metavar="µm/px", help="level-0 mpp of slides that have none")
     add_storage_options(parser)
@@ -127,8 +136,7 @@ def run_embed(args: Namespace) -> None:
     from streaming import storage
     from trainer.embed import REJECTED, EmbedOptions, embed
 
-    names = ("mpp", "size", "min_tissue", "token", "batch", "readers", "models", "gpu", "slide_mpp")
-    options = EmbedOptions(**{name: getattr(args, name) for name in names})
+    options = EmbedOptions(**{entry.name: getattr(args, entry.name) for entry in fields(EmbedOptions)})
     report = embed(args.checkpoint, args.slides, args.out, options, storage_options(args), verbose=args.verbose)
     for entry in report.rejected[:5]:
         sys.stderr.write(f"rejected: {entry.slide}: {entry.reason}\n")

@@ -27,7 +27,7 @@ from trainer import checkpoint
 from trainer.backbone import Backbone, timm_options
 from trainer.card import model_card
 from trainer.config import Config
-from trainer.embed import Token, load_backbone
+from trainer.embedder import Token, load_backbone
 
 Layout = Literal["timm", "transformers"]
 FILES = ("README.md", "preprocessor_config.json", "model.safetensors", "config.json")

@@ -1,0 +1,199 @@
+"""The model that embeds: a checkpoint's teacher, an exported folder, or a published model of timm's hub."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+from timm.data import resolve_model_data_config
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from streaming import storage
+from streaming.errors import CheckpointError
+from trainer import checkpoint
+from trainer.backbone import Backbone, Tokens
+from trainer.config import Config
+from trainer.module import build_backbone
+
+Token = Literal["cls", "patch", "cls+patch"]
+Precision = Literal["32", "bf16"]
+_EXPORTED = ("config.json", "model.safetensors")
+
+
+class TimmTokens(nn.Module):
+    """A timm vision transformer as it is published, which answers as a backbone does."""
+
+    def __init__(self, vit: VisionTransformer) -> None:
+        super().__init__()
+        self.vit = vit
+        self.embed_dim = vit.embed_dim
+        self.patch_size = vit.patch_embed.patch_size[0]
+
+    def forward(self, images: Tensor) -> Tokens:
+        """Tokens of images (B, 3, H, W), float and normalised."""
+        tokens = self.vit.forward_features(images)
+        return Tokens(tokens[:, 0], tokens[:, self.vit.num_prefix_tokens :])
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network ready to embed, and the normalisation that it wants."""
+
+    network: Backbone | TimmTokens
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    digest: str
+    """tells one model from another"""
+
+
+def load_backbone(uri: str, options: storage.StorageOptions | None = None) -> tuple[Config, Backbone]:
+    """The teacher's backbone of a checkpoint (a run's folder, or one of its step folders), and its configuration.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or its weights don't fit its configuration.
+    """
+    found = checkpoint.find(uri, options)
+    config = checkpoint.read_config(found, options)
+    state = checkpoint.load(found, options)
+    backbone = build_backbone(config.model, config.augment.global_size, drop_path=0.0)
+    prefix = "teacher.backbone."
+    weights = {key.removeprefix(prefix): w for key, w in state["state_dict"].items() if key.startswith(prefix)}
+    if not weights:
+        raise CheckpointError(f"{found}: holds no teacher; name a checkpoint that `tilestream train` wrote")
+    checkpoint.load_weights(backbone, weights, found)
+    return config, backbone.eval()
+
+
+def resolve(source: str, options: storage.StorageOptions | None = None) -> str:
+    """A model's name or address as any process may use it: of a run's folder, its newest checkpoint.
+
+    Raises:
+        CheckpointError: there is no checkpoint.
+    """
+    if _of_hub(source):
+        return source
+    source = storage.canonical(source)
+    return source if _is_exported(source, options) else checkpoint.find(source, options)
+
+
+def load_model(source: str, options: storage.StorageOptions | None = None) -> Model:
+    """The model of a checkpoint, of a folder that `tilestream export` or timm wrote, or of timm's hub.
+
+    A name of the hub is timm's (`vit_small_patch14_dinov2.lvd142m`) or Hugging Face's (`hf-hub:OWNER/NAME`).
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or no vision transformer with a class token.
+        StorageError: it can't be read.
+    """
+    if _of_hub(source):
+        return _of_timm(source, source, hashlib.sha256(source.encode()).hexdigest())
+    if _is_exported(source, options):
+        with _local_copy(source, options) as (folder, digest):
+            return _of_timm(f"local-dir:{folder}", source, digest)
+    config, backbone = load_backbone(source, options)
+    found = checkpoint.find(source, options)
+    return Model(backbone, config.augment.mean, config.augment.std, checkpoint.read_meta(found, options).sha256)
+
+
+def _of_hub(source: str) -> bool:
+    return source.startswith("hf-hub:") or ("/" not in source and timm.is_model_pretrained(source))
+
+
+def _is_exported(source: str, options: storage.StorageOptions | None) -> bool:
+    return _EXPORTED[0] in storage.list_names(source, options)
+
+
+@contextlib.contextmanager
+def _local_copy(source: str, options: storage.StorageOptions | None) -> Iterator[tuple[str, str]]:
+    """The files of an exported folder on this machine, and a digest of the weights."""
+    with tempfile.TemporaryDirectory(prefix="tilestream-model-") as folder:
+        contents = [storage.read_bytes(storage.join(source, name), options) for name in _EXPORTED]
+        if "architecture" not in json.loads(contents[0]):
+            raise CheckpointError(f"{source}: not timm's layout; export with `--layout timm`, or name the checkpoint")
+        for name, content in zip(_EXPORTED, contents, strict=True):
+            Path(folder, name).write_bytes(content)
+        yield folder, hashlib.sha256(contents[1]).hexdigest()
+
+
+def _of_timm(name: str, source: str, digest: str) -> Model:
+    try:
+        vit = timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True)
+    except Exception as error:  # whatever its loader raises: no network, other weights, a family without this option
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{source}: timm can't load it ({reason}); name a checkpoint or an export") from error
+    if not isinstance(vit, VisionTransformer) or not vit.has_class_token:
+        raise CheckpointError(f"{source}: no vision transformer with a class token; name one of timm's vit_* with one")
+    data = resolve_model_data_config(vit)
+    return Model(TimmTokens(vit).eval(), tuple(data["mean"]), tuple(data["std"]), digest)
+
+
+class Embedder:
+    """A model on its device; makes embeddings and token maps of batches of tiles.
+
+    Args:
+        source: what `load_model` takes.
+        storage_options: of the source's storage.
+        token: class token, mean patch token, or one after the other.
+        gpu: whether it runs on CUDA.
+        precision: `bf16` makes products in bfloat16 and keeps norms and softmax in float32.
+    """
+
+    def __init__(
+        self, source: str, storage_options: dict[str, Any], token: Token, gpu: bool, precision: Precision = "32"
+    ) -> None:
+        model = load_model(source, storage_options)
+        self._device = torch.device("cuda" if gpu else "cpu")
+        self.network = model.network.to(self._device)
+        self._mean = torch.tensor(model.mean, device=self._device).view(3, 1, 1)
+        self._std = torch.tensor(model.std, device=self._device).view(3, 1, 1)
+        self._token: Token = token
+        self._half = precision == "bf16"
+
+    @property
+    def width(self) -> int:
+        """Numbers of an embedding."""
+        return self.network.embed_dim * (2 if self._token == "cls+patch" else 1)
+
+    def side(self, size: int) -> int:
+        """Side in px of what the network sees of a tile of `size` px: the next lower multiple of its patch."""
+        patch = self.network.patch_size
+        return max(patch, size // patch * patch)
+
+    def images(self, tiles: NDArray[np.uint8]) -> Tensor:
+        """Tiles uint8 (n, size, size, 3) as the network takes them, float32 (n, 3, side, side) on its device."""
+        # A copy: what comes from Ray's object store is read-only, which torch has no notion of.
+        images = torch.from_numpy(tiles.copy()).to(self._device).permute(0, 3, 1, 2).float() / 255
+        side = self.side(images.shape[-1])
+        if side != images.shape[-1]:
+            images = torch.nn.functional.interpolate(
+                images, size=(side, side), mode="bicubic", antialias=True, align_corners=False
+            ).clamp(0, 1)
+        return (images - self._mean) / self._std
+
+    @torch.inference_mode()
+    def tokens(self, tiles: NDArray[np.uint8]) -> Tokens:
+        """Class tokens (n, D) and patch tokens (n, N, D), row by row, float32, of tiles uint8 (n, size, size, 3)."""
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
+            tokens = self.network(self.images(tiles))
+        return Tokens(tokens.cls.float(), tokens.patches.float())
+
+    def embedding(self, tokens: Tokens) -> NDArray[np.float32]:
+        """The embeddings that tokens make, float32 (n, D), or (n, 2D) for class and patch token."""
+        mean_patch = tokens.patches.mean(dim=1)
+        chosen = {"cls": [tokens.cls], "patch": [mean_patch], "cls+patch": [tokens.cls, mean_patch]}[self._token]
+        return torch.cat(chosen, dim=1).cpu().numpy()
+
+    def embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Embeddings float32 (n, D), or (n, 2D) for class and patch token, of tiles uint8 (n, size, size, 3)."""
+        return self.embedding(self.tokens(tiles))
