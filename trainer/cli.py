@@ -147,6 +147,51 @@ def run_embed(args: Namespace) -> None:
     out(f"{args.out}: {done}, {report.skipped} slides done before, {rejected}")
 
 
+def add_evaluate(commands: Any) -> None:
+    """`tilestream evaluate`."""
+    parser = add_command(
+        commands,
+        "evaluate",
+        "score a model's embeddings on labelled data, with confidence intervals over patients or slides",
+        "  tilestream evaluate runs/first tiles.csv --task knn linear --out scores\n"
+        "  tilestream evaluate vit_small_patch14_dinov2.lvd142m images-by-class",
+        run_evaluate,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run, an exported folder, or a name of timm's hub")
+    parser.add_argument("dataset", metavar="DATASET", help="a folder of images by class, a .csv or a .parquet file")
+    parser.add_argument("--task", nargs="+", metavar="TASK", default=[], help="knn, linear, logistic, quality")
+    parser.add_argument("--out", metavar="URI", help="folder of scores.parquet and scores.json")
+    parser.add_argument(
+        "--token", choices=("cls", "patch", "cls+patch"), help="class token, mean patch token, both (cls)"
+    )
+    parser.add_argument("--k", type=int, default=20, help="neighbours (20)")
+    parser.add_argument("--steps", type=int, default=12500, help="of the linear probe (12500)")
+    parser.add_argument("--folds", type=int, default=5, help="of the cross-validation, where there is no split (5)")
+    parser.add_argument("--seed", type=int, default=0, help="of folds, probes and resamples (0)")
+    parser.add_argument("--batch", type=int, default=64, help="tiles that the model sees at once (64)")
+    parser.add_argument("--resize", type=int, metavar="PX", help="side that tiles are resized to")
+    parser.add_argument("--mpp", type=float, default=0.5, help="µm/px of tiles cut from annotated slides (0.5)")
+    parser.add_argument("--size", type=int, default=256, help="side of these tiles in px (256)")
+    parser.add_argument("--slide-mpp", type=float, metavar="µm/px", help="level-0 mpp of slides that have none")
+    parser.add_argument("--gpu", action="store_true", help="run the model on a GPU")
+    add_storage_options(parser)
+
+
+def run_evaluate(args: Namespace) -> None:
+    """Scores, and prints the table."""
+    from trainer.evaluate.annotations import TileGrid
+    from trainer.evaluate.run import EvaluateOptions, evaluate, table_lines
+
+    names = ("token", "k", "steps", "folds", "seed", "batch", "resize", "gpu")
+    options = EvaluateOptions(
+        tasks=tuple(args.task),
+        grid=TileGrid(mpp=args.mpp, size=args.size, slide_mpp=args.slide_mpp),
+        **{name: getattr(args, name) for name in names},
+    )
+    for line in table_lines(evaluate(args.checkpoint, args.dataset, options, storage_options(args), out=args.out)):
+        out(line)
+
+
 def add_capacity(commands: Any) -> None:
     """`tilestream capacity`."""
     parser = add_command(
@@ -254,7 +299,7 @@ def build_parser() -> ArgumentParser:
         allow_abbrev=False,
     )
     commands: Any = parser.add_subparsers(metavar="COMMAND", required=True)
-    data, model = (add_catalog, add_stream, add_doctor), (add_train, add_embed, add_export)
+    data, model = (add_catalog, add_stream, add_doctor), (add_train, add_embed, add_export, add_evaluate)
     for add in (add_demo, *data, *model, add_capacity, add_bench):
         add(commands)
     return parser

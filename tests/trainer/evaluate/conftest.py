@@ -1,0 +1,68 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from trainer import checkpoint
+from trainer.config import read_config
+from trainer.module import DinoModule
+
+SMALL = [
+    *("--augment.global_size", "32", "--augment.local_size", "16", "--data.tile_size", "32"),
+    *("--model.num_prototypes", "32", "--model.head_hidden", "16", "--model.head_bottleneck", "8"),
+]
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run as training leaves it, with random weights."""
+    out = str(tmp_path_factory.mktemp("run"))
+    config = read_config("debug", [*SMALL, "--run.out", out])
+    writer = checkpoint.FolderCheckpointIO(config, "0123")
+    state = {"state_dict": DinoModule(config).state_dict(), "global_step": 3}
+    writer.save_checkpoint(state, checkpoint.checkpoint_uri(out, 3))
+    writer.wait()
+    return out
+
+
+@pytest.fixture(scope="session")
+def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noisy images of two colours by class and patient: red/p0/0.png …"""
+    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for name, colour in (("red", (40, 40, 200)), ("blue", (200, 40, 40))):
+        for patient in range(4):
+            place = folder / name / f"p{patient}"
+            place.mkdir(parents=True)
+            for i in range(6):
+                noise = random.integers(-30, 30, (32, 32, 3))
+                cv2.imwrite(str(place / f"{i}.png"), np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8))
+    return folder
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Callable[..., str]:
+    """Writes rows as a CSV and tells where."""
+
+    def write(rows: list[dict[str, object]], name: str = "dataset.csv") -> str:
+        columns = list(rows[0])
+        lines = [",".join(columns), *(",".join(str(row.get(column, "")) for column in columns) for row in rows)]
+        path = tmp_path / name
+        path.write_text("\n".join(lines) + "\n")
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def geojson(tmp_path: Path) -> Callable[..., str]:
+    """Writes features as QuPath does and tells where."""
+
+    def write(features: list[dict[str, object]], name: str = "slide.geojson") -> str:
+        path = tmp_path / name
+        path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+        return str(path)
+
+    return write

@@ -1,0 +1,181 @@
+"""`tilestream evaluate` in this process: what it prints and writes, and what it refuses in one line."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import timm
+
+from streaming import open_slide
+from trainer.cli import main
+from trainer.embed import Embedder
+from trainer.evaluate import EvaluateOptions, Score, evaluate
+from trainer.evaluate.datasets import Region, Tile
+from trainer.evaluate.features import extracted, load_model
+from trainer.export import ExportOptions, export
+
+Table = Callable[..., str]
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    try:
+        status = main(["evaluate", *map(str, arguments)])
+    except SystemExit as left:
+        status = left.code
+    assert status == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tilestream")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def rows_of(coloured: Path, **more: str) -> list[dict[str, object]]:
+    paths = sorted(coloured.rglob("*.png"))
+    return [{"path": p, "label": p.parts[-3], "patient": p.parts[-2], **more} for p in paths]
+
+
+def test_a_folder_by_class_and_patient_is_scored_printed_and_written(
+    run_folder: str, coloured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "scores"
+    tasks = ("--task", "knn", "linear", "logistic", "quality", "--steps", "200", "--k", "3")
+    assert main(["evaluate", run_folder, str(coloured), *tasks, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    scores = {(row["task"], row["metric"]): row for row in pq.read_table(out / "scores.parquet").to_pylist()}
+    for task in ("knn", "linear", "logistic"):
+        row = scores[task, "balanced accuracy"]
+        assert row["value"] == 1  # red and blue are told apart even by random weights
+        assert (row["n"], row["groups"]) == (48, 4)
+        assert f"{task:<13} balanced accuracy" in printed
+    assert scores["quality", "RankMe"]["low"] is None
+    assert scores["quality", "purity by class, k=3"]["value"] == 1
+    assert json.loads((out / "scores.json").read_text())["scores"] == list(scores.values())
+    assert sorted(path.name for path in out.iterdir()) == ["scores.json", "scores.parquet"]
+
+
+def test_the_function_gives_what_the_command_prints(run_folder: str, coloured: Path) -> None:
+    found = evaluate(run_folder, str(coloured), EvaluateOptions(steps=10))
+    assert all(isinstance(score, Score) for score in found)
+    assert [score.task for score in found][:2] == ["knn", "linear"]
+
+
+def test_embeddings_are_those_of_the_embedding_job(run_folder: str, slides: list[Path]) -> None:
+    places = [(100, 200), (700, 400), (900, 1000)]
+    tiles = [Tile(uri=str(slides[0]), region=Region(x=x, y=y, mpp=0.5, size=40)) for x, y in places]
+    with extracted(load_model(run_folder), tiles, patches=True, batch=2) as features:
+        slide = open_slide(str(slides[0]))
+        pixels = np.stack([slide.read_tile(x, y, 0.5, 40) for x, y in places])
+        embedder = Embedder(run_folder, {}, "cls", gpu=False)
+        np.testing.assert_allclose(features.embeddings, embedder.embed(pixels), atol=1e-5)
+        assert features.patches is not None
+        assert features.patches.shape == (3, 2, 2, 192)
+        mean = Embedder(run_folder, {}, "patch", gpu=False).embed(pixels)
+        np.testing.assert_allclose(features.patches.astype(np.float32).mean(axis=(1, 2)), mean, atol=2e-3)
+
+
+def test_an_exported_model_gives_the_run_s_embeddings_by_its_own_recipe(
+    run_folder: str, coloured: Path, tmp_path: Path
+) -> None:
+    export(run_folder, str(tmp_path / "model"), ExportOptions(token="cls+patch"))
+    tiles = [Tile(uri=str(path)) for path in sorted(coloured.rglob("0.png"))]
+    exported = load_model(str(tmp_path / "model"))
+    assert exported.token == "cls+patch"
+    with extracted(exported, tiles) as one, extracted(load_model(run_folder, "cls+patch"), tiles) as other:
+        np.testing.assert_allclose(one.embeddings, other.embeddings, atol=1e-5)
+
+
+def test_weights_of_timms_hub_serve_as_they_are(monkeypatch: pytest.MonkeyPatch, coloured: Path) -> None:
+    plain = timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True).eval()
+    # The hub can't be reached here: its downloader gives a model of the same kind.
+    monkeypatch.setattr("trainer.evaluate.features.hub_weights", lambda name: plain.state_dict())
+    model = load_model("vit_tiny_patch16_224")
+    pixels = cv2.imread(str(next(coloured.rglob("*.png"))))[None]
+    images = (model.tokens(pixels), plain.forward_features(_normalised(pixels, model.mean, model.std)))
+    np.testing.assert_allclose(images[0].cls.numpy(), images[1][:, 0].detach().numpy(), atol=1e-4)
+
+
+def _normalised(pixels: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]):
+    import torch
+
+    return torch.from_numpy(((pixels / 255 - mean) / std).transpose(0, 3, 1, 2)).float()
+
+
+def test_a_table_of_one_class_is_refused(
+    capsys: pytest.CaptureFixture[str], run_folder: str, coloured: Path, table: Table
+) -> None:
+    line = refusal(capsys, run_folder, table([{**row, "label": "red"} for row in rows_of(coloured)]))
+    assert "all 48 labels are 'red'; a task needs two classes or more" in line
+
+
+def test_missing_labels_are_counted_and_the_first_is_named(
+    capsys: pytest.CaptureFixture[str], run_folder: str, coloured: Path, table: Table
+) -> None:
+    rows = rows_of(coloured)
+    rows[3]["label"] = rows[9]["label"] = ""
+    line = refusal(capsys, run_folder, table(rows))
+    assert f"2 of 48 rows have no label (first: row 4, {rows[3]['path']})" in line
+
+
+def test_a_leaking_split_is_refused_and_nothing_is_written(
+    capsys: pytest.CaptureFixture[str], run_folder: str, coloured: Path, table: Table, tmp_path: Path
+) -> None:
+    rows = rows_of(coloured)
+    for i, row in enumerate(rows):
+        row["split"] = "test" if i % 4 == 0 else "train"
+    line = refusal(capsys, run_folder, table(rows), "--out", tmp_path / "scores")
+    assert "patient p0 is in test and in train (4 such); a split must keep each patient on one side" in line
+    assert not (tmp_path / "scores").exists()
+
+
+def test_a_broken_image_leaves_nothing_half_written(
+    capsys: pytest.CaptureFixture[str], run_folder: str, coloured: Path, table: Table, tmp_path: Path
+) -> None:
+    rows = rows_of(coloured)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    rows[40]["path"] = tmp_path / "broken.png"
+    line = refusal(capsys, run_folder, table(rows), "--out", tmp_path / "scores")
+    assert "broken.png: 8 bytes that are no image" in line
+    assert not (tmp_path / "scores").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("vit_tiny_patch16_22", "neither a run, nor an exported model, nor a model of timm's, such as vit_tiny_"),
+        ("resnet18", "no plain vision transformer"),
+    ],
+)
+def test_an_unknown_backbone_is_refused(
+    capsys: pytest.CaptureFixture[str], coloured: Path, monkeypatch: pytest.MonkeyPatch, source: str, named: str
+) -> None:
+    monkeypatch.setattr("trainer.evaluate.features.hub_weights", lambda name: {})
+    assert named in refusal(capsys, source, coloured)
+
+
+def test_a_slide_without_the_resolution_is_refused(
+    capsys: pytest.CaptureFixture[str], run_folder: str, slides: list[Path], table: Table
+) -> None:
+    rows = [
+        {"path": slides[i % 2], "x": 64 * i, "y": 0, "mpp": 0.1, "size": 32, "label": "ab"[i // 2 % 2]}
+        for i in range(8)
+    ]
+    line = refusal(capsys, run_folder, table(rows))
+    assert f"{slides[0]}: has 0.25 µm/px at best, 0.1 is asked for" in line
+
+
+def test_images_of_several_sizes_want_one(
+    capsys: pytest.CaptureFixture[str], run_folder: str, coloured: Path, table: Table, tmp_path: Path
+) -> None:
+    rows = rows_of(coloured)
+    cv2.imwrite(str(tmp_path / "large.png"), np.zeros((48, 48, 3), np.uint8))
+    rows[5]["path"] = tmp_path / "large.png"
+    uri = table(rows)
+    assert "32 × 32 px, and 48 × 48 px; give one --resize" in refusal(capsys, run_folder, uri)
+    assert main(["evaluate", run_folder, uri, "--task", "knn", "--resize", "32"]) == 0
+
+
+def test_an_unknown_task_is_refused(capsys: pytest.CaptureFixture[str], run_folder: str, coloured: Path) -> None:
+    assert "task 'knm'" in refusal(capsys, run_folder, coloured, "--task", "knm")
