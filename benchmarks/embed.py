@@ -41,7 +41,7 @@ import torch
 from trainer.embedder import load_model
 torch.set_num_threads(1)
 source, size, batch, count = sys.argv[1], *map(int, sys.argv[2:])
-network = load_model(source).network
+network = load_model(source).backbone
 images = torch.randn(batch, 3, size, size)
 with torch.inference_mode():
     network(images)

@@ -101,23 +101,18 @@ class Modeller:
     """The model behind batches of tiles; Ray Data keeps one in each actor."""
 
     def __init__(self, source: str, storage_options: dict[str, Any], options: EmbedOptions) -> None:
-        self._embedder = Embedder(source, storage_options, options.token, options.gpu, options.precision)
-        self._tokens, self._size = options.tokens, options.size
+        self._model = Embedder(source, storage_options, options.token, options.gpu, options.precision).model
+        self._tokens = options.tokens
 
     def __call__(self, batch: Batch) -> Batch:
-        """The rows with `embedding` float32 (and `tokens` float16) in place of `tile`; zero where there is a reason."""
-        embedder, tiles = self._embedder, batch.pop("tile")
-        good = batch["reason"] == ""
-        batch["embedding"] = np.zeros((len(tiles), embedder.width), np.float32)
+        """The rows with `embedding` float32 (and `tokens` float16) in place of `tile`, also where there is a reason."""
+        model, tiles = self._model, batch.pop("tile")
+        tokens = model.tokens(tiles)
+        made: Batch = {"embedding": model.embedding(tokens).cpu().numpy()}
         if self._tokens:
-            side = embedder.side(self._size) // embedder.network.patch_size
-            batch["tokens"] = np.zeros((len(tiles), side, side, embedder.network.embed_dim), np.float16)
-        if good.any():
-            tokens = embedder.tokens(tiles if good.all() else tiles[good])
-            batch["embedding"][good] = embedder.embedding(tokens)
-            if self._tokens:
-                batch["tokens"][good] = tokens.patches.half().cpu().numpy().reshape(-1, *batch["tokens"].shape[1:])
-        return batch
+            side = model.side(tiles.shape[1]) // model.backbone.patch_size
+            made["tokens"] = tokens.patches.unflatten(1, (side, side)).half().cpu().numpy()
+        return {**batch, **made}
 
 
 def name_of(info: storage.ObjectInfo) -> str:

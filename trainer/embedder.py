@@ -7,7 +7,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,15 +46,65 @@ class TimmTokens(nn.Module):
         return Tokens(tokens[:, 0], tokens[:, self.vit.num_prefix_tokens :])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Model:
-    """A network ready to embed, and the normalisation that it wants."""
+    """A frozen network, and how it wants its images."""
 
-    network: Backbone | TimmTokens
+    name: str
+    backbone: Backbone | TimmTokens
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    digest: str
-    """tells one model from another"""
+    token: Token = "cls"
+    """what an embedding is: class token, mean patch token, or one after the other"""
+    precision: Precision = "32"
+    """bf16 makes products in bfloat16, and keeps norms and softmax in float32"""
+    digest: str = ""
+    """tells the weights from others"""
+
+    def on(self, device: torch.device) -> Model:
+        """The model on that device."""
+        return replace(self, backbone=self.backbone.to(device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(self.backbone.parameters()).device
+
+    @property
+    def width(self) -> int:
+        """Numbers of an embedding."""
+        return self.backbone.embed_dim * (2 if self.token == "cls+patch" else 1)
+
+    def side(self, size: int) -> int:
+        """Side in px of what the network sees of a tile of `size` px: the next lower multiple of its patch."""
+        patch = self.backbone.patch_size
+        return max(patch, size // patch * patch)
+
+    def images(self, tiles: NDArray[np.uint8]) -> Tensor:
+        """Tiles uint8 (n, H, W, 3) as the network takes them, float32 (n, 3, H, W) on its device."""
+        device = self.device
+        # A copy: what comes from Ray's object store is read-only, which torch has no notion of.
+        images = torch.from_numpy(tiles.copy()).to(device).permute(0, 3, 1, 2).float() / 255
+        height, width = (self.side(side) for side in images.shape[-2:])
+        if (height, width) != images.shape[-2:]:
+            images = torch.nn.functional.interpolate(
+                images, size=(height, width), mode="bicubic", antialias=True, align_corners=False
+            ).clamp(0, 1)
+        mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (self.mean, self.std))
+        return (images - mean) / std
+
+    @torch.inference_mode()
+    def tokens(self, tiles: NDArray[np.uint8]) -> Tokens:
+        """Class tokens (n, D) and patch tokens (n, N, D), row by row, float32, of tiles uint8 (n, H, W, 3)."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            tokens = self.backbone(self.images(tiles))
+        return Tokens(tokens.cls.float(), tokens.patches.float())
+
+    def embedding(self, tokens: Tokens) -> Tensor:
+        """Embeddings (n, D), or (n, 2D) of class and patch token."""
+        mean_patch = tokens.patches.mean(dim=1)
+        chosen = {"cls": [tokens.cls], "patch": [mean_patch], "cls+patch": [tokens.cls, mean_patch]}[self.token]
+        return torch.cat(chosen, dim=1)
 
 
 def load_backbone(uri: str, options: storage.StorageOptions | None = None) -> tuple[Config, Backbone]:
@@ -87,7 +137,7 @@ def resolve(source: str, options: storage.StorageOptions | None = None) -> str:
     return source if _is_exported(source, options) else checkpoint.find(source, options)
 
 
-def load_model(source: str, options: storage.StorageOptions | None = None) -> Model:
+def load_model(source: str, options: storage.StorageOptions | None = None, *, token: Token = "cls") -> Model:
     """The model of a checkpoint, of a folder that `tilestream export` or timm wrote, or of timm's hub.
 
     A name of the hub is timm's (`vit_small_patch14_dinov2.lvd142m`) or Hugging Face's (`hf-hub:OWNER/NAME`).
@@ -97,13 +147,16 @@ def load_model(source: str, options: storage.StorageOptions | None = None) -> Mo
         StorageError: it can't be read.
     """
     if _of_hub(source):
-        return _of_timm(source, source, hashlib.sha256(source.encode()).hexdigest())
-    if _is_exported(source, options):
+        model = _of_timm(source, source, hashlib.sha256(source.encode()).hexdigest())
+    elif _is_exported(source, options):
         with _local_copy(source, options) as (folder, digest):
-            return _of_timm(f"local-dir:{folder}", source, digest)
-    config, backbone = load_backbone(source, options)
-    found = checkpoint.find(source, options)
-    return Model(backbone, config.augment.mean, config.augment.std, checkpoint.read_meta(found, options).sha256)
+            model = _of_timm(f"local-dir:{folder}", source, digest)
+    else:
+        found = checkpoint.find(source, options)
+        config, backbone = load_backbone(found, options)
+        mean, std, digest = config.augment.mean, config.augment.std, checkpoint.read_meta(found, options).sha256
+        model = Model(name=source, backbone=backbone, mean=tuple(mean), std=tuple(std), digest=digest)
+    return replace(model, token=token)
 
 
 def _of_hub(source: str) -> bool:
@@ -135,7 +188,8 @@ def _of_timm(name: str, source: str, digest: str) -> Model:
     if not isinstance(vit, VisionTransformer) or not vit.has_class_token:
         raise CheckpointError(f"{source}: no vision transformer with a class token; name one of timm's vit_* with one")
     data = resolve_model_data_config(vit)
-    return Model(TimmTokens(vit).eval(), tuple(data["mean"]), tuple(data["std"]), digest)
+    mean, std = tuple(data["mean"]), tuple(data["std"])
+    return Model(name=source, backbone=TimmTokens(vit).eval(), mean=mean, std=std, digest=digest)
 
 
 class Embedder:
@@ -146,54 +200,15 @@ class Embedder:
         storage_options: of the source's storage.
         token: class token, mean patch token, or one after the other.
         gpu: whether it runs on CUDA.
-        precision: `bf16` makes products in bfloat16 and keeps norms and softmax in float32.
+        precision: `bf16` makes products in bfloat16.
     """
 
     def __init__(
         self, source: str, storage_options: dict[str, Any], token: Token, gpu: bool, precision: Precision = "32"
     ) -> None:
-        model = load_model(source, storage_options)
-        self._device = torch.device("cuda" if gpu else "cpu")
-        self.network = model.network.to(self._device)
-        self._mean = torch.tensor(model.mean, device=self._device).view(3, 1, 1)
-        self._std = torch.tensor(model.std, device=self._device).view(3, 1, 1)
-        self._token: Token = token
-        self._half = precision == "bf16"
-
-    @property
-    def width(self) -> int:
-        """Numbers of an embedding."""
-        return self.network.embed_dim * (2 if self._token == "cls+patch" else 1)
-
-    def side(self, size: int) -> int:
-        """Side in px of what the network sees of a tile of `size` px: the next lower multiple of its patch."""
-        patch = self.network.patch_size
-        return max(patch, size // patch * patch)
-
-    def images(self, tiles: NDArray[np.uint8]) -> Tensor:
-        """Tiles uint8 (n, size, size, 3) as the network takes them, float32 (n, 3, side, side) on its device."""
-        # A copy: what comes from Ray's object store is read-only, which torch has no notion of.
-        images = torch.from_numpy(tiles.copy()).to(self._device).permute(0, 3, 1, 2).float() / 255
-        side = self.side(images.shape[-1])
-        if side != images.shape[-1]:
-            images = torch.nn.functional.interpolate(
-                images, size=(side, side), mode="bicubic", antialias=True, align_corners=False
-            ).clamp(0, 1)
-        return (images - self._mean) / self._std
-
-    @torch.inference_mode()
-    def tokens(self, tiles: NDArray[np.uint8]) -> Tokens:
-        """Class tokens (n, D) and patch tokens (n, N, D), row by row, float32, of tiles uint8 (n, size, size, 3)."""
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
-            tokens = self.network(self.images(tiles))
-        return Tokens(tokens.cls.float(), tokens.patches.float())
-
-    def embedding(self, tokens: Tokens) -> NDArray[np.float32]:
-        """The embeddings that tokens make, float32 (n, D), or (n, 2D) for class and patch token."""
-        mean_patch = tokens.patches.mean(dim=1)
-        chosen = {"cls": [tokens.cls], "patch": [mean_patch], "cls+patch": [tokens.cls, mean_patch]}[self._token]
-        return torch.cat(chosen, dim=1).cpu().numpy()
+        loaded = replace(load_model(source, storage_options, token=token), precision=precision)
+        self.model = loaded.on(torch.device("cuda" if gpu else "cpu"))
 
     def embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Embeddings float32 (n, D), or (n, 2D) for class and patch token, of tiles uint8 (n, size, size, 3)."""
-        return self.embedding(self.tokens(tiles))
+        return self.model.embedding(self.model.tokens(tiles)).cpu().numpy()
