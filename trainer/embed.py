@@ -28,11 +28,10 @@ from streaming.progress import ProgressLine
 from streaming.reader import Batch
 from trainer.embedder import Embedder, Precision, Token, load_backbone, load_model, resolve
 from trainer.grid import Geometry, Grid, GridPlan, GridReader
-from trainer.outputs import SUFFIXES, Embedded, Format, open_writer
+from trainer.outputs import REJECTED, SUFFIXES, Embedded, Format, open_writer
 
-__all__ = ["EmbedOptions", "EmbedReport", "Embedder", "Token", "embed", "load_backbone"]
+__all__ = ["REJECTED", "EmbedOptions", "EmbedReport", "Embedder", "Token", "embed", "load_backbone"]
 
-REJECTED = "rejected.parquet"
 # Notes of finished slides, for formats whose files bear the slide's name alone.
 DONE = ".done"
 # Bytes that the driver gathers before it writes them: small pieces make slow files.
@@ -254,7 +253,7 @@ def embed(
     # Workers run in folders of their own, so a relative path would mean another place to them.
     found = resolve(model, stores)
     # What is wrong with the model is told before anything starts.
-    job = Job(found, load_model(found, stores).digest, out, options, stores)
+    job = Job(found, load_model(found, options=stores).digest, out, options, stores)
     slides = find_slides(sources, stores)
     files = {info.uri: job.file(info) for info in slides}
     twice = [name for name, count in Counter(files.values()).items() if count > 1]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
+import difflib
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import timm
@@ -137,10 +136,17 @@ def resolve(source: str, options: storage.StorageOptions | None = None) -> str:
     return source if _is_exported(source, options) else checkpoint.find(source, options)
 
 
-def load_model(source: str, options: storage.StorageOptions | None = None, *, token: Token = "cls") -> Model:
-    """The model of a checkpoint, of a folder that `tilestream export` or timm wrote, or of timm's hub.
+def model_of(name: str, config: Config, backbone: Backbone) -> Model:
+    """A backbone as its training showed it images."""
+    augment = config.augment
+    return Model(name=name, backbone=backbone.eval(), mean=tuple(augment.mean), std=tuple(augment.std))
 
-    A name of the hub is timm's (`vit_small_patch14_dinov2.lvd142m`) or Hugging Face's (`hf-hub:OWNER/NAME`).
+
+def load_model(source: str, token: Token | None = None, options: storage.StorageOptions | None = None) -> Model:
+    """The model of a run or checkpoint, of a folder that `tilestream export` or timm wrote, or of timm's hub.
+
+    A name of the hub is timm's (`vit_small_patch14_dinov2.lvd142m`) or Hugging Face's (`hf-hub:OWNER/NAME`). Without a
+    token, an embedding is what the export says, else the class token.
 
     Raises:
         CheckpointError: there is none, it is damaged, or no vision transformer with a class token.
@@ -149,44 +155,56 @@ def load_model(source: str, options: storage.StorageOptions | None = None, *, to
     if _of_hub(source):
         model = _of_timm(source, source, hashlib.sha256(source.encode()).hexdigest())
     elif _is_exported(source, options):
-        with _local_copy(source, options) as (folder, digest):
-            model = _of_timm(f"local-dir:{folder}", source, digest)
+        model = _of_export(source, options)
     else:
+        model = _of_checkpoint(source, options)
+    return replace(model, token=token or model.token)
+
+
+def _of_checkpoint(source: str, options: storage.StorageOptions | None) -> Model:
+    try:
         found = checkpoint.find(source, options)
-        config, backbone = load_backbone(found, options)
-        mean, std, digest = config.augment.mean, config.augment.std, checkpoint.read_meta(found, options).sha256
-        model = Model(name=source, backbone=backbone, mean=tuple(mean), std=tuple(std), digest=digest)
-    return replace(model, token=token)
+    except CheckpointError as error:
+        close = difflib.get_close_matches(source, timm.list_models("vit_*"), n=1)
+        hint = f", such as {close[0]}" if close else ""
+        raise CheckpointError(
+            f"{error}; it is neither a run, nor an exported model, nor a model of timm's{hint}"
+        ) from error
+    model = model_of(source, *load_backbone(found, options))
+    return replace(model, digest=checkpoint.read_meta(found, options).sha256)
 
 
 def _of_hub(source: str) -> bool:
-    return source.startswith("hf-hub:") or ("/" not in source and timm.is_model_pretrained(source))
+    return source.startswith("hf-hub:") or ("/" not in source and timm.is_model(source))
 
 
 def _is_exported(source: str, options: storage.StorageOptions | None) -> bool:
     return _EXPORTED[0] in storage.list_names(source, options)
 
 
-@contextlib.contextmanager
-def _local_copy(source: str, options: storage.StorageOptions | None) -> Iterator[tuple[str, str]]:
-    """The files of an exported folder on this machine, and a digest of the weights."""
+def _of_export(source: str, options: storage.StorageOptions | None) -> Model:
+    contents = [storage.read_bytes(storage.join(source, name), options) for name in _EXPORTED]
+    about: dict[str, Any] = json.loads(contents[0])
+    if "architecture" not in about:
+        raise CheckpointError(f"{source}: {_EXPORTED[0]} is not in timm's layout; export it by --layout timm")
     with tempfile.TemporaryDirectory(prefix="tilestream-model-") as folder:
-        contents = [storage.read_bytes(storage.join(source, name), options) for name in _EXPORTED]
-        if "architecture" not in json.loads(contents[0]):
-            raise CheckpointError(f"{source}: not timm's layout; export with `--layout timm`, or name the checkpoint")
         for name, content in zip(_EXPORTED, contents, strict=True):
             Path(folder, name).write_bytes(content)
-        yield folder, hashlib.sha256(contents[1]).hexdigest()
+        model = _of_timm(f"local-dir:{folder}", source, hashlib.sha256(contents[1]).hexdigest())
+    return replace(model, token=cast(Token, (about.get("tilestream") or {}).get("embedding", "cls")))
 
 
 def _of_timm(name: str, source: str, digest: str) -> Model:
+    other = f"{source}: no plain vision transformer with a class token; name one of timm's vit_* with one"
     try:
         vit = timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True)
-    except Exception as error:  # whatever its loader raises: no network, other weights, a family without this option
+    except TypeError as error:  # another family, whose constructor lacks an option
+        raise CheckpointError(other) from error
+    except Exception as error:  # whatever its loader raises: no network, no such file, other weights
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{source}: timm can't load it ({reason}); name a checkpoint or an export") from error
     if not isinstance(vit, VisionTransformer) or not vit.has_class_token:
-        raise CheckpointError(f"{source}: no vision transformer with a class token; name one of timm's vit_* with one")
+        raise CheckpointError(other)
     data = resolve_model_data_config(vit)
     mean, std = tuple(data["mean"]), tuple(data["std"])
     return Model(name=source, backbone=TimmTokens(vit).eval(), mean=mean, std=std, digest=digest)
@@ -206,7 +224,7 @@ class Embedder:
     def __init__(
         self, source: str, storage_options: dict[str, Any], token: Token, gpu: bool, precision: Precision = "32"
     ) -> None:
-        loaded = replace(load_model(source, storage_options, token=token), precision=precision)
+        loaded = replace(load_model(source, token, storage_options), precision=precision)
         self.model = loaded.on(torch.device("cuda" if gpu else "cpu"))
 
     def embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:

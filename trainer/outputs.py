@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Protocol, cast, get_args
@@ -13,11 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from streaming import storage
+from streaming.errors import ConfigError
 from trainer.embedder import Precision, Token
 
 Format = Literal["parquet", "h5"]
 Array = NDArray[Any]
 
+REJECTED = "rejected.parquet"
+_ABOUT = "tilestream.embedded"
 SUFFIXES: dict[Format, str] = {"parquet": ".parquet", "h5": ".h5"}
 assert set(SUFFIXES) == set(get_args(Format))
 
@@ -53,6 +59,11 @@ class Embedded:
     def to_json(self) -> str:
         """All of it."""
         return json.dumps(vars(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Embedded:
+        """What `to_json` gave."""
+        return cls(**json.loads(text))
 
 
 class Writer(Protocol):
@@ -98,7 +109,7 @@ class ParquetFile:
         }
         if tokens is not None:
             columns["tokens"] = cast(Any, pa.FixedShapeTensorArray).from_numpy_ndarray(np.ascontiguousarray(tokens))
-        table = pa.table(columns).replace_schema_metadata({"tilestream.embedded": about.to_json()})
+        table = pa.table(columns).replace_schema_metadata({_ABOUT: about.to_json()})
         if self._writer is None:
             self._writer = pq.ParquetWriter(self._path, table.schema, compression="zstd")
         self._writer.write_table(table)
@@ -160,7 +171,7 @@ class Hdf5File:
                 "level0_height": about.height,
             }
         )
-        self._file.attrs["tilestream.embedded"] = about.to_json()
+        self._file.attrs[_ABOUT] = about.to_json()
 
     def __enter__(self) -> Hdf5File:
         return self
@@ -174,3 +185,73 @@ class Hdf5File:
 def magnification(mpp: float) -> int:
     """The objective's power that goes with µm/px: 40 for 0.25, 20 for 0.5."""
     return round(10 / mpp)
+
+
+@dataclass(frozen=True)
+class SlideEmbeddings:
+    """A slide's file read back."""
+
+    uri: str
+    about: Embedded
+    corners: NDArray[np.int64]
+    """(n, 2), level-0 px"""
+    features: NDArray[np.float32]
+    """(n, D)"""
+    tokens: NDArray[np.float16] | None
+    """(n, rows, columns, D) where they were kept"""
+
+    def cells(self) -> NDArray[np.int64]:
+        """Row and column (n, 2) of each tile on the grid of its slide."""
+        extent = self.about.size * self.about.mpp / self.about.slide_mpp
+        return np.rint(self.corners[:, ::-1] / extent).astype(np.int64)
+
+
+def find_embeddings(sources: Sequence[str], options: storage.StorageOptions | None = None) -> list[str]:
+    """The files of embeddings that files and folders name, sorted.
+
+    Raises:
+        ConfigError: there is none.
+        StorageError: a source can't be reached.
+    """
+    found = {
+        info.uri
+        for source in sources
+        for info in storage.expand(storage.canonical(source), options)[0]
+        if info.uri.endswith(tuple(SUFFIXES.values())) and storage.name_of(info.uri) != REJECTED
+    }
+    if not found:
+        raise ConfigError(f"{', '.join(sources)}: no embeddings here; name what `tilestream embed` wrote")
+    return sorted(found)
+
+
+def read_embeddings(uri: str, options: storage.StorageOptions | None = None) -> SlideEmbeddings:
+    """Reads a file that `tilestream embed` wrote.
+
+    Raises:
+        ConfigError: it is something else, or of an earlier version.
+        StorageError: it can't be read.
+    """
+    try:
+        return _read_hdf5(uri, options) if uri.endswith(SUFFIXES["h5"]) else _read_parquet(uri, options)
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{uri}: not what `tilestream embed` writes now ({reason}); embed the slide again") from error
+
+
+def _read_parquet(uri: str, options: storage.StorageOptions | None) -> SlideEmbeddings:
+    table = storage.read_table(uri, options).combine_chunks()
+    about = Embedded.from_json((table.schema.metadata or {})[_ABOUT.encode()])
+    values: Any = table["embedding"].combine_chunks()
+    features = np.asarray(values.flatten(), dtype=np.float32).reshape(table.num_rows, -1)
+    tokens: Any = None
+    if "tokens" in table.column_names:
+        tokens = cast(Any, table["tokens"].combine_chunks()).to_numpy_ndarray()
+    corners = np.stack([table[name].to_numpy() for name in ("x", "y")], axis=1)
+    return SlideEmbeddings(uri, about, corners, features, tokens)
+
+
+def _read_hdf5(uri: str, options: storage.StorageOptions | None) -> SlideEmbeddings:
+    with cast(Any, h5py.File(io.BytesIO(storage.read_bytes(uri, options)))) as file:
+        about = Embedded.from_json(file.attrs[_ABOUT])
+        tokens = file["tokens"][:] if "tokens" in file else None
+        return SlideEmbeddings(uri, about, file["coords"][:], file["features"][:], tokens)
