@@ -22,6 +22,8 @@ from typing import Any
 import psutil
 from common import TURNS, Line, arguments, line, report
 
+sys.path.remove(str(Path(__file__).parent))  # its trainer.py would hide the package of that name
+
 from streaming import cluster, storage
 from streaming.catalog_job import find_slides
 from streaming.slide.synthetic import SyntheticSlide
@@ -102,7 +104,7 @@ def through_ray(model: str, slide: str, options: EmbedOptions, count: int) -> tu
     """Seconds of wall clock a tile from file to row, and of CPU of the model's process."""
     job = Job(model, load_model(model).digest, "/nowhere", options, {})
     rows: Any = rows_of(job, find_slides([slide], None))
-    batches = rows.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0)
+    batches = iter(rows.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
     for _ in range(2):
         next(batches)
     (process,) = processes("model")

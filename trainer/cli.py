@@ -192,6 +192,45 @@ def run_evaluate(args: Namespace) -> None:
         out(line)
 
 
+def add_picture(commands: Any) -> None:
+    """`tilestream picture`."""
+    parser = add_command(
+        commands,
+        "picture",
+        "draw embeddings: heatmap, token map, neighbours, map in the plane, GeoJSON for QuPath",
+        "  tilestream picture tokens embeddings/a-1f2e.parquet --out pictures\n"
+        "  tilestream picture heatmap embeddings --dataset tissue.csv --class tumour --out pictures\n"
+        "  tilestream picture map embeddings --out map.html",
+        run_picture,
+    )
+    parser.add_argument(
+        "kind",
+        choices=("heatmap", "tokens", "neighbours", "map", "geojson"),
+        metavar="KIND",
+        help="heatmap, tokens, geojson: a file a slide; neighbours, map: one of all slides",
+    )
+    parser.add_argument("embeddings", nargs="+", metavar="EMBEDDINGS", help="files or folders of `tilestream embed`")
+    parser.add_argument("--out", required=True, metavar="URI", help="folder of the files; of neighbours, map: the file")
+    parser.add_argument("--dataset", metavar="URI", help="labelled tiles that teach a class (heatmap, geojson)")
+    parser.add_argument("--class", dest="name", metavar="NAME", help="that class")
+    parser.add_argument("--queries", type=int, default=6, help="query tiles, a row each (neighbours; 6)")
+    parser.add_argument("-k", type=int, default=8, help="neighbours of each (8)")
+    parser.add_argument("--across", action="store_true", help="neighbours from other slides than the query's alone")
+    parser.add_argument("--method", choices=("tsne", "pca"), default="tsne", help="of the map (tsne)")
+    parser.add_argument("--most", type=int, default=2000, metavar="N", help="tiles on the map, drawn at random (2000)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random (0)")
+    add_storage_options(parser)
+
+
+def run_picture(args: Namespace) -> None:
+    """Draws, and says where the files are."""
+    from trainer.picture_files import PictureOptions, draw
+
+    options = PictureOptions(**{entry.name: getattr(args, entry.name) for entry in fields(PictureOptions)})
+    for uri in draw(args.embeddings, args.out, options, storage_options(args)):
+        out(uri)
+
+
 def add_capacity(commands: Any) -> None:
     """`tilestream capacity`."""
     parser = add_command(
@@ -299,7 +338,7 @@ def build_parser() -> ArgumentParser:
         allow_abbrev=False,
     )
     commands: Any = parser.add_subparsers(metavar="COMMAND", required=True)
-    data, model = (add_catalog, add_stream, add_doctor), (add_train, add_embed, add_export, add_evaluate)
+    data, model = (add_catalog, add_stream, add_doctor), (add_train, add_embed, add_picture, add_export, add_evaluate)
     for add in (add_demo, *data, *model, add_capacity, add_bench):
         add(commands)
     return parser

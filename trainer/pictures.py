@@ -96,7 +96,7 @@ def heatmap(slide: SlideEmbeddings, scores: Floats, name: str, options: storage.
     figure, axes = _canvas(image, 1, extra=1.1)
     axes[0].imshow(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cmap="gray", vmin=0, vmax=255)
     painted = axes[0].imshow(
-        grid, cmap="magma", vmin=0, vmax=1, alpha=0.65, extent=_extent(slide, grid, image), interpolation="nearest"
+        grid, cmap="coolwarm", vmin=0, vmax=1, alpha=0.55, extent=_extent(slide, grid, image), interpolation="nearest"
     )
     axes[0].set_xlim(0, image.shape[1])
     axes[0].set_ylim(image.shape[0], 0)
@@ -119,11 +119,8 @@ def token_map(slides: Sequence[SlideEmbeddings], options: storage.StorageOptions
 def _token_picture(slide: SlideEmbeddings, coloured: Floats, options: storage.StorageOptions | None) -> bytes:
     image = slide_thumbnail(slide, options)
     grid = on_grid(slide, coloured)
-    # (rows, columns, r, c, 3) → (rows · r, columns · c, 3)
-    rows, columns, per_row, per_column = grid.shape[:4]
-    flat = grid.transpose(0, 2, 1, 3, 4).reshape(rows * per_row, columns * per_column, 3)
-    opaque = np.isfinite(flat[..., :1])
-    painted = np.concatenate([np.nan_to_num(flat), opaque.astype(np.float32)], axis=2)
+    flat = token_mosaic(grid)
+    painted = np.concatenate([np.nan_to_num(flat), np.isfinite(flat[..., :1]).astype(np.float32)], axis=2)
     figure, axes = _canvas(image, 2)
     for axis in axes:
         axis.imshow(image)
@@ -132,8 +129,14 @@ def _token_picture(slide: SlideEmbeddings, coloured: Floats, options: storage.St
         axis.set_xlim(0, image.shape[1])
         axis.set_ylim(image.shape[0], 0)
     axes[0].set_title(slide.about.name, fontsize=9)
-    axes[1].set_title(f"three principal components of {per_row * per_column} tokens a tile", fontsize=9)
+    axes[1].set_title(f"three principal components of {grid.shape[2] * grid.shape[3]} tokens a tile", fontsize=9)
     return _png(figure)
+
+
+def token_mosaic(grid: Floats) -> Floats:
+    """Tokens of tiles on their slide's grid, (rows, columns, r, c, 3), side by side: (rows·r, columns·c, 3)."""
+    rows, columns, per_row, per_column, depth = grid.shape
+    return grid.transpose(0, 2, 1, 3, 4).reshape(rows * per_row, columns * per_column, depth)
 
 
 def principal_colours(vectors: Sequence[NDArray[Any]]) -> list[Floats]:
