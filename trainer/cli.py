@@ -318,6 +318,13 @@ def add_export(commands: Any) -> None:
     )
     parser.add_argument("--license", default="other", metavar="SPDX", help="licence of the weights (other)")
     parser.add_argument("--name", default="tilestream-model", help="name of the model in its card")
+    parser.add_argument(
+        "--eva",
+        metavar="TASK.yaml",
+        action="append",
+        default=[],
+        help="a configuration of kaiko's eva, written beside the model with it as backbone; may be repeated",
+    )
     add_storage_options(parser)
 
 
@@ -325,7 +332,9 @@ def run_export(args: Namespace) -> None:
     """Exports, and says how to load it."""
     from trainer.export import ExportOptions, export
 
-    options = ExportOptions(layout=args.layout, token=args.token, license=args.license, name=args.name)
+    options = ExportOptions(
+        layout=args.layout, token=args.token, license=args.license, name=args.name, eva=tuple(args.eva)
+    )
     for uri in export(args.checkpoint, args.out, options, storage_options(args)):
         out(uri)
 
