@@ -14,7 +14,7 @@ import numpy as np
 import timm
 import torch
 from numpy.typing import NDArray
-from timm.data import resolve_model_data_config
+from timm.data.config import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
