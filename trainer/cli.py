@@ -8,7 +8,7 @@ import sys
 import traceback
 import warnings
 from argparse import ArgumentParser, Namespace
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from streaming.capacity import Capacity
@@ -101,22 +101,31 @@ def add_embed(commands: Any) -> None:
     parser = add_command(
         commands,
         "embed",
-        "embed every tissue tile of slides, a Parquet file a slide",
-        "  tilestream embed s3://bucket/runs/a s3://bucket/slides --out s3://bucket/embeddings --token cls+patch",
+        "embed every tissue tile of slides, a file a slide",
+        "  tilestream embed s3://bucket/runs/a s3://bucket/slides --out s3://bucket/embeddings --token cls+patch\n"
+        "  tilestream embed vit_small_patch14_dinov2.lvd142m slides --out features --format h5 --gpu --precision bf16",
         run_embed,
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints/step-…")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a run or one of its checkpoints/step-…, an export, or a timm model"
+    )
     parser.add_argument("slides", nargs="+", metavar="SLIDES", help="files, folders, globs, s3:// (or other) prefixes")
-    parser.add_argument("--out", required=True, metavar="URI", help="folder of the Parquet files; done slides stay")
+    parser.add_argument("--out", required=True, metavar="URI", help="folder of the files; done slides stay")
+    parser.add_argument(
+        "--format", choices=("parquet", "h5"), default="parquet", help="h5: HDF5 as CLAM and TRIDENT read it"
+    )
     parser.add_argument("--mpp", type=float, default=0.5, help="µm/px of the tiles (0.5)")
     parser.add_argument("--size", type=int, default=256, help="side of a tile in px (256)")
     parser.add_argument("--min-tissue", type=float, default=0.4, help="share that must be tissue (0.4)")
     parser.add_argument(
         "--token", choices=("cls", "patch", "cls+patch"), default="cls", help="class token, mean patch token, both"
     )
+    parser.add_argument("--tokens", action="store_true", help="keep all patch tokens too (float16), for segmentation")
+    parser.add_argument("--precision", choices=("32", "bf16"), default="32", help="bf16: products in bfloat16")
     parser.add_argument("--batch", type=int, default=64, help="tiles that the model sees at once (64)")
     parser.add_argument("--readers", type=pair, default=(1, 2), metavar="MIN:MAX", help="reader actors (1:2)")
     parser.add_argument("--models", type=int, default=1, help="actors that hold the model (1)")
+    parser.add_argument("--model-cpus", type=int, default=1, help="CPU slots and threads of each (1)")
     parser.add_argument("--gpu", action="store_true", help="each of them takes a GPU")
     parser.add_argument("--slide-mpp", type=float, metavar="µm/px", help="level-0 mpp of slides that have none")
     add_storage_options(parser)
@@ -127,8 +136,7 @@ def run_embed(args: Namespace) -> None:
     from streaming import storage
     from trainer.embed import REJECTED, EmbedOptions, embed
 
-    names = ("mpp", "size", "min_tissue", "token", "batch", "readers", "models", "gpu", "slide_mpp")
-    options = EmbedOptions(**{name: getattr(args, name) for name in names})
+    options = EmbedOptions(**{entry.name: getattr(args, entry.name) for entry in fields(EmbedOptions)})
     report = embed(args.checkpoint, args.slides, args.out, options, storage_options(args), verbose=args.verbose)
     for entry in report.rejected[:5]:
         sys.stderr.write(f"rejected: {entry.slide}: {entry.reason}\n")
@@ -187,6 +195,45 @@ def run_evaluate(args: Namespace) -> None:
     )
     for line in table_lines(evaluate(args.checkpoint, args.dataset, options, storage_options(args), out=args.out)):
         out(line)
+
+
+def add_picture(commands: Any) -> None:
+    """`tilestream picture`."""
+    parser = add_command(
+        commands,
+        "picture",
+        "draw embeddings: heatmap, token map, neighbours, map in the plane, GeoJSON for QuPath",
+        "  tilestream picture tokens embeddings/a-1f2e.parquet --out pictures\n"
+        "  tilestream picture heatmap embeddings --dataset tissue.csv --class tumour --out pictures\n"
+        "  tilestream picture map embeddings --out map.html",
+        run_picture,
+    )
+    parser.add_argument(
+        "kind",
+        choices=("heatmap", "tokens", "neighbours", "map", "geojson"),
+        metavar="KIND",
+        help="heatmap, tokens, geojson: a file a slide; neighbours, map: one of all slides",
+    )
+    parser.add_argument("embeddings", nargs="+", metavar="EMBEDDINGS", help="files or folders of `tilestream embed`")
+    parser.add_argument("--out", required=True, metavar="URI", help="folder of the files; of neighbours, map: the file")
+    parser.add_argument("--dataset", metavar="URI", help="labelled tiles that teach a class (heatmap, geojson)")
+    parser.add_argument("--class", dest="name", metavar="NAME", help="that class")
+    parser.add_argument("--queries", type=int, default=6, help="query tiles, a row each (neighbours; 6)")
+    parser.add_argument("-k", type=int, default=8, help="neighbours of each (8)")
+    parser.add_argument("--across", action="store_true", help="neighbours from other slides than the query's alone")
+    parser.add_argument("--method", choices=("tsne", "pca"), default="tsne", help="of the map (tsne)")
+    parser.add_argument("--most", type=int, default=2000, metavar="N", help="tiles on the map, drawn at random (2000)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random (0)")
+    add_storage_options(parser)
+
+
+def run_picture(args: Namespace) -> None:
+    """Draws, and says where the files are."""
+    from trainer.picture_files import PictureOptions, draw
+
+    options = PictureOptions(**{entry.name: getattr(args, entry.name) for entry in fields(PictureOptions)})
+    for uri in draw(args.embeddings, args.out, options, storage_options(args)):
+        out(uri)
 
 
 def add_capacity(commands: Any) -> None:
@@ -276,6 +323,13 @@ def add_export(commands: Any) -> None:
     )
     parser.add_argument("--license", default="other", metavar="SPDX", help="licence of the weights (other)")
     parser.add_argument("--name", default="tilestream-model", help="name of the model in its card")
+    parser.add_argument(
+        "--eva",
+        metavar="TASK.yaml",
+        action="append",
+        default=[],
+        help="a configuration of kaiko's eva, written beside the model with it as backbone; may be repeated",
+    )
     add_storage_options(parser)
 
 
@@ -283,7 +337,9 @@ def run_export(args: Namespace) -> None:
     """Exports, and says how to load it."""
     from trainer.export import ExportOptions, export
 
-    options = ExportOptions(layout=args.layout, token=args.token, license=args.license, name=args.name)
+    options = ExportOptions(
+        layout=args.layout, token=args.token, license=args.license, name=args.name, eva=tuple(args.eva)
+    )
     for uri in export(args.checkpoint, args.out, options, storage_options(args)):
         out(uri)
 
@@ -296,7 +352,7 @@ def build_parser() -> ArgumentParser:
         allow_abbrev=False,
     )
     commands: Any = parser.add_subparsers(metavar="COMMAND", required=True)
-    data, model = (add_catalog, add_stream, add_doctor), (add_train, add_embed, add_export, add_evaluate)
+    data, model = (add_catalog, add_stream, add_doctor), (add_train, add_embed, add_picture, add_export, add_evaluate)
     for add in (add_demo, *data, *model, add_capacity, add_bench):
         add(commands)
     return parser

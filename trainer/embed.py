@@ -1,38 +1,41 @@
-"""Embeddings: the tissue tiles of slides on a grid, through a checkpoint's teacher, to one Parquet file a slide."""
+"""Embeddings: the tissue tiles of slides on a grid, through a model, to one file a slide.
+
+A batch of the model holds tiles of several slides where one has too few. Tiles stay in Ray's object store; the driver
+sees embeddings alone and appends them to the slide's file, so that its memory does not grow with a slide.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import pyarrow as pa
-import ray
 import ray.data
-import torch
-from numpy.typing import NDArray
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, DataIterator
 
 from streaming import cluster, storage
-from streaming.catalog import Inspected
-from streaming.catalog_job import Rejected, find_slides, inspect
-from streaming.errors import CheckpointError, ConfigError, SlideError, StorageError
+from streaming.catalog_job import Rejected, find_slides
+from streaming.errors import ConfigError, SlideError
 from streaming.progress import ProgressLine
-from streaming.reader import SlidePool
-from streaming.slide import Slide, Staging, open_slide
-from streaming.tissue import CELL_UM, window_fraction
-from trainer import checkpoint
-from trainer.backbone import Backbone
-from trainer.config import Config
-from trainer.module import build_backbone
+from streaming.reader import Batch
+from trainer.embedder import Embedder, Precision, Token, load_backbone, load_model, resolve
+from trainer.grid import Geometry, Grid, GridPlan, GridReader
+from trainer.outputs import REJECTED, SUFFIXES, Embedded, Format, open_writer
 
-Token = Literal["cls", "patch", "cls+patch"]
-REJECTED = "rejected.parquet"
+__all__ = ["REJECTED", "EmbedOptions", "EmbedReport", "Embedder", "Token", "embed", "load_backbone"]
+
+# Notes of finished slides, for formats whose files bear the slide's name alone.
+DONE = ".done"
+# Bytes that the driver gathers before it writes them: small pieces make slow files.
+_PIECE = 32 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,26 +50,39 @@ class EmbedOptions:
     """share of a tile's area that must be tissue"""
     token: Token = "cls"
     """class token, mean patch token, or one after the other"""
+    tokens: bool = False
+    """whether all patch tokens are kept too, as float16"""
+    format: Format = "parquet"
+    """parquet, or h5: HDF5 as CLAM and TRIDENT lay it out"""
+    precision: Precision = "32"
+    """32, or bf16: products in bfloat16"""
     batch: int = 64
     """tiles that the model sees at once"""
     readers: tuple[int, int] = (1, 2)
     """least and most reader actors"""
     models: int = 1
     """actors that hold the model"""
+    model_cpus: int = 1
+    """CPU slots, and threads, of each of them"""
     gpu: bool = False
     """whether each of them takes a GPU"""
     slide_mpp: float | None = None
     """µm/px at level 0 of slides whose metadata has none"""
 
     def __post_init__(self) -> None:
-        if not self.mpp > 0 or self.size < 1 or self.batch < 1 or self.models < 1:
-            raise ConfigError(
-                f"mpp {self.mpp}, size {self.size}, batch {self.batch}, models {self.models}: all above 0"
-            )
+        if not self.mpp > 0 or min(self.size, self.batch, self.models, self.model_cpus) < 1:
+            numbers = f"mpp {self.mpp}, size {self.size}, batch {self.batch}, models {self.models}"
+            raise ConfigError(f"{numbers}, model_cpus {self.model_cpus}: all above 0")
         if not 0 < self.min_tissue <= 1:
             raise ConfigError(f"min_tissue is {self.min_tissue}; it is a share above 0 and up to 1")
-        if self.token not in get_args(Token):
-            raise ConfigError(f"token {self.token!r}; take one of {', '.join(get_args(Token))}")
+        for name, kind in (("token", Token), ("format", Format), ("precision", Precision)):
+            if getattr(self, name) not in get_args(kind):
+                raise ConfigError(f"{name} {getattr(self, name)!r}; take one of {', '.join(get_args(kind))}")
+
+    @property
+    def grid(self) -> Grid:
+        """Which tiles."""
+        return Grid(mpp=self.mpp, size=self.size, min_tissue=self.min_tissue, slide_mpp=self.slide_mpp)
 
 
 @dataclass(frozen=True)
@@ -80,129 +96,140 @@ class EmbedReport:
     files: list[str]
 
 
-def load_backbone(uri: str, options: storage.StorageOptions | None = None) -> tuple[Config, Backbone]:
-    """The teacher's backbone of a checkpoint (a run's folder, or one of its step folders), and its configuration.
+class Modeller:
+    """The model behind batches of tiles; Ray Data keeps one in each actor."""
 
-    Raises:
-        CheckpointError: there is none, it is damaged, or its weights don't fit its configuration.
-    """
-    found = checkpoint.find(uri, options)
-    config = checkpoint.read_config(found, options)
-    state = checkpoint.load(found, options)
-    backbone = build_backbone(config.model, config.augment.global_size, drop_path=0.0)
-    prefix = "teacher.backbone."
-    weights = {key.removeprefix(prefix): w for key, w in state["state_dict"].items() if key.startswith(prefix)}
-    if not weights:
-        raise CheckpointError(f"{found}: holds no teacher; name a checkpoint that `tilestream train` wrote")
-    checkpoint.load_weights(backbone, weights, found)
-    return config, backbone.eval()
+    def __init__(self, source: str, storage_options: dict[str, Any], options: EmbedOptions) -> None:
+        self._model = Embedder(source, storage_options, options.token, options.gpu, options.precision).model
+        self._tokens = options.tokens
 
-
-def tissue_tiles(slide: Inspected, mpp: float, size: int, min_tissue: float) -> NDArray[np.int64]:
-    """Level-0 corners (n, 2) of the tiles on a regular grid from the top-left that lie on the slide and on tissue."""
-    row = slide.row
-    extent = size * mpp / row.mpp
-    xs = np.floor(np.arange(max(0, math.floor(row.width / extent))) * extent).astype(np.int64)
-    ys = np.floor(np.arange(max(0, math.floor(row.height / extent))) * extent).astype(np.int64)
-    corners = np.stack([a.ravel() for a in np.meshgrid(xs, ys)], axis=1)
-    cell_px, zeros = CELL_UM / row.mpp, np.zeros(len(corners), dtype=np.int64)
-    share = window_fraction(
-        slide.grid.fraction.ravel(),
-        zeros,
-        zeros + row.tissue_rows,
-        zeros + row.tissue_columns,
-        corners[:, 1] / cell_px,
-        corners[:, 0] / cell_px,
-        size * mpp / CELL_UM,
-    )
-    return corners[share >= min_tissue]
+    def __call__(self, batch: Batch) -> Batch:
+        """The rows with `embedding` float32 (and `tokens` float16) in place of `tile`, also where there is a reason."""
+        model, tiles = self._model, batch.pop("tile")
+        tokens = model.tokens(tiles)
+        made: Batch = {"embedding": model.embedding(tokens).cpu().numpy()}
+        if self._tokens:
+            side = model.side(tiles.shape[1]) // model.backbone.patch_size
+            made["tokens"] = tokens.patches.unflatten(1, (side, side)).half().cpu().numpy()
+        return {**batch, **made}
 
 
-class Embedder:
-    """The model behind a batch of tiles; Ray Data keeps one in each actor."""
-
-    def __init__(self, uri: str, storage_options: dict[str, Any], token: Token, gpu: bool) -> None:
-        config, backbone = load_backbone(uri, storage_options)
-        self._device = torch.device("cuda" if gpu else "cpu")
-        self._backbone = backbone.to(self._device)
-        self._mean = torch.tensor(config.augment.mean, device=self._device).view(3, 1, 1)
-        self._std = torch.tensor(config.augment.std, device=self._device).view(3, 1, 1)
-        self._token: Token = token
-
-    @torch.inference_mode()
-    def embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Embeddings float32 (n, D), or (n, 2D) for class and patch token, of tiles uint8 (n, size, size, 3)."""
-        # A copy: what comes from Ray's object store is read-only, which torch has no notion of.
-        images = torch.from_numpy(tiles.copy()).to(self._device).permute(0, 3, 1, 2).float() / 255
-        patch = self._backbone.patch_size
-        side = max(patch, images.shape[-1] // patch * patch)
-        if side != images.shape[-1]:
-            images = torch.nn.functional.interpolate(
-                images, size=(side, side), mode="bicubic", antialias=True, align_corners=False
-            ).clamp(0, 1)
-        tokens = self._backbone((images - self._mean) / self._std)
-        mean_patch = tokens.patches.mean(dim=1)
-        chosen = {"cls": [tokens.cls], "patch": [mean_patch], "cls+patch": [tokens.cls, mean_patch]}[self._token]
-        return torch.cat(chosen, dim=1).float().cpu().numpy()
-
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Replaces a row's tiles by their embeddings."""
-        tiles = item.pop("tiles")
-        return {**item, "embedding": self.embed(tiles) if len(tiles) else np.zeros((0, 1), np.float32)}
+def name_of(info: storage.ObjectInfo) -> str:
+    """A slide's file name without suffix."""
+    return PurePosixPath(storage.name_of(info.uri)).stem
 
 
-def _chunks(item: dict[str, Any], options: EmbedOptions, storage_options: dict[str, Any]) -> list[dict[str, Any]]:
-    """A slide as rows of one model batch each: its tiles' corners, or why there are none."""
-    info = storage.ObjectInfo(item["slide"], item["size"], item["version"])
-    slide = inspect(info, options.slide_mpp, storage_options, Staging())
-    base = {"slide": info.uri, "size": info.size, "version": info.version}
-    nothing = {"chunk": 0, "num_chunks": 0, "slide_mpp": 0.0, "corners": np.zeros((0, 2), np.int64)}
-    if isinstance(slide, Rejected):
-        return [{**base, **nothing, "reason": slide.reason}]
-    corners = tissue_tiles(slide, options.mpp, options.size, options.min_tissue)
-    if not len(corners):
-        reason = f"no {options.size} px tile at {options.mpp} µm/px has {options.min_tissue:.0%} tissue"
-        return [{**base, **nothing, "reason": reason}]
-    parts = [corners[i : i + options.batch] for i in range(0, len(corners), options.batch)]
-    return [
-        {**base, "chunk": i, "num_chunks": len(parts), "slide_mpp": slide.row.mpp, "corners": part, "reason": ""}
-        for i, part in enumerate(parts)
-    ]
+@dataclass(frozen=True)
+class Job:
+    """What is embedded by what, and where it goes."""
+
+    source: str
+    """of the model, as any process may use it"""
+    digest: str
+    """of the model"""
+    out: str
+    options: EmbedOptions
+    stores: dict[str, Any]
+
+    @property
+    def settings(self) -> str:
+        """All that decides what an embedding is."""
+        options = self.options
+        chosen = (options.mpp, options.size, options.min_tissue, options.token, options.precision, options.tokens)
+        return json.dumps([self.digest, *chosen])
+
+    def marked(self, info: storage.ObjectInfo) -> str:
+        """A slide's name, and a digest of its version and of how it is embedded."""
+        digest = hashlib.sha256(f"{info.uri}\n{info.version}\n{self.settings}".encode()).hexdigest()[:8]
+        return f"{name_of(info)}-{digest}"
+
+    def file(self, info: storage.ObjectInfo) -> str:
+        """Where a slide's embeddings go. Readers of HDF5 look for a slide's name, those of Parquet for any file."""
+        name = self.marked(info) if self.options.format == "parquet" else name_of(info)
+        return storage.join(self.out, name + SUFFIXES[self.options.format])
+
+    def note(self, info: storage.ObjectInfo) -> str | None:
+        """Where it is noted that a file is of just this version and these settings, unless its name tells."""
+        return None if self.options.format == "parquet" else storage.join(self.out, DONE, self.marked(info))
+
+    def undone(self, slides: Sequence[storage.ObjectInfo]) -> list[storage.ObjectInfo]:
+        """The slides that no earlier run has embedded just so."""
+        files = set(storage.list_names(self.out, self.stores))
+        notes = set(storage.list_names(storage.join(self.out, DONE), self.stores))
+        return [
+            info
+            for info in slides
+            if storage.name_of(self.file(info)) not in files
+            or ((note := self.note(info)) is not None and storage.name_of(note) not in notes)
+        ]
+
+    def about(self, info: storage.ObjectInfo, geometry: Geometry) -> Embedded:
+        """What a file says of its slide."""
+        options = self.options
+        return Embedded(
+            slide=info.uri,
+            name=name_of(info),
+            width=geometry.width,
+            height=geometry.height,
+            slide_mpp=geometry.mpp,
+            mpp=options.mpp,
+            size=options.size,
+            token=options.token,
+            precision=options.precision,
+            model=self.source,
+            model_sha256=self.digest,
+        )
+
+    def write(self, info: storage.ObjectInfo, pieces: Iterator[Batch]) -> int:
+        """Writes a slide's file when all its pieces came; returns its tiles.
+
+        Raises:
+            SlideError: why it has none.
+            StorageError: it can't be written.
+        """
+        pieces, written = gathered(pieces), 0
+        first = next(pieces)
+        _refuse(first)
+        geometry = Geometry(**json.loads(first["note"][0]))
+        with (
+            storage.written_file(partial(self.file, info), self.stores) as path,
+            open_writer(self.options.format, path, self.about(info, geometry)) as writer,
+        ):
+            for piece in itertools.chain([first], pieces):
+                _refuse(piece)
+                writer.append(np.stack([piece["x"], piece["y"]], axis=1), piece["embedding"], piece.get("tokens"))
+                written += len(piece["x"])
+            assert written == geometry.num_tiles, "each tile comes once"
+        if note := self.note(info):
+            storage.write_bytes(note, self.settings.encode(), self.stores)
+        return written
 
 
-class GridReader:
-    """Reads the tiles of a row's corners; Ray Data keeps a pool of them apart from the models."""
-
-    def __init__(self, options: EmbedOptions, storage_options: dict[str, Any]) -> None:
-        self._options, self._storage_options = options, storage_options
-        self._pool: SlidePool[tuple[storage.ObjectInfo, float]] = SlidePool(self._open)
-
-    def _open(self, key: tuple[storage.ObjectInfo, float]) -> Slide:
-        info, mpp = key
-        return open_slide(info.uri, self._storage_options, mpp=mpp, expected=info)
-
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """The row with `tiles` uint8 (n, size, size, 3), or with none and the reason."""
-        options, corners = self._options, item["corners"]
-        tiles = np.zeros((len(corners), options.size, options.size, 3), dtype=np.uint8)
-        key = (storage.ObjectInfo(item["slide"], item["size"], item["version"]), item["slide_mpp"])
-        try:
-            begun = [self._pool.begin_tile(key, int(x), int(y), options.mpp, options.size) for x, y in corners]
-            for finish, tile in zip(begun, tiles, strict=True):
-                finish(tile)
-        except (SlideError, StorageError) as error:
-            return {**item, "tiles": tiles[:0], "corners": corners[:0], "reason": str(error)}
-        return {**item, "tiles": tiles}
+def _refuse(piece: Batch) -> None:
+    for reason in piece["reason"].tolist():
+        if reason:
+            raise SlideError(reason)
 
 
-def output_file(out: str, info: storage.ObjectInfo, settings: str) -> str:
-    """Where a slide's embeddings go: its name, and a digest of its version and of how it is embedded."""
-    digest = hashlib.sha256(f"{info.uri}\n{info.version}\n{settings}".encode()).hexdigest()[:8]
-    return storage.join(out, f"{PurePosixPath(storage.name_of(info.uri)).stem}-{digest}.parquet")
+def gathered(pieces: Iterator[Batch]) -> Iterator[Batch]:
+    """Joins batches of columns up to some size, so that files get large pieces."""
+    held, nbytes = list[Batch](), 0
+    for piece in pieces:
+        held.append(piece)
+        nbytes += sum(piece[name].nbytes for name in ("embedding", "tokens") if name in piece)
+        if nbytes >= _PIECE:
+            yield _joined(held)
+            held, nbytes = [], 0
+    if held:
+        yield _joined(held)
+
+
+def _joined(pieces: Sequence[Batch]) -> Batch:
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
 def embed(
-    checkpoint_uri: str,
+    model: str,
     sources: Sequence[str],
     out: str,
     options: EmbedOptions,
@@ -210,111 +237,112 @@ def embed(
     *,
     verbose: bool = False,
 ) -> EmbedReport:
-    """Embeds the tissue tiles of slides to `out`, a file `NAME-DIGEST.parquet` a slide; slides done before are skipped.
+    """Embeds the tissue tiles of slides to `out`, a file a slide; slides done before are skipped.
 
-    Columns: `slide`, `x`, `y` (level-0 pixel of the tile's top-left corner), `mpp`, `size` and `embedding`. A file
-    appears when it is whole. Slides that can't be used are listed in `rejected.parquet`.
+    model is what `load_model` takes. A file (Parquet: `NAME-DIGEST.parquet`, HDF5: `NAME.h5`; `trainer.outputs` tells
+    what is in it) appears when it is whole. Slides that can't be used are listed in `rejected.parquet`.
 
     Raises:
-        CheckpointError: no usable checkpoint.
+        CheckpointError: no usable model.
+        ConfigError: two slides would have the same file.
         CatalogError: a source holds no slide.
         SlideError: no slide could be used.
         StorageError: something can't be reached.
     """
     stores = dict(storage_options or {})
     # Workers run in folders of their own, so a relative path would mean another place to them.
-    found = checkpoint.find(storage.canonical(checkpoint_uri), stores)
-    load_backbone(found, stores)  # what is wrong with it is told before anything starts
-    model = checkpoint.read_meta(found, stores).sha256
-    settings = json.dumps([model, options.mpp, options.size, options.min_tissue, options.token])
+    found = resolve(model, stores)
+    # What is wrong with the model is told before anything starts.
+    job = Job(found, load_model(found, options=stores).digest, out, options, stores)
     slides = find_slides(sources, stores)
-    files = {info.uri: output_file(out, info, settings) for info in slides}
-    done = set(storage.list_names(out, stores))
-    todo = [info for info in slides if storage.name_of(files[info.uri]) not in done]
-    rejected: list[Rejected] = []
-    tiles = 0
-    if todo:
-        cluster.connect(options.readers[1] + options.models + 2, verbose=verbose)
-        with ProgressLine("embed", "slides", total=len(todo)) as progress:
-            count = 0
-            for num_tiles, finished in _embedded(found, todo, options, stores):
-                tiles += num_tiles
-                if isinstance(finished, Rejected):
-                    rejected.append(finished)
-                elif finished is not None:
-                    storage.write_table(files[finished["slide"][0].as_py()], finished, stores)
-                count += finished is not None
-                progress.update(count, f"{tiles:,} tiles  {len(rejected)} rejected")
+    files = {info.uri: job.file(info) for info in slides}
+    twice = [name for name, count in Counter(files.values()).items() if count > 1]
+    if twice:
+        raise ConfigError(f"{twice[0]}: the file of several slides of one name; embed them to folders of their own")
+    todo = job.undone(slides)
+    tiles, rejected = _embed_all(job, todo, verbose=verbose) if todo else (0, [])
     if rejected:
-        storage.write_table(
-            storage.join(out, REJECTED), pa.Table.from_pylist([vars(entry) for entry in rejected]), stores
-        )
+        table = pa.Table.from_pylist([vars(entry) for entry in rejected])
+        storage.write_table(storage.join(out, REJECTED), table, stores)
     if len(rejected) == len(slides):
         first = rejected[0]
         raise SlideError(f"{first.slide}: {first.reason} ({len(rejected)} of {len(slides)} slides can't be embedded)")
-    written = [files[info.uri] for info in slides if info.uri not in {entry.slide for entry in rejected}]
+    unusable = {entry.slide for entry in rejected}
+    written = [file for slide, file in files.items() if slide not in unusable]
     return EmbedReport(len(todo) - len(rejected), len(slides) - len(todo), tiles, rejected, written)
 
 
-def _embedded(
-    found: str, todo: Sequence[storage.ObjectInfo], options: EmbedOptions, stores: dict[str, Any]
-) -> Iterator[tuple[int, pa.Table | Rejected | None]]:
-    """Tiles embedded since the last time, and the slide that this finished: its table, or why it has none.
+def _embed_all(job: Job, todo: Sequence[storage.ObjectInfo], *, verbose: bool) -> tuple[int, list[Rejected]]:
+    """Embeds slides one after the other; returns the tiles written and the slides without a file."""
+    options = job.options
+    cluster.connect(options.readers[1] + options.models * options.model_cpus + 2, verbose=verbose)
+    tiles, rejected = 0, list[Rejected]()
+    with ProgressLine("embed", "slides", total=len(todo)) as progress:
 
-    Slides in order, each as: inspected → corners of one model batch a row → tiles → embeddings.
-    """
-    items = [{"slide": info.uri, "size": info.size, "version": info.version} for info in todo]
-    # Ray's types know neither callable classes nor rows of more than one form.
-    reader, embedder, chunks_of = cast(Any, GridReader), cast(Any, Embedder), cast(Any, _chunks)
+        def noted(pieces: Iterator[Batch]) -> Iterator[Batch]:
+            seen = 0
+            for piece in pieces:
+                yield piece
+                seen += len(piece["x"])
+                progress.update(done, f"{tiles + seen:,} tiles  {len(rejected)} rejected")
+
+        by_slide = itertools.groupby(_pieces(job, todo), key=lambda piece: int(piece["slide"][0]))
+        for done, (number, pieces) in enumerate(by_slide):
+            info = todo[number]
+            try:
+                tiles += job.write(info, noted(pieces))
+            except SlideError as error:
+                reason = str(error).removeprefix(f"{info.uri}: ")
+                rejected.append(Rejected(info.uri, info.size, info.version, reason))
+            progress.update(done + 1, f"{tiles:,} tiles  {len(rejected)} rejected")
+    return tiles, rejected
+
+
+def _pieces(job: Job, todo: Sequence[storage.ObjectInfo]) -> Iterator[Batch]:
+    """Embedded rows in the slides' order, each piece of one slide."""
+    for batch in cast(Any, rows_of(job, todo)).iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
+        cuts = np.flatnonzero(np.diff(batch["slide"])) + 1
+        for start, stop in itertools.pairwise([0, *cuts.tolist(), len(batch["slide"])]):
+            yield {name: column[start:stop] for name, column in batch.items()}
+
+
+def rows_of(job: Job, todo: Sequence[storage.ObjectInfo]) -> DataIterator:
+    """Slides → places, in blocks of one batch of the model whatever slide they are of → pixels → embeddings."""
+    options = job.options
+    given = list(todo), options.grid, job.stores
+    # Ray's types know no callable classes.
+    plan, reader, modeller = cast(Any, GridPlan), cast(Any, GridReader), cast(Any, Modeller)
     dataset = (
-        ray.data.from_items(items, override_num_blocks=len(items))
-        .flat_map(chunks_of, fn_args=(options, stores), num_cpus=1, max_retries=3)
-        .repartition(target_num_rows_per_block=1)
-        .map(
+        ray.data.range(len(todo), override_num_blocks=len(todo))
+        .map_batches(plan(*given), batch_size=1, num_cpus=1, max_retries=3)
+        .repartition(target_num_rows_per_block=options.batch, strict=True)
+        .map_batches(
             reader,
-            fn_constructor_args=(options, stores),
-            compute=ActorPoolStrategy(min_size=options.readers[0], max_size=options.readers[1]),
+            fn_constructor_args=given,
+            batch_size=options.batch,
+            compute=ActorPoolStrategy(
+                min_size=options.readers[0],
+                max_size=options.readers[1],
+                # While one batch is decoded, the other's bytes are on their way.
+                max_concurrent_calls_per_actor=2,
+                enable_true_multi_threading=True,
+            ),
             num_cpus=1,
         )
-        .map(
-            embedder,
-            fn_constructor_args=(found, stores, options.token, options.gpu),
+        .map_batches(
+            modeller,
+            fn_constructor_args=(job.source, job.stores, options),
+            batch_size=options.batch,
             compute=ActorPoolStrategy(size=options.models),
-            num_cpus=1,
+            num_cpus=options.model_cpus,
             num_gpus=1 if options.gpu else 0,
         )
     )
-    dataset.context.execution_options.preserve_order = True
+    context = dataset.context
+    context.execution_options.preserve_order = True
+    # A batch is a block whatever its size: Ray would cut those over 128 MiB.
+    context.target_max_block_size = None
     # A split runs the pipeline in an actor: in this process Ray's core would print, for each pool of actors, an error
     # about their arguments (ray#53727) that concerns nobody here.
     (rows,) = dataset.streaming_split(1, equal=False)
-    chunks: list[dict[str, Any]] = []
-    for item in rows.iter_rows():
-        chunks.append(item)
-        finished: pa.Table | Rejected | None = None
-        if len(chunks) >= item["num_chunks"]:
-            reason = next((chunk["reason"] for chunk in chunks if chunk["reason"]), "")
-            slide = item["slide"]
-            finished = (
-                Rejected(slide, item["size"], item["version"], reason.removeprefix(f"{slide}: "))
-                if reason
-                else _table(slide, chunks, options)
-            )
-            chunks = []
-        yield len(item["corners"]), finished
-
-
-def _table(slide: str, chunks: Sequence[dict[str, Any]], options: EmbedOptions) -> pa.Table:
-    corners = np.concatenate([chunk["corners"] for chunk in chunks])
-    embedding = np.concatenate([chunk["embedding"] for chunk in chunks]).astype(np.float32)
-    n, width = embedding.shape
-    return pa.table(
-        {
-            "slide": pa.array([slide] * n, pa.string()),
-            "x": pa.array(corners[:, 0], pa.int64()),
-            "y": pa.array(corners[:, 1], pa.int64()),
-            "mpp": pa.array([options.mpp] * n, pa.float64()),
-            "size": pa.array([options.size] * n, pa.int32()),
-            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(embedding.ravel()), width),
-        }
-    )
+    return rows

@@ -7,6 +7,7 @@ that of transformers' Dinov2; `README.md` is the model card.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -27,10 +28,11 @@ from trainer import checkpoint
 from trainer.backbone import Backbone, timm_options
 from trainer.card import model_card
 from trainer.config import Config
-from trainer.embed import Token, load_backbone
+from trainer.embedder import Token, load_backbone
+from trainer.eva import eva_config, eva_name
 
 Layout = Literal["timm", "transformers"]
-FILES = ("README.md", "preprocessor_config.json", "model.safetensors", "config.json")
+FILES = re.compile(r"README\.md|(preprocessor_)?config\.json|model\.safetensors|eva-.*\.yaml")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +47,16 @@ class ExportOptions:
     """licence of the weights, an SPDX name"""
     name: str = "tilestream-model"
     """name of the model in its card"""
+    eva: tuple[str, ...] = ()
+    """kaiko's eva: configurations of tasks that are to be written for this model"""
 
     def __post_init__(self) -> None:
         if self.layout not in get_args(Layout):
             raise ConfigError(f"layout {self.layout!r}; take one of {', '.join(get_args(Layout))}")
         if self.token not in get_args(Token):
             raise ConfigError(f"token {self.token!r}; take one of {', '.join(get_args(Token))}")
+        if self.eva and self.layout != "timm":
+            raise ConfigError("eva loads timm's layout; take --layout timm for --eva")
 
 
 def export(
@@ -67,7 +73,7 @@ def export(
         StorageError: `out` can't be written.
     """
     options = options or ExportOptions()
-    if any(name not in FILES for name in storage.list_names(out, storage_options)):
+    if any(not FILES.fullmatch(name) for name in storage.list_names(out, storage_options)):
         raise ConfigError(f"{out}: holds other files than an export's; name another folder")
     found = checkpoint.find(checkpoint_uri, storage_options)
     config, backbone = load_backbone(found, storage_options)
@@ -77,6 +83,10 @@ def export(
         write = {"timm": write_timm, "transformers": write_transformers}[options.layout]
         write(folder, config, backbone, about)
         (folder / "README.md").write_text(model_card(config, about, options.name, options.license, options.layout))
+        for task in options.eva:
+            settings = json.loads((folder / "config.json").read_text())
+            content = eva_config(task, out, settings, options.name, storage_options)
+            (folder / eva_name(task)).write_text(content)
         # The configuration last: a folder without it is no model to anybody.
         names = sorted((path.name for path in folder.iterdir()), key=lambda name: name == "config.json")
         written = [storage.join(out, name) for name in names]

@@ -85,6 +85,9 @@ def test_an_export_embeds_as_its_checkpoint(tmp_path: Path) -> None:
     export(run, str(out), ExportOptions(token="cls+patch"))
     tiles = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     ours = Embedder(checkpoint.find(run), {}, "cls+patch", gpu=False).embed(tiles)
+    np.testing.assert_allclose(Embedder(str(out), {}, "cls+patch", gpu=False).embed(tiles), ours, rtol=1e-5, atol=1e-5)
+    half = Embedder(run, {}, "cls+patch", gpu=False, precision="bf16").embed(tiles)
+    assert 1e-4 < np.abs(half - ours).max() / np.abs(ours).max() < 0.05
     model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     with torch.no_grad():
         tokens = model.forward_features((torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5)

@@ -90,7 +90,7 @@ def test_an_exported_model_gives_the_run_s_embeddings_by_its_own_recipe(
 def test_weights_of_timms_hub_serve_as_they_are(monkeypatch: pytest.MonkeyPatch, coloured: Path) -> None:
     plain = timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True).eval()
     # The hub can't be reached here: its downloader gives a model of the same kind.
-    monkeypatch.setattr("trainer.evaluate.features.hub_weights", lambda name: plain.state_dict())
+    monkeypatch.setattr("timm.create_model", lambda name, **options: plain)
     model = load_model("vit_tiny_patch16_224")
     pixels = cv2.imread(str(next(coloured.rglob("*.png"))))[None]
     images = (model.tokens(pixels), plain.forward_features(_normalised(pixels, model.mean, model.std)))
@@ -149,9 +149,8 @@ def test_a_broken_image_leaves_nothing_half_written(
     ],
 )
 def test_an_unknown_backbone_is_refused(
-    capsys: pytest.CaptureFixture[str], coloured: Path, monkeypatch: pytest.MonkeyPatch, source: str, named: str
+    capsys: pytest.CaptureFixture[str], coloured: Path, source: str, named: str
 ) -> None:
-    monkeypatch.setattr("trainer.evaluate.features.hub_weights", lambda name: {})
     assert named in refusal(capsys, source, coloured)
 
 
