@@ -149,7 +149,9 @@ def test_a_lost_node_costs_no_tile_and_a_new_one_is_used(
             joined.append(cluster.add_node(num_cpus=2, labels=READERS, object_store_memory=100 * 2**20))
             wait_for(lambda: readers_of(joined[0]))
 
-    assert digests(make_stream(catalog, delay_s=0.2).steps(0, STEPS), disturb) == wanted
+    # One segment, so slow that there is work left when the lost node is given up and the new one has started.
+    stream = make_stream(catalog, delay_s=0.8, segment_blocks=2 * RANKS * STEPS)
+    assert digests(stream.steps(0, STEPS), disturb) == wanted
     other = next(node for node in cluster.worker_nodes if node not in labelled(cluster))
     assert not readers_of(other), "a reader runs on a node without its label"
 
