@@ -145,11 +145,11 @@ def test_a_lost_node_costs_no_tile_and_a_new_one_is_used(
         if step == 2:
             lost = wait_for(lambda: [node for node in labelled(cluster) if readers_of(node)])[0]
             cluster.remove_node(lost, allow_graceful=False)
-        if step == 6:
             joined.append(cluster.add_node(num_cpus=2, labels=READERS, object_store_memory=100 * 2**20))
+            # The other reader works ahead meanwhile, and must not come to the end before this one has started.
             wait_for(lambda: readers_of(joined[0]))
 
-    # One segment, so slow that there is work left when the lost node is given up and the new one has started.
+    # One segment, so slow that there is work left when the lost node is given up.
     stream = make_stream(catalog, delay_s=0.8, segment_blocks=2 * RANKS * STEPS)
     assert digests(stream.steps(0, STEPS), disturb) == wanted
     other = next(node for node in cluster.worker_nodes if node not in labelled(cluster))

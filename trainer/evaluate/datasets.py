@@ -18,7 +18,7 @@ from streaming.errors import ConfigError
 from streaming.slide import SLIDE_SUFFIXES
 from streaming.slide.geometry import Pixels
 from trainer.evaluate import annotations
-from trainer.evaluate.annotations import TileGrid
+from trainer.evaluate.annotations import Cut, TileGrid
 
 Names = NDArray[np.str_]
 Row = dict[str, str]
@@ -120,7 +120,7 @@ def read_dataset(uri: str, grid: TileGrid, options: storage.StorageOptions | Non
 
 def _read_rows(uri: str, suffix: str, options: storage.StorageOptions | None) -> list[Row]:
     if suffix == ".parquet":
-        found: list[dict[str, Any]] = storage.read_table(uri, options).to_pylist()
+        found: list[dict[Any, Any]] = storage.read_table(uri, options).to_pylist()
     else:
         text = storage.read_bytes(uri, options).decode("utf-8-sig", errors="replace")
         found = list(csv.DictReader(io.StringIO(text)))
@@ -150,7 +150,7 @@ def _places(base: str, values: Sequence[str]) -> list[str]:
     return [v if "://" in v or v.startswith("/") or not base else storage.join(base, v) for v in values]
 
 
-def _known(uri: str, rows: Sequence[Row], *, slides: Sequence[str] | None = None) -> dict[str, Names | None]:
+def _known(uri: str, rows: Sequence[Row], *, slides: Sequence[str] | None = None) -> dict[str, Any]:
     """The optional columns as fields of `Samples`."""
     columns = rows[0].keys()
     found = {
@@ -305,5 +305,5 @@ def _annotated(
     )
 
 
-def _region_of(one: annotations.Cut, grid: TileGrid) -> Region:
+def _region_of(one: Cut, grid: TileGrid) -> Region:
     return Region(x=one.x, y=one.y, mpp=grid.mpp, size=grid.size, slide_mpp=grid.slide_mpp)

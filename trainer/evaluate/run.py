@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -17,16 +17,18 @@ from streaming import storage
 from streaming.errors import ConfigError
 from streaming.progress import ProgressLine
 from trainer.embed import Token
-from trainer.evaluate import mil, probes, quality
-from trainer.evaluate.annotations import TileGrid
+from trainer.evaluate import dense, mil, probes, quality
+from trainer.evaluate.annotations import Target, TileGrid
 from trainer.evaluate.datasets import Samples, read_dataset
 from trainer.evaluate.features import Model, extracted, load_model
 from trainer.evaluate.scores import Score, balanced_accuracy
 from trainer.evaluate.splits import Fold, make_folds
 
-Task = Literal["knn", "linear", "logistic", "quality", "slide"]
+Task = Literal["knn", "linear", "logistic", "quality", "slide", "segmentation", "detection"]
 TASKS: tuple[Task, ...] = get_args(Task)
 _OF_TILES: tuple[Task, ...] = ("knn", "linear", "logistic", "quality")
+# What these want of an annotation.
+_TARGETS: dict[Task, Target] = {"segmentation": "mask", "detection": "points"}
 SCORES = "scores.parquet"
 SCORES_JSON = "scores.json"
 
@@ -44,7 +46,9 @@ class EvaluateOptions:
     steps: int = probes.PROBE_STEPS
     """steps of the linear probe"""
     epochs: int = 20
-    """passes over the slides that attention MIL takes"""
+    """passes over the data that attention MIL and the heads on patch tokens take"""
+    radius_px: float = 12.0
+    """how far from a true point one that was found may lie; 12 px are 6 µm at 0.5 µm/px, a cell's half"""
     folds: int = 5
     """parts of the cross-validation where the dataset has no split"""
     seed: int = 0
@@ -64,6 +68,8 @@ class EvaluateOptions:
         for name in ("k", "steps", "epochs", "batch", "resize"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if not self.radius_px > 0:
+            raise ConfigError(f"radius_px is {self.radius_px}; it must be above 0")
         if self.folds < 2:
             raise ConfigError(f"folds is {self.folds}; it must be at least 2")
 
@@ -91,7 +97,8 @@ def evaluate(
     options = options or EvaluateOptions()
     if options.gpu and not torch.cuda.is_available():
         raise ConfigError("no GPU is visible to PyTorch here; leave out --gpu")
-    samples = read_dataset(dataset, options.grid, storage_options)
+    target = next((_TARGETS[task] for task in options.tasks if task in _TARGETS), options.grid.target)
+    samples = read_dataset(dataset, replace(options.grid, target=target), storage_options)
     _tasks(options, samples)
     folds = make_folds(samples, options.folds, options.seed)
     if samples.whole_slides:
@@ -117,12 +124,17 @@ def evaluate_model(
         extracted(
             model,
             samples.tiles,
+            patches=samples.labels is None,
             resize_to=options.resize,
             batch=options.batch,
             options=storage_options,
             progress=progress.update,
         ) as features,
     ):
+        if samples.masks is not None:
+            return dense.score_segmentation(features, samples, folds, options.epochs, options.seed)
+        if samples.points is not None:
+            return dense.score_detection(features, samples, folds, options.radius_px, options.epochs, options.seed)
         return score_tiles(features.embeddings, samples, folds, tasks, options)
 
 
@@ -137,8 +149,10 @@ def score_tiles(
     assert samples.labels is not None, "tiles have labels"
     num_classes = len(samples.classes)
     classify: dict[Task, Callable[..., NDArray[np.int64]]] = {
-        "knn": lambda *data: probes.nearest_neighbours(*data, k=options.k),
-        "linear": lambda *data: probes.linear_probe(*data, num_classes, options.steps, options.seed),
+        "knn": lambda known, labels, asked: probes.nearest_neighbours(known, labels, asked, k=options.k),
+        "linear": lambda known, labels, asked: probes.linear_probe(
+            known, labels, asked, num_classes, options.steps, options.seed
+        ),
         "logistic": probes.logistic,
     }
     scores: list[Score] = []
@@ -163,8 +177,14 @@ def _tasks(options: EvaluateOptions, samples: Samples) -> tuple[Task, ...]:
     Raises:
         ConfigError: the dataset has not what one needs.
     """
-    possible: tuple[Task, ...] = ("slide",) if samples.whole_slides else _OF_TILES
-    default = tuple(task for task in possible if task != "logistic")
+    possible: tuple[Task, ...] = _OF_TILES
+    if samples.masks is not None:
+        possible = ("segmentation",)
+    elif samples.points is not None:
+        possible = ("detection",)
+    elif samples.whole_slides:
+        possible = ("slide",)
+    default: tuple[Task, ...] = tuple(task for task in possible if task != "logistic")
     if wrong := [task for task in options.tasks if task not in possible]:
         raise ConfigError(f"{samples.source}: can't be scored by {wrong[0]}; take some of {', '.join(possible)}")
     return options.tasks or default

@@ -51,7 +51,9 @@ def bootstrap(
     no interval. statistic maps sums (B, …) to values (B,); NaN where a resample has none.
     """
     value = float(statistic(parts.sum(axis=0)[None].astype(np.float64))[0])
-    found, of_group = (np.zeros(0), np.zeros(0)) if groups is None else np.unique(groups, return_inverse=True)
+    found, of_group = (
+        (np.zeros(0, np.int64), np.zeros(0, np.int64)) if groups is None else np.unique(groups, return_inverse=True)
+    )
     low = high = math.nan
     if len(found) >= _FEWEST_GROUPS:
         sums = np.zeros((len(found), *parts.shape[1:]))
