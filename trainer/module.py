@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from trainer import health, losses, weights
 from trainer.augment import Crops
@@ -235,5 +236,5 @@ class DinoModule(pl.LightningModule):
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """Teacher ← momentum · teacher + (1 − momentum) · student."""
-        for teacher, student in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
-            teacher.lerp_(student, 1 - momentum)
+        average = get_ema_multi_avg_fn(momentum)  # one kernel for many tensors where the device has it
+        average(list(self.teacher.parameters()), list(self.student.parameters()), 0)
