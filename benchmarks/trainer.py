@@ -182,25 +182,28 @@ def lightly_step(inputs: Inputs) -> Step:
     return step
 
 
-def torchvision_pipeline(folder: str) -> Callable[[Any], list[Tensor]]:
-    """The reference's transforms of one sample, by torchvision on PIL images, with the same probabilities as ours."""
-    from torchvision import transforms as tv
+def torchvision_pipeline(tensors: bool) -> Callable[[Any], list[Tensor]]:
+    """The reference's transforms of one sample with the same probabilities as ours.
 
-    del folder
-    bicubic = tv.InterpolationMode.BICUBIC
+    By torchvision's first transforms on PIL images, as the reference does, or by the second ones on tensors.
+    """
+    from torchvision import transforms
+    from torchvision.transforms import InterpolationMode, v2
 
-    def view(size: int, scale: tuple[float, float], blur: float) -> tv.Compose:
-        steps = [
-            tv.RandomResizedCrop(size, scale=scale, interpolation=bicubic),
-            tv.RandomHorizontalFlip(),
-            tv.RandomVerticalFlip(),
+    tv: Any = v2 if tensors else transforms
+
+    def view(size: int, scale: tuple[float, float], blur: float) -> Any:
+        cut = [tv.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC)]
+        cut += [tv.RandomHorizontalFlip(), tv.RandomVerticalFlip()]
+        colour = [
             tv.RandomApply([tv.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
             tv.RandomGrayscale(0.2),
             tv.RandomApply([tv.GaussianBlur(9, (0.1, 2.0))], p=blur),
-            tv.ToTensor(),
-            tv.Normalize((0.5,) * 3, (0.5,) * 3),
         ]
-        return tv.Compose(steps)
+        # On tensors, all but the cut is fastest in float32.
+        as_float = [tv.ToDtype(torch.float32, scale=True)] if tensors else [tv.ToTensor()]
+        steps = [*cut, *as_float, *colour] if tensors else [*cut, *colour, *as_float]
+        return tv.Compose([*steps, tv.Normalize((0.5,) * 3, (0.5,) * 3)])
 
     views = [view(GLOBAL_PX, (0.32, 1.0), blur) for blur in (0.0, 0.9)]
     views += [view(LOCAL_PX, (0.05, 0.32), 0.5)] * NUM_LOCAL
@@ -214,13 +217,15 @@ def tiles(num: int) -> Tensor:
     return smooth.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def augmentation(batch: int, theirs: bool) -> Callable[[], Any]:
+def augmentation(batch: int, whose: str) -> Callable[[], Any]:
     """A whole batch's crops: by our batched augmentation, or sample by sample by torchvision."""
     pictures = tiles(batch)
-    if theirs:
+    if whose != "ours":
         from PIL import Image
 
-        images, pipeline = [Image.fromarray(tile.numpy()) for tile in pictures], torchvision_pipeline("")
+        pipeline, images = torchvision_pipeline(whose == "tensors"), list(pictures.permute(0, 3, 1, 2))
+        if whose == "pil":
+            images = [Image.fromarray(tile.numpy()) for tile in pictures]
         return lambda: [pipeline(image) for image in images]
     from trainer.augment import Augmentation
 
@@ -257,7 +262,7 @@ def run_worker(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     if args.worker.startswith("augment"):
-        return serve_turns(augmentation(args.batch, args.worker == "augment-torchvision"), args.threads)
+        return serve_turns(augmentation(args.batch, args.worker.removeprefix("augment-")), args.threads)
     inputs = Inputs(**torch.load(args.inputs))
     steps: dict[str, Callable[[], Step]] = {
         "ours": lambda: our_step(inputs, one_pass=True),
@@ -359,10 +364,12 @@ def measure(args: argparse.Namespace) -> list[Line]:
         lines.append(line(f"step / {what}", ours.median(clock), other.median(clock), "s", most=most))
         lines.append(line(f"peak of a step / {what}", ours.median("peak_mb"), other.median("peak_mb"), "MB"))
     # One thread each: per core, since torchvision's way is to give each core a process.
-    pair = [Contender(f"augment-{n}", python, args, inputs, 1) for n in ("torchvision", "ours")]
-    crops = take_turns(pair, args.turns + 2)
-    theirs, own = (1000 * crops[f"augment-{n}"].median("cpu_s") / args.batch for n in ("torchvision", "ours"))
-    lines.append(line("torchvision's augmentation on one core / ours, per tile", theirs, own, "ms", least=3.0))
+    ways = [Contender(f"augment-{n}", python, args, inputs, 1) for n in ("pil", "tensors", "ours")]
+    crops = take_turns(ways, args.turns + 2)
+    pil, tensors, own = (1000 * crop.median("cpu_s") / args.batch for crop in crops.values())
+    for theirs, what in ((pil, "PIL images"), (tensors, "tensors")):
+        what = f"torchvision's augmentation of {what} on one core / ours, per tile"
+        lines.append(line(what, theirs, own, "ms", least=3.0))
     step_cpu = 1000 * ours.median("cpu_s") / args.batch
     lines.append(line("our augmentation / our step, CPU per tile", own, step_cpu, "ms"))
     return lines
