@@ -66,20 +66,16 @@ def line(what: str, ours: float, theirs: float, unit: str, *, most: float = 0, l
     return Line(what, ours, theirs, unit, ratio, must, ratio <= most if most else ratio >= least)
 
 
-def our_step(inputs: Inputs, *, one_pass: bool) -> Step:
-    """Our module; with `one_pass` false, its backbone sees one crop size after the other."""
+def our_step(inputs: Inputs, *, one_pass: bool = False) -> Step:
+    """Our module; with `one_pass`, crops of both sizes go through its backbone together on a CPU, too."""
+    from trainer import module as ours
     from trainer.augment import Crops
     from trainer.config import read_config
-    from trainer.module import DinoModule
 
     overrides = ["--model.drop_path", str(DROP_PATH), "--train.batch", str(inputs.batch)]
-    module = DinoModule(read_config("vits14", [*overrides, "--mask.group_size", str(min(inputs.batch, 4))]))
-    if not one_pass:
-        backbone = module.student.backbone
-        together = backbone._several
-        backbone._several = lambda images, masks: [  # type: ignore[method-assign]
-            together([image], [mask])[0] for image, mask in zip(images, masks, strict=True)
-        ]
+    module = ours.DinoModule(read_config("vits14", [*overrides, "--mask.group_size", str(min(inputs.batch, 4))]))
+    if one_pass:
+        ours.in_one_pass = lambda _: True
     crops = Crops(inputs.global_.unflatten(0, (2, -1)), inputs.local.unflatten(0, (NUM_LOCAL, -1)))
     masks = inputs.masks.unflatten(0, (2, -1))
 
@@ -265,8 +261,8 @@ def run_worker(args: argparse.Namespace) -> None:
         return serve_turns(augmentation(args.batch, args.worker.removeprefix("augment-")), args.threads)
     inputs = Inputs(**torch.load(args.inputs))
     steps: dict[str, Callable[[], Step]] = {
-        "ours": lambda: our_step(inputs, one_pass=True),
-        "two-passes": lambda: our_step(inputs, one_pass=False),
+        "ours": lambda: our_step(inputs),
+        "one-pass": lambda: our_step(inputs, one_pass=True),
         "reference": lambda: reference_step(inputs, args.reference),
         "lightly": lambda: lightly_step(inputs),
     }
@@ -353,14 +349,14 @@ def measure(args: argparse.Namespace) -> list[Line]:
     inputs = Path(tempfile.mkdtemp(), "inputs.pt")
     make_inputs(args.batch, inputs)
     python, clock = sys.executable, f"{args.clock}_s"
-    names = {"ours": python, "two-passes": python}
+    names = {"ours": python, "one-pass": python}
     names |= {"reference": python} if args.reference else {}
     names |= {} if args.no_lightly else {"lightly": lightly_python(args.folder / "lightly")}
     found = take_turns([Contender(n, p, args, inputs, args.threads) for n, p in names.items()], args.turns)
     ours, lines = found.pop("ours"), list[Line]()
     for name, other in found.items():
-        most = 1.0 if name != "two-passes" else 0
-        what = {"two-passes": "our two passes"}.get(name, name)
+        most = 1.0 if name != "one-pass" else 0
+        what = {"one-pass": "ours, both crop sizes in one pass"}.get(name, name)
         lines.append(line(f"step / {what}", ours.median(clock), other.median(clock), "s", most=most))
         lines.append(line(f"peak of a step / {what}", ours.median("peak_mb"), other.median("peak_mb"), "MB"))
     # One thread each: per core, since torchvision's way is to give each core a process.
