@@ -66,20 +66,16 @@ def line(what: str, ours: float, theirs: float, unit: str, *, most: float = 0, l
     return Line(what, ours, theirs, unit, ratio, must, ratio <= most if most else ratio >= least)
 
 
-def our_step(inputs: Inputs, *, one_pass: bool) -> Step:
-    """Our module; with `one_pass` false, its backbone sees one crop size after the other."""
+def our_step(inputs: Inputs, *, one_pass: bool = False) -> Step:
+    """Our module; with `one_pass`, crops of both sizes go through its backbone together on a CPU, too."""
+    from trainer import module as ours
     from trainer.augment import Crops
     from trainer.config import read_config
-    from trainer.module import DinoModule
 
     overrides = ["--model.drop_path", str(DROP_PATH), "--train.batch", str(inputs.batch)]
-    module = DinoModule(read_config("vits14", [*overrides, "--mask.group_size", str(min(inputs.batch, 4))]))
-    if not one_pass:
-        backbone = module.student.backbone
-        together = backbone._several
-        backbone._several = lambda images, masks: [  # type: ignore[method-assign]
-            together([image], [mask])[0] for image, mask in zip(images, masks, strict=True)
-        ]
+    module = ours.DinoModule(read_config("vits14", [*overrides, "--mask.group_size", str(min(inputs.batch, 4))]))
+    if one_pass:
+        ours.in_one_pass = lambda _: True
     crops = Crops(inputs.global_.unflatten(0, (2, -1)), inputs.local.unflatten(0, (NUM_LOCAL, -1)))
     masks = inputs.masks.unflatten(0, (2, -1))
 
@@ -182,25 +178,28 @@ def lightly_step(inputs: Inputs) -> Step:
     return step
 
 
-def torchvision_pipeline(folder: str) -> Callable[[Any], list[Tensor]]:
-    """The reference's transforms of one sample, by torchvision on PIL images, with the same probabilities as ours."""
-    from torchvision import transforms as tv
+def torchvision_pipeline(tensors: bool) -> Callable[[Any], list[Tensor]]:
+    """The reference's transforms of one sample with the same probabilities as ours.
 
-    del folder
-    bicubic = tv.InterpolationMode.BICUBIC
+    By torchvision's first transforms on PIL images, as the reference does, or by the second ones on tensors.
+    """
+    from torchvision import transforms
+    from torchvision.transforms import InterpolationMode, v2
 
-    def view(size: int, scale: tuple[float, float], blur: float) -> tv.Compose:
-        steps = [
-            tv.RandomResizedCrop(size, scale=scale, interpolation=bicubic),
-            tv.RandomHorizontalFlip(),
-            tv.RandomVerticalFlip(),
+    tv: Any = v2 if tensors else transforms
+
+    def view(size: int, scale: tuple[float, float], blur: float) -> Any:
+        cut = [tv.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC)]
+        cut += [tv.RandomHorizontalFlip(), tv.RandomVerticalFlip()]
+        colour = [
             tv.RandomApply([tv.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
             tv.RandomGrayscale(0.2),
             tv.RandomApply([tv.GaussianBlur(9, (0.1, 2.0))], p=blur),
-            tv.ToTensor(),
-            tv.Normalize((0.5,) * 3, (0.5,) * 3),
         ]
-        return tv.Compose(steps)
+        # On tensors, all but the cut is fastest in float32.
+        as_float = [tv.ToDtype(torch.float32, scale=True)] if tensors else [tv.ToTensor()]
+        steps = [*cut, *as_float, *colour] if tensors else [*cut, *colour, *as_float]
+        return tv.Compose([*steps, tv.Normalize((0.5,) * 3, (0.5,) * 3)])
 
     views = [view(GLOBAL_PX, (0.32, 1.0), blur) for blur in (0.0, 0.9)]
     views += [view(LOCAL_PX, (0.05, 0.32), 0.5)] * NUM_LOCAL
@@ -214,13 +213,15 @@ def tiles(num: int) -> Tensor:
     return smooth.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def augmentation(batch: int, theirs: bool) -> Callable[[], Any]:
+def augmentation(batch: int, whose: str) -> Callable[[], Any]:
     """A whole batch's crops: by our batched augmentation, or sample by sample by torchvision."""
     pictures = tiles(batch)
-    if theirs:
+    if whose != "ours":
         from PIL import Image
 
-        images, pipeline = [Image.fromarray(tile.numpy()) for tile in pictures], torchvision_pipeline("")
+        pipeline, images = torchvision_pipeline(whose == "tensors"), list(pictures.permute(0, 3, 1, 2))
+        if whose == "pil":
+            images = [Image.fromarray(tile.numpy()) for tile in pictures]
         return lambda: [pipeline(image) for image in images]
     from trainer.augment import Augmentation
 
@@ -257,11 +258,11 @@ def run_worker(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     if args.worker.startswith("augment"):
-        return serve_turns(augmentation(args.batch, args.worker == "augment-torchvision"), args.threads)
+        return serve_turns(augmentation(args.batch, args.worker.removeprefix("augment-")), args.threads)
     inputs = Inputs(**torch.load(args.inputs))
     steps: dict[str, Callable[[], Step]] = {
-        "ours": lambda: our_step(inputs, one_pass=True),
-        "two-passes": lambda: our_step(inputs, one_pass=False),
+        "ours": lambda: our_step(inputs),
+        "one-pass": lambda: our_step(inputs, one_pass=True),
         "reference": lambda: reference_step(inputs, args.reference),
         "lightly": lambda: lightly_step(inputs),
     }
@@ -348,21 +349,23 @@ def measure(args: argparse.Namespace) -> list[Line]:
     inputs = Path(tempfile.mkdtemp(), "inputs.pt")
     make_inputs(args.batch, inputs)
     python, clock = sys.executable, f"{args.clock}_s"
-    names = {"ours": python, "two-passes": python}
+    names = {"ours": python, "one-pass": python}
     names |= {"reference": python} if args.reference else {}
     names |= {} if args.no_lightly else {"lightly": lightly_python(args.folder / "lightly")}
     found = take_turns([Contender(n, p, args, inputs, args.threads) for n, p in names.items()], args.turns)
     ours, lines = found.pop("ours"), list[Line]()
     for name, other in found.items():
-        most = 1.0 if name != "two-passes" else 0
-        what = {"two-passes": "our two passes"}.get(name, name)
+        most = 1.0 if name != "one-pass" else 0
+        what = {"one-pass": "ours, both crop sizes in one pass"}.get(name, name)
         lines.append(line(f"step / {what}", ours.median(clock), other.median(clock), "s", most=most))
         lines.append(line(f"peak of a step / {what}", ours.median("peak_mb"), other.median("peak_mb"), "MB"))
     # One thread each: per core, since torchvision's way is to give each core a process.
-    pair = [Contender(f"augment-{n}", python, args, inputs, 1) for n in ("torchvision", "ours")]
-    crops = take_turns(pair, args.turns + 2)
-    theirs, own = (1000 * crops[f"augment-{n}"].median("cpu_s") / args.batch for n in ("torchvision", "ours"))
-    lines.append(line("torchvision's augmentation on one core / ours, per tile", theirs, own, "ms", least=3.0))
+    ways = [Contender(f"augment-{n}", python, args, inputs, 1) for n in ("pil", "tensors", "ours")]
+    crops = take_turns(ways, args.turns + 2)
+    pil, tensors, own = (1000 * crop.median("cpu_s") / args.batch for crop in crops.values())
+    for theirs, what in ((pil, "PIL images"), (tensors, "tensors")):
+        what = f"torchvision's augmentation of {what} on one core / ours, per tile"
+        lines.append(line(what, theirs, own, "ms", least=3.0))
     step_cpu = 1000 * ours.median("cpu_s") / args.batch
     lines.append(line("our augmentation / our step, CPU per tile", own, step_cpu, "ms"))
     return lines

@@ -44,9 +44,12 @@ class CropBlock(vision_transformer.Block):
         if isinstance(x, Tensor):
             return super().forward(x, *args, **kwargs)
         x = self._add(cast(list[Tensor], x), self._attend)
-        return self._add(x, lambda flat, _: self.ls2(self.mlp(self.norm2(flat))))
+        return self._add(x, lambda flat, _: self.ls2(self.mlp(self.norm2(flat))), is_own=True)
 
-    def _add(self, xs: list[Tensor], branch: Callable[[Tensor, list[torch.Size]], Tensor]) -> list[Tensor]:
+    def _add(
+        self, xs: list[Tensor], branch: Callable[[Tensor, list[torch.Size]], Tensor], *, is_own: bool = False
+    ) -> list[Tensor]:
+        """Adds a branch; xs that are this block's own, and needed by nothing but this, are changed where they lie."""
         drop = self.drop if self.training else 0.0
         if not drop:
             added = _split(branch(*_join(xs)), [x.shape for x in xs])
@@ -55,10 +58,8 @@ class CropBlock(vision_transformer.Block):
         chosen = [torch.randperm(len(x), device=x.device)[:k] for x, k in zip(xs, kept, strict=True)]
         parts = [x[c] for x, c in zip(xs, chosen, strict=True)]
         added = _split(branch(*_join(parts)), [part.shape for part in parts])
-        return [
-            torch.index_add(x, 0, c, a.to(x.dtype), alpha=len(x) / len(c))
-            for x, c, a in zip(xs, chosen, added, strict=True)
-        ]
+        add = Tensor.index_add_ if is_own else Tensor.index_add
+        return [add(x, 0, c, a.to(x.dtype), alpha=len(x) / len(c)) for x, c, a in zip(xs, chosen, added, strict=True)]
 
     def _attend(self, flat: Tensor, shapes: list[torch.Size]) -> Tensor:
         """The attention branch of tokens (T, D), which are those of the shapes one after the other."""

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from trainer import health, losses, weights
 from trainer.augment import Crops
@@ -46,12 +47,15 @@ class Network(nn.Module):
     def forward(
         self, images: Sequence[Tensor], masks: Sequence[Tensor | None], chosen: Tensor
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """One pass over crops of several sizes: class tokens and their logits by size, and logits of patch tokens.
+        """Crops of several sizes: class tokens and their logits by size, and logits of patch tokens.
 
         images and masks as the backbone takes them; chosen bool (B, N) says which patches of the first size have
         logits. A shared head sees all of these tokens at once.
         """
-        tokens = self.backbone(images, masks)
+        if in_one_pass(images[0].device):
+            tokens = self.backbone(images, masks)
+        else:
+            tokens = [self.backbone(image, mask) for image, mask in zip(images, masks, strict=True)]
         cls, patches = [one.cls for one in tokens], tokens[0].patches[chosen]
         if self.ibot_head is None:
             *class_logits, patch_logits = self._logits(self.dino_head, [*cls, patches])
@@ -61,6 +65,15 @@ class Network(nn.Module):
     @staticmethod
     def _logits(head: nn.Module, tokens: list[Tensor]) -> list[Tensor]:
         return list(head(torch.cat(tokens)).split([len(part) for part in tokens]))
+
+
+def in_one_pass(device: torch.device) -> bool:
+    """Whether crops of all sizes go through the backbone together.
+
+    That halves the kernels to start. A CPU starts none, and its allocator reuses the memory of smaller tensors only:
+    there, one size after the other took 0.88 of the time and 0.94 of the memory (`tilestream bench trainer`).
+    """
+    return device.type != "cpu"
 
 
 def build_backbone(config: ModelConfig, crop_px: int, *, drop_path: float) -> Backbone:
@@ -235,5 +248,5 @@ class DinoModule(pl.LightningModule):
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """Teacher ← momentum · teacher + (1 − momentum) · student."""
-        for teacher, student in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
-            teacher.lerp_(student, 1 - momentum)
+        average = get_ema_multi_avg_fn(momentum)  # one kernel for many tensors where the device has it
+        average(list(self.teacher.parameters()), list(self.student.parameters()), 0)

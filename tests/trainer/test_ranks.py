@@ -25,6 +25,7 @@ TINY = [
     *("--augment.num_local", "2", "--model.num_prototypes", "32", "--model.head_hidden", "16"),
     *("--model.head_bottleneck", "8", "--model.separate_heads", "true", "--mask.group_size", "2"),
     *("--model.drop_path", "0", "--loss.koleo_weight", "0", "--train.checkpoint_every", "2"),
+    *("--model.backbone", "test_vit"),  # timm's own, of 6 narrow blocks
 ]
 Run = tuple[str, tuple[str, ...]]
 DDP, FSDP, RANKS = ("--train.strategy", "ddp"), ("--train.strategy", "fsdp"), ("--train.ranks", "2")
