@@ -163,14 +163,21 @@ def add_evaluate(commands: Any) -> None:
         help="a run, an exported folder, a name of timm's hub; embeddings for slides",
     )
     parser.add_argument("dataset", metavar="DATASET", help="a folder of images by class, a .csv or a .parquet file")
-    parser.add_argument("--task", nargs="+", metavar="TASK", default=[], help="knn, linear, logistic, quality; slide")
+    parser.add_argument(
+        "--task",
+        nargs="+",
+        metavar="TASK",
+        default=[],
+        help="knn, linear, logistic, quality; slide; segmentation; detection",
+    )
     parser.add_argument("--out", metavar="URI", help="folder of scores.parquet and scores.json")
     parser.add_argument(
         "--token", choices=("cls", "patch", "cls+patch"), help="class token, mean patch token, both (cls)"
     )
     parser.add_argument("--k", type=int, default=20, help="neighbours (20)")
     parser.add_argument("--steps", type=int, default=12500, help="of the linear probe (12500)")
-    parser.add_argument("--epochs", type=int, default=20, help="of attention MIL (20)")
+    parser.add_argument("--epochs", type=int, default=20, help="of attention MIL and of decoders (20)")
+    parser.add_argument("--radius", type=float, default=12, metavar="PX", help="within which a point is found (12)")
     parser.add_argument("--folds", type=int, default=5, help="of the cross-validation, where there is no split (5)")
     parser.add_argument("--seed", type=int, default=0, help="of folds, probes and resamples (0)")
     parser.add_argument("--batch", type=int, default=64, help="tiles that the model sees at once (64)")
@@ -187,7 +194,7 @@ def run_evaluate(args: Namespace) -> None:
     from trainer.evaluate.annotations import TileGrid
     from trainer.evaluate.run import EvaluateOptions, evaluate, table_lines
 
-    names = ("token", "k", "steps", "epochs", "folds", "seed", "batch", "resize", "gpu")
+    names = ("token", "k", "steps", "epochs", "radius", "folds", "seed", "batch", "resize", "gpu")
     options = EvaluateOptions(
         tasks=tuple(args.task),
         grid=TileGrid(mpp=args.mpp, size=args.size, slide_mpp=args.slide_mpp),

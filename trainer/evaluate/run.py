@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -17,14 +17,14 @@ from streaming import storage
 from streaming.errors import ConfigError
 from streaming.progress import ProgressLine
 from trainer.embed import Token
-from trainer.evaluate import mil, probes, quality
-from trainer.evaluate.annotations import TileGrid
+from trainer.evaluate import dense, mil, probes, quality
+from trainer.evaluate.annotations import Target, TileGrid
 from trainer.evaluate.datasets import Samples, read_dataset
 from trainer.evaluate.features import Model, extracted, load_model
 from trainer.evaluate.scores import Score, balanced_accuracy
 from trainer.evaluate.splits import Fold, make_folds
 
-Task = Literal["knn", "linear", "logistic", "quality", "slide"]
+Task = Literal["knn", "linear", "logistic", "quality", "slide", "segmentation", "detection"]
 TASKS: tuple[Task, ...] = get_args(Task)
 _OF_TILES: tuple[Task, ...] = ("knn", "linear", "logistic", "quality")
 SCORES = "scores.parquet"
@@ -44,7 +44,9 @@ class EvaluateOptions:
     steps: int = probes.PROBE_STEPS
     """steps of the linear probe"""
     epochs: int = 20
-    """passes over the slides that attention MIL takes"""
+    """passes that attention MIL takes over the slides, and decoders of patch tokens over the tiles"""
+    radius: float = 12.0
+    """px of a tile within which a point counts as found"""
     folds: int = 5
     """parts of the cross-validation where the dataset has no split"""
     seed: int = 0
@@ -64,6 +66,8 @@ class EvaluateOptions:
         for name in ("k", "steps", "epochs", "batch", "resize"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if not self.radius > 0:
+            raise ConfigError(f"radius is {self.radius}; it must be above 0")
         if self.folds < 2:
             raise ConfigError(f"folds is {self.folds}; it must be at least 2")
 
@@ -91,7 +95,7 @@ def evaluate(
     options = options or EvaluateOptions()
     if options.gpu and not torch.cuda.is_available():
         raise ConfigError("no GPU is visible to PyTorch here; leave out --gpu")
-    samples = read_dataset(dataset, options.grid, storage_options)
+    samples = read_dataset(dataset, _grid(options), storage_options)
     _tasks(options, samples)
     folds = make_folds(samples, options.folds, options.seed)
     if samples.whole_slides:
@@ -118,11 +122,16 @@ def evaluate_model(
             model,
             samples.tiles,
             resize_to=options.resize,
+            patches=samples.labels is None,
             batch=options.batch,
             options=storage_options,
             progress=progress.update,
         ) as features,
     ):
+        if samples.masks is not None:
+            return dense.score_segmentation(features, samples, folds, options.epochs, options.seed)
+        if samples.points is not None:
+            return dense.score_detection(features, samples, folds, options.radius, options.epochs, options.seed)
         return score_tiles(features.embeddings, samples, folds, tasks, options)
 
 
@@ -157,13 +166,28 @@ def score_tiles(
     return scores
 
 
+def _grid(options: EvaluateOptions) -> TileGrid:
+    """The grid, with what the tasks want of annotations.
+
+    Raises:
+        ConfigError: they want different things.
+    """
+    wanted: dict[Task, Target] = {"segmentation": "mask", "detection": "points"}
+    targets = {wanted.get(task, "class") for task in options.tasks}
+    if len(targets) > 1:
+        raise ConfigError(f"tasks {', '.join(options.tasks)}: of different kinds of labels; evaluate them one by one")
+    return replace(options.grid, target=targets.pop()) if targets else options.grid
+
+
 def _tasks(options: EvaluateOptions, samples: Samples) -> tuple[Task, ...]:
     """The tasks of the options, or those of the dataset's kind.
 
     Raises:
         ConfigError: the dataset has not what one needs.
     """
-    possible: tuple[Task, ...] = ("slide",) if samples.whole_slides else _OF_TILES
+    possible = _OF_TILES
+    for task, has in (("slide", samples.whole_slides), ("segmentation", samples.masks), ("detection", samples.points)):
+        possible = (task,) if has else possible
     default = tuple(task for task in possible if task != "logistic")
     if wrong := [task for task in options.tasks if task not in possible]:
         raise ConfigError(f"{samples.source}: can't be scored by {wrong[0]}; take some of {', '.join(possible)}")
