@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -86,7 +87,7 @@ def _stem(uri: str) -> str:
 
 
 def _embeddings(table: pa.Table) -> Bag:
-    rows = table["embedding"].combine_chunks()
+    rows: Any = table["embedding"].combine_chunks()
     return rows.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(table), -1)
 
 

@@ -6,12 +6,12 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 
 from streaming import storage
 from streaming.errors import ConfigError
@@ -21,6 +21,7 @@ from trainer.evaluate import dense, mil, probes, quality
 from trainer.evaluate.annotations import Target, TileGrid
 from trainer.evaluate.datasets import Samples, read_dataset
 from trainer.evaluate.features import Model, extracted, load_model
+from trainer.evaluate.probes import Embeddings, Ints
 from trainer.evaluate.scores import Score, balanced_accuracy
 from trainer.evaluate.splits import Fold, make_folds
 
@@ -136,7 +137,7 @@ def evaluate_model(
 
 
 def score_tiles(
-    embeddings: NDArray[np.float32],
+    embeddings: Embeddings,
     samples: Samples,
     folds: Sequence[Fold],
     tasks: Sequence[Task],
@@ -145,9 +146,9 @@ def score_tiles(
     """Scores embeddings (N, D) of labelled tiles."""
     assert samples.labels is not None, "tiles have labels"
     num_classes = len(samples.classes)
-    classify: dict[Task, Callable[..., NDArray[np.int64]]] = {
-        "knn": lambda *data: probes.nearest_neighbours(*data, k=options.k),
-        "linear": lambda *data: probes.linear_probe(*data, num_classes, options.steps, options.seed),
+    classify: dict[str, Callable[[Embeddings, Ints, Embeddings], Ints]] = {
+        "knn": partial(probes.nearest_neighbours, k=options.k),
+        "linear": partial(probes.linear_probe, num_classes=num_classes, steps=options.steps, seed=options.seed),
         "logistic": probes.logistic,
     }
     scores: list[Score] = []
@@ -185,10 +186,14 @@ def _tasks(options: EvaluateOptions, samples: Samples) -> tuple[Task, ...]:
     Raises:
         ConfigError: the dataset has not what one needs.
     """
-    possible = _OF_TILES
-    for task, has in (("slide", samples.whole_slides), ("segmentation", samples.masks), ("detection", samples.points)):
-        possible = (task,) if has else possible
-    default = tuple(task for task in possible if task != "logistic")
+    possible: tuple[Task, ...] = _OF_TILES
+    if samples.whole_slides:
+        possible = ("slide",)
+    elif samples.masks is not None:
+        possible = ("segmentation",)
+    elif samples.points is not None:
+        possible = ("detection",)
+    default: tuple[Task, ...] = tuple(task for task in possible if task != "logistic")
     if wrong := [task for task in options.tasks if task not in possible]:
         raise ConfigError(f"{samples.source}: can't be scored by {wrong[0]}; take some of {', '.join(possible)}")
     return options.tasks or default
