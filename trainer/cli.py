@@ -176,8 +176,8 @@ def add_evaluate(commands: Any) -> None:
     )
     parser.add_argument("--k", type=int, default=20, help="neighbours (20)")
     parser.add_argument("--steps", type=int, default=12500, help="of the linear probe (12500)")
-    parser.add_argument("--epochs", type=int, default=20, help="of attention MIL and heads on patch tokens (20)")
-    parser.add_argument("--radius-px", type=float, default=12.0, help="within which a found point counts (12)")
+    parser.add_argument("--epochs", type=int, default=20, help="of attention MIL and of decoders (20)")
+    parser.add_argument("--radius", type=float, default=12, metavar="PX", help="within which a point is found (12)")
     parser.add_argument("--folds", type=int, default=5, help="of the cross-validation, where there is no split (5)")
     parser.add_argument("--seed", type=int, default=0, help="of folds, probes and resamples (0)")
     parser.add_argument("--batch", type=int, default=64, help="tiles that the model sees at once (64)")
@@ -194,7 +194,7 @@ def run_evaluate(args: Namespace) -> None:
     from trainer.evaluate.annotations import TileGrid
     from trainer.evaluate.run import EvaluateOptions, evaluate, table_lines
 
-    names = ("token", "k", "steps", "epochs", "radius_px", "folds", "seed", "batch", "resize", "gpu")
+    names = ("token", "k", "steps", "epochs", "radius", "folds", "seed", "batch", "resize", "gpu")
     options = EvaluateOptions(
         tasks=tuple(args.task),
         grid=TileGrid(mpp=args.mpp, size=args.size, slide_mpp=args.slide_mpp),

@@ -98,7 +98,7 @@ class Cut:
     points: Points
 
 
-def read(uri: str, options: storage.StorageOptions | None = None) -> Annotation:
+def read_annotation(uri: str, options: storage.StorageOptions | None = None) -> Annotation:
     """Reads a GeoJSON file: a FeatureCollection or a list of features, as QuPath exports them.
 
     Raises:
@@ -148,7 +148,7 @@ def class_names(found: Sequence[Annotation], target: Target) -> tuple[str, ...]:
     return (*([BACKGROUND] if known else []), *sorted(names - {BACKGROUND} if known else names))
 
 
-def cut(
+def cut_tiles(
     place: str,
     annotation: Annotation,
     classes: Sequence[str],

@@ -17,8 +17,7 @@ from streaming import storage
 from streaming.errors import ConfigError
 from streaming.slide import SLIDE_SUFFIXES
 from streaming.slide.geometry import Pixels
-from trainer.evaluate import annotations
-from trainer.evaluate.annotations import Cut, TileGrid
+from trainer.evaluate.annotations import Cut, TileGrid, class_names, cut_tiles, read_annotation
 
 Names = NDArray[np.str_]
 Row = dict[str, str]
@@ -151,9 +150,9 @@ def _places(base: str, values: Sequence[str]) -> list[str]:
 
 
 def _known(uri: str, rows: Sequence[Row], *, slides: Sequence[str] | None = None) -> dict[str, Any]:
-    """The optional columns as fields of `Samples`."""
+    """The optional columns as fields of `Samples`: arrays of names, or None."""
     columns = rows[0].keys()
-    found = {
+    found: dict[str, Names | None] = {
         field: np.array(_column(uri, rows, name)) if name in columns else None
         for field, name in (("patients", "patient"), ("slides", "slide"), ("sites", "site"))
     }
@@ -270,19 +269,19 @@ def _annotated(
     """Tiles of every row's annotation, which inherit the row's patient, site and split."""
     places = _places(base, _column(uri, rows, "path" if "path" in rows[0] else "slide"))
     files = _places(base, _column(uri, rows, "annotation"))
-    found = [annotations.read(file, options) for file in files]
+    found = [read_annotation(file, options) for file in files]
     has_points = any(shape.points is not None for one in found for shape in one.shapes)
     target = grid.target or ("points" if has_points else "class")
-    classes = annotations.class_names(found, target)
+    classes = class_names(found, target)
     if len(classes) < (1 if target == "points" else 2):
         raise ConfigError(f"{uri}: its annotations have {len(classes)} class for this task; it needs two or more")
-    cuts, of_row = list[annotations.Cut](), list[int]()
+    cuts, of_row = list[Cut](), list[int]()
     slide_of = [PurePosixPath(place).suffix.lower() in SLIDE_SUFFIXES for place in places]
     if target == "class" and not all(slide_of):
         image = places[slide_of.index(False)]
         raise ConfigError(f"{image}: an image, whose annotation gives no label for the whole; take --task segmentation")
     for i, (place, annotation) in enumerate(zip(places, found, strict=True)):
-        own = annotations.cut(place, annotation, classes, grid, target, is_slide=slide_of[i], options=options)
+        own = cut_tiles(place, annotation, classes, grid, target, is_slide=slide_of[i], options=options)
         if not own:
             raise ConfigError(
                 f"{place}: no tile of {grid.size} px at {grid.mpp:g} µm/px lies in the shapes of {files[i]}; "

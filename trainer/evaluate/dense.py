@@ -157,7 +157,7 @@ def focal_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def peaks(heatmap: Tensor, radius_cells: float, least: float) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """Per map of (B, rows, columns): places (n, 2) as x, y in cells, and heights of what is highest within a radius."""
+    """The highest within a radius of each map of (B, rows, columns): x, y (n, 2) in cells, and their heights."""
     reach = max(1, round(radius_cells))
     highest = nn.functional.max_pool2d(heatmap[:, None], 2 * reach + 1, stride=1, padding=reach)[:, 0]
     found: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
@@ -177,10 +177,10 @@ def score_detection(
     """
     assert samples.points is not None, "tiles have points"
     assert features.patches is not None, "patch tokens are kept"
-    points, height = samples.points, features.side[0]
+    points = samples.points
     num_classes, dim, up = len(samples.classes), features.patches.shape[3], _upsampling(features, _STRIDE_PX)
     grid = (features.patches.shape[1] * up, features.patches.shape[2] * up)
-    scale = grid[0] / height
+    scale = grid[0] / features.side[0]
 
     def make() -> nn.Module:
         head = conv_decoder(dim, num_classes, up)
@@ -200,9 +200,9 @@ def score_detection(
         for k in range(num_classes):
             for i, (places, heights) in enumerate(peaks(maps[:, k], radius_px * scale, min(thresholds))):
                 truth = points[chosen[i]]
+                truth = truth[truth[:, 2] == k, :2]
                 for t, least in enumerate(thresholds):
-                    own = places[heights >= least] / scale
-                    parts[i, t, k] = match_points(truth[truth[:, 2] == k, :2], own, radius_px)
+                    parts[i, t, k] = match_points(truth, places[heights >= least] / scale, radius_px)
         return parts
 
     parts: list[NDArray[np.float64]] = []

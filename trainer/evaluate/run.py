@@ -6,12 +6,12 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 
 from streaming import storage
 from streaming.errors import ConfigError
@@ -21,14 +21,13 @@ from trainer.evaluate import dense, mil, probes, quality
 from trainer.evaluate.annotations import Target, TileGrid
 from trainer.evaluate.datasets import Samples, read_dataset
 from trainer.evaluate.features import Model, extracted, load_model
+from trainer.evaluate.probes import Embeddings, Ints
 from trainer.evaluate.scores import Score, balanced_accuracy
 from trainer.evaluate.splits import Fold, make_folds
 
 Task = Literal["knn", "linear", "logistic", "quality", "slide", "segmentation", "detection"]
 TASKS: tuple[Task, ...] = get_args(Task)
 _OF_TILES: tuple[Task, ...] = ("knn", "linear", "logistic", "quality")
-# What these want of an annotation.
-_TARGETS: dict[Task, Target] = {"segmentation": "mask", "detection": "points"}
 SCORES = "scores.parquet"
 SCORES_JSON = "scores.json"
 
@@ -46,9 +45,9 @@ class EvaluateOptions:
     steps: int = probes.PROBE_STEPS
     """steps of the linear probe"""
     epochs: int = 20
-    """passes over the data that attention MIL and the heads on patch tokens take"""
-    radius_px: float = 12.0
-    """how far from a true point one that was found may lie; 12 px are 6 µm at 0.5 µm/px, a cell's half"""
+    """passes that attention MIL takes over the slides, and decoders of patch tokens over the tiles"""
+    radius: float = 12.0
+    """px of a tile within which a point counts as found"""
     folds: int = 5
     """parts of the cross-validation where the dataset has no split"""
     seed: int = 0
@@ -68,8 +67,8 @@ class EvaluateOptions:
         for name in ("k", "steps", "epochs", "batch", "resize"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
-        if not self.radius_px > 0:
-            raise ConfigError(f"radius_px is {self.radius_px}; it must be above 0")
+        if not self.radius > 0:
+            raise ConfigError(f"radius is {self.radius}; it must be above 0")
         if self.folds < 2:
             raise ConfigError(f"folds is {self.folds}; it must be at least 2")
 
@@ -97,8 +96,7 @@ def evaluate(
     options = options or EvaluateOptions()
     if options.gpu and not torch.cuda.is_available():
         raise ConfigError("no GPU is visible to PyTorch here; leave out --gpu")
-    target = next((_TARGETS[task] for task in options.tasks if task in _TARGETS), options.grid.target)
-    samples = read_dataset(dataset, replace(options.grid, target=target), storage_options)
+    samples = read_dataset(dataset, _grid(options), storage_options)
     _tasks(options, samples)
     folds = make_folds(samples, options.folds, options.seed)
     if samples.whole_slides:
@@ -124,8 +122,8 @@ def evaluate_model(
         extracted(
             model,
             samples.tiles,
-            patches=samples.labels is None,
             resize_to=options.resize,
+            patches=samples.labels is None,
             batch=options.batch,
             options=storage_options,
             progress=progress.update,
@@ -134,12 +132,12 @@ def evaluate_model(
         if samples.masks is not None:
             return dense.score_segmentation(features, samples, folds, options.epochs, options.seed)
         if samples.points is not None:
-            return dense.score_detection(features, samples, folds, options.radius_px, options.epochs, options.seed)
+            return dense.score_detection(features, samples, folds, options.radius, options.epochs, options.seed)
         return score_tiles(features.embeddings, samples, folds, tasks, options)
 
 
 def score_tiles(
-    embeddings: NDArray[np.float32],
+    embeddings: Embeddings,
     samples: Samples,
     folds: Sequence[Fold],
     tasks: Sequence[Task],
@@ -148,11 +146,9 @@ def score_tiles(
     """Scores embeddings (N, D) of labelled tiles."""
     assert samples.labels is not None, "tiles have labels"
     num_classes = len(samples.classes)
-    classify: dict[Task, Callable[..., NDArray[np.int64]]] = {
-        "knn": lambda known, labels, asked: probes.nearest_neighbours(known, labels, asked, k=options.k),
-        "linear": lambda known, labels, asked: probes.linear_probe(
-            known, labels, asked, num_classes, options.steps, options.seed
-        ),
+    classify: dict[str, Callable[[Embeddings, Ints, Embeddings], Ints]] = {
+        "knn": partial(probes.nearest_neighbours, k=options.k),
+        "linear": partial(probes.linear_probe, num_classes=num_classes, steps=options.steps, seed=options.seed),
         "logistic": probes.logistic,
     }
     scores: list[Score] = []
@@ -171,6 +167,19 @@ def score_tiles(
     return scores
 
 
+def _grid(options: EvaluateOptions) -> TileGrid:
+    """The grid, with what the tasks want of annotations.
+
+    Raises:
+        ConfigError: they want different things.
+    """
+    wanted: dict[Task, Target] = {"segmentation": "mask", "detection": "points"}
+    targets = {wanted.get(task, "class") for task in options.tasks}
+    if len(targets) > 1:
+        raise ConfigError(f"tasks {', '.join(options.tasks)}: of different kinds of labels; evaluate them one by one")
+    return replace(options.grid, target=targets.pop()) if targets else options.grid
+
+
 def _tasks(options: EvaluateOptions, samples: Samples) -> tuple[Task, ...]:
     """The tasks of the options, or those of the dataset's kind.
 
@@ -178,12 +187,12 @@ def _tasks(options: EvaluateOptions, samples: Samples) -> tuple[Task, ...]:
         ConfigError: the dataset has not what one needs.
     """
     possible: tuple[Task, ...] = _OF_TILES
-    if samples.masks is not None:
+    if samples.whole_slides:
+        possible = ("slide",)
+    elif samples.masks is not None:
         possible = ("segmentation",)
     elif samples.points is not None:
         possible = ("detection",)
-    elif samples.whole_slides:
-        possible = ("slide",)
     default: tuple[Task, ...] = tuple(task for task in possible if task != "logistic")
     if wrong := [task for task in options.tasks if task not in possible]:
         raise ConfigError(f"{samples.source}: can't be scored by {wrong[0]}; take some of {', '.join(possible)}")

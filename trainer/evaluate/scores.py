@@ -51,17 +51,16 @@ def bootstrap(
     no interval. statistic maps sums (B, …) to values (B,); NaN where a resample has none.
     """
     value = float(statistic(parts.sum(axis=0)[None].astype(np.float64))[0])
-    found, of_group = (
-        (np.zeros(0, np.int64), np.zeros(0, np.int64)) if groups is None else np.unique(groups, return_inverse=True)
-    )
-    low = high = math.nan
-    if len(found) >= _FEWEST_GROUPS:
-        sums = np.zeros((len(found), *parts.shape[1:]))
+    low, high, num_groups = math.nan, math.nan, 0
+    if groups is not None:
+        of_group = np.unique(groups, return_inverse=True)[1]
+        num_groups = int(of_group.max()) + 1
+        sums = np.zeros((num_groups, *parts.shape[1:]))
         np.add.at(sums, of_group, parts)
-        times = _resamples(len(found), seed)
-        low, high = _percentiles(statistic(np.tensordot(times, sums, axes=1)))
+        if num_groups >= _FEWEST_GROUPS:
+            low, high = _percentiles(statistic(np.tensordot(_resamples(num_groups, seed), sums, axes=1)))
     counted = len(parts) if n is None else n
-    return Score(task=task, metric=metric, value=value, low=low, high=high, n=counted, groups=len(found))
+    return Score(task=task, metric=metric, value=value, low=low, high=high, n=counted, groups=num_groups)
 
 
 def _resamples(num_groups: int, seed: int) -> Floats:
