@@ -5,6 +5,8 @@ INSTALLED := .venv/.installed
 
 # Ray keeps repeated lines back and prints them when it leaves: after pytest's last line.
 test test-fast: export RAY_DEDUP_LOGS = 0
+# Two test processes with two threads of torch each, and Ray's beside them, would wait for one another.
+test test-fast: export OMP_NUM_THREADS = 1
 
 .PHONY: demo test test-fast lint lock clean
 

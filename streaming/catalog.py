@@ -178,12 +178,14 @@ def write(out: str, slides: pa.Table, grids: Iterable[Cells], options: storage.S
 
 
 def _digest(slides: pa.Table) -> Digest:
-    """Begun with all but the tissue; metadata that does not decide which tile an index means is left out."""
+    """Begun with all but the tissue; of the metadata, only patient and cohort decide which tile an index means."""
     digest = hashlib.sha256(f"{VERSION} {CELL_UM}".encode())
     for name in ("slide", "version"):
         digest.update("\n".join(cast("list[str]", slides[name].to_pylist())).encode())
     for name in ("size", "mpp", "width", "height", "tissue_rows", "tissue_columns"):
         digest.update(slides[name].to_numpy().tobytes())
+    metadata = [json.loads(entry) for entry in cast("list[str]", slides["metadata"].to_pylist())]
+    digest.update(json.dumps([[entry.get(name) for entry in metadata] for name in ("patient", "cohort")]).encode())
     return digest
 
 

@@ -34,6 +34,12 @@ def test_a_catalog_is_built_extended_and_left_alone_where_nothing_changed(slides
     before = catalog.fingerprint
     assert build_catalog([f"{slides[0].parent}/*.svs"], out).skipped == 3
     assert Catalog.load(out).fingerprint == before
+    # Patients and cohorts decide which slides a share of them has; other columns decide nothing.
+    for header, changes in (("file,patient,cohort,stain", False), ("file,patient,cohort", True)):
+        patient = "p9" if changes else "p0"
+        (tmp_path / "patients.csv").write_text(f"{header}\npatient0,{patient},tcga{',he' * (not changes)}\n")
+        build_catalog([str(slides[0].parent)], out, metadata_csv=str(tmp_path / "patients.csv"))
+        assert (Catalog.load(out).fingerprint != before) == changes
 
 
 def test_slides_that_cannot_be_used_are_rejected_with_the_reason_and_the_others_are_not_affected(
