@@ -114,6 +114,12 @@ class TilePlan:
         return self._chooser.num_tiles
 
     @property
+    def drawn_from(self) -> tuple[int, int]:
+        """How many slides the tiles come from, and of how many patients."""
+        drawn = self._chooser.shares > 0
+        return int(drawn.sum()), len(np.unique(self._chooser.patients[drawn]))
+
+    @property
     def is_exhaustive(self) -> bool:
         """Whether each of them comes once before any comes again."""
         return not self.universe.replacement

@@ -94,10 +94,7 @@ def evaluate(
         StorageError: something can't be reached.
     """
     options = options or EvaluateOptions()
-    if options.gpu and not torch.cuda.is_available():
-        raise ConfigError("no GPU is visible to PyTorch here; leave out --gpu")
-    samples = read_dataset(dataset, _grid(options), storage_options)
-    _tasks(options, samples)
+    samples = labelled(dataset, options, storage_options)
     folds = make_folds(samples, options.folds, options.seed)
     if samples.whole_slides:
         bags = mil.read_bags(source, samples, storage_options)
@@ -108,6 +105,16 @@ def evaluate(
         about = {"model": source, "dataset": dataset, "options": asdict(options)}
         write_scores(out, scores, about, storage_options)
     return scores
+
+
+def labelled(dataset: str, options: EvaluateOptions, storage_options: dict[str, Any] | None = None) -> Samples:
+    """A dataset, checked for what `evaluate` refuses before it looks at a model; errors as there."""
+    if options.gpu and not torch.cuda.is_available():
+        raise ConfigError("no GPU is visible to PyTorch here; leave out --gpu")
+    samples = read_dataset(dataset, _grid(options), storage_options)
+    _tasks(options, samples)
+    make_folds(samples, options.folds, options.seed)
+    return samples
 
 
 def evaluate_model(

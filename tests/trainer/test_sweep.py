@@ -1,0 +1,135 @@
+"""A grid of runs on nested parts of the data, and its curves."""
+
+import io
+import math
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from streaming import storage
+from trainer import checkpoint
+from trainer.cli import main
+from trainer.config import read_config
+from trainer.sweep import curves, draw, grid
+
+SMALL = [
+    *("--augment.global_size", "32", "--augment.local_size", "16", "--augment.num_local", "1"),
+    *("--data.tile_size", "32", "--data.mpp", "{0.5: 1}", "--train.batch", "4", "--train.steps", "2"),
+    *("--model.num_prototypes", "32", "--model.head_hidden", "16", "--model.head_bottleneck", "8"),
+    *("--optim.warmup_steps", "1", "--optim.teacher_temp_warmup_steps", "1"),
+]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images by class and patient."""
+    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for name, colour in (("red", (40, 40, 200)), ("blue", (200, 40, 40))):
+        for patient in range(4):
+            (folder / name / f"p{patient}").mkdir(parents=True)
+            for i in range(3):
+                noise = random.integers(-30, 30, (32, 32, 3))
+                cv2.imwrite(
+                    str(folder / name / f"p{patient}" / f"{i}.png"),
+                    (np.array(colour) + noise).clip(0, 255).astype(np.uint8),
+                )
+    return folder
+
+
+@pytest.mark.slow
+def test_a_grid_is_trained_on_nested_data_scored_drawn_and_not_done_twice(
+    catalog: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sweep"
+    command = ["sweep", "debug", "--data.catalog", catalog, *SMALL, "--evaluate", str(images), "--out", str(out)]
+    command += ["--slides", "0.3,1", "--tiles-per-slide", "5,inf", "--task", "knn", "--k", "3", "--debug"]
+    assert main(command) == 0
+    assert "sweep.parquet" in capsys.readouterr().out
+    rows = pq.read_table(out / "sweep.parquet").to_pylist()
+    cells = [(row["share"], row["tiles_per_slide"]) for row in rows]
+    assert cells == [(0.3, 5), (0.3, None), (1.0, 5), (1.0, None)]
+    assert [row["slides"] for row in rows] == [1, 1, 3, 3]
+    assert all(0.0 <= row["low"] <= row["value"] <= row["high"] <= 1.0 for row in rows)
+    for row in rows:
+        run = str(out / row["run"])
+        assert checkpoint.steps_of(run) == [2]
+        universe = checkpoint.read_config(checkpoint.find(run)).data.universe
+        assert (universe.slides, universe.tiles_per_slide) == (row["share"], row["tiles_per_slide"])
+    pixels = np.asarray(Image.open(out / "sweep.png").convert("RGB"))
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20, "something is drawn"
+
+    written = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert main(command) == 0
+    again = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert {path.name for path in out.rglob("*") if again.get(path) != written.get(path) and path.is_file()} == {
+        "sweep.parquet",
+        "sweep.png",
+    }
+    assert pq.read_table(out / "sweep.parquet").to_pylist() == rows
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (["--slides", "0,1"], "universe.slides is 0.0"),
+        (["--slides", "0.5,0.5"], "--slides: a value comes twice"),
+        (["--slides", "half"], "--slides 'half': give numbers between commas"),
+        (["--slides", ""], "give at least one value"),
+        (["--tiles-per-slide", "0"], "universe.tiles_per_slide is 0"),
+        (["--task", "slide"], "can't be scored by slide"),
+        (["--data.mpp", "{0.01: 1}"], "0.01"),
+    ],
+)
+def test_a_bad_grid_is_refused_before_anything_is_trained(
+    wrong: list[str], told: str, catalog: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sweep"
+    command = ["sweep", "debug", "--data.catalog", catalog, *SMALL, "--evaluate", str(images), "--out", str(out)]
+    assert main([*command, "--debug", *wrong]) == 2
+    line = capsys.readouterr().err
+    assert told in line
+    assert line.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_dataset_that_is_not_there_is_refused_before_anything_is_trained(
+    catalog: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["sweep", "debug", "--data.catalog", catalog, *SMALL, "--evaluate", str(tmp_path / "none.csv")]
+    assert main([*command, "--out", str(tmp_path / "sweep")]) == 2
+    assert "none.csv" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_curves_are_means_over_seeds_within_the_widest_of_their_intervals() -> None:
+    def row(share: float, bound: int | None, value: float, low: float | None) -> dict:
+        about = {"share": share, "tiles_per_slide": bound, "task": "knn", "metric": "balanced accuracy"}
+        return about | {"value": value, "low": low, "high": None if low is None else 2 * value - low}
+
+    rows = [row(0.1, 10, 0.5, 0.4), row(0.1, 10, 0.7, 0.65), row(1.0, 10, 0.8, None), row(1.0, None, 0.9, 0.8)]
+    first, second = curves(rows, "share", "tiles_per_slide")
+    assert (first.label, first.x, first.value) == ("10", [0.1, 1.0], [pytest.approx(0.6), 0.8])
+    assert (first.low[0], first.high[0]) == (0.4, pytest.approx(0.75))
+    assert math.isnan(first.low[1])
+    assert (second.label, second.x) == ("no bound", [1.0])
+    (all_, none) = list(curves(rows, "tiles_per_slide", "share"))[::-1]
+    assert (all_.x, none.x) == ([10.0, math.inf], [10.0])
+    assert Image.open(io.BytesIO(draw(rows))).size[0] > 500
+
+
+def test_runs_of_a_grid_have_names_seeds_and_universes_of_their_own() -> None:
+    config = read_config("debug", ["--run.seed", "7"])
+    cells = grid([1.0, 0.01], [None, 100], [], config)
+    assert [cell.name for cell in cells] == [
+        "slides-0.01_tiles-100_seed-7",
+        "slides-0.01_tiles-inf_seed-7",
+        "slides-1_tiles-100_seed-7",
+        "slides-1_tiles-inf_seed-7",
+    ]
+    own = cells[0].of(config, "out")
+    assert own.run.out == storage.join("out", cells[0].name)
+    assert own.data.universe.seed == config.data.universe.seed, "all seeds draw from the same slides"
