@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import boto3
+import cv2
+import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -43,6 +45,20 @@ def catalog(slides: list[Path], tmp_path_factory: pytest.TempPathFactory) -> str
 @pytest.fixture(scope="session")
 def other_catalog(slides: list[Path], tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_catalog(tmp_path_factory.mktemp("other_catalog"), slides[:2])
+
+
+@pytest.fixture(scope="session")
+def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noisy images of two colours by class and patient: red/p0/0.png …"""
+    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for name, colour in (("red", (40, 40, 200)), ("blue", (200, 40, 40))):
+        for patient in range(4):
+            place = folder / name / f"p{patient}"
+            place.mkdir(parents=True)
+            for i in range(6):
+                noise = random.integers(-30, 30, (32, 32, 3))
+                cv2.imwrite(str(place / f"{i}.png"), np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 import yaml
@@ -285,6 +285,10 @@ class Config:
             raise ValueError(
                 f"optim.warmup_steps {self.optim.warmup_steps} exceeds train.steps {self.train.steps}; lower it"
             )
+        if self.watch.knn_dataset and self.watch.knn_every % self.train.log_every:
+            raise ValueError(
+                f"watch.knn_every {self.watch.knn_every} is no multiple of train.log_every {self.train.log_every}"
+            )
         if self.augment.global_size > self.data.tile_size * 2:
             raise ValueError(
                 f"augment.global_size {self.augment.global_size} is over twice data.tile_size {self.data.tile_size}"
@@ -308,7 +312,7 @@ FREE_FIELDS = {
         *("compile", "activation_checkpointing"),
         *("log_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "max_restarts"),
     ),
-    "watch": ("min_rankme", "min_teacher_entropy", "min_prototypes", "grace_steps", "patience"),
+    "watch": tuple(entry.name for entry in fields(WatchConfig)),
 }
 # What no force can change: another model's weights don't fit, another batch's next index lies within a step.
 _FIXED = ("model.", "train.batch", "augment.global_size")

@@ -65,8 +65,19 @@ class WatchConfig:
     """steps from the start in which a collapse stops nothing: embeddings start out nearly equal"""
     patience: int = 3
     """rows of the metrics in a row that must show a collapse"""
+    knn_dataset: str | None = None
+    """labelled tiles, as `tilestream evaluate` takes them, on which kNN accuracy is followed; none: not"""
+    knn_every: int = 1000
+    """steps from one look at it to the next; a multiple of train.log_every"""
+    knn_k: int = 20
+    """neighbours that vote"""
+    knn_tiles: int = 2000
+    """tiles that the set may have; each rank holds its share in memory"""
 
     def __post_init__(self) -> None:
+        for name in ("knn_every", "knn_k", "knn_tiles"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.grace_steps < 0 or self.patience < 1:
             raise ValueError(f"grace_steps {self.grace_steps} must be at least 0, patience {self.patience} at least 1")
 

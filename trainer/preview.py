@@ -16,7 +16,7 @@ from trainer.augment import NUM_GLOBAL
 from trainer.config import Config, TrainConfig
 from trainer.module import DinoModule
 from trainer.schedule import Schedules
-from trainer.train import check_model, load_catalog, make_plan
+from trainer.train import check_model, check_watch, load_catalog, make_plan
 
 PICTURE = "schedules.png"
 _GIB = 2**30
@@ -133,6 +133,8 @@ def describe(config: Config) -> Iterator[str]:
     if config.model.init:
         yield f"model.init    {_init_line(config)}"
     yield f"catalog       {_catalog_line(config)}"
+    if config.watch.knn_dataset:
+        yield f"knn           {check_watch(config):,} tiles of {config.watch.knn_dataset}"
 
 
 def _cut(train: TrainConfig) -> str:

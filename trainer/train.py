@@ -152,6 +152,19 @@ def check_model(config: Config, *, resumed: bool = False) -> None:
         raise ConfigError(" ".join(str(error).split())) from error
 
 
+def check_watch(config: Config) -> int:
+    """Reads the table of `watch.knn_dataset`, and tells how many tiles are followed.
+
+    Raises:
+        TilestreamError: as `trainer.evaluate.during.watched`.
+    """
+    if config.watch.knn_dataset is None:
+        return 0
+    from trainer.evaluate.during import watched  # scikit-learn: two seconds that other runs need not wait
+
+    return len(watched(config))
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a rank stands among the others."""
@@ -264,7 +277,9 @@ def train(config: Config, *, debug: bool = False, verbose: bool = False, force: 
         TilestreamError: bad input, told in one line.
     """
     # Workers run in folders of their own, so a relative path would mean another place to each of them.
-    config = replace(config, run=replace(config.run, out=storage.canonical(config.run.out)))
+    labelled = config.watch.knn_dataset and storage.canonical(config.watch.knn_dataset)
+    run, watch = replace(config.run, out=storage.canonical(config.run.out)), replace(config.watch, knn_dataset=labelled)
+    config = replace(config, run=run, watch=watch)
     catalog = load_catalog(config.data)
     out, options, steps = config.run.out, config.data.storage_options, config.train.steps
     start, resume = resume_point(config, catalog.fingerprint, force=force)
@@ -273,6 +288,7 @@ def train(config: Config, *, debug: bool = False, verbose: bool = False, force: 
         return TrainResult(resume or last, start, steps, [f"{out} is trained to step {start} already"])
     make_plan(config, catalog)  # what the catalog can't give is told before anything starts
     check_model(config, resumed=resume is not None)
+    check_watch(config)
     storage.write_bytes(storage.join(out, checkpoint.CONFIG), config.to_yaml().encode(), options)
     with MetricsLog(config, start) as log:
         if debug:

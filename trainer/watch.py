@@ -9,7 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 import lightning.pytorch as pl
 import pyarrow as pa
@@ -31,8 +32,11 @@ from trainer.health import Guard
 from trainer.module import DinoModule
 from trainer.trackers import Trackers
 
+if TYPE_CHECKING:
+    from trainer.evaluate.during import KnnWatch
+
 METRICS = "metrics.parquet"
-_TERMS = ("loss", "dino_global", "dino_local", "ibot", "koleo", "kde")
+_TERMS = ("loss", "dino_global", "dino_local", "ibot", "koleo", "kde", "knn_accuracy")
 Row = dict[str, float]
 
 
@@ -164,11 +168,16 @@ class Watch(Callback):
         self._saved = [batches.start] if batches.start else []
         self._saved_at = self._looked_at = time.monotonic()
         self._has_left = False
+        self._knn: KnnWatch | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Opens the ranks' way to agree, and listens to signals."""
         self._signals.begin()
         self._agreement = _Agreement(trainer.world_size)
+        if self._config.watch.knn_dataset:
+            from trainer.evaluate.during import KnnWatch  # scikit-learn: two seconds that other runs need not wait
+
+            self._knn = KnnWatch(self._config, trainer.global_rank, trainer.world_size)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -261,6 +270,9 @@ class Watch(Callback):
             "peak_memory_gb": float(rows[:, -2].max()),
             "time": time.time(),
         }
+        if self._knn and (step % self._config.watch.knn_every == 0 or step == self._config.train.steps):
+            with trainer.precision_plugin.forward_context():
+                row["knn_accuracy"] = self._knn.accuracy(pl_module, partial(_of_all_ranks, pl_module))
         if trainer.is_global_zero:
             self._report(row)
         # Every rank has the same row, so all stop at once.
@@ -350,7 +362,10 @@ class MetricsLog:
     def _save(self) -> None:
         self._trackers.save()
         if self._rows:
-            storage.write_table(self._uri, pa.Table.from_pylist(self._rows), self._options)
+            # Some columns are not in every row, and pyarrow looks at the first one's alone.
+            names = list(dict.fromkeys(name for row in self._rows for name in row))
+            columns = {name: [row.get(name) for row in self._rows] for name in names}
+            storage.write_table(self._uri, pa.table(columns), self._options)
         self._failures.save()
 
     @contextlib.contextmanager

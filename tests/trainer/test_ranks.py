@@ -1,5 +1,6 @@
 """Two ranks on the CPU (gloo), without Ray: replicas and shards, against each other and against one rank."""
 
+import json
 import os
 import socket
 from collections.abc import Callable
@@ -26,6 +27,7 @@ TINY = [
     *("--model.head_bottleneck", "8", "--model.separate_heads", "true", "--mask.group_size", "2"),
     *("--model.drop_path", "0", "--loss.koleo_weight", "0", "--train.checkpoint_every", "2"),
     *("--model.backbone", "test_vit"),  # timm's own, of 6 narrow blocks
+    *("--watch.knn_every", "2", "--watch.knn_k", "3"),
 ]
 Run = tuple[str, tuple[str, ...]]
 DDP, FSDP, RANKS = ("--train.strategy", "ddp"), ("--train.strategy", "fsdp"), ("--train.ranks", "2")
@@ -83,7 +85,7 @@ class Rank(LightningEnvironment):
 
 
 def configuration(catalog: str, folder: Path, name: str, overrides: tuple[str, ...]) -> Config:
-    where = ["--data.catalog", catalog, "--run.out", str(folder / name)]
+    where = ["--data.catalog", catalog, "--run.out", str(folder / name), "--watch.knn_dataset", str(folder / "images")]
     return read_config("debug", [*TINY, *FOUR, *where, *overrides])
 
 
@@ -101,13 +103,19 @@ def run(config: Config, rank: int, place: Place | None, stop: Callable[[], bool]
     start = checkpoint.read_meta(resume).step if resume else 0
     source = make_stream(config, catalog).local_batches(start, config.train.steps)
     batches = StepBatches(islice(source, rank, None, config.train.ranks), start, config)
-    fit(config, catalog.fingerprint, batches, resume, lambda row: None, Signals(stop=stop), place)
+
+    def report(row: dict[str, float]) -> None:
+        with open(f"{config.run.out}.jsonl", "a") as rows:
+            rows.write(json.dumps(row) + "\n")
+
+    fit(config, catalog.fingerprint, batches, resume, report, Signals(stop=stop), place)
 
 
 @pytest.fixture(scope="module")
-def trained(catalog: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(catalog: str, coloured: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with all runs, trained to step 4, and `one` and `..._then_one` on a single rank."""
     folder = tmp_path_factory.mktemp("ranks")
+    (folder / "images").symlink_to(coloured)
     run(configuration(catalog, folder, "one", ()), 0, None)
     for name in ("one_then_fsdp", "one_then_ddp"):
         copy(folder, "one", name)
@@ -172,3 +180,13 @@ def test_bfloat16_keeps_float32_weights_and_trains_near_float32(trained: Path, n
     assert not torch.equal(weights[key], reference[key])
     moved = (reference[key] - end(trained, "one")["state_dict"][key.replace("student", "teacher")]).norm()
     assert (weights[key] - reference[key]).norm() < 0.5 * moved
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp_bf16"])
+def test_ranks_that_embed_a_share_each_see_the_accuracy_that_one_rank_sees(trained: Path, name: str) -> None:
+    def accuracies(run: str) -> dict[int, float]:
+        rows = [json.loads(line) for line in (trained / f"{run}.jsonl").read_text().splitlines()]
+        return {row["step"]: row["knn_accuracy"] for row in rows if "knn_accuracy" in row}
+
+    # Two colours are told apart by any network, if each embedding stands beside its own label.
+    assert accuracies(name) == accuracies("one") == {2: 1.0, 4: 1.0}

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from streaming.errors import TrainingError
+from streaming.errors import TilestreamError, TrainingError
 from trainer import checkpoint
 from trainer.config import Config, read_config
 from trainer.module import DinoModule
@@ -117,6 +117,35 @@ def test_a_run_goes_on_before_a_damaged_checkpoint_and_writes_it_anew(catalog: s
         state.truncate(1000)
     assert train(config, debug=True).start == 2
     assert_equal_states(checkpoint.load(checkpoint.checkpoint_uri(str(out), 4)), undisturbed)
+
+
+def test_following_knn_accuracy_changes_no_weight(catalog: str, coloured: Path, tmp_path: Path) -> None:
+    short = ("--train.steps", "4", "--train.checkpoint_every", "4")
+    train(tiny(catalog, tmp_path / "plain", *short), debug=True)
+    follow = ("--watch.knn_dataset", str(coloured), "--watch.knn_every", "2", "--watch.knn_k", "3")
+    train(tiny(catalog, tmp_path / "followed", *short, *follow), debug=True)
+    states = [checkpoint.load(checkpoint.checkpoint_uri(str(tmp_path / name), 4)) for name in ("plain", "followed")]
+    assert_equal_states(*states)
+    accuracy = [row["knn_accuracy"] for row in logged(tmp_path / "followed")]
+    assert [value is None for value in accuracy] == [True, False, True, False]
+    assert accuracy[-1] == 1.0, "any network tells two colours apart"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (("--watch.knn_dataset", "nowhere.csv"), "nowhere.csv"),
+        (("--watch.knn_tiles", "47"), "48 tiles"),
+        (("--watch.knn_every", "3", "--train.log_every", "2"), "no multiple of train.log_every"),
+    ],
+)
+def test_labelled_tiles_that_can_not_be_followed_are_refused_before_training(
+    wrong: tuple[str, ...], told: str, catalog: str, coloured: Path, tmp_path: Path
+) -> None:
+    follow = ("--watch.knn_dataset", str(coloured), "--watch.knn_every", "2")
+    with pytest.raises(TilestreamError, match=told):
+        train(tiny(catalog, tmp_path / "run", *follow, *wrong), debug=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_last_good_checkpoint(

@@ -4,7 +4,6 @@ import io
 import math
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -24,28 +23,12 @@ SMALL = [
 ]
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images by class and patient."""
-    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for name, colour in (("red", (40, 40, 200)), ("blue", (200, 40, 40))):
-        for patient in range(4):
-            (folder / name / f"p{patient}").mkdir(parents=True)
-            for i in range(3):
-                noise = random.integers(-30, 30, (32, 32, 3))
-                cv2.imwrite(
-                    str(folder / name / f"p{patient}" / f"{i}.png"),
-                    (np.array(colour) + noise).clip(0, 255).astype(np.uint8),
-                )
-    return folder
-
-
 @pytest.mark.slow
 def test_a_grid_is_trained_on_nested_data_scored_drawn_and_not_done_twice(
-    catalog: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    catalog: str, coloured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "sweep"
-    command = ["sweep", "debug", "--data.catalog", catalog, *SMALL, "--evaluate", str(images), "--out", str(out)]
+    command = ["sweep", "debug", "--data.catalog", catalog, *SMALL, "--evaluate", str(coloured), "--out", str(out)]
     command += ["--slides", "0.3,1", "--tiles-per-slide", "5,inf", "--task", "knn", "--k", "3", "--debug"]
     assert main(command) == 0
     assert "sweep.parquet" in capsys.readouterr().out
@@ -85,10 +68,10 @@ def test_a_grid_is_trained_on_nested_data_scored_drawn_and_not_done_twice(
     ],
 )
 def test_a_bad_grid_is_refused_before_anything_is_trained(
-    wrong: list[str], told: str, catalog: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    wrong: list[str], told: str, catalog: str, coloured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "sweep"
-    command = ["sweep", "debug", "--data.catalog", catalog, *SMALL, "--evaluate", str(images), "--out", str(out)]
+    command = ["sweep", "debug", "--data.catalog", catalog, *SMALL, "--evaluate", str(coloured), "--out", str(out)]
     assert main([*command, "--debug", *wrong]) == 2
     line = capsys.readouterr().err
     assert told in line

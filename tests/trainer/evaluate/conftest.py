@@ -2,8 +2,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 
 from trainer import checkpoint
@@ -26,20 +24,6 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     writer.save_checkpoint(state, checkpoint.checkpoint_uri(out, 3))
     writer.wait()
     return out
-
-
-@pytest.fixture(scope="session")
-def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noisy images of two colours by class and patient: red/p0/0.png …"""
-    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for name, colour in (("red", (40, 40, 200)), ("blue", (200, 40, 40))):
-        for patient in range(4):
-            place = folder / name / f"p{patient}"
-            place.mkdir(parents=True)
-            for i in range(6):
-                noise = random.integers(-30, 30, (32, 32, 3))
-                cv2.imwrite(str(place / f"{i}.png"), np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8))
-    return folder
 
 
 @pytest.fixture
