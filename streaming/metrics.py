@@ -105,6 +105,6 @@ def export_wait(seconds: float) -> None:
 
 
 def export_step(step: float, loss: float) -> None:
-    """Shows how far a training is, in its driver's process."""
+    """Shows how far a training is, in the process of rank 0."""
     _exported("tilestream_step").set(step)
     _exported("tilestream_loss").set(loss)

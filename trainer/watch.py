@@ -274,6 +274,7 @@ class Watch(Callback):
             with trainer.precision_plugin.forward_context():
                 row["knn_accuracy"] = self._knn.accuracy(pl_module, partial(_of_all_ranks, pl_module))
         if trainer.is_global_zero:
+            export_step(step, row["loss"])
             self._report(row)
         # Every rank has the same row, so all stop at once.
         if trouble := self._guard.trouble(row):
@@ -350,7 +351,6 @@ class MetricsLog:
         # After a restart of the workers, steps since the last checkpoint come again.
         self._rows = [kept for kept in self._rows if kept["step"] < row["step"]] if self._is_repeat(row) else self._rows
         self._rows.append(row)
-        export_step(row["step"], row["loss"])
         self._trackers.add(row)
         terms = "  ".join(f"{name} {row[name]:.3f}" for name in _TERMS if name in row)
         speed = f"{row['tiles_per_s']:.0f} tiles/s  waited {row['data_wait_share']:.0%}"
