@@ -192,7 +192,7 @@ def turns(folder: str, tiles: int) -> Iterator[dict[str, float]]:
     for turn in range(TURNS):
         if turn == 0:
             forget_cached(folder)
-        command = [sys.executable, __file__, "--measure", folder, "--tiles", str(tiles)]
+        command = [sys.executable, "-m", "benchmarks.catalog", "--measure", folder, "--tiles", str(tiles)]
         yield json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
 
 

@@ -1,14 +1,12 @@
-"""What benchmarks share: slides, a catalog of them, OpenSlide's tiles, peers in their own environments, the table.
+"""What benchmarks share: slides, a catalog of them, OpenSlide's tiles, peers in their own environments.
 
 Speed is told as ratios: we and the others take turns on the same tiles; the median of several turns counts.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import sysconfig
@@ -16,7 +14,6 @@ import tempfile
 import time
 import venv
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,33 +31,7 @@ from streaming.slide import Staging
 from streaming.slide.synthetic import SyntheticSlide
 from streaming.slide.synthetic_svs import write_slide
 
-SIZE, BATCH, TURNS = 256, 128, 3
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of the table; ratio is ours to theirs."""
-
-    what: str
-    ours: float
-    theirs: float
-    unit: str
-    ratio: float
-    must: str
-    holds: bool
-    extract_s: float | None = None
-    """seconds of cutting 1,000 tiles beforehand, where theirs needs it"""
-    stored_mb: float | None = None
-    """MB that 1,000 such tiles take"""
-
-
-def line(
-    what: str, ours: float, theirs: float, unit: str, *, most: float = 0, least: float = 0, **extraction: float
-) -> Line:
-    """A line whose ratio must be at most, or at least, something."""
-    ratio = ours / theirs
-    must = f"≤ {most}" if most else f"≥ {least}" if least else "–"
-    return Line(what, ours, theirs, unit, ratio, must, ratio <= most if most else ratio >= least, **extraction)
+SIZE, BATCH = 256, 128
 
 
 def made_slides(folder: Path, num: int) -> list[Path]:
@@ -154,7 +125,9 @@ def peer(name: str, packages: Sequence[str], folder: Path, **work: Any) -> dict[
     script = Path(__file__).parent / "peers" / f"with_{name}.py"
     work |= {"size": SIZE, "batch": BATCH}
     try:
-        ran = subprocess.run([python, script], input=json.dumps(work), capture_output=True, text=True, timeout=300)
+        # Without the path that finds these benchmarks: on it lies our package `streaming`, which MosaicML has too.
+        told, alone = json.dumps(work), {name: os.environ[name] for name in os.environ if "PYTHON" not in name}
+        ran = subprocess.run([python, script], input=told, capture_output=True, text=True, timeout=300, env=alone)
     except subprocess.TimeoutExpired:
         sys.stderr.write(f"{name}: did not end in 300 s\n")
         return None
@@ -162,46 +135,3 @@ def peer(name: str, packages: Sequence[str], folder: Path, **work: Any) -> dict[
         sys.stderr.write(f"{name}: {(ran.stderr.strip().splitlines() or ['?'])[-1]}\n")
         return None
     return json.loads(ran.stdout.splitlines()[-1])
-
-
-def arguments(name: str, description: str | None) -> argparse.ArgumentParser:
-    """The options that all benchmarks have."""
-    parser = argparse.ArgumentParser(prog=f"tilestream bench {name}", description=description)
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
-    parser.add_argument("--slides", type=int, default=2, help="slides that are made for it (2)")
-    parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave out what must be installed first")
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=Path(tempfile.gettempdir(), "tilestream-bench"),
-        help="where slides and peers are kept",
-    )
-    return parser
-
-
-def machine() -> str:
-    """What the numbers were measured on."""
-    kind = platform.processor() or platform.machine()
-    return f"{os.cpu_count()} cores, {kind}, Python {platform.python_version()}"
-
-
-def report(lines: Sequence[Line], as_json: bool, **facts: str) -> int:
-    """Prints the table; 1 where a ratio does not hold, else 0."""
-    if as_json:
-        print(json.dumps({"machine": machine(), **facts, "lines": [asdict(entry) for entry in lines]}))
-        return 0 if all(entry.holds for entry in lines if entry.must != "–") else 1
-    print("; ".join([machine(), *(f"{key}: {fact}" for key, fact in facts.items()), f"median of {TURNS} turns\n"]))
-    cut = any(entry.extract_s is not None for entry in lines)
-    more = f"{'cut s':>7} {'MB':>6}  " if cut else ""
-    print(f"{'ours':>9} {'theirs':>9} {'':8} {'ratio':>6}  {'must':7}      {more}what")
-    for entry in lines:
-        verdict = "" if entry.must == "–" else "yes" if entry.holds else "NO"
-        if cut:
-            more = f"{entry.extract_s:7.1f} {entry.stored_mb:6.1f}  " if entry.extract_s is not None else " " * 16
-        print(
-            f"{entry.ours:9.2f} {entry.theirs:9.2f} {entry.unit:8} {entry.ratio:6.2f}  {entry.must:7} {verdict:4} "
-            f"{more}{entry.what}"
-        )
-    if cut:
-        print("\ncut s, MB: seconds and storage of cutting 1,000 tiles beforehand")
-    return 0 if all(entry.holds for entry in lines if entry.must != "–") else 1

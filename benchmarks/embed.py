@@ -20,10 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from common import TURNS, Line, arguments, line, report
 
-sys.path.remove(str(Path(__file__).parent))  # its trainer.py would hide the package of that name
-
+from benchmarks.table import TURNS, Line, arguments, line, report
 from streaming import cluster, storage
 from streaming.catalog_job import find_slides
 from streaming.slide.synthetic import SyntheticSlide

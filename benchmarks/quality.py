@@ -19,10 +19,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from common import machine, made_catalog
 
-sys.path.remove(str(Path(__file__).parent))  # its trainer.py would hide the package of that name
-
+from benchmarks.common import made_catalog
+from benchmarks.table import machine
 from streaming import storage
 from streaming.errors import TrainingError
 from streaming.slide.synthetic import SyntheticSlide, TissueClass, tissue_classes

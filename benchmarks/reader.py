@@ -16,23 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import (
-    BATCH,
-    SIZE,
-    TURNS,
-    Line,
-    OpenSlideTiles,
-    arguments,
-    line,
-    made_catalog,
-    made_slides,
-    openslide_rate,
-    peer,
-    rate,
-    report,
-)
-from latency_server import serve
 
+from benchmarks.common import BATCH, SIZE, OpenSlideTiles, made_catalog, made_slides, openslide_rate, peer, rate
+from benchmarks.latency_server import serve
+from benchmarks.table import TURNS, Line, arguments, line, report
 from streaming import cluster
 from streaming.plan import TilePlan
 from streaming.ranges import read_range

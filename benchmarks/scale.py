@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import obstore
-from latency_server import serve
-from reader import made_slides
 
+from benchmarks.latency_server import serve
+from benchmarks.reader import made_slides
 from streaming import cluster, storage
 from streaming.capacity import Capacity, StageCosts, Surroundings, one_machine_rate, plan_capacity
 from streaming.catalog import Catalog, Inspected, merge, part_of, write

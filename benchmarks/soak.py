@@ -20,8 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from common import made_catalog
 
+from benchmarks.common import made_catalog
 from streaming import cluster
 from streaming.catalog import Catalog
 from streaming.plan import TilePlan

@@ -17,21 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import (
-    BATCH,
-    SIZE,
-    TURNS,
-    Line,
-    arguments,
-    line,
-    made_catalog,
-    made_slides,
-    openslide_rate,
-    peer,
-    rate,
-    report,
-)
 
+from benchmarks.common import BATCH, SIZE, made_catalog, made_slides, openslide_rate, peer, rate
+from benchmarks.table import TURNS, Line, arguments, line, report
 from streaming import cluster
 from streaming.catalog import Catalog
 from streaming.plan import TilePlan

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -19,13 +18,15 @@ import time
 import venv
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from benchmarks.table import TURNS, Line, line, report
 
 GLOBAL_PX, LOCAL_PX, NUM_LOCAL, PATCH, TILE_PX = 224, 98, 8, 14, 256
 PROTOTYPES, DROP_PATH, TEACHER_TEMP = 65536, 0.1, 0.05
@@ -44,26 +45,6 @@ class Inputs:
     def batch(self) -> int:
         """Tiles."""
         return len(self.global_) // 2
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of the table; ratio is ours to theirs."""
-
-    what: str
-    ours: float
-    theirs: float
-    unit: str
-    ratio: float
-    must: str
-    holds: bool
-
-
-def line(what: str, ours: float, theirs: float, unit: str, *, most: float = 0, least: float = 0) -> Line:
-    """A line whose ratio must be at most, or at least, something."""
-    ratio = ours / theirs
-    must = f"≤ {most}" if most else f"≥ {least}" if least else "–"
-    return Line(what, ours, theirs, unit, ratio, must, ratio <= most if most else ratio >= least)
 
 
 def our_step(inputs: Inputs, *, one_pass: bool = False) -> Step:
@@ -273,7 +254,8 @@ class Contender:
     """A process that takes a turn when asked."""
 
     def __init__(self, name: str, python: str, args: argparse.Namespace, inputs: Path, threads: int) -> None:
-        command = [python, __file__, "--worker", name, "--inputs", str(inputs), "--batch", str(args.batch)]
+        command = [python, "-m", "benchmarks.trainer", "--worker", name, "--inputs", str(inputs)]
+        command += ["--batch", str(args.batch)]
         command += ["--threads", str(threads), "--reference", str(args.reference or "")]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
         self.name, self.turns = name, list[dict[str, float]]()
@@ -368,7 +350,34 @@ def measure(args: argparse.Namespace) -> list[Line]:
         lines.append(line(what, theirs, own, "ms", least=3.0))
     step_cpu = 1000 * ours.median("cpu_s") / args.batch
     lines.append(line("our augmentation / our step, CPU per tile", own, step_cpu, "ms"))
-    return lines
+    return [*lines, data_wait(args)] if args.wait_steps else lines
+
+
+def data_wait(args: argparse.Namespace) -> Line:
+    """What a rank on one core waits for tiles that a reader on another one streams, after the first step."""
+    from benchmarks.common import made_catalog, made_slides
+    from streaming import storage
+    from trainer.config import read_config
+    from trainer.train import train
+
+    catalog = made_catalog([str(path) for path in made_slides(args.folder, 2)])
+    with tempfile.TemporaryDirectory() as out:
+        overrides = ["--data.catalog", catalog.uri, "--run.out", out, "--run.loggers", "[]", "--data.readers", "[1,1]"]
+        overrides += ["--train.steps", str(args.wait_steps + 1), "--train.batch", str(args.batch)]
+        overrides += [
+            "--train.log_every",
+            "1",
+            "--optim.warmup_steps",
+            "1",
+            "--mask.group_size",
+            str(min(args.batch, 4)),
+        ]
+        train(read_config("vits14", overrides))
+        rows = storage.read_table(f"{out}/metrics.parquet").to_pylist()[1:]
+    step_s = [args.batch / row["tiles_per_s"] for row in rows]
+    waited_s = [row["data_wait_share"] * seconds for row, seconds in zip(rows, step_s, strict=True)]
+    what = f"data wait of ViT-S on one core, a reader on another / its step, mean of {len(rows)} steps"
+    return line(what, statistics.mean(waited_s), statistics.mean(step_s), "s", most=0.05)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -379,7 +388,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-lightly", action="store_true", help="leave lightly out (else it is installed apart)")
     parser.add_argument("--batch", type=int, default=8, help="tiles of a step (8)")
     parser.add_argument("--threads", type=int, default=2, help="threads of a step (2)")
-    parser.add_argument("--turns", type=int, default=3, help="turns that count (3)")
+    parser.add_argument("--turns", type=int, default=TURNS, help=f"turns that count ({TURNS})")
+    parser.add_argument("--wait-steps", type=int, default=5, help="steps whose wait for data is measured (5); 0: none")
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="which seconds (wall); cpu when loaded"
     )
@@ -393,23 +403,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_worker(args)
         return 0
     lines = measure(args)
-    machine = f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, torch {torch.__version__}"
-    how = f"batch {args.batch}, {args.threads} threads, {args.clock} clock, median of {args.turns} turns"
-    if args.json:
-        print(json.dumps({"machine": machine, "how": how, "lines": [asdict(entry) for entry in lines]}))
-    else:
-        print(f"{machine}; {how}\n")
-        print(f"{'ours':>9} {'theirs':>9} {'':8} {'ratio':>6}  {'must':7}      what")
-        for entry in lines:
-            verdict = "" if entry.must == "–" else "yes" if entry.holds else "NO"
-            print(
-                f"{entry.ours:9.2f} {entry.theirs:9.2f} {entry.unit:8} {entry.ratio:6.2f}  {entry.must:7} {verdict:4} "
-                f"{entry.what}"
-            )
-    return 0 if all(entry.holds for entry in lines if entry.must != "–") else 1
+    how = f"batch {args.batch}, {args.threads} threads, {args.clock} clock"
+    return report(lines, args.json, turns=args.turns, torch=torch.__version__, how=how)
 
 
 if __name__ == "__main__":
-    # Before the script's own folder is looked at: this file has the package's name.
-    sys.path.pop(0)
     sys.exit(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -305,13 +306,17 @@ def run_bench(args: Namespace) -> None:
         ConfigError: there is no such benchmark, or no source tree.
     """
     folder = Path(__file__).parents[1] / "benchmarks"
-    known = sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("common", "latency_server"))
+    shared = ("common", "latency_server", "table")
+    known = sorted(path.stem for path in folder.glob("*.py") if path.stem not in shared)
     if not known:
         raise ConfigError(f"{folder}: no benchmarks here; they are part of the source tree: run this in a clone")
     for name in args.names or known:
         if name not in known:
             raise ConfigError(f"bench {name}: no such benchmark; take {', '.join(known)}")
-        status = subprocess.run([sys.executable, str(folder / f"{name}.py"), *args.overrides]).returncode
+        # As modules of one package, found wherever this is run.
+        environment = os.environ | {"PYTHONPATH": str(folder.parent), "PYTHONSAFEPATH": "1"}
+        command = [sys.executable, "-m", f"benchmarks.{name}", *args.overrides]
+        status = subprocess.run(command, env=environment).returncode
         if status:
             sys.exit(status)
 

@@ -168,15 +168,14 @@ def test_a_job_runs_the_code_that_was_shipped_and_ends_with_the_runs_status(node
     assert not {"'tests'", "'benchmarks'", "'.venv'", "'.git'"} & set(listed[1].split(", ")), "code goes, data stays"
 
 
-# Long: not yet seen to pass as a whole, and minutes on a loaded machine.
 def test_a_killed_job_that_is_submitted_again_goes_on_where_it_was(nodes: Nodes, catalog: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    config = ["--data.catalog", catalog, "--run.out", str(out), "--train.batch", "8", "--optim.warmup_steps", "2"]
-    config += ["--train.ranks", "2", "--train.checkpoint_every", "2", "--train.log_every", "1"]
-    config += ["--data.readers", "[1,2]", "--data.tile_size", "64", "--train.rank_resources.accelerator", "1"]
-    config += ["--data.reader_labels.tilestream-role", "reader", "--train.rank_labels.tilestream-role", "trainer"]
-    command = ["tilestream", "train", "debug", *config, "--train.steps"]
-    begun = nodes.submit("first", *command, "5000", wait=False)
+    command = ["tilestream", "train", "debug", "--data.catalog", catalog, "--run.out", str(out)]
+    command += ["--train.steps", "5000", "--train.batch", "8", "--optim.warmup_steps", "2", "--data.tile_size", "64"]
+    command += ["--train.ranks", "2", "--train.checkpoint_every", "2", "--train.log_every", "1"]
+    command += ["--train.rank_resources.accelerator", "1", "--train.rank_labels.tilestream-role", "trainer"]
+    command += ["--data.readers", "[1,2]", "--data.reader_labels.tilestream-role", "reader"]
+    begun = nodes.submit("first", *command, wait=False)
     assert begun.returncode == 0, begun.stdout + begun.stderr
     until(lambda: bool(checkpoint.steps_of(str(out))), nodes, "first")
     assert_placed_by_label(nodes)
@@ -185,15 +184,19 @@ def test_a_killed_job_that_is_submitted_again_goes_on_where_it_was(nodes: Nodes,
         if str(out) in (process.info["cmdline"] or []):
             process.kill()
     until(lambda: nodes.ask("/api/jobs/first")["status"] == "FAILED", nodes)
-    reached = checkpoint.steps_of(str(out))[-1]
+    reached, killed_at = checkpoint.steps_of(str(out))[-1], time.time()
 
-    steps = reached + 6
-    again = nodes.submit("again", *command, str(steps))
+    again = nodes.submit("again", *command, wait=False)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert f"trained steps {reached} to {steps}" in again.stdout
-    assert re.search(rf"^train: {steps}/{steps} steps  \d+ tiles/s", again.stdout, re.MULTILINE), "progress as lines"
-    rows = storage.read_table(f"{out}/metrics.parquet").to_pylist()
+    until(lambda: checkpoint.steps_of(str(out))[-1] >= reached + 6, nodes, "again")
+    progress = nodes.ask("/api/jobs/again/logs")["logs"]
+    assert re.search(r"^train: \d+/5000 steps  \d+ tiles/s", progress, re.MULTILINE), "progress as lines"
+    assert nodes.ray("job", "stop", "--address", nodes.dashboard, "again").returncode == 0
+    until(lambda: nodes.ask("/api/jobs/again")["status"] == "STOPPED", nodes)
+    steps = checkpoint.steps_of(str(out))[-1]
+    rows = storage.read_table(f"{out}/metrics.parquet").to_pylist()[:steps]
     assert [(row["first_index"], row["next_index"]) for row in rows] == [(8 * s, 8 * s + 8) for s in range(steps)]
+    assert [row["time"] < killed_at for row in rows] == [True] * reached + [False] * (steps - reached)
 
 
 def until(holds: Callable[[], bool], nodes: Nodes, running: str | None = None) -> None:
