@@ -70,3 +70,5 @@ def quiet() -> None:
     for name in _QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     DataContext.get_current().enable_progress_bars = False
+    # Pickled, Ray Data's wrapper loses what it was raised from: whose fault it is.
+    DataContext.get_current().raise_original_map_exception = True

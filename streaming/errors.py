@@ -70,7 +70,8 @@ def root_cause(error: BaseException) -> BaseException:
         if candidate is None or id(candidate) in seen:
             continue
         seen.add(id(candidate))
-        if isinstance(candidate, TilestreamError):
+        # Ray's own error is of the inner one's class as well, and tells a traceback.
+        if isinstance(candidate, TilestreamError) and not hasattr(candidate, "as_instanceof_cause"):
             return candidate
         inside: list[object] = [getattr(candidate, name, None) for name in ("cause", "controller_failure")]
         inside += dict(getattr(candidate, "worker_failures", None) or {}).values()

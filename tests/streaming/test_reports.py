@@ -39,6 +39,9 @@ def test_the_root_cause_is_found_behind_causes_contexts_and_ray_s_wrappers() -> 
     outer = RuntimeError("job failed")
     outer.__cause__ = wrapped
     assert str(root_cause(outer)) == "s3://b: denied"
+    both = wrapped.as_instanceof_cause()
+    assert isinstance(both, StorageError)
+    assert str(root_cause(both)) == "s3://b: denied", "though Ray's error is one of the family too"
     alone = RuntimeError("nobody's")
     alone.__cause__ = alone
     assert root_cause(alone) is alone
