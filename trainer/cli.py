@@ -261,7 +261,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.verbose:
             traceback.print_exc()
         if isinstance(cause, TilestreamError):
-            sys.stderr.write(f"tilestream: {cause}\n")
+            # One line by its making; Ray Data appends advice of its own.
+            sys.stderr.write(f"tilestream: {str(cause).partition(chr(10))[0]}\n")
             return 2
         what = " ".join(str(cause).split())[:400]
         sys.stderr.write(f"tilestream: unexpected {type(cause).__name__}: {what}; --verbose shows the traceback\n")

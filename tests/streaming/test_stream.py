@@ -1,15 +1,20 @@
 """Steps and their batches; Ray's road and the one without Ray give the same."""
 
+import contextlib
 import hashlib
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.exceptions import RayError
 
 from streaming import cluster
 from streaming.catalog import Catalog
-from streaming.errors import ConfigError, StreamError
+from streaming.errors import CatalogError, ConfigError, StreamError, root_cause
 from streaming.plan import TilePlan
 from streaming.reader import TileReader
 from streaming.stream import BatchShape, TileStream, check_step, step_digest
@@ -89,3 +94,15 @@ def test_ranks_rounds_readers_and_segments_change_nothing_in_a_step(catalog: str
             for name in ("slide", "x", "y", "mpp", "filtered"):
                 column = np.concatenate([batch[name] for batch in batches])[order]
                 assert np.array_equal(column, undisturbed[step][name])
+
+
+@pytest.mark.slow
+def test_what_is_wrong_with_a_catalog_is_told_through_all_of_ray(catalog: str, tmp_path: Path) -> None:
+    cluster.connect(8)
+    broken = shutil.copytree(catalog, tmp_path / "catalog")
+    shutil.rmtree(broken / "blocks")
+    with pytest.raises(RayError) as raised, contextlib.closing(stream(str(broken), BatchShape(8)).steps(0, 2)) as steps:
+        next(steps)
+    cause = root_cause(raised.value)
+    assert isinstance(cause, CatalogError)
+    assert re.match(rf"{broken}/blocks/\S+: can't read this block index .*; build the catalog anew\n", str(cause))
