@@ -13,9 +13,9 @@ test test-fast: export OMP_NUM_THREADS = 1
 demo: $(INSTALLED)
 	$(BIN)/tilestream demo
 
-# Two processes: tests that start Ray wait more than they work.
+# Two processes: tests that start Ray wait more than they work. In order: the few long tests of tests/e2e go first.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not long"

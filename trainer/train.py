@@ -228,9 +228,8 @@ class _Loop:
     """of the driver to rank 0"""
 
 
-def _worker(given: dict[str, _Loop]) -> None:
+def _worker(loop: _Loop) -> None:
     """One rank of Ray Train."""
-    loop = given["loop"]
     config = loop.config
     rank = ray.train.get_context().get_world_rank()
     # One looks where the run stands, so that no two can see different checkpoints; the driver has compared recipes.
@@ -255,16 +254,20 @@ def _order(orders: ray.util.queue.Queue) -> Callable[[], bool]:
     return lambda: bool(ray.wait([order], timeout=0)[0])
 
 
-class _EndForGood(UserCallback):
+def _ending_for_good() -> UserCallback:
     """Ends a run at an error that starting the workers again would only meet again."""
 
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Ray Train calls this before it decides about a restart; what is raised here ends the run."""
-        del run_context
-        causes = [root_cause(error) for error in worker_exceptions.values()]
-        for cause in causes:
-            if isinstance(cause, TilestreamError):
-                raise cause
+    # A class of this function goes to Ray's controller by value: to import this module would cost it ten seconds.
+    class EndForGood(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            """Ray Train calls this before it decides about a restart; what is raised here ends the run."""
+            del run_context
+            causes = [root_cause(error) for error in worker_exceptions.values()]
+            for cause in causes:
+                if isinstance(cause, TilestreamError):
+                    raise cause
+
+    return EndForGood()
 
 
 def train(config: Config, *, debug: bool = False, verbose: bool = False, force: bool = False) -> TrainResult:
@@ -340,8 +343,8 @@ def _fit_on_ray(config: Config, catalog: Catalog, log: MetricsLog, *, verbose: b
     fs, path = storage.filesystem(notes, options)
     handler = cast(Any, FSSpecHandler)(fs)  # its stubs call it abstract
     trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"loop": _Loop(config, catalog.fingerprint, source, chain, messages, orders)},
+        # Not as train_loop_config, which the controller would unpickle, importing all this, too.
+        partial(_worker, _Loop(config, catalog.fingerprint, source, chain, messages, orders)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=train.ranks,
             use_gpu=train.gpu,
@@ -355,7 +358,7 @@ def _fit_on_ray(config: Config, catalog: Catalog, log: MetricsLog, *, verbose: b
             storage_path=path,
             storage_filesystem=PyFileSystem(handler),
             failure_config=ray.train.FailureConfig(max_failures=train.max_restarts),
-            callbacks=[_EndForGood()],
+            callbacks=[_ending_for_good()],
         ),
     )
     try:

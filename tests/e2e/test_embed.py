@@ -130,6 +130,8 @@ def test_a_kill_in_the_midst_costs_no_slide_that_was_done(run: str, slides: list
     options = EmbedOptions(mpp=0.25, size=64, batch=8, format="h5")
     report = embed(run, list(map(str, slides)), str(out), options)
     assert (report.skipped, report.slides) == (len(done), len(slides) - len(done))
+    again = embed(run, list(map(str, slides)), str(out), options)
+    assert (again.tiles, again.skipped, again.slides) == (0, len(slides), 0)
     for note in done:
         name = f"{note.name.rsplit('-', 1)[0]}.h5"
         assert (out / name).stat().st_mtime_ns == before[name]
