@@ -24,7 +24,7 @@ from streaming.cli import (
 )
 from streaming.errors import ConfigError, TilestreamError, root_cause
 from trainer.configs import presets
-from trainer.results_cli import add_embed, add_evaluate, add_export, add_picture, add_scoring, scoring
+from trainer.results_cli import add_embed, add_evaluate, add_export, add_lazyslide, add_picture, add_scoring, scoring
 
 Number = TypeVar("Number")
 
@@ -234,7 +234,7 @@ def build_parser() -> ArgumentParser:
         allow_abbrev=False,
     )
     commands: Any = parser.add_subparsers(metavar="COMMAND", required=True)
-    data, model = (add_catalog, add_stream, add_doctor), (add_train, add_embed, add_picture, add_export)
+    data, model = (add_catalog, add_stream, add_doctor), (add_train, add_embed, add_picture, add_lazyslide, add_export)
     for add in (add_demo, *data, *model, add_evaluate, add_sweep, add_capacity, add_bench):
         add(commands)
     return parser

@@ -1,4 +1,4 @@
-"""The commands that begin with a trained model: `tilestream embed`, `evaluate`, `picture` and `export`."""
+"""The commands that begin with a trained model: `tilestream embed`, `evaluate`, `picture`, `lazyslide` and `export`."""
 
 from __future__ import annotations
 
@@ -171,6 +171,29 @@ def run_picture(args: Namespace) -> None:
     options = PictureOptions(**{entry.name: getattr(args, entry.name) for entry in fields(PictureOptions)})
     for uri in draw(args.embeddings, args.out, options, storage_options(args)):
         out(uri)
+
+
+def add_lazyslide(commands: Any) -> None:
+    """`tilestream lazyslide`."""
+    parser = add_command(
+        commands,
+        "lazyslide",
+        "write embeddings as zarr stores that LazySlide opens beside a slide (needs wsidata)",
+        "  tilestream lazyslide embeddings --out stores --feature midnight",
+        run_lazyslide,
+    )
+    parser.add_argument("embeddings", nargs="+", metavar="EMBEDDINGS", help="files or folders of `tilestream embed`")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the stores go, NAME.zarr each")
+    parser.add_argument("--feature", default="tilestream", help="their table is FEATURE_tiles (tilestream)")
+    add_storage_options(parser)
+
+
+def run_lazyslide(args: Namespace) -> None:
+    """Writes, and says where the stores are."""
+    from trainer.lazyslide import write_stores
+
+    for store in write_stores(args.embeddings, args.out, args.feature, storage_options(args)):
+        out(str(store))
 
 
 def add_export(commands: Any) -> None:
