@@ -22,7 +22,7 @@ import obstore
 
 from benchmarks.latency_server import serve
 from benchmarks.reader import made_slides
-from streaming import cluster, storage
+from streaming import cluster, storage, stores
 from streaming.capacity import Capacity, StageCosts, Surroundings, one_machine_rate, plan_capacity
 from streaming.catalog import Catalog, Inspected, merge, part_of, write
 from streaming.catalog_job import inspect
@@ -122,7 +122,7 @@ def costs_of(found: Run, small: Run) -> StageCosts:
 
 def answered_s(options: dict[str, object], path: str) -> float:
     """Seconds that one small request takes here, median: the latency that was asked for, and what the server adds."""
-    store = storage.object_store("s3://bench", options)
+    store = stores.object_store("s3://bench", options)
     taken = []
     for i in range(15):
         started = time.perf_counter()

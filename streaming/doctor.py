@@ -20,7 +20,7 @@ import numpy as np
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from streaming import cluster, storage
+from streaming import cluster, storage, stores
 from streaming.catalog import Catalog
 from streaming.errors import PlanError, SlideError, StorageError, TilestreamError
 from streaming.plan import DEFAULT_MPP, TilePlan
@@ -183,7 +183,7 @@ def _clock(uri: str, options: storage.StorageOptions) -> Iterator[Finding]:
     if storage.is_local(uri):
         return
     try:
-        skew = storage.clock_skew(uri, options)
+        skew = stores.clock_skew(uri, options)
     except StorageError as error:
         yield Finding(check="clock", state="note", what=str(error), remedy="compare with `date -u` on another machine")
         return

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import obstore
 from obstore.store import ObjectStore
 
-from streaming import counters, storage
+from streaming import counters, storage, stores
 from streaming.errors import SlideError
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def open_ranges(uri: str, options: storage.StorageOptions | None = None, tag: st
     """
     if storage.is_local(uri):
         return LocalRanges(uri, tag)
-    return RemoteRanges(uri, options, tag) if storage.has_ranges(uri) else None
+    return RemoteRanges(uri, options, tag) if stores.has_ranges(uri) else None
 
 
 def read_range(ranges: Ranges, start: int, end: int) -> bytes:
@@ -198,11 +198,11 @@ _stores: dict[tuple[str, str], ObjectStore] = {}
 
 def _store(uri: str, options: storage.StorageOptions | None) -> tuple[ObjectStore, str]:
     """One store a bucket and set of options: it holds the connections."""
-    root, path = storage.split_bucket(uri)
-    key = (root, repr(sorted((options or {}).items(), key=str)) + storage.store_environment())
+    root, path = stores.split_bucket(uri)
+    key = (root, repr(sorted((options or {}).items(), key=str)) + stores.store_environment())
     if key not in _stores:
         with storage.storage_errors(uri):
-            _stores[key] = storage.object_store(root, options)
+            _stores[key] = stores.object_store(root, options)
     return _stores[key], path
 
 

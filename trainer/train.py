@@ -26,7 +26,7 @@ from ray.train import UserCallback
 from ray.train.lightning import RayLightningEnvironment
 from ray.train.torch import TorchTrainer
 
-from streaming import cluster, storage
+from streaming import cluster, storage, stores
 from streaming.catalog import Catalog
 from streaming.chain import Source, chained, start_chain
 from streaming.errors import CheckpointError, ConfigError, TilestreamError, root_cause
@@ -340,7 +340,7 @@ def _fit_on_ray(config: Config, catalog: Catalog, log: MetricsLog, *, verbose: b
     messages, orders = (ray.util.queue.Queue(actor_options={"num_cpus": 0}) for _ in range(2))
     # Ray Train keeps its own notes in the run's storage, which all nodes reach.
     notes = storage.join(config.run.out, f".ray-{uuid.uuid4().hex[:8]}")
-    fs, path = storage.filesystem(notes, options)
+    fs, path = stores.filesystem(notes, options)
     handler = cast(Any, FSSpecHandler)(fs)  # its stubs call it abstract
     trainer = TorchTrainer(
         # Not as train_loop_config, which the controller would unpickle, importing all this, too.

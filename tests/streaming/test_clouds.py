@@ -22,7 +22,7 @@ import obstore
 import pytest
 
 from benchmarks.latency_server import serve
-from streaming import clouds, storage
+from streaming import clouds, storage, stores
 from streaming.catalog import Catalog, merge, part_of, write
 from streaming.catalog_job import find_slides, inspect
 from streaming.errors import StorageError
@@ -97,7 +97,7 @@ def gcs() -> Iterator[Options]:
 
 
 def upload(root: str, slides: list[Path], options: Options) -> None:
-    fs, bucket = storage.filesystem(root, options)
+    fs, bucket = stores.filesystem(root, options)
     fs.mkdir(bucket)
     for path in slides:
         fs.put_file(str(path), f"{bucket}/slides/{path.name}")
@@ -136,7 +136,7 @@ def assert_versions_and_errors(root: str, options: Options) -> None:
     storage.write_bytes(f"{root}/a", b"two", options)
     assert storage.stat(f"{root}/a", options).version != before.version
     assert storage.read_bytes(f"{root}/a", options) == b"two"
-    assert abs(storage.clock_skew(root, options)) < 60
+    assert abs(stores.clock_skew(root, options)) < 60
     storage.remove(f"{root}/a", options)
     for uri in (f"{root}/a", f"{root}-none/a"):
         assert not storage.exists(uri, options)
@@ -230,7 +230,7 @@ def test_http_headers_of_the_options_go_with_listing_and_ranges(slides: list[Pat
         root, options = f"http://127.0.0.1:{server.server_port}", {"headers": {"Authorization": "Bearer tiles"}}
         try:
             assert storage.read_bytes(f"{root}/a", options) == b"tile"
-            store = storage.object_store(root, options)
+            store = stores.object_store(root, options)
             assert obstore.get(store, "a").bytes().to_bytes() == b"tile"
             with pytest.raises(StorageError):
                 storage.read_bytes(f"{root}/a")

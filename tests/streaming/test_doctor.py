@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import boto3
 import pytest
 
-from streaming import doctor, storage
+from streaming import doctor, stores
 from streaming.doctor import Finding, examine
 from trainer.cli import main
 
@@ -123,9 +123,9 @@ def slow_clock() -> Iterator[Callable[[float], str]]:
 
 
 def test_the_clock_is_compared_with_the_storages_even_where_it_refuses(slow_clock: Callable[[float], str]) -> None:
-    assert abs(storage.clock_skew(slow_clock(0))) < 5
-    assert storage.clock_skew(slow_clock(1000)) == pytest.approx(1000, abs=5)
-    assert storage.clock_skew(slow_clock(-1000)) == pytest.approx(-1000, abs=5)
+    assert abs(stores.clock_skew(slow_clock(0))) < 5
+    assert stores.clock_skew(slow_clock(1000)) == pytest.approx(1000, abs=5)
+    assert stores.clock_skew(slow_clock(-1000)) == pytest.approx(-1000, abs=5)
     (finding,) = doctor._clock(slow_clock(1000), {})
     assert finding.state == "mend"
     assert "ahead of the storage's" in finding.what
