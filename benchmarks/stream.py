@@ -44,19 +44,15 @@ from streaming import cluster
 from streaming.catalog import Catalog
 from streaming.plan import TilePlan
 from streaming.reader import ReaderOptions
-from streaming.stream import BatchShape, TileStream, torch_batches
+from streaming.stream import BatchShape, TileStream
 ended("imports")
 catalog = Catalog.load(sys.argv[1])
 plan = TilePlan(catalog, mpp={0.25: 1}, size=int(sys.argv[2]))
 ended("catalog and plan")
 cluster.connect(8)
 ended("ray.init")
-stream = TileStream(catalog, plan, BatchShape(int(sys.argv[3])), readers=(2, 2))
-(shard,) = stream.dataset(0, 100).streaming_split(1, equal=True)
-batches = torch_batches(shard, int(sys.argv[3]))
-ended("dataset")
-next(batches)
-ended("readers and first batch")
+next(TileStream(catalog, plan, BatchShape(int(sys.argv[3])), readers=(2, 2)).steps(0, 100))
+ended("stream and first batch")
 print(json.dumps(phases), flush=True)
 """
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
@@ -263,6 +263,10 @@ class Catalog:
             storage.join(uri, _tissue_name(fingerprint)), file_nbytes(int(padded(cells).sum())), fingerprint
         )
         return cls(uri, table, fingerprint, TissueMap(info, storage_options, staging))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Its fields alone: what was worked out on demand is large, and another thread may be adding to it just now.
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
 
     def __len__(self) -> int:
         return self.table.num_rows

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -22,8 +21,7 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.actor import ActorHandle
-from ray.data import ActorPoolStrategy, DataContext, DataIterator, Dataset, Datasource, ReadTask
-from ray.data.block import BlockMetadata
+from ray.data import ActorPoolStrategy, DataIterator, Dataset
 from ray.exceptions import OutOfDiskError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -86,13 +84,11 @@ class Source:
 
     def dataset(self, start: int, stop: int, chain: ActorHandle[Any] | None = None) -> Dataset:
         """The micro-batches of steps [start, stop), in order, one a block, with `TileReader`'s columns."""
-        first, count = start * self.batch, (stop - start) * self.batch
         least, most = self.readers.count
-        # Tasks apart from the readers, which may leave them no CPU slot.
-        indices = ray.data.read_datasource(
-            Indices(first, count, self.micro), override_num_blocks=count // self.micro, num_cpus=0, concurrency=2
-        )
-        dataset = indices.map_batches(
+        indices = np.arange(start * self.batch, stop * self.batch, dtype=np.int64).reshape(-1, self.micro)
+        # Put, not read: tasks of their own for a few bytes cost Ray as much as the readers' do.
+        blocks: list[Any] = [pa.table({"index": pa.array(row)}) for row in indices]
+        dataset = ray.data.from_blocks(blocks).map_batches(
             ReaderActor,
             fn_constructor_args=(self.plan, self.catalog, self.options, chain),
             batch_size=self.micro,
@@ -113,34 +109,6 @@ class Source:
         # Ray would end a stream that nobody took from for half an hour, which is no fault: a trainer may validate.
         context.execution_no_progress_timeout_s = -1
         return dataset
-
-
-class Indices(Datasource):
-    """The sample indices [first, first + count) as `index`, one micro-batch a block."""
-
-    def __init__(self, first: int, count: int, micro: int) -> None:
-        self._first, self._count, self._micro = first, count, micro
-
-    def estimate_inmemory_data_size(self) -> int:
-        """In bytes."""
-        return 8 * self._count
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
-    ) -> list[ReadTask]:
-        """A task a micro-batch, however many Ray Data asks for."""
-        del parallelism, data_context
-        end, micro = self._first + self._count, self._micro
-        metadata = BlockMetadata(num_rows=micro, size_bytes=8 * micro, input_files=None, exec_stats=None)
-        schema = pa.schema([("index", pa.int64())])
-        return [
-            ReadTask(partial(_indices, at, micro), metadata, schema, per_task_row_limit)
-            for at in range(self._first, end, micro)
-        ]
-
-
-def _indices(first: int, count: int) -> list[pa.Table]:
-    return [pa.table({"index": pa.array(np.arange(first, first + count, dtype=np.int64))})]
 
 
 @dataclass

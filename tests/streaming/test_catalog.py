@@ -1,5 +1,6 @@
 """Catalogs: built by Ray Data, extended, interrupted, read again."""
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from streaming import catalog_job, storage
 from streaming.catalog import Catalog
 from streaming.catalog_job import build_catalog, read_metadata
 from streaming.errors import CatalogError, ConfigError
+from streaming.plan import TilePlan
+from streaming.reader import ReaderOptions, TileReader
 from streaming.slide.synthetic import SyntheticSlide
 from streaming.slide.synthetic_svs import write_slide
 
@@ -125,3 +128,12 @@ def test_a_slide_that_kills_its_process_costs_itself_alone(slides: list[Path], t
     (rejected,) = report.rejected
     assert rejected.slide == str(tmp_path / "deadly.svs")
     assert "the process that read it died" in rejected.reason
+
+
+def test_a_catalog_is_pickled_as_it_was_loaded(catalog: str) -> None:
+    loaded = Catalog.load(catalog)
+    fresh = pickle.dumps(loaded)
+    TileReader(TilePlan(loaded, mpp={0.5: 1}), loaded, ReaderOptions())({"index": np.arange(4)})
+    # Threads of a reader work with one catalog, and one of them may pickle it while another fills what it keeps.
+    assert set(vars(loaded)) - set(vars(pickle.loads(fresh)))
+    assert pickle.dumps(loaded) == fresh
