@@ -25,6 +25,7 @@ import pyarrow as pa
 
 from streaming.catalog import BLOCKS, SCHEMA, Catalog, SlideRow, write
 from streaming.plan import TilePlan
+from streaming.ranges import Span
 from streaming.slide import Staging
 from streaming.slide.block_index import pack
 from streaming.slide.blocks import BlockSlide
@@ -126,11 +127,11 @@ class Places:
     size, tag = 0, ""
     requests = 0
 
-    def begin(self, start: int, end: int) -> Callable[[], bytes]:
-        """Counts the request; nobody asks for the answer."""
-        assert end > start
-        self.requests += 1
-        return bytes
+    def begin(self, spans: Sequence[Span]) -> Callable[[], list[bytes]]:
+        """Counts the requests; nobody asks for the answer."""
+        assert all(end > start for start, end in spans)
+        self.requests += len(spans)
+        return list
 
 
 def resident_mib(field: str = "VmRSS") -> float:
