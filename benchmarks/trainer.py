@@ -364,14 +364,10 @@ def data_wait(args: argparse.Namespace) -> Line:
     with tempfile.TemporaryDirectory() as out:
         overrides = ["--data.catalog", catalog.uri, "--run.out", out, "--run.loggers", "[]", "--data.readers", "[1,1]"]
         overrides += ["--train.steps", str(args.wait_steps + 1), "--train.batch", str(args.batch)]
-        overrides += [
-            "--train.log_every",
-            "1",
-            "--optim.warmup_steps",
-            "1",
-            "--mask.group_size",
-            str(min(args.batch, 4)),
-        ]
+        overrides += ["--train.log_every", "1", "--optim.warmup_steps", "1"]
+        overrides += ["--mask.group_size", str(min(args.batch, 4))]
+        if not torch.cuda.is_available():
+            overrides += ["--train.gpu", "false", "--train.rank_cpus", "1", "--train.precision", "32-true"]
         train(read_config("vits14", overrides))
         rows = storage.read_table(f"{out}/metrics.parquet").to_pylist()[1:]
     step_s = [args.batch / row["tiles_per_s"] for row in rows]

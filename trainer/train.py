@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import threading
 import uuid
@@ -35,7 +36,7 @@ from streaming.reader import ReaderOptions
 from streaming.slide import Staging
 from streaming.stream import TileStream, torch_batches
 from trainer import checkpoint
-from trainer.config import Config, DataConfig, recipe_changes
+from trainer.config import Config, DataConfig, TrainConfig, recipe_changes
 from trainer.feed import DeviceFeed
 from trainer.module import DinoModule
 from trainer.strategy import OneDevice, Replicas, Shards, autocast_precision
@@ -165,6 +166,22 @@ def check_watch(config: Config) -> int:
     return len(watched(config))
 
 
+def check_gpus(train: TrainConfig, *, debug: bool = False) -> None:
+    """Refuses to wait for GPUs that will never come; a cluster may bring them.
+
+    Raises:
+        ConfigError: this machine, which is to run all ranks, has too few.
+    """
+    if not train.gpu or (not debug and (ray.is_initialized() or os.environ.get("RAY_ADDRESS"))):
+        return
+    have, needed = torch.cuda.device_count(), 1 if debug else train.ranks
+    if have < needed:
+        raise ConfigError(
+            f"train.gpu: this machine has {have} of the {needed} GPUs that are needed; add --train.gpu false or lower "
+            "train.ranks, or name a cluster by RAY_ADDRESS"
+        )
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a rank stands among the others."""
@@ -289,6 +306,7 @@ def train(config: Config, *, debug: bool = False, verbose: bool = False, force: 
     last = checkpoint.checkpoint_uri(out, steps)
     if start >= steps:
         return TrainResult(resume or last, start, steps, [f"{out} is trained to step {start} already"])
+    check_gpus(config.train, debug=debug)
     make_plan(config, catalog)  # what the catalog can't give is told before anything starts
     check_model(config, resumed=resume is not None)
     check_watch(config)

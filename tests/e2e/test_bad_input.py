@@ -12,6 +12,7 @@ from pathlib import Path
 import boto3
 import pyarrow.parquet as pq
 import pytest
+import torch
 from s3fs import S3FileSystem
 from safetensors.torch import save_file
 
@@ -198,6 +199,17 @@ def test_a_batch_that_the_ranks_do_not_divide(capsys: pytest.CaptureFixture[str]
     assert "batch 10" in line
     assert "8 or 12" in line
     assert "batch 10" in refusal(capsys, "stream", catalog, "--batch", "10", "--ranks", "4")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 0, reason="there is a GPU")
+def test_a_recipe_for_gpus_on_a_machine_without(
+    capsys: pytest.CaptureFixture[str], catalog: str, tmp_path: Path
+) -> None:
+    arguments = ("--data.catalog", catalog, "--data.mpp", "{0.5: 1}", "--run.out", tmp_path / "run")
+    for extra in ((), ("--debug",)):
+        line = refusal(capsys, "train", "vits14", *arguments, *extra)
+        assert "this machine has 0 of the 1 GPUs that are needed; add --train.gpu false" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_command_line_with_a_typo(capsys: pytest.CaptureFixture[str]) -> None:
