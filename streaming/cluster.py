@@ -25,7 +25,7 @@ def connect(num_cpus: int, *, verbose: bool = False) -> None:
         quiet()
     if not ray.is_initialized():
         level = logging.INFO if verbose else logging.WARNING
-        if os.environ.get("RAY_ADDRESS"):
+        if address():
             ray.init(logging_level=level, log_to_driver=verbose)
         else:
             # Eight at least: the next job of this process may need more than the first, and would wait forever.
@@ -39,6 +39,11 @@ def connect(num_cpus: int, *, verbose: bool = False) -> None:
                 logging_level=level,
                 log_to_driver=verbose,
             )
+
+
+def address() -> str | None:
+    """The cluster that RAY_ADDRESS names, if it names one."""
+    return os.environ.get("RAY_ADDRESS") or None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -156,12 +156,12 @@ def _disk() -> Iterator[Finding]:
 
 
 def _ray() -> Iterator[Finding]:
-    where = os.environ.get("RAY_ADDRESS") or "a Ray on this machine"
+    where = cluster.address() or "a Ray on this machine"
     try:
         seen = cluster.survey()
     except Exception as error:  # Ray raises what it likes
         text = " ".join(str(error).split())[:300]
-        remedy = "check RAY_ADDRESS, RAY_AUTH_MODE and RAY_AUTH_TOKEN" if os.environ.get("RAY_ADDRESS") else (
+        remedy = "check RAY_ADDRESS, RAY_AUTH_MODE and RAY_AUTH_TOKEN" if cluster.address() else (
             f"look into {tempfile.gettempdir()}/ray/session_latest/logs"
         )  # fmt: skip
         yield Finding(check="ray", state="mend", what=f"{where}: {type(error).__name__}: {text}", remedy=remedy)

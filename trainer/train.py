@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
 import threading
 import uuid
@@ -172,9 +171,12 @@ def check_gpus(train: TrainConfig, *, debug: bool = False) -> None:
     Raises:
         ConfigError: this machine, which is to run all ranks, has too few.
     """
-    if not train.gpu or (not debug and (ray.is_initialized() or os.environ.get("RAY_ADDRESS"))):
+    if not train.gpu or (not debug and cluster.address()):
         return
-    have, needed = torch.cuda.device_count(), 1 if debug else train.ranks
+    # A Ray that runs already was started here, or joined by hand: it knows of its GPUs.
+    joined = not debug and ray.is_initialized()
+    have = round(ray.cluster_resources().get("GPU", 0)) if joined else torch.cuda.device_count()
+    needed = 1 if debug else train.ranks
     if have < needed:
         raise ConfigError(
             f"train.gpu: this machine has {have} of the {needed} GPUs that are needed; add --train.gpu false or lower "

@@ -16,6 +16,7 @@ import torch
 from s3fs import S3FileSystem
 from safetensors.torch import save_file
 
+from streaming import cluster
 from trainer import checkpoint
 from trainer.backbone import create_backbone
 from trainer.cli import main
@@ -209,6 +210,8 @@ def test_a_recipe_for_gpus_on_a_machine_without(
     for extra in ((), ("--debug",)):
         line = refusal(capsys, "train", "vits14", *arguments, *extra)
         assert "this machine has 0 of the 1 GPUs that are needed; add --train.gpu false" in line
+    cluster.connect(1)  # another job of this process may have started Ray
+    assert "this machine has 0 of the 1 GPUs" in refusal(capsys, "train", "vits14", *arguments)
     assert not (tmp_path / "run").exists()
 
 
