@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import pickle
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.table import TURNS, machine
 from streaming.catalog import BLOCKS, SCHEMA, Catalog, SlideRow, write
 from streaming.plan import TilePlan
 from streaming.ranges import Span
@@ -33,7 +33,7 @@ from streaming.slide.codecs import BlockFormat
 from streaming.slide.tiff import BlockLevel, TiffSlide
 from streaming.tissue_map import Cells
 
-BLOCK, MPP, BATCH, TURNS = 256, 0.25, 128, 3
+BLOCK, MPP, BATCH = 256, 0.25, 128
 STORE = {"anon": True, "endpoint_url": "http://127.0.0.1:9", "region": "us-east-1"}  # nothing is ever asked of it
 KINDS = 16  # so many slides differ; the others are copies of them under other names
 
@@ -232,13 +232,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(measure(args.measure, args.tiles)))
         return 0
     found = lines(args)
-    machine = (
-        f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, Python {platform.python_version()}"
-    )
     if args.json:
-        print(json.dumps({"machine": machine, "lines": [asdict(entry) for entry in found]}))
+        print(json.dumps({"machine": machine(), "lines": [asdict(entry) for entry in found]}))
     else:
-        print(f"{machine}; {args.slides:,} slides × {args.blocks:,} blocks; {TURNS} processes\n")
+        print(f"{machine()}; {args.slides:,} slides × {args.blocks:,} blocks; {TURNS} processes\n")
         print(f"{'value':>9} {'':8} {'must':8}      what")
         for entry in found:
             verdict = "" if entry.must == "–" else "yes" if entry.holds else "NO"

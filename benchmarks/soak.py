@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.common import made_catalog
+from benchmarks.table import machine
 from streaming import cluster
 from streaming.catalog import Catalog
 from streaming.plan import TilePlan
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--long-segments", type=int, default=6, help="such segments (6)")
     parser.add_argument("--json", action="store_true", help="the results as JSON at the end")
     args = parser.parse_args()
-    print(f"{platform.machine()}, {psutil.cpu_count()} cores, Python {platform.python_version()}")
+    print(machine())
     cluster.connect(8)
     with tempfile.TemporaryDirectory() as folder:
         catalog = make_catalog(Path(folder))

@@ -1,8 +1,6 @@
 """Embedding whole slides through Ray: pixels, files, batches across slides, a kill."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +14,7 @@ import pytest
 
 from streaming import cluster
 from streaming.catalog_job import find_slides
+from tests.processes import kill_tree
 from tests.trainer.test_export import saved
 from trainer.embed import EmbedOptions, EmbedReport, Job, embed, rows_of
 from trainer.embedder import Embedder, load_model, resolve
@@ -122,8 +121,7 @@ def test_a_kill_in_the_midst_costs_no_slide_that_was_done(run: str, slides: list
             assert killed.poll() is None, (tmp_path / "printed").read_text()
             assert time.monotonic() < deadline, "no slide in four minutes"
             time.sleep(0.01)
-        os.killpg(killed.pid, signal.SIGKILL)  # driver and Ray at once
-        killed.wait()
+        kill_tree(killed)
     done = sorted(out.glob(".done/*"))
     assert len(done) < len(slides)
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.h5")}

@@ -25,6 +25,7 @@ from streaming.catalog import merge, part_of, write
 from streaming.catalog_job import Rejected, inspect
 from streaming.metrics import METRICS
 from streaming.slide import Staging
+from tests.processes import kill_tree
 from tests.tiff_files import TiffSlide, write_tiff
 from trainer import checkpoint
 
@@ -117,12 +118,7 @@ def nodes(s3_bucket: str) -> Iterator[Nodes]:  # the bucket first: nodes take ov
         yield Nodes(f"http://127.0.0.1:{dashboard}", agents, endpoints, environment)
     finally:
         for node, _, _ in started:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for child in psutil.Process(node.pid).children(recursive=True):
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        child.kill()
-            node.kill()
-            node.wait()
+            kill_tree(node)
         shutil.rmtree(folder, ignore_errors=True)
 
 

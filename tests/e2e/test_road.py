@@ -1,6 +1,5 @@
 """The whole road by its command lines, as a user goes it: S3, several processes, a kill."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from streaming import open_slide, storage
+from tests.processes import kill_tree
 from trainer import checkpoint
 from trainer.embed import Embedder
 
@@ -36,17 +36,6 @@ def run(*arguments: str) -> str:
         return stdout.read()
 
 
-def kill_all(running: subprocess.Popen[bytes]) -> None:
-    """The driver, Ray, ranks and readers; none of them writes any more when this returns."""
-    # Ray gives its processes groups of their own: a kill of the driver's group would leave ranks a moment to train.
-    everything = [*psutil.Process(running.pid).children(recursive=True), psutil.Process(running.pid)]
-    for process in everything:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    running.wait()
-    psutil.wait_procs(everything, timeout=30)
-
-
 def test_catalog_training_kill_resume_and_embedding_on_s3(s3_slides: str, s3_bucket: str, tmp_path: Path) -> None:
     slides = storage.expand(s3_slides)[0]
     catalog, out = f"{s3_bucket}/road/catalog", f"{s3_bucket}/road/run"
@@ -62,7 +51,7 @@ def test_catalog_training_kill_resume_and_embedding_on_s3(s3_slides: str, s3_buc
         assert killed.poll() is None, "training ended before its first checkpoint"
         assert time.monotonic() < deadline, "no checkpoint in four minutes"
         time.sleep(0.1)
-    kill_all(killed)
+    kill_tree(killed)
     reached = checkpoint.steps_of(out)[-1]
     assert reached < 8
 
