@@ -257,10 +257,11 @@ class Contender:
         command = [python, "-m", "benchmarks.trainer", "--worker", name, "--inputs", str(inputs)]
         command += ["--batch", str(args.batch)]
         command += ["--threads", str(threads), "--reference", str(args.reference or "")]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
+        # Large pages for all, as our ranks get them.
+        own = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore", "THP_MEM_ALLOC_ENABLE": "1"}
         self.name, self.turns = name, list[dict[str, float]]()
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | own
         )
 
     def turn(self) -> dict[str, float]:

@@ -20,7 +20,7 @@ from trainer.pixels import Taps
 
 NUM_GLOBAL = 2
 _ATTEMPTS = 10  # of torchvision's RandomResizedCrop
-_CACHED = 5 << 17  # float32 values, 2.5 MiB
+_CACHED = 5 << 18  # float32 values, 5 MiB
 # What the draws of a (sample, view) are for; a number never changes its meaning, or old runs could not be replayed.
 _AREA, _ASPECT, _TOP, _LEFT, _HFLIP, _VFLIP, _TURN = 0, 10, 20, 21, 22, 23, 24
 _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GREY, _BLUR, _SIGMA, _SOLARISE = range(30, 39)
@@ -202,7 +202,7 @@ class Augmentation:
             sample = torch.arange(len(some), device=images.device).repeat(crops[piece].shape[0])
             x = pixels.resample(some, sample, *(Taps(own(one.position), own(one.weight)) for one in taps))
             # Columns come first: what is not to be turned is turned back.
-            x = pixels.on_chosen(x.clamp_(0, 1), own(drawn.turns) % 2 == 0, pixels.turned)
+            x = pixels.on_chosen(x.clamp_(0, 1), own(drawn.turns) % 2 == 0, pixels.transposed)
             self._normalise(self._coloured(x, drawn, kernels, own), crops[piece])
         return crops
 
@@ -226,8 +226,10 @@ class Augmentation:
         return change(drawn.solarise, pixels.solarise) if self.solarise_prob else x
 
     def _normalise(self, x: Tensor, out: Tensor) -> None:
-        mean, std = (torch.tensor(c, device=x.device)[:, None, None] for c in (self.mean, self.std))
-        torch.mul(x.view(out.shape), 1 / std, out=out).sub_(mean / std)
+        for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
+            # In one pass: with a number, not a tensor, as the factor.
+            lowest = torch.tensor(-mean / std, device=x.device)
+            torch.add(lowest, x.view(out.shape)[:, :, channel], alpha=1 / std, out=out[:, :, channel])
 
     def longest_px(self, views: range, tile_px: int, scale: tuple[float, float]) -> int:
         """The longest side in pixels that a crop of these views can have."""

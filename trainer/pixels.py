@@ -81,13 +81,23 @@ def resample(images: Tensor, chosen: Tensor, down: Taps, across: Taps) -> Tensor
     table = images.reshape(-1, 3 * side)
     position = down.position + side * chosen[:, None, None]
     rows = _weighted_rows(table, position.flatten(0, 1), down.weight.flatten(0, 1))
-    # One row a column, channel and crop. Its memory is a plain transposition, which torch does much faster than others.
-    columns = rows.t().contiguous().view(-1, size)
-    planes = torch.arange(3 * num, device=images.device).view(3, num).T[..., None, None]
-    position = across.position[:, None] * (3 * num) + planes
+    columns = transposed(rows.view(num, size, 3 * side)).view(-1, size)
+    crop, channel = torch.arange(num, device=images.device), torch.arange(3, device=images.device)
+    position = (crop[:, None] * (3 * side) + channel)[..., None, None] + 3 * across.position[:, None]
     weight = across.weight[:, None].expand(position.shape)
     crops = _weighted_rows(columns, position.flatten(0, 2), weight.flatten(0, 2))
     return crops.view(num, 3, size, size)
+
+
+def transposed(matrices: Tensor) -> Tensor:
+    """Contiguous transposes (…, b, a) of contiguous matrices (…, a, b).
+
+    Shuffling the channels of a picture of one pixel is just that, and a CPU does it with vector instructions: several
+    times faster than `mT.contiguous()`.
+    """
+    rows, columns = matrices.shape[-2:]
+    pixel = matrices.reshape(-1, 1, 1, rows * columns).permute(0, 3, 1, 2)
+    return F.channel_shuffle(pixel, rows).view(*matrices.shape[:-2], columns, rows)
 
 
 def _per_image(parameter: Tensor) -> Tensor:
@@ -105,11 +115,6 @@ def on_chosen(images: Tensor, chosen: Tensor, operation: Callable[..., Tensor], 
     for place, image in zip(picked.tolist(), changed, strict=True):  # `index_copy_` goes number by number
         images[place] = image
     return images
-
-
-def turned(images: Tensor) -> Tensor:
-    """Swaps rows and columns; with flips this makes quarter turns."""
-    return images.mT
 
 
 def luma(images: Tensor) -> Tensor:
@@ -239,7 +244,7 @@ def gaussian_kernels(sigma: Tensor, size: int) -> Tensor:
 
 def blur(images: Tensor, kernels: Tensor) -> Tensor:
     """Convolves each image with its own kernel (n, size) along both axes, borders reflected."""
-    return _blur_down(_blur_down(images, kernels).mT.contiguous(), kernels).mT
+    return transposed(_blur_down(transposed(_blur_down(images, kernels)), kernels))
 
 
 def _blur_down(images: Tensor, kernels: Tensor) -> Tensor:
