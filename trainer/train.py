@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Generator
@@ -361,6 +362,9 @@ def terminated() -> Generator[Termination]:
 def _fit_on_ray(config: Config, catalog: Catalog, log: MetricsLog, *, verbose: bool) -> None:
     train, data, options = config.train, config.data, config.data.storage_options
     cluster.connect(round(train.ranks * train.rank_cpus + data.readers[1] * data.reader_cpus) + 1, verbose=verbose)
+    have = round(ray.cluster_resources().get("GPU", 0))
+    if train.gpu and have < train.ranks:  # Ray Train waits without a word
+        sys.stderr.write(f"train: waiting for GPUs: the ranks need {train.ranks}, the cluster has {have} so far\n")
     source = make_stream(config, catalog).source
     chain = start_chain(source)
     messages, orders = (ray.util.queue.Queue(actor_options={"num_cpus": 0}) for _ in range(2))

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -24,6 +26,7 @@ from streaming.reader import Batch
 from streaming.stream import BatchShape, TileStream, step_digest
 from tests import odd_slides
 from tests.odd_slides import OddCatalog
+from tests.processes import kill_tree
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
 cloudpickle.register_pickle_by_value(odd_slides)
@@ -226,3 +229,16 @@ def test_segments_that_ended_leave_no_process_behind(cluster: Cluster, catalog: 
     # Twelve segments; at a time one ends, one runs and one is warm, each with a coordinator and a reader.
     assert max(most) <= 6
     wait_for(lambda: not any(readers_of(node) for node in cluster.list_all_nodes()))
+
+
+def test_gpus_that_a_cluster_lacks_are_waited_for_aloud(cluster: Cluster, catalog: str, tmp_path: Path) -> None:
+    command = [Path(sys.executable).with_name("tilestream"), "train", "vits14", "--data.mpp", "{0.5: 1}"]
+    command += ["--data.catalog", catalog, "--run.out", tmp_path / "run", "--run.loggers", "[]"]
+    environment = os.environ | {"RAY_ADDRESS": cluster.address}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) as running:
+        assert running.stderr is not None
+        try:
+            said = next((line for line in running.stderr if b"GPU" in line), b"")
+        finally:
+            kill_tree(running)
+    assert said == b"train: waiting for GPUs: the ranks need 1, the cluster has 0 so far\n"
