@@ -23,7 +23,6 @@ import ray.data
 from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, DataIterator, Dataset
 from ray.exceptions import OutOfDiskError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from streaming import cluster
 from streaming.catalog import Catalog
@@ -205,10 +204,9 @@ class Chain:
 
 
 def start_chain(source: Source) -> ActorHandle[Any]:
-    """The chain of a stream, on this node: where it is lost, so is the driver. Its end is `ray.kill`."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    """The chain of a stream, on the driver's node. Its end is `ray.kill`."""
     actor: Any = ray.remote(Chain)
-    return actor.options(num_cpus=0, max_concurrency=8, scheduling_strategy=here).remote(source)
+    return actor.options(max_concurrency=8, **cluster.beside_this()).remote(source)
 
 
 def chained(

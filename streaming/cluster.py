@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.data import DataContext
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 # What Ray says without need: token authentication is on, its own progress bars are off; what fails raises anyhow.
 _QUIET_LOGGERS = ("ray._private.authentication.authentication_token_setup", "ray.data", "ray.data._internal.progress")
@@ -44,6 +46,12 @@ def connect(num_cpus: int, *, verbose: bool = False) -> None:
 def address() -> str | None:
     """The cluster that RAY_ADDRESS names, if it names one."""
     return os.environ.get("RAY_ADDRESS") or None
+
+
+def beside_this() -> dict[str, Any]:
+    """Options of an actor that only passes things on: on this process's node, so that no other node's loss ends it."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return {"num_cpus": 0, "scheduling_strategy": here}
 
 
 @dataclass(frozen=True, kw_only=True)

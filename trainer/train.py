@@ -367,7 +367,7 @@ def _fit_on_ray(config: Config, catalog: Catalog, log: MetricsLog, *, verbose: b
         sys.stderr.write(f"train: waiting for GPUs: the ranks need {train.ranks}, the cluster has {have} so far\n")
     source = make_stream(config, catalog).source
     chain = start_chain(source)
-    messages, orders = (ray.util.queue.Queue(actor_options={"num_cpus": 0}) for _ in range(2))
+    messages, orders = (ray.util.queue.Queue(actor_options=cluster.beside_this()) for _ in range(2))
     # Ray Train keeps its own notes in the run's storage, which all nodes reach.
     notes = storage.join(config.run.out, f".ray-{uuid.uuid4().hex[:8]}")
     fs, path = stores.filesystem(notes, options)

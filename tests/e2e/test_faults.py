@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import ray
 from ray import cloudpickle
@@ -27,18 +28,19 @@ from streaming.stream import BatchShape, TileStream, step_digest
 from tests import odd_slides
 from tests.odd_slides import OddCatalog
 from tests.processes import kill_tree
+from trainer import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
 cloudpickle.register_pickle_by_value(odd_slides)
 
 STEPS, BATCH, RANKS = 24, 8, 2
 READERS = {"role": "reader"}
+TILESTREAM = (sys.executable, "-m", "trainer.cli")
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     ray.shutdown()
-    # A node is given up a second after its last sign of life, not half a minute after.
     running = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     for _ in range(2):
         running.add_node(num_cpus=2, labels=READERS, object_store_memory=100 * 2**20)
@@ -231,8 +233,41 @@ def test_segments_that_ended_leave_no_process_behind(cluster: Cluster, catalog: 
     wait_for(lambda: not any(readers_of(node) for node in cluster.list_all_nodes()))
 
 
+def test_a_rank_whose_node_is_to_be_taken_away_saves_and_goes_on_elsewhere(
+    cluster: Cluster, catalog: str, tmp_path: Path
+) -> None:
+    out, steps = str(tmp_path / "run"), 300
+    command = [*TILESTREAM, "train", "debug", "--data.catalog", catalog, "--data.mpp", "{0.5: 1}", "--run.out", out]
+    command += ["--model.backbone", "test_vit", "--model.head_hidden", "64", "--model.num_prototypes", "128"]
+    command += ["--train.steps", str(steps), "--train.batch", str(BATCH), "--train.checkpoint_every", "100000"]
+    command += ["--train.rank_labels", "{role: trainer}", "--data.reader_labels", "{role: reader}"]
+    environment = os.environ | {"RAY_ADDRESS": cluster.address, "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
+    trainers = {"num_cpus": 2, "labels": {"role": "trainer"}, "object_store_memory": 100 * 2**20}
+    spot = cluster.add_node(**trainers)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) as running:
+        assert running.stderr is not None
+        try:
+            assert any(b"loss" in line for line in running.stderr)
+            drain = ["drain-node", "--address", cluster.address, "--node-id", spot.node_id]
+            drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "its price rose"]
+            ray_command = Path(sys.executable).with_name("ray")
+            subprocess.run([ray_command, *drain, "--deadline-remaining-seconds", "60"], check=True)
+            (saved,) = wait_for(lambda: checkpoint.steps_of(out))
+            cluster.add_node(**trainers)
+            cluster.remove_node(spot, allow_graceful=False)
+            said = running.stderr.read().decode()
+            assert running.wait(timeout=300) == 0, said
+        finally:
+            kill_tree(running)
+    assert saved < steps
+    rows = pq.read_table(f"{out}/metrics.parquet").to_pylist()
+    assert [(row["first_index"], row["next_index"]) for row in rows] == [
+        (BATCH * s, BATCH * s + BATCH) for s in range(steps)
+    ]
+
+
 def test_gpus_that_a_cluster_lacks_are_waited_for_aloud(cluster: Cluster, catalog: str, tmp_path: Path) -> None:
-    command = [Path(sys.executable).with_name("tilestream"), "train", "vits14", "--data.mpp", "{0.5: 1}"]
+    command = [*TILESTREAM, "train", "vits14", "--data.mpp", "{0.5: 1}"]
     command += ["--data.catalog", catalog, "--run.out", tmp_path / "run", "--run.loggers", "[]"]
     environment = os.environ | {"RAY_ADDRESS": cluster.address}
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) as running:
