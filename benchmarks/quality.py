@@ -37,7 +37,7 @@ from trainer.train import train
 TRAINED_ON, SCORED_ON = range(6), range(100, 148)
 MPP, SIZE, STEP = 1.0, 64, 32  # tiles as large as the demo's crops
 MOST = 40  # tiles of a class from a slide
-BROKEN = ("--loss.centring", "centring", "--loss.centre_momentum", "0.999999", "--optim.base_lr", "0.2")
+BROKEN = ("--loss.centring", "centring", "--loss.centre_momentum", "0.999999", "--optim.base_lr", "0.8")
 
 
 def made(folder: Path, patients: Sequence[int], width: int, height: int) -> list[SyntheticSlide]:
