@@ -258,7 +258,9 @@ def _plot(
                 spine.set_color(_GREY)
                 spine.set_alpha(0.4)
         handles = [line for axis in every for line in axis.get_lines()]
-        axes.legend(handles, [str(line.get_label()) for line in handles], frameon=False, labelcolor=_GREY)
+        # Above the axes: no place within them is free of lines in every run.
+        labels = [str(line.get_label()) for line in handles]
+        figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False, labelcolor=_GREY)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()

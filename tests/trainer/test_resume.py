@@ -187,7 +187,8 @@ def test_post_training_at_a_higher_resolution_goes_on_from_a_checkpoint_with_its
     first, second = tmp_path / "first", tmp_path / "second"
     short = ("--train.steps", "2", "--train.checkpoint_every", "1")
     train(tiny(catalog, first, *short, "--augment.global_size", "64", "--augment.local_size", "32"), debug=True)
-    warm = ("--optim.momentum", "0.9995", "--optim.teacher_temp_start", "0.07", "--optim.warmup_steps", "0")
+    warm = ("--optim.momentum", "0.9995", "--optim.warmup_steps", "0")
+    warm += ("--optim.teacher_temp_start", "0.07", "--optim.teacher_temp", "0.07")
     larger = ("--augment.global_size", "112", "--augment.local_size", "48", "--data.tile_size", "128")
     overrides = [
         *short,
