@@ -1,9 +1,24 @@
-"""Commands that run in processes of their own, killed with all they have started."""
+"""Commands that run in processes of their own: waited for, and killed with all they have started."""
 
 import contextlib
 import subprocess
+import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import psutil
+
+T = TypeVar("T")
+
+
+def wait_for(what: Callable[[], T], running: subprocess.Popen[bytes] | None = None, *, timeout_s: float = 240) -> T:
+    """What it returns, once that is true; a command that must run meanwhile is watched."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := what()):
+        assert running is None or running.poll() is None, "the command ended before it happened"
+        assert time.monotonic() < deadline, f"it did not happen within {timeout_s:.0f} s"
+        time.sleep(0.05)
+    return found
 
 
 def kill_tree(running: subprocess.Popen[bytes]) -> None:

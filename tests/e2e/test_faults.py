@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from streaming.reader import Batch
 from streaming.stream import BatchShape, TileStream, step_digest
 from tests import odd_slides
 from tests.odd_slides import OddCatalog
-from tests.processes import kill_tree
+from tests.processes import kill_tree, wait_for
 from trainer import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
@@ -92,14 +91,6 @@ def readers_of(node: Any) -> list[psutil.Process]:
             continue
         if title.startswith("ray::") and "ReaderActor" in title:
             found.append(process)
-    return found
-
-
-def wait_for(what: Callable[[], Any], timeout_s: float = 240) -> Any:
-    deadline = time.monotonic() + timeout_s
-    while not (found := what()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.1)
     return found
 
 

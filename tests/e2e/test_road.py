@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from streaming import open_slide, storage
-from tests.processes import kill_tree
+from tests.processes import kill_tree, wait_for
 from trainer import checkpoint
 from trainer.embed import Embedder
 
@@ -46,11 +45,7 @@ def test_catalog_training_kill_resume_and_embedding_on_s3(s3_slides: str, s3_buc
     arguments += [*MIX, *SMALL, "--train.ranks", "2", "--train.batch", "8", "--train.checkpoint_every", "2"]
     arguments += ["--optim.warmup_steps", "2", "--train.log_every", "1"]
     killed = subprocess.Popen([*TILESTREAM, *arguments], start_new_session=True)
-    deadline = time.monotonic() + 240
-    while not checkpoint.steps_of(out):
-        assert killed.poll() is None, "training ended before its first checkpoint"
-        assert time.monotonic() < deadline, "no checkpoint in four minutes"
-        time.sleep(0.1)
+    wait_for(lambda: checkpoint.steps_of(out), killed)
     kill_tree(killed)
     reached = checkpoint.steps_of(out)[-1]
     assert reached < 8
@@ -85,11 +80,7 @@ def test_a_killed_rank_is_started_again_and_trains_the_same_indices(catalog: str
     # Into a file: Ray's processes outlive a command by moments, and would hold a pipe open.
     with printed.open("w") as stdout:
         running = subprocess.Popen([*TILESTREAM, *arguments], start_new_session=True, stdout=stdout)
-    deadline = time.monotonic() + 240
-    while not checkpoint.steps_of(str(out)):
-        assert running.poll() is None, "training ended before its first checkpoint"
-        assert time.monotonic() < deadline, "no checkpoint in four minutes"
-        time.sleep(0.1)
+    wait_for(lambda: checkpoint.steps_of(str(out)), running)
     os.kill(_child_named("ray::RayTrainWorker", running.pid), signal.SIGKILL)
     assert running.wait(timeout=300) == 0
     assert "trained steps 0 to 10" in printed.read_text()
