@@ -257,8 +257,10 @@ class Contender:
         command = [python, "-m", "benchmarks.trainer", "--worker", name, "--inputs", str(inputs)]
         command += ["--batch", str(args.batch)]
         command += ["--threads", str(threads), "--reference", str(args.reference or "")]
-        # Large pages for all, as our ranks get them.
-        own = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore", "THP_MEM_ALLOC_ENABLE": "1"}
+        from trainer.train import RANK_ENVIRONMENT
+
+        # For all alike, what our ranks get: large pages among it.
+        own = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore", **RANK_ENVIRONMENT}
         self.name, self.turns = name, list[dict[str, float]]()
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | own

@@ -48,6 +48,11 @@ def address() -> str | None:
     return os.environ.get("RAY_ADDRESS") or None
 
 
+def gpus() -> int:
+    """GPUs of the Ray that this process has joined."""
+    return round(ray.cluster_resources().get("GPU", 0))
+
+
 def beside_this() -> dict[str, Any]:
     """Options of an actor that only passes things on: on this process's node, so that no other node's loss ends it."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

@@ -2,6 +2,7 @@
 
 import contextlib
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -9,6 +10,10 @@ from typing import TypeVar
 import psutil
 
 T = TypeVar("T")
+
+TILESTREAM = (sys.executable, "-m", "trainer.cli")
+# timm's smallest, and small heads: where it counts what is stored and started, not what is learnt.
+SMALL = ("--model.backbone", "test_vit", "--model.head_hidden", "64", "--model.num_prototypes", "128")
 
 
 def wait_for(what: Callable[[], T], running: subprocess.Popen[bytes] | None = None, *, timeout_s: float = 240) -> T:

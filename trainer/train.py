@@ -182,7 +182,7 @@ def check_gpus(train: TrainConfig, *, debug: bool = False) -> None:
         return
     # A Ray that runs already was started here, or joined by hand: it knows of its GPUs.
     joined = not debug and ray.is_initialized()
-    have = round(ray.cluster_resources().get("GPU", 0)) if joined else torch.cuda.device_count()
+    have = cluster.gpus() if joined else torch.cuda.device_count()
     needed = 1 if debug else train.ranks
     if have < needed:
         raise ConfigError(
@@ -362,8 +362,7 @@ def terminated() -> Generator[Termination]:
 def _fit_on_ray(config: Config, catalog: Catalog, log: MetricsLog, *, verbose: bool) -> None:
     train, data, options = config.train, config.data, config.data.storage_options
     cluster.connect(round(train.ranks * train.rank_cpus + data.readers[1] * data.reader_cpus) + 1, verbose=verbose)
-    have = round(ray.cluster_resources().get("GPU", 0))
-    if train.gpu and have < train.ranks:  # Ray Train waits without a word
+    if train.gpu and (have := cluster.gpus()) < train.ranks:  # Ray Train waits without a word
         sys.stderr.write(f"train: waiting for GPUs: the ranks need {train.ranks}, the cluster has {have} so far\n")
     source = make_stream(config, catalog).source
     chain = start_chain(source)

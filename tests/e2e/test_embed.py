@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import h5py
@@ -13,7 +12,7 @@ import pytest
 
 from streaming import cluster
 from streaming.catalog_job import find_slides
-from tests.processes import kill_tree, wait_for
+from tests.processes import TILESTREAM, kill_tree, wait_for
 from tests.trainer.test_export import saved
 from trainer.embed import EmbedOptions, EmbedReport, Job, embed, rows_of
 from trainer.embedder import Embedder, load_model, resolve
@@ -111,7 +110,7 @@ def test_a_model_batch_holds_tiles_of_several_slides(run: str, folder: Path, rep
 @pytest.mark.long
 def test_a_kill_in_the_midst_costs_no_slide_that_was_done(run: str, slides: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "trainer.cli", "embed", run, *map(str, slides), "--out", str(out), "--batch", "8"]
+    command = [*TILESTREAM, "embed", run, *map(str, slides), "--out", str(out), "--batch", "8"]
     command += ["--mpp", "0.25", "--size", "64", "--format", "h5"]
     with (tmp_path / "printed").open("w") as printed:
         killed = subprocess.Popen(command, start_new_session=True, stdout=printed, stderr=printed)

@@ -26,7 +26,7 @@ from streaming.reader import Batch
 from streaming.stream import BatchShape, TileStream, step_digest
 from tests import odd_slides
 from tests.odd_slides import OddCatalog
-from tests.processes import kill_tree, wait_for
+from tests.processes import SMALL, TILESTREAM, kill_tree, wait_for
 from trainer import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
@@ -34,7 +34,6 @@ cloudpickle.register_pickle_by_value(odd_slides)
 
 STEPS, BATCH, RANKS = 24, 8, 2
 READERS = {"role": "reader"}
-TILESTREAM = (sys.executable, "-m", "trainer.cli")
 
 
 @pytest.fixture(scope="module")
@@ -229,8 +228,7 @@ def test_a_rank_whose_node_is_to_be_taken_away_saves_and_goes_on_elsewhere(
 ) -> None:
     out, steps = str(tmp_path / "run"), 300
     command = [*TILESTREAM, "train", "debug", "--data.catalog", catalog, "--data.mpp", "{0.5: 1}", "--run.out", out]
-    command += ["--model.backbone", "test_vit", "--model.head_hidden", "64", "--model.num_prototypes", "128"]
-    command += ["--train.steps", str(steps), "--train.batch", str(BATCH), "--train.checkpoint_every", "100000"]
+    command += [*SMALL, "--train.steps", str(steps), "--train.batch", str(BATCH), "--train.checkpoint_every", "100000"]
     command += ["--train.rank_labels", "{role: trainer}", "--data.reader_labels", "{role: reader}"]
     environment = os.environ | {"RAY_ADDRESS": cluster.address, "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
     trainers = {"num_cpus": 2, "labels": {"role": "trainer"}, "object_store_memory": 100 * 2**20}

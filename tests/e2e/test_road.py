@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -13,16 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from streaming import open_slide, storage
-from tests.processes import kill_tree, wait_for
+from tests.processes import SMALL, TILESTREAM, kill_tree, wait_for
 from trainer import checkpoint
 from trainer.embed import Embedder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 # The made slides are too small for a tile at 2 µm/px.
 MIX = ("--data.mpp", "{0.5: 1, 1.0: 1}")
-# timm's smallest, and small heads: what is stored and started counts here, not what is learnt.
-SMALL = ("--model.backbone", "test_vit", "--model.head_hidden", "64", "--model.num_prototypes", "128")
-TILESTREAM = (sys.executable, "-m", "trainer.cli")
 
 
 def run(*arguments: str) -> str:

@@ -4,7 +4,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 from streaming.errors import TilestreamError, TrainingError
-from tests.processes import wait_for
+from tests.processes import TILESTREAM, wait_for
 from trainer import checkpoint
 from trainer.config import Config, read_config
 from trainer.module import DinoModule
@@ -61,7 +60,7 @@ def logged(out: Path) -> list[dict[str, float]]:
 def test_twenty_steps_equal_ten_a_kill_and_ten_more_bit_for_bit(catalog: str, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     arguments = ["train", "debug", "--debug", *TINY, "--data.catalog", catalog, "--run.out", str(killed)]
-    running = subprocess.Popen([sys.executable, "-m", "trainer.cli", *arguments], stderr=subprocess.DEVNULL)
+    running = subprocess.Popen([*TILESTREAM, *arguments], stderr=subprocess.DEVNULL)
     try:
         train(tiny(catalog, whole), debug=True)
         wait_for(lambda: checkpoint.steps_of(str(killed)), running)
