@@ -17,6 +17,8 @@ from timm.models import vision_transformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from trainer.config import ModelConfig
+
 Ffn = Literal["mlp", "swiglu"]
 
 
@@ -173,6 +175,19 @@ class Backbone(nn.Module):
         flat, shapes = _join(xs)
         xs = _split(self.vit.norm(flat), shapes)
         return [Tokens(x[:, 0], x[:, self.vit.num_prefix_tokens :]) for x in xs]
+
+
+def build_backbone(config: ModelConfig, crop_px: int, *, drop_path: float) -> Backbone:
+    """The backbone of a configuration, its position embedding made for crops of that size."""
+    return create_backbone(
+        config.backbone,
+        img_size=crop_px,
+        patch_size=config.patch_size,
+        num_registers=config.num_registers,
+        ffn=config.ffn,
+        drop_path=drop_path,
+        layer_scale=config.layer_scale,
+    )
 
 
 def create_backbone(

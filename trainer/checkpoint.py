@@ -2,7 +2,7 @@
 
 `step-00000030/state.ckpt` is Lightning's checkpoint, `meta.json` beside it is written last and vouches for it: step,
 next sample index, catalog, SHA-256. A folder without it is an upload that did not finish, and is passed over; so is one
-that does not match its checksum. Steps go on while a checkpoint is written.
+that does not match its checksum. `checkpoint_io` writes them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ import logging
 import pickle
 import re
 from collections.abc import Generator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor, nn
 
 from streaming import storage
@@ -177,93 +175,6 @@ def _mismatch(uri: str, nbytes: int, meta: Meta) -> CheckpointError:
         f"{uri}: {STATE} of {nbytes:,} bytes does not match its checksum ({meta.nbytes:,} were written); "
         "delete this folder to go on from the one before"
     )
-
-
-class _Hashing:
-    """A file that adds up what is written into it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self.sha256, self.nbytes = file, hashlib.sha256(), 0
-
-    def write(self, data: Any) -> int:
-        self.sha256.update(data)
-        self.nbytes += len(memoryview(data).cast("B"))
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
-class FolderCheckpointIO(CheckpointIO):
-    """Lightning's way to storage, through this project's: `path` is a checkpoint's folder.
-
-    Saving returns at once and goes on in a thread, so what is saved must not be changed afterwards; one is under way at
-    most. Lightning's `AsyncCheckpointIO` queues without bound and tells of a failure one checkpoint late.
-    """
-
-    def __init__(self, config: Config, catalog: str) -> None:
-        self._config, self._catalog = config, catalog
-        self._options = config.data.storage_options
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._under_way: Future[None] | None = None
-        self.last_good: str | None = None
-        """The newest checkpoint that this process has written to its end."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Starts to write, once the one before is done.
-
-        Raises:
-            StorageError: the one before could not be written.
-        """
-        self.wait()
-        self._under_way = self._thread.submit(self._write, checkpoint, str(path))
-
-    def check(self) -> None:
-        """Raises what went wrong with a checkpoint that is done, without waiting for one that is not."""
-        if self._under_way is not None and self._under_way.done():
-            self.wait()
-
-    def wait(self) -> None:
-        """Waits for the checkpoint under way, and raises what went wrong with it."""
-        under_way, self._under_way = self._under_way, None
-        if under_way is not None:
-            under_way.result()
-
-    def teardown(self) -> None:
-        """Lets the last checkpoint end."""
-        self._thread.shutdown(wait=True)
-
-    def _write(self, checkpoint: dict[str, Any], uri: str) -> None:
-        """Writes the state and the configuration, then the note that vouches for them, then removes what is too old."""
-        step, options = int(checkpoint["global_step"]), self._options
-        storage.remove(storage.join(uri, META), options)  # of a damaged one, passed over before
-        with storage.writing(storage.join(uri, STATE), options) as file:
-            hashing = _Hashing(file)
-            torch.save(checkpoint, cast(BinaryIO, hashing))
-        meta = Meta(
-            step=step,
-            next_index=step * self._config.train.batch,
-            catalog=self._catalog,
-            nbytes=hashing.nbytes,
-            sha256=hashing.sha256.hexdigest(),
-        )
-        note = json.dumps(asdict(meta), indent=1)
-        storage.write_bytes(storage.join(uri, CONFIG), self._config.to_yaml().encode(), options)
-        storage.write_bytes(storage.join(uri, META), note.encode(), options)
-        self.last_good = uri
-        run = self._config.run.out
-        # Later steps are not this run's, or damaged: they must not count among those that are kept.
-        until_now = [known for known in steps_of(run, options) if known <= step]
-        for old in until_now[: -self._config.train.keep_checkpoints]:
-            storage.remove(checkpoint_uri(run, old), options)
-
-    def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
-        """Reads the state; `weights_only` is always true."""
-        return load(str(path), self._options)
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Removes a checkpoint's folder."""
-        storage.remove(str(path), self._options)
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], uri: str) -> None:

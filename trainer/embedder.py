@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from streaming import storage
 from streaming.errors import CheckpointError
 from trainer import checkpoint
-from trainer.backbone import Backbone, Tokens
+from trainer.backbone import Backbone, Tokens, build_backbone
 from trainer.config import Config
-from trainer.module import build_backbone
 
 Token = Literal["cls", "patch", "cls+patch"]
 Precision = Literal["32", "bf16"]

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from trainer import health, losses, weights
 from trainer.augment import Crops
-from trainer.backbone import Backbone, create_backbone
+from trainer.backbone import Backbone, build_backbone
 from trainer.config import Config, ModelConfig
 from trainer.draws import random_bits
 from trainer.heads import DINOHead
@@ -74,19 +74,6 @@ def in_one_pass(device: torch.device) -> bool:
     there, one size after the other took 0.88 of the time and 0.94 of the memory (`tilestream bench trainer`).
     """
     return device.type != "cpu"
-
-
-def build_backbone(config: ModelConfig, crop_px: int, *, drop_path: float) -> Backbone:
-    """The backbone of a configuration, its position embedding made for crops of that size."""
-    return create_backbone(
-        config.backbone,
-        img_size=crop_px,
-        patch_size=config.patch_size,
-        num_registers=config.num_registers,
-        ffn=config.ffn,
-        drop_path=drop_path,
-        layer_scale=config.layer_scale,
-    )
 
 
 class DinoModule(pl.LightningModule):

@@ -24,9 +24,9 @@ from streaming.reader import TileReader
 from streaming.slide import open_slide
 from streaming.slide.geometry import Pixels
 from streaming.tissue import CELL_UM, thumbnail
+from trainer.backbone import build_backbone
 from trainer.config import Config
 from trainer.masks import block_masks
-from trainer.module import build_backbone
 from trainer.train import make_stream
 
 _TINT = np.array([20, 150, 110], dtype=np.float64)  # of tissue cells on a thumbnail

@@ -36,6 +36,7 @@ from streaming.reader import ReaderOptions
 from streaming.slide import Staging
 from streaming.stream import TileStream, torch_batches
 from trainer import checkpoint
+from trainer.checkpoint_io import FolderCheckpointIO
 from trainer.config import Config, DataConfig, TrainConfig, recipe_changes
 from trainer.feed import DeviceFeed
 from trainer.module import DinoModule
@@ -211,7 +212,7 @@ def fit(
     """Trains to the last step, or until told to stop, in this process: alone, or as a rank at its place."""
     # Its advice (more workers for the loader, a product to try) does not apply here.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    train, to_storage = config.train, checkpoint.FolderCheckpointIO(config, catalog)
+    train, to_storage = config.train, FolderCheckpointIO(config, catalog)
     if place is None:
         strategy = OneDevice(torch.device("cuda" if train.gpu else "cpu"))
     else:

@@ -27,6 +27,7 @@ from streaming.progress import ProgressLine
 from streaming.stats import FailureBudget
 from streaming.stream import check_step
 from trainer import checkpoint
+from trainer.checkpoint_io import FolderCheckpointIO
 from trainer.config import Config
 from trainer.health import Guard
 from trainer.module import DinoModule
@@ -155,7 +156,7 @@ class Watch(Callback):
         config: Config,
         batches: StepBatches,
         report: Report,
-        storage_io: checkpoint.FolderCheckpointIO,
+        storage_io: FolderCheckpointIO,
         signals: Signals,
     ) -> None:
         self._config, self._batches, self._report = config, batches, report

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from streaming import cluster
 from trainer import checkpoint
 from trainer.backbone import create_backbone
+from trainer.checkpoint_io import FolderCheckpointIO
 from trainer.cli import main
 from trainer.config import read_config
 
@@ -182,7 +183,7 @@ def test_a_checkpoint_of_another_architecture(
     config = read_config("debug", ["--run.out", str(tmp_path / "run")])
     uri = checkpoint.checkpoint_uri(str(tmp_path / "run"), 1)
     state = {"global_step": 1, "state_dict": {"teacher.backbone.vit.other": checkpoint.torch.zeros(1)}}
-    to_storage = checkpoint.FolderCheckpointIO(config, "c0ffee")
+    to_storage = FolderCheckpointIO(config, "c0ffee")
     to_storage.save_checkpoint(state, uri)
     to_storage.wait()
     line = refusal(capsys, "embed", tmp_path / "run", slides[0], "--out", tmp_path / "out")

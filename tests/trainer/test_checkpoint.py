@@ -8,7 +8,6 @@ import torch
 from streaming.errors import CheckpointError, StorageError
 from trainer import checkpoint
 from trainer.checkpoint import (
-    FolderCheckpointIO,
     checkpoint_uri,
     find,
     latest,
@@ -19,6 +18,7 @@ from trainer.checkpoint import (
     steps_of,
     verify,
 )
+from trainer.checkpoint_io import FolderCheckpointIO
 from trainer.config import Config, read_config
 
 

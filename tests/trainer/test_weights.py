@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from streaming.errors import CheckpointError, StorageError
 from trainer import checkpoint
 from trainer.backbone import Backbone, create_backbone
+from trainer.checkpoint_io import FolderCheckpointIO
 from trainer.config import Config, read_config
 from trainer.module import DinoModule
 from trainer.train import check_model
@@ -132,7 +133,7 @@ def test_a_checkpoint_of_ours_gives_student_teacher_and_heads_also_to_larger_cro
             parameter.normal_()
     uri = checkpoint.checkpoint_uri(config.run.out, 3)
     state = {"global_step": 3, "state_dict": first.state_dict()}
-    checkpoint.FolderCheckpointIO(config, "c0ffee").save_checkpoint(state, uri)
+    FolderCheckpointIO(config, "c0ffee").save_checkpoint(state, uri)
     larger = replace(
         config,
         augment=replace(config.augment, global_size=112),
@@ -153,7 +154,7 @@ def test_whether_weights_to_start_from_fit_is_told_without_reading_them(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = {"global_step": 3, "state_dict": DinoModule(config).state_dict()}
-    to_storage = checkpoint.FolderCheckpointIO(config, "c0ffee")
+    to_storage = FolderCheckpointIO(config, "c0ffee")
     to_storage.save_checkpoint(state, checkpoint.checkpoint_uri(config.run.out, 3))
     to_storage.wait()
     save_file(published(), tmp_path / "a.safetensors")

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from trainer import checkpoint
+from trainer.checkpoint_io import FolderCheckpointIO
 from trainer.config import read_config
 from trainer.module import DinoModule
 
@@ -19,7 +20,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A run as training leaves it, with random weights."""
     out = str(tmp_path_factory.mktemp("run"))
     config = read_config("debug", [*SMALL, "--run.out", out])
-    writer = checkpoint.FolderCheckpointIO(config, "0123")
+    writer = FolderCheckpointIO(config, "0123")
     state = {"state_dict": DinoModule(config).state_dict(), "global_step": 3}
     writer.save_checkpoint(state, checkpoint.checkpoint_uri(out, 3))
     writer.wait()

@@ -1,0 +1,106 @@
+"""Lightning's checkpoints, written while steps go on.
+
+Apart from `checkpoint`, because those who only read one need no Lightning, whose import takes five seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any, BinaryIO, cast
+
+import torch
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from streaming import storage
+from trainer import checkpoint
+from trainer.config import Config
+
+
+class _Hashing:
+    """A file that adds up what is written into it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.sha256, self.nbytes = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        self.nbytes += len(memoryview(data).cast("B"))
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+class FolderCheckpointIO(CheckpointIO):
+    """Lightning's way to storage, through this project's: `path` is a checkpoint's folder.
+
+    Saving returns at once and goes on in a thread, so what is saved must not be changed afterwards; one is under way at
+    most. Lightning's `AsyncCheckpointIO` queues without bound and tells of a failure one checkpoint late.
+    """
+
+    def __init__(self, config: Config, catalog: str) -> None:
+        self._config, self._catalog = config, catalog
+        self._options = config.data.storage_options
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._under_way: Future[None] | None = None
+        self.last_good: str | None = None
+        """The newest checkpoint that this process has written to its end."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Starts to write, once the one before is done.
+
+        Raises:
+            StorageError: the one before could not be written.
+        """
+        self.wait()
+        self._under_way = self._thread.submit(self._write, checkpoint, str(path))
+
+    def check(self) -> None:
+        """Raises what went wrong with a checkpoint that is done, without waiting for one that is not."""
+        if self._under_way is not None and self._under_way.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the checkpoint under way, and raises what went wrong with it."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def teardown(self) -> None:
+        """Lets the last checkpoint end."""
+        self._thread.shutdown(wait=True)
+
+    def _write(self, state: dict[str, Any], uri: str) -> None:
+        """Writes the state and the configuration, then the note that vouches for them, then removes what is too old."""
+        step, options = int(state["global_step"]), self._options
+        storage.remove(storage.join(uri, checkpoint.META), options)  # of a damaged one, passed over before
+        with storage.writing(storage.join(uri, checkpoint.STATE), options) as file:
+            hashing = _Hashing(file)
+            torch.save(state, cast(BinaryIO, hashing))
+        meta = checkpoint.Meta(
+            step=step,
+            next_index=step * self._config.train.batch,
+            catalog=self._catalog,
+            nbytes=hashing.nbytes,
+            sha256=hashing.sha256.hexdigest(),
+        )
+        note = json.dumps(asdict(meta), indent=1)
+        storage.write_bytes(storage.join(uri, checkpoint.CONFIG), self._config.to_yaml().encode(), options)
+        storage.write_bytes(storage.join(uri, checkpoint.META), note.encode(), options)
+        self.last_good = uri
+        run = self._config.run.out
+        # Later steps are not this run's, or damaged: they must not count among those that are kept.
+        until_now = [known for known in checkpoint.steps_of(run, options) if known <= step]
+        for old in until_now[: -self._config.train.keep_checkpoints]:
+            storage.remove(checkpoint.checkpoint_uri(run, old), options)
+
+    def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
+        """Reads the state; `weights_only` is always true."""
+        return checkpoint.load(str(path), self._options)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Removes a checkpoint's folder."""
+        storage.remove(str(path), self._options)
