@@ -38,7 +38,9 @@ class Counters:
     blocks: float = 0.0
     """compressed blocks decoded"""
     requests: float = 0.0
-    """byte ranges asked for, tries again by the storage library not counted (it does not tell)"""
+    """byte ranges asked for"""
+    retries: float = 0.0
+    """how often one of them was sent again: throttled, broken off, refused by a server in trouble"""
     nbytes: float = 0.0
     """bytes of those ranges"""
     staged_hits: float = 0.0

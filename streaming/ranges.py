@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -12,7 +13,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 import obstore
+from obstore.exceptions import GenericError
 from obstore.store import ObjectStore
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from streaming import counters, storage, stores
 from streaming.errors import SlideError
@@ -24,6 +27,27 @@ _in_flight = 32
 # So many ranges of a slide does one thread ask for, one after the other: a tile's are two, and to hand work from thread
 # to thread costs as much as the request.
 _A_TURN = 2
+
+# Errors that obstore has no class for pass: throttling, a server's fault, a lost connection, another range than wanted.
+# But what else a server says of a request (4xx), it would say again.
+_LASTING = re.compile(r"status code: 4(?!08|29)\d\d")
+# The object may end before the range does: is it still the one that was opened?
+_OUT_OF_RANGE = re.compile(r"Requested \d+\.\.\d+, got|status code: 416")
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether a request that failed so may succeed when it is sent again."""
+    return isinstance(error, GenericError) and not _LASTING.search(str(error))
+
+
+# Not obstore's own retries: it does not tell of them, and throttling would look like slow storage. For five minutes: a
+# tile that is given up because storage hangs for a while would make a run another one.
+_PATIENT = Retrying(
+    retry=retry_if_exception(_passes),
+    wait=wait_random_exponential(multiplier=0.1, max=15),
+    stop=stop_after_delay(300),
+    reraise=True,
+)
 
 Span = tuple[int, int]  # [start, end) in bytes
 
@@ -88,7 +112,7 @@ class RemoteRanges:
         self.size, self.tag = 0, tag or ""
         if not tag:
             with storage.storage_errors(uri):
-                meta = obstore.head(self._store, self._path)
+                meta = _PATIENT(obstore.head, self._store, self._path)
             self.size, self.tag = meta["size"], _object_tag(meta)
 
     def begin(self, spans: Sequence[Span]) -> Callable[[], list[bytes]]:
@@ -96,16 +120,32 @@ class RemoteRanges:
         _count(spans)
         pool = _requests()
         answers = [pool.submit(self._read, spans[at : at + _A_TURN]) for at in range(0, len(spans), _A_TURN)]
-        return lambda: [content for answer in answers for content in answer.result()]
 
-    def _read(self, spans: Sequence[Span]) -> list[bytes]:
-        return [self._get(start, end) for start, end in spans]
+        def wait() -> list[bytes]:
+            results = [answer.result() for answer in answers]
+            counters.mine().retries += sum(retries for _, retries in results)
+            return [content for contents, _ in results for content in contents]
+
+        return wait
+
+    def _read(self, spans: Sequence[Span]) -> tuple[list[bytes], int]:
+        """The bytes, and how often requests were sent again: the thread that waits for them counts that."""
+        contents, retries = list[bytes](), 0
+        with storage.storage_errors(self._uri), _under_way(self._uri):
+            for start, end in spans:
+                contents.append(_PATIENT(self._get, start, end))
+                retries += _PATIENT.statistics["attempt_number"] - 1  # of this thread
+        return contents, retries
 
     def _get(self, start: int, end: int) -> bytes:
-        with storage.storage_errors(self._uri), _under_way(self._uri):
+        try:
             answer = obstore.get(self._store, self._path, options={"range": (start, end)})
-            _same(self._uri, _object_tag(answer.meta), self.tag)
-            return _whole(self._uri, answer.bytes().to_bytes(), start, end)
+        except GenericError as error:
+            if _OUT_OF_RANGE.search(str(error)):
+                _same(self._uri, _object_tag(obstore.head(self._store, self._path)), self.tag)
+            raise
+        _same(self._uri, _object_tag(answer.meta), self.tag)
+        return _whole(self._uri, answer.bytes().to_bytes(), start, end)
 
 
 def open_ranges(uri: str, options: storage.StorageOptions | None = None, tag: str | None = None) -> Ranges | None:

@@ -18,6 +18,8 @@ from streaming.reader import Batch
 
 # A consumer that waits for less than this share of its time is what bounds the stream.
 _HARDLY = 0.1
+# Of the requests, sent again: more than what connections that are lost now and then come to.
+_THROTTLED = 0.02
 _KEPT_WAITS = 100_000
 
 
@@ -115,6 +117,7 @@ class TimeUse:
             "reader_ms_per_tile": self.totals["total_s"] / tiles * 1000,
             "fetch_bytes": float(self.totals["nbytes"]),
             "fetch_requests": float(self.totals["requests"]),
+            "fetch_retries": float(self.totals["retries"]),
             "staging_hits": float(self.totals["staged_hits"]),
             "staging_misses": float(self.totals["staged_misses"]),
             "wait_share": self.waited_s / wall_s if wall_s > 0 else 0.0,
@@ -137,8 +140,15 @@ class TimeUse:
         worst = max(groups, key=lambda group: groups[group])
         of_time = f"{groups[worst]:.0%} of reader time"
         misses = f"{self.totals['staged_misses']:,.0f} copies downloaded"
+        again = self.totals["retries"] / max(1.0, self.totals["requests"])
+        storage = f"storage: {of_time} is waiting for bytes; add readers or raise `requests_in_flight`"
+        if again > _THROTTLED:
+            storage = (
+                f"storage: {of_time} is waiting for bytes, and {again:.0%} of requests were sent again, as when it "
+                "throttles; lower `requests_in_flight`, spread the slides over more prefixes, or have its limit raised"
+            )
         return {
-            "storage": f"storage: {of_time} is waiting for bytes; add readers or raise `requests_in_flight`",
+            "storage": storage,
             "opening": f"opening slides: {of_time} ({misses}); it passes once all are open; where slides are staged, "
             "draw in windows (`universe.window`) or raise `staging_gb`",
             "decoding": f"decoding: {of_time} is making pixels; add readers on more cores, or take mpp nearer the "
@@ -161,7 +171,8 @@ class TimeUse:
         """What stands below the table, the bottleneck last."""
         tiles, total = max(1.0, self.totals["tiles"]), self.totals
         lines = [
-            f"storage: {total['requests']:,.0f} requests ({total['requests'] / tiles:.2f} a tile), "
+            f"storage: {total['requests']:,.0f} requests ({total['requests'] / tiles:.2f} a tile; "
+            f"{total['retries']:,.0f} sent again), "
             f"{total['nbytes'] / 1e6:,.1f} MB ({total['nbytes'] / tiles / 1000:.1f} KB a tile); staged copies: "
             f"{total['staged_hits']:,.0f} found, {total['staged_misses']:,.0f} downloaded"
         ]

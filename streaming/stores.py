@@ -13,7 +13,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from datetime import timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, cast
 
@@ -104,13 +103,12 @@ def store_environment() -> str:
 def object_store(bucket: str, storage_options: StorageOptions | None = None) -> ObjectStore:
     """The obstore store of a bucket, for ranged reads, with the same options and environment as `filesystem`'s.
 
-    Throttling (429, 503), timeouts and resets are tried again for five minutes, with backoff and jitter: a tile that is
-    given up because storage hangs for a while would make a run another one.
+    It tries nothing again: `ranges` does, and counts it.
     """
     options = dict(storage_options or {})
     protocol, name = bucket.split("://", 1)
     client: Any = {"allow_http": True, "connect_timeout": "5s", "timeout": f"{options.get('timeout_s', _TIMEOUT_S)}s"}
-    retry: Any = {"max_retries": 100, "retry_timeout": timedelta(seconds=300)}
+    retry: Any = {"max_retries": 0}
     if protocol in _HTTP:
         client["default_headers"] = dict(options.get("headers", {}))
         return HTTPStore.from_url(bucket, client_options=client, retry_config=retry)

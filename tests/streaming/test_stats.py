@@ -15,7 +15,7 @@ from rich.console import Console
 from streaming import cluster
 from streaming.catalog import Catalog
 from streaming.counters import Counters
-from streaming.metrics import METRICS, STAGES, export_wait, num_failed, stages_of
+from streaming.metrics import METRICS, STAGES, export_read, export_wait, num_failed, stages_of
 from streaming.plan import TilePlan
 from streaming.pulse import ReaderActor
 from streaming.reader import ReaderOptions, TileReader
@@ -44,6 +44,18 @@ def use(waited_s: float = 5.0, **seconds: float) -> TimeUse:
 )
 def test_the_bottleneck_is_named_with_its_remedy(seconds: dict[str, float], waited_s: float, named: str) -> None:
     assert re.search(named, use(waited_s, **seconds).bottleneck(10.0))
+
+
+def test_storage_that_throttles_is_named_with_its_remedy() -> None:
+    found = use(fetch=60, decode=40)
+    found.totals.update({"requests": 200, "retries": 3})
+    assert "add readers" in found.bottleneck(10.0)
+    found.totals.update({"retries": 3})
+    assert re.search(
+        "storage: 60% .* 3% of requests were sent again.*lower `requests_in_flight`", found.bottleneck(10.0)
+    )
+    assert found.numbers(10.0)["fetch_retries"] == 6
+    assert "200 requests (2.00 a tile; 6 sent again)" in found.lines(10.0)[0]
 
 
 def test_time_in_no_stage_is_shown_and_can_be_the_bottleneck() -> None:
@@ -117,6 +129,9 @@ def test_ray_s_endpoint_shows_what_readers_and_ranks_counted(catalog: str) -> No
     batches = ray.get([actor.__call__.remote({"index": np.arange(32) + 32 * i}) for i, actor in enumerate(actors)])
     for wait in (0.02, 0.2):
         export_wait(wait)
+    # Files need no second try: one that storage had made wait.
+    tried = {"stages": np.array([json.dumps({"retries": 3})]), "filtered": np.zeros(1), "failures": np.array([""])}
+    export_read(tried)
     total = Counter[str]()
     for batch in batches:
         total.update({name: value for name, value in stages_of(batch).items() if name != "ended_at"})
@@ -125,6 +140,7 @@ def test_ray_s_endpoint_shows_what_readers_and_ranks_counted(catalog: str) -> No
     wanted = {
         ("tilestream_tiles_total", ""): 64,
         ("tilestream_fetch_requests_total", ""): total["requests"],
+        ("tilestream_fetch_retries_total", ""): 3,
         ("tilestream_fetch_bytes_total", ""): total["nbytes"],
         ("tilestream_blocks_total", ""): total["blocks"],
         ("tilestream_tiles_replaced_total", "filtered"): filtered,

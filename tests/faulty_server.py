@@ -1,0 +1,132 @@
+"""A server of slides that throttles, breaks off, stalls and answers other ranges than were asked for, as it is told."""
+
+from __future__ import annotations
+
+import http.client
+import re
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+# What befalls the n-th ranged read: a status ("503", "429"), "reset", "half" (breaks off), "short" and "long" (a range
+# of another length), "stall", or "".
+Mood = Callable[[int], str]
+
+_DATE = "Tue, 24 Nov 2026 12:00:00 GMT"
+
+
+def in_turn(moods: Sequence[str]) -> Mood:
+    """These first, then none."""
+    return lambda n: moods[n - 1] if n <= len(moods) else ""
+
+
+class FaultyServer(ThreadingHTTPServer):
+    """Answers GET and HEAD as the S3 server at an address does, or with the same bytes at every address.
+
+    Its `mood` decides what becomes of each ranged read. A context manager.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, source: str | bytes, mood: Mood = lambda n: "", stall_s: float = 60) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.source, self.mood, self.stall_s = source, mood, stall_s
+        self.etag = '"first"'
+        self.asked = list[str]()
+        """methods, and ranges where there are"""
+        self.count, self.seen = 0, Counter[str]()
+        self._lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    @property
+    def num_faults(self) -> int:
+        return sum(count for mood, count in self.seen.items() if mood)
+
+    def __enter__(self) -> FaultyServer:
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def next_mood(self) -> str:
+        with self._lock:
+            self.count += 1
+            mood = self.mood(self.count)
+            self.seen[mood] += 1
+            return mood
+
+    def answer(self, command: str, path: str, headers: Mapping[str, str]) -> tuple[int, Mapping[str, str], bytes]:
+        """What the source says: status, headers, content."""
+        if isinstance(self.source, bytes):
+            return self._of_bytes(self.source, headers.get("Range"))
+        parts = urlsplit(self.source)
+        upstream = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=60)
+        upstream.request(command, path, headers=dict(headers))
+        answer = upstream.getresponse()
+        own = ("connection", "transfer-encoding", "server", "date")
+        found = answer.status, {name: value for name, value in answer.getheaders() if name.lower() not in own}
+        content = answer.read()
+        upstream.close()
+        return *found, content
+
+    def _of_bytes(self, content: bytes, wanted: str | None) -> tuple[int, dict[str, str], bytes]:
+        headers = {"ETag": self.etag, "Last-Modified": _DATE}
+        if wanted is None:
+            return 200, {**headers, "Content-Length": str(len(content))}, content
+        start, end = (int(part) for part in wanted.removeprefix("bytes=").split("-"))
+        part = content[start : end + 1]
+        headers["Content-Range"] = f"bytes {start}-{start + len(part) - 1}/{len(content)}"
+        return 206, {**headers, "Content-Length": str(len(part))}, part
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that has given up is no news."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FaultyServer
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        wanted = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        self.server.asked.append(wanted[0] if wanted else self.command)
+        mood = self.server.next_mood() if wanted else ""
+        if mood == "stall":
+            time.sleep(self.server.stall_s)
+        if mood == "reset":
+            # A close that says reset: unsent data is thrown away.
+            self.connection.setsockopt(1, 13, struct.pack("ii", 1, 0))
+            self.connection.close()
+            self.close_connection = True
+            return
+        if mood.isdigit():
+            self.send_response(int(mood))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        # Clients write it in capitals or not.
+        headers = {name: value for name, value in self.headers.items() if name.lower() != "range"}
+        if wanted:
+            headers["Range"] = f"bytes={wanted[1]}-{int(wanted[2]) + {'short': -7, 'long': 7}.get(mood, 0)}"
+        status, headers, content = self.server.answer(self.command, self.path, headers)
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.close_connection = mood == "half"
+            self.wfile.write(content[: len(content) // 2] if mood == "half" else content)
