@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import obstore
 from obstore.exceptions import GenericError
@@ -22,6 +23,9 @@ from streaming.errors import SlideError
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta  # there is none at run time
+
+T = TypeVar("T")
+Span = tuple[int, int]  # [start, end) in bytes
 
 _in_flight = 32
 # So many ranges of a slide does one thread ask for, one after the other: a tile's are two, and to hand work from thread
@@ -49,7 +53,16 @@ _PATIENT = Retrying(
     reraise=True,
 )
 
-Span = tuple[int, int]  # [start, end) in bytes
+
+def _patiently(ask: Callable[..., T], *arguments: Any) -> tuple[T, int]:
+    """What a request brings, and how often it was sent again."""
+    try:
+        return ask(*arguments), 0  # past tenacity: a tenth of a request's time
+    except GenericError as error:
+        if not _passes(error):
+            raise
+    time.sleep(random.uniform(0, 0.1))
+    return _PATIENT(ask, *arguments), _PATIENT.statistics["attempt_number"]  # of this thread
 
 
 class Ranges(Protocol):
@@ -112,7 +125,7 @@ class RemoteRanges:
         self.size, self.tag = 0, tag or ""
         if not tag:
             with storage.storage_errors(uri):
-                meta = _PATIENT(obstore.head, self._store, self._path)
+                meta, _ = _patiently(obstore.head, self._store, self._path)
             self.size, self.tag = meta["size"], _object_tag(meta)
 
     def begin(self, spans: Sequence[Span]) -> Callable[[], list[bytes]]:
@@ -133,8 +146,9 @@ class RemoteRanges:
         contents, retries = list[bytes](), 0
         with storage.storage_errors(self._uri), _under_way(self._uri):
             for start, end in spans:
-                contents.append(_PATIENT(self._get, start, end))
-                retries += _PATIENT.statistics["attempt_number"] - 1  # of this thread
+                content, again = _patiently(self._get, start, end)
+                contents.append(content)
+                retries += again
         return contents, retries
 
     def _get(self, start: int, end: int) -> bytes:
