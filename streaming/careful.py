@@ -12,6 +12,7 @@ from typing import Any
 
 from ray.cloudpickle import cloudpickle
 
+from streaming import storage
 from streaming.catalog import Catalog
 from streaming.errors import SlideError, StorageError, StreamError
 from streaming.slide import Slide, Staging
@@ -102,7 +103,7 @@ def _serve(connection: Connection, content: bytes) -> None:
             return
         try:
             if row not in slides:
-                slides[row] = catalog.open_slide(row, options, staging)
+                slides[row] = storage.PATIENT(catalog.open_slide, row, options, staging)
             connection.send(slides[row].read_tile(x, y, mpp, size))
         except (SlideError, StorageError) as error:
             connection.send(error)

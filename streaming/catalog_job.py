@@ -93,14 +93,14 @@ def inspect(
     Its block index is written to the catalog at `out`.
     """
     try:
-        slide = open_slide(info.uri, options, mpp=mpp, expected=info, staging=staging)
+        slide = storage.PATIENT(open_slide, info.uri, options, mpp=mpp, expected=info, staging=staging)
         try:
             grid = tissue_grid(slide)
             if not grid.fraction.any():
                 return Rejected(info.uri, info.size, info.version, "no tissue found")
             if slide.packed_index and out is not None:
                 uri = storage.join(out, cat.BLOCKS, cat.index_name(info))
-                storage.write_bytes(uri, slide.packed_index, options)
+                storage.PATIENT(storage.write_bytes, uri, slide.packed_index, options)
             return Inspected(cat.describe(slide, info, grid), grid)
         finally:
             slide.close()

@@ -3,6 +3,7 @@
 TilestreamError            everything a user can act on; the command line prints it as one line and exits 2
 ├── ConfigError            a configuration or argument that makes no sense (also a ValueError)
 ├── StorageError           a file, bucket or object that can't be reached, read or written
+│   └── UnreachableError   one that may be reached later: the storage throttles, is in trouble, or does not answer
 ├── SlideError             a slide that can't be opened or decoded, or has no usable mpp
 ├── CatalogError           no catalog, an empty one, or one of another version
 ├── PlanError              a catalog that can't give the tiles that the plan asks for
@@ -28,6 +29,10 @@ class ConfigError(TilestreamError, ValueError):
 
 class StorageError(TilestreamError):
     """A file, bucket or object that can't be reached, read or written."""
+
+
+class UnreachableError(StorageError):
+    """Storage that throttles, is in trouble, or does not answer: it may do so later."""
 
 
 class SlideError(TilestreamError):

@@ -8,6 +8,7 @@ import random
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -16,10 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import obstore
 from obstore.exceptions import GenericError
 from obstore.store import ObjectStore
-from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from streaming import counters, storage, stores
-from streaming.errors import SlideError
+from streaming.errors import SlideError, StorageError
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta  # there is none at run time
@@ -31,6 +31,9 @@ _in_flight = 32
 # So many ranges of a slide does one thread ask for, one after the other: a tile's are two, and to hand work from thread
 # to thread costs as much as the request.
 _A_TURN = 2
+# A whole object comes in parts of so many bytes, so many at once: so small that all requests of a reader end within the
+# time-out of one, on a line of 2 MB/s.
+_PART, _PARTS = 2**20, 16
 
 # Errors that obstore has no class for pass: throttling, a server's fault, a lost connection, another range than wanted.
 # But what else a server says of a request (4xx), it would say again.
@@ -44,14 +47,8 @@ def _passes(error: BaseException) -> bool:
     return isinstance(error, GenericError) and not _LASTING.search(str(error))
 
 
-# Not obstore's own retries: it does not tell of them, and throttling would look like slow storage. For five minutes: a
-# tile that is given up because storage hangs for a while would make a run another one.
-_PATIENT = Retrying(
-    retry=retry_if_exception(_passes),
-    wait=wait_random_exponential(multiplier=0.1, max=15),
-    stop=stop_after_delay(300),
-    reraise=True,
-)
+# Not obstore's own retries: it does not tell of them, and throttling would look like slow storage.
+_PATIENT = storage.patient(_passes)
 
 
 def _patiently(ask: Callable[..., T], *arguments: Any) -> tuple[T, int]:
@@ -181,6 +178,38 @@ def read_range(ranges: Ranges, start: int, end: int) -> bytes:
         StorageError, SlideError: as `Ranges.begin`.
     """
     return ranges.begin([(start, end)])()[0]
+
+
+def download(info: storage.ObjectInfo, path: str, options: storage.StorageOptions | None = None) -> None:
+    """Copies an object to a local file, whole or not at all: in parts, some at once, all of one version.
+
+    Raises:
+        StorageError: it can't be read, there is no room, or it has another size than expected.
+        SlideError: it changes meanwhile.
+    """
+    with storage.storage_errors(info.uri), storage.whole_file(path) as temporary:
+        ranges = open_ranges(info.uri, options)
+        if ranges is None:
+            fs, remote = stores.filesystem(info.uri, options)
+            fs.get_file(remote, temporary)
+            size = os.path.getsize(temporary)
+        else:
+            size = ranges.size
+        if size != info.size:
+            raise StorageError(f"{info.uri}: has {size:,} of {info.size:,} bytes; try again, or upload it anew")
+        if ranges is not None:
+            _write_parts(ranges, temporary)
+
+
+def _write_parts(ranges: Ranges, path: str) -> None:
+    coming = deque[Callable[[], list[bytes]]]()
+    with open(path, "wb") as file:
+        for start in range(0, ranges.size, _PART):
+            coming.append(ranges.begin([(start, min(start + _PART, ranges.size))]))
+            if len(coming) > _PARTS:
+                file.writelines(coming.popleft()())
+        for answer in coming:
+            file.writelines(answer())
 
 
 def _count(spans: Sequence[Span]) -> None:

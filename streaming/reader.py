@@ -21,7 +21,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from streaming import counters, ranges
+from streaming import counters, ranges, storage
 from streaming.careful import CarefulPool
 from streaming.catalog import Catalog
 from streaming.counters import Counters, counting
@@ -60,7 +60,7 @@ class ReaderOptions:
 
 
 class SlidePool(Generic[Key]):
-    """Slides kept open; what can't be opened is not tried again. Safe to use from several threads.
+    """Slides kept open; what is no slide is not tried again. Safe to use from several threads.
 
     Of slides that OpenSlide serves, the least recently used one is let go of for the next; others hold nothing open.
     """
@@ -104,6 +104,8 @@ class SlidePool(Generic[Key]):
         opened = self._opened(key)
         error = opened.exception()
         if error is not None:
+            if isinstance(error, StorageError):
+                self._forget(key)  # it may be reached later
             # Another one each time: raised again and again, the same would gather tracebacks without end.
             raise type(error)(*error.args)
         slide = opened.result()
@@ -167,7 +169,8 @@ class TileReader:
             return self._totals.as_dict()
 
     def _open(self, row: int) -> Slide:
-        return self._catalog.open_slide(row, self._options.storage_options, self._options.staging)
+        options = self._options
+        return storage.PATIENT(self._catalog.open_slide, row, options.storage_options, options.staging)
 
     def __call__(self, batch: Batch, *, careful: bool = False) -> Batch:
         """Reads the tiles of `batch["index"]`, int64 (n,).

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import os
@@ -24,12 +25,32 @@ import pyarrow.parquet as pq
 from botocore.exceptions import BotoCoreError, ClientError
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from streaming.errors import StorageError
+from streaming.errors import StorageError, UnreachableError
 from streaming.stores import StorageOptions, filesystem, settings_of
 
 # Packages behind fsspec's, which may not be installed: their errors are known by where they come from.
 _FOREIGN = ("aiohttp", "azure", "gcsfs", "google")
+# What s3fs makes of a server that throttles (429 and 503) or is in trouble.
+_IN_TROUBLE = (errno.EBUSY, errno.EIO, getattr(errno, "EREMOTEIO", errno.EIO))
+
+
+def patient(passes: Callable[[BaseException], bool]) -> Retrying:
+    """Tries again for five minutes what fails by an error that passes, with backoff and jitter (AWS's advice).
+
+    So long, because a tile that is given up while storage hangs would make a run another one.
+    """
+    return Retrying(
+        retry=retry_if_exception(passes),
+        wait=wait_random_exponential(multiplier=0.1, max=15),
+        stop=stop_after_delay(300),
+        reraise=True,
+    )
+
+
+PATIENT = patient(lambda error: isinstance(error, UnreachableError))
+"""`PATIENT(function, *arguments)` calls it again while storage can't be reached: an outage must not end a job."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +94,7 @@ def name_of(uri: str) -> str:
 
 @contextlib.contextmanager
 def storage_errors(uri: str) -> Generator[None]:
-    """Turns what the storage libraries raise into a StorageError with the remedy."""
+    """Turns what storage libraries raise into a StorageError with the remedy: an UnreachableError if it may pass."""
     try:
         yield
     except StorageError:
@@ -91,13 +112,15 @@ def storage_errors(uri: str) -> Generator[None]:
         raise StorageError(f"{uri}: {text}; check {settings_of(uri)} and the network") from error
     except (BotoCoreError, ClientError) as error:
         text = " ".join(str(error).split())
-        remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or storage_options"
-        if "credentials" not in text.lower():
-            remedy = "check AWS_ENDPOINT_URL, AWS_REGION and the network"
-        raise StorageError(f"{uri}: {text}; {remedy}") from error
+        if "credentials" in text.lower():
+            remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or storage_options"
+            raise StorageError(f"{uri}: {text}; {remedy}") from error
+        raise UnreachableError(f"{uri}: {text}; check AWS_ENDPOINT_URL, AWS_REGION and the network") from error
     except (OSError, ConnectionError, TimeoutError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
-        raise StorageError(f"{uri}: {text}; check that the storage answers and has room") from error
+        passes = isinstance(error, (ConnectionError, TimeoutError)) or error.errno in _IN_TROUBLE
+        kind = UnreachableError if passes and not is_local(uri) else StorageError
+        raise kind(f"{uri}: {text}; check that the storage answers and has room") from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in _FOREIGN:
             raise
@@ -292,21 +315,6 @@ def written_file(uri: Callable[[], str], storage_options: StorageOptions | None 
                 return
             with whole_file(remote) as temporary:
                 shutil.move(path, temporary)
-
-
-def download(info: ObjectInfo, path: str, storage_options: StorageOptions | None = None) -> None:
-    """Copies an object to a local file, whole or not at all.
-
-    Raises:
-        StorageError: it can't be read, there is no room, or it has another size than expected.
-    """
-    with storage_errors(info.uri):
-        fs, remote = filesystem(info.uri, storage_options)
-        with whole_file(path) as temporary:
-            fs.get_file(remote, temporary)
-            size = os.path.getsize(temporary)
-            if size != info.size:
-                raise StorageError(f"{info.uri}: got {size:,} of {info.size:,} bytes; try again, or upload it anew")
 
 
 def remove(uri: str, storage_options: StorageOptions | None = None) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
-# What befalls the n-th ranged read: a status ("503", "429"), "reset", "half" (breaks off), "short" and "long" (a range
+# What befalls the n-th request: a status ("503", "429"), "reset", "half" (breaks off), "short" and "long" (a range
 # of another length), "stall", or "".
 Mood = Callable[[int], str]
 
@@ -25,16 +25,18 @@ def in_turn(moods: Sequence[str]) -> Mood:
 
 
 class FaultyServer(ThreadingHTTPServer):
-    """Answers GET and HEAD as the S3 server at an address does, or with the same bytes at every address.
+    """Answers as the S3 server at an address does, or with the same bytes at every address.
 
-    Its `mood` decides what becomes of each ranged read. A context manager.
+    Its `mood` decides what becomes of each ranged read, or of each request if it befalls them all. A context manager.
     """
 
     daemon_threads = True
 
-    def __init__(self, source: str | bytes, mood: Mood = lambda n: "", stall_s: float = 60) -> None:
+    def __init__(
+        self, source: str | bytes, mood: Mood = lambda n: "", *, stall_s: float = 60, befalls_all: bool = False
+    ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.source, self.mood, self.stall_s = source, mood, stall_s
+        self.source, self.mood, self.stall_s, self.befalls_all = source, mood, stall_s, befalls_all
         self.etag = '"first"'
         self.asked = list[str]()
         """methods, and ranges where there are"""
@@ -64,13 +66,15 @@ class FaultyServer(ThreadingHTTPServer):
             self.seen[mood] += 1
             return mood
 
-    def answer(self, command: str, path: str, headers: Mapping[str, str]) -> tuple[int, Mapping[str, str], bytes]:
+    def answer(
+        self, command: str, path: str, headers: Mapping[str, str], content: bytes
+    ) -> tuple[int, Mapping[str, str], bytes]:
         """What the source says: status, headers, content."""
         if isinstance(self.source, bytes):
             return self._of_bytes(self.source, headers.get("Range"))
         parts = urlsplit(self.source)
         upstream = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=60)
-        upstream.request(command, path, headers=dict(headers))
+        upstream.request(command, path, content or None, dict(headers))
         answer = upstream.getresponse()
         own = ("connection", "transfer-encoding", "server", "date")
         found = answer.status, {name: value for name, value in answer.getheaders() if name.lower() not in own}
@@ -98,13 +102,11 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *arguments: object) -> None:
         pass
 
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
     def do_GET(self) -> None:
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         wanted = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         self.server.asked.append(wanted[0] if wanted else self.command)
-        mood = self.server.next_mood() if wanted else ""
+        mood = self.server.next_mood() if wanted or self.server.befalls_all else ""
         if mood == "stall":
             time.sleep(self.server.stall_s)
         if mood == "reset":
@@ -122,11 +124,13 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name: value for name, value in self.headers.items() if name.lower() != "range"}
         if wanted:
             headers["Range"] = f"bytes={wanted[1]}-{int(wanted[2]) + {'short': -7, 'long': 7}.get(mood, 0)}"
-        status, headers, content = self.server.answer(self.command, self.path, headers)
+        status, headers, content = self.server.answer(self.command, self.path, headers, content)
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.close_connection = mood == "half"
             self.wfile.write(content[: len(content) // 2] if mood == "half" else content)
+
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET

@@ -56,7 +56,7 @@ class FolderCheckpointIO(CheckpointIO):
             StorageError: the one before could not be written.
         """
         self.wait()
-        self._under_way = self._thread.submit(self._write, checkpoint, str(path))
+        self._under_way = self._thread.submit(storage.PATIENT, self._write, checkpoint, str(path))
 
     def check(self) -> None:
         """Raises what went wrong with a checkpoint that is done, without waiting for one that is not."""
@@ -99,7 +99,7 @@ class FolderCheckpointIO(CheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
         """Reads the state; `weights_only` is always true."""
-        return checkpoint.load(str(path), self._options)
+        return storage.PATIENT(checkpoint.load, str(path), self._options)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Removes a checkpoint's folder."""

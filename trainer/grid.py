@@ -108,7 +108,8 @@ class GridReader:
 
     def _open(self, number: int) -> Slide:
         info = self._slides[number]
-        return open_slide(info.uri, self._storage_options, mpp=self._grid.slide_mpp, expected=info)
+        mpp = self._grid.slide_mpp
+        return storage.PATIENT(open_slide, info.uri, self._storage_options, mpp=mpp, expected=info)
 
     def __call__(self, batch: Batch) -> Batch:
         """The rows of a plan with `tile` uint8 (n, size, size, 3), black where there is a reason."""

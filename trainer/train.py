@@ -260,7 +260,9 @@ def _worker(loop: _Loop) -> None:
     config = loop.config
     rank = ray.train.get_context().get_world_rank()
     # One looks where the run stands, so that no two can see different checkpoints; the driver has compared recipes.
-    found = (*resume_point(config, loop.catalog, force=True), uuid.uuid4().hex) if rank == 0 else None
+    found = None
+    if rank == 0:
+        found = *storage.PATIENT(resume_point, config, loop.catalog, force=True), uuid.uuid4().hex
     start, resume, generation = cast(
         "tuple[int, str | None, str]", ray.train.collective.broadcast_from_rank_zero(found)
     )

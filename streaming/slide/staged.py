@@ -25,7 +25,7 @@ import numpy as np
 import openslide
 from filelock import FileLock
 
-from streaming import counters, storage
+from streaming import counters, ranges, storage
 from streaming.errors import NodeError, SlideError, StorageError
 from streaming.slide import geometry
 from streaming.slide.geometry import Pixels
@@ -59,7 +59,7 @@ class Staging:
 
         Raises:
             StorageError: it can't be read, or is larger than the whole cache.
-            SlideError: one of `files` has changed.
+            SlideError: it, or one of `files`, has changed.
             NodeError: the disk has no room for it.
         """
         entry = Path(self.folder, info.digest[:32])
@@ -155,7 +155,7 @@ def _download_all(
     part = Path(f"{entry}.part-{uuid.uuid4().hex[:8]}")
     try:
         for file in files or [info]:
-            storage.download(file, str(part / relative_name(file, info)), options)
+            ranges.download(file, str(part / relative_name(file, info)), options)
         for file in files:
             if storage.stat(file.uri, options) != file:
                 raise SlideError(f"{file.uri}: changed while it was copied; run `tilestream catalog` on it again")

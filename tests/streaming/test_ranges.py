@@ -1,12 +1,16 @@
 """Ranged reads from a server that throttles, breaks off, refuses, or changes what it serves."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from streaming import storage
+from streaming.counters import counting
 from streaming.errors import SlideError, StorageError
-from streaming.ranges import LocalRanges, RangeFile, RemoteRanges, open_ranges, read_range
+from streaming.ranges import LocalRanges, RangeFile, RemoteRanges, download, open_ranges, read_range
 from tests.faulty_server import FaultyServer, in_turn
 
 CONTENT = bytes(range(256)) * 1000
@@ -106,3 +110,35 @@ def test_a_file_over_ranges_reads_as_a_file_does(tmp_path: Path) -> None:
             assert mine.tell() == theirs.tell()
     with pytest.raises(SlideError, match="ends after 0 of the 10 bytes"):
         read_range(ranges, len(CONTENT) * 5, len(CONTENT) * 5 + 10)
+
+
+@pytest.mark.parametrize("moods", [[], ["half", "503", "reset", "", "short", "429"]])
+def test_a_download_is_the_object_whatever_befalls_its_parts(
+    server: FaultyServer, moods: list[str], tmp_path: Path
+) -> None:
+    server.source = np.random.default_rng(0).bytes(20 * 2**20 + 7)
+    info = storage.stat(f"{server.url}/a.svs")
+    server.mood = in_turn(moods)
+    with counting() as counted:
+        download(info, str(tmp_path / "copy"))
+    assert (tmp_path / "copy").read_bytes() == server.source
+    assert (counted.requests, counted.nbytes, counted.retries) == (21, info.size, server.num_faults)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_download_that_can_t_be_whole_leaves_nothing(server: FaultyServer, tmp_path: Path) -> None:
+    info, path = storage.stat(f"{server.url}/a.svs"), str(tmp_path / "copy")
+    with pytest.raises(StorageError, match="has 256,000 of 256,001 bytes"):
+        download(replace(info, size=info.size + 1), path)
+
+    def change(n: int) -> str:
+        server.etag = '"second"'
+        return ""
+
+    server.mood = change
+    with pytest.raises(SlideError, match="changed since"):
+        download(info, path)
+    server.mood = lambda n: "403"
+    with pytest.raises(StorageError, match="access denied"):
+        download(info, path)
+    assert not list(tmp_path.iterdir())

@@ -1,19 +1,24 @@
 """Storage that throttles, resets, stalls or answers wrong lengths costs no tile; an undisturbed run is the oracle."""
 
 import os
+import time
 from pathlib import Path
 
 import boto3
 import numpy as np
 import pytest
 
-from streaming.catalog import Catalog
+from streaming import storage
+from streaming.catalog import Catalog, merge, part_of, write
+from streaming.catalog_job import inspect
 from streaming.plan import TilePlan
 from streaming.reader import ReaderOptions
+from streaming.slide import Staging
 from streaming.stats import FailureBudget, TimeUse
 from streaming.stream import BatchShape, TileStream, step_digest
 from tests.conftest import write_catalog
 from tests.faulty_server import FaultyServer, Mood
+from tests.tiff_files import TiffSlide, write_tiff
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +29,15 @@ def s3_catalog(s3_bucket: str, slides: list[Path], tmp_path_factory: pytest.Temp
     return write_catalog(tmp_path_factory.mktemp("s3"), [f"{s3_bucket}/faults/{path.name}" for path in slides])
 
 
-def read(catalog: str, endpoint: str, **options: object) -> tuple[list[str], float]:
-    """Digests of some steps, and how many requests were sent again for them."""
-    loaded = Catalog.load(catalog)
-    reader = ReaderOptions(storage_options={"endpoint_url": endpoint, **options})
-    stream = TileStream(loaded, TilePlan(loaded, mpp={0.5: 1}, size=32), BatchShape(16), reader=reader)
+def make_stream(catalog: str, staging: Path | None = None, **options: object) -> TileStream:
+    kept = Staging(folder=str(staging)) if staging else Staging()
+    loaded = Catalog.load(catalog, options, kept)
+    reader = ReaderOptions(storage_options=options, staging=kept)
+    return TileStream(loaded, TilePlan(loaded, mpp={0.5: 1}, size=32), BatchShape(16), reader=reader)
+
+
+def read(stream: TileStream) -> tuple[list[str], float]:
+    """Digests of some steps, none of whose tiles failed, and how many requests were sent again for them."""
     budget, use, found = FailureBudget(1.0), TimeUse(), []
     for batch in stream.local_batches(0, 6):
         found.append(step_digest([{name: np.asarray(column) for name, column in batch.items()}]))
@@ -40,7 +49,7 @@ def read(catalog: str, endpoint: str, **options: object) -> tuple[list[str], flo
 
 @pytest.fixture(scope="module")
 def undisturbed(s3_catalog: str) -> list[str]:
-    digests, retries = read(s3_catalog, os.environ["AWS_ENDPOINT_URL"])
+    digests, retries = read(make_stream(s3_catalog))
     assert retries == 0
     return digests
 
@@ -58,27 +67,56 @@ def test_throttling_and_resets_cost_no_tile_and_are_counted(
     s3_catalog: str, undisturbed: list[str], mood: Mood
 ) -> None:
     with FaultyServer(os.environ["AWS_ENDPOINT_URL"], mood) as server:
-        assert read(s3_catalog, server.url) == (undisturbed, server.num_faults)
+        assert read(make_stream(s3_catalog, endpoint_url=server.url)) == (undisturbed, server.num_faults)
         assert server.num_faults > 5
 
 
 @pytest.mark.parametrize("mood", ["half", "short", "long"])
 def test_answers_of_a_wrong_length_cost_no_tile(s3_catalog: str, undisturbed: list[str], mood: str) -> None:
     with FaultyServer(os.environ["AWS_ENDPOINT_URL"], lambda n: mood if n % 7 == 0 else "") as server:
-        assert read(s3_catalog, server.url) == (undisturbed, server.num_faults)
+        assert read(make_stream(s3_catalog, endpoint_url=server.url)) == (undisturbed, server.num_faults)
         assert server.num_faults > 5
 
 
 def test_a_request_that_stalls_is_sent_anew_long_before_the_stall_ends(s3_catalog: str, undisturbed: list[str]) -> None:
     # If the reader waited for the stall, the test's time limit would end it.
     with FaultyServer(os.environ["AWS_ENDPOINT_URL"], lambda n: "stall" if n in (3, 30) else "", stall_s=600) as server:
-        assert read(s3_catalog, server.url, timeout_s=2) == (undisturbed, 2)
+        assert read(make_stream(s3_catalog, endpoint_url=server.url, timeout_s=2)) == (undisturbed, 2)
         assert server.num_faults == 2
+
+
+@pytest.fixture(scope="module")
+def all_on_s3(s3_bucket: str, s3_catalog: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A catalog on S3, with the slides of the other one and two that only OpenSlide reads, from staged copies."""
+    folder, catalog = tmp_path_factory.mktemp("all_on_s3"), f"{s3_bucket}/faults/catalog"
+    made = TiffSlide(width=512, height=512, downsamples=(1, 2), compression="deflate", empty=((1, 0),))
+    uris = Catalog.load(s3_catalog).slides()
+    for i in range(2):
+        uris.append(f"{s3_bucket}/faults/staged{i}.svs")
+        storage.write_bytes(uris[-1], write_tiff(made, folder / "painted.svs").read_bytes())
+    found = [inspect(storage.stat(uri), 0.5, None, Staging(folder=str(folder)), catalog) for uri in uris]
+    assert [one.row.backend for one in found].count("openslide") == 2
+    write(catalog, *merge([part_of(found)], None), None)
+    return catalog
+
+
+@pytest.mark.parametrize("mood", ["503", "429", "reset"])
+def test_storage_that_is_down_while_slides_are_opened_costs_no_tile(all_on_s3: str, tmp_path: Path, mood: str) -> None:
+    undisturbed, _ = read(make_stream(all_on_s3, tmp_path / "undisturbed"))
+    # A library's own tries end sooner than the outage.
+    options = {"config_kwargs": {"retries": {"max_attempts": 1}}}
+    with FaultyServer(os.environ["AWS_ENDPOINT_URL"], befalls_all=True) as server:
+        stream = make_stream(all_on_s3, tmp_path / "copies", endpoint_url=server.url, **options)
+        assert stream.plan[0].size == 32, "the tissue is here"
+        back = time.monotonic() + 4
+        server.mood = lambda n: mood if time.monotonic() < back else ""
+        assert read(stream)[0] == undisturbed
+        assert server.num_faults > 10
 
 
 @pytest.mark.slow
 @pytest.mark.long
 def test_storage_that_stands_still_for_a_minute_costs_no_tile(s3_catalog: str, undisturbed: list[str]) -> None:
     with FaultyServer(os.environ["AWS_ENDPOINT_URL"], lambda n: "stall" if n < 200 else "", stall_s=60) as server:
-        assert read(s3_catalog, server.url) == (undisturbed, server.num_faults)
+        assert read(make_stream(s3_catalog, endpoint_url=server.url)) == (undisturbed, server.num_faults)
         assert server.num_faults > 30

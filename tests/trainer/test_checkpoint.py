@@ -1,4 +1,5 @@
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 from streaming.errors import CheckpointError, StorageError
+from tests.faulty_server import FaultyServer
 from trainer import checkpoint
 from trainer.checkpoint import (
     checkpoint_uri,
@@ -149,5 +151,18 @@ def test_saving_goes_on_behind_and_tells_of_its_failure_at_the_next_look(config:
 def test_a_checkpoint_goes_to_an_object_store_in_pieces_and_comes_back(config: Config, s3_bucket: str) -> None:
     config = replace(config, run=replace(config.run, out=f"{s3_bucket}/checkpointed"))
     uri = save(config, 7)
+    verify(uri)
+    assert torch.equal(load(uri)["state_dict"]["weight"], torch.arange(4.0))
+
+
+def test_storage_that_is_down_for_a_while_costs_no_checkpoint(config: Config, s3_bucket: str) -> None:
+    with FaultyServer(os.environ["AWS_ENDPOINT_URL"], befalls_all=True) as server:
+        # The library's own tries end sooner than the outage.
+        options = {"endpoint_url": server.url, "config_kwargs": {"retries": {"max_attempts": 1}}}
+        data, run = replace(config.data, storage_options=options), replace(config.run, out=f"{s3_bucket}/outage")
+        back = time.monotonic() + 3
+        server.mood = lambda n: "503" if time.monotonic() < back else ""
+        uri = save(replace(config, run=run, data=data), 7)
+        assert server.num_faults > 1
     verify(uri)
     assert torch.equal(load(uri)["state_dict"]["weight"], torch.arange(4.0))
