@@ -218,7 +218,7 @@ def build_catalog(
         for rows in _inspected(todo, rejected, options, staging, storage.canonical(out)):
             tables.append(cat.part_of(rows))
             part = f"{int(time.time() * 1000)}-{uuid.uuid4().hex[:8]}.parquet"
-            storage.write_table(storage.join(out, cat.PARTS, part), tables[-1], options)
+            storage.PATIENT(storage.write_table, storage.join(out, cat.PARTS, part), tables[-1], options)
     table, grids = cat.merge(tables, tissue)
     unmatched = 0
     if metadata:

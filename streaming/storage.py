@@ -299,7 +299,7 @@ def whole_file(path: str) -> Generator[str]:
 def written_file(uri: Callable[[], str], storage_options: StorageOptions | None = None) -> Generator[str]:
     """A local path to write a large object to, which appears whole under its address when the block ends well.
 
-    The address is asked for at the end, so that it may tell the content.
+    The address is asked for at the end, so that it may tell the content. Storage that can't be reached is waited for.
 
     Raises:
         StorageError: it can't be written.
@@ -307,14 +307,17 @@ def written_file(uri: Callable[[], str], storage_options: StorageOptions | None 
     with tempfile.TemporaryDirectory(prefix="tilestream-") as folder:
         path = os.path.join(folder, "file")
         yield path
-        target = uri()
-        with storage_errors(target):
-            fs, remote = filesystem(target, storage_options)
-            if not isinstance(fs, LocalFileSystem):
-                fs.put_file(path, remote)
-                return
-            with whole_file(remote) as temporary:
-                shutil.move(path, temporary)
+        PATIENT(_put, path, uri(), storage_options)
+
+
+def _put(path: str, uri: str, storage_options: StorageOptions | None) -> None:
+    with storage_errors(uri):
+        fs, remote = filesystem(uri, storage_options)
+        if not isinstance(fs, LocalFileSystem):
+            fs.put_file(path, remote)
+            return
+        with whole_file(remote) as temporary:
+            shutil.move(path, temporary)
 
 
 def remove(uri: str, storage_options: StorageOptions | None = None) -> None:

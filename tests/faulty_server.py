@@ -24,6 +24,12 @@ def in_turn(moods: Sequence[str]) -> Mood:
     return lambda n: moods[n - 1] if n <= len(moods) else ""
 
 
+def down(mood: str, seconds: float) -> Mood:
+    """All requests from now on, for a time."""
+    back = time.monotonic() + seconds
+    return lambda n: mood if time.monotonic() < back else ""
+
+
 class FaultyServer(ThreadingHTTPServer):
     """Answers as the S3 server at an address does, or with the same bytes at every address.
 

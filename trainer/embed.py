@@ -201,7 +201,7 @@ class Job:
                 written += len(piece["x"])
             assert written == geometry.num_tiles, "each tile comes once"
         if note := self.note(info):
-            storage.write_bytes(note, self.settings.encode(), self.stores)
+            storage.PATIENT(storage.write_bytes, note, self.settings.encode(), self.stores)
         return written
 
 

@@ -1,7 +1,6 @@
 """Storage that throttles, resets, stalls or answers wrong lengths costs no tile; an undisturbed run is the oracle."""
 
 import os
-import time
 from pathlib import Path
 
 import boto3
@@ -17,8 +16,11 @@ from streaming.slide import Staging
 from streaming.stats import FailureBudget, TimeUse
 from streaming.stream import BatchShape, TileStream, step_digest
 from tests.conftest import write_catalog
-from tests.faulty_server import FaultyServer, Mood
+from tests.faulty_server import FaultyServer, Mood, down
 from tests.tiff_files import TiffSlide, write_tiff
+
+# A library's own tries end sooner than an outage.
+HASTY = {"config_kwargs": {"retries": {"max_attempts": 1}}}
 
 
 @pytest.fixture(scope="module")
@@ -103,15 +105,21 @@ def all_on_s3(s3_bucket: str, s3_catalog: str, tmp_path_factory: pytest.TempPath
 @pytest.mark.parametrize("mood", ["503", "429", "reset"])
 def test_storage_that_is_down_while_slides_are_opened_costs_no_tile(all_on_s3: str, tmp_path: Path, mood: str) -> None:
     undisturbed, _ = read(make_stream(all_on_s3, tmp_path / "undisturbed"))
-    # A library's own tries end sooner than the outage.
-    options = {"config_kwargs": {"retries": {"max_attempts": 1}}}
     with FaultyServer(os.environ["AWS_ENDPOINT_URL"], befalls_all=True) as server:
-        stream = make_stream(all_on_s3, tmp_path / "copies", endpoint_url=server.url, **options)
+        stream = make_stream(all_on_s3, tmp_path / "copies", endpoint_url=server.url, **HASTY)
         assert stream.plan[0].size == 32, "the tissue is here"
-        back = time.monotonic() + 4
-        server.mood = lambda n: mood if time.monotonic() < back else ""
+        server.mood = down(mood, 4)
         assert read(stream)[0] == undisturbed
         assert server.num_faults > 10
+
+
+def test_a_file_is_written_once_storage_is_back(s3_bucket: str) -> None:
+    uri = f"{s3_bucket}/faults/file"
+    with FaultyServer(os.environ["AWS_ENDPOINT_URL"], down("503", 2), befalls_all=True) as server:
+        with storage.written_file(lambda: uri, {"endpoint_url": server.url, **HASTY}) as path:
+            Path(path).write_bytes(b"pixels")
+        assert server.num_faults > 1
+    assert storage.read_bytes(uri) == b"pixels"
 
 
 @pytest.mark.slow

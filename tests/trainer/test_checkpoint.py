@@ -1,5 +1,4 @@
 import os
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +6,7 @@ import pytest
 import torch
 
 from streaming.errors import CheckpointError, StorageError
-from tests.faulty_server import FaultyServer
+from tests.faulty_server import FaultyServer, down
 from trainer import checkpoint
 from trainer.checkpoint import (
     checkpoint_uri,
@@ -160,8 +159,7 @@ def test_storage_that_is_down_for_a_while_costs_no_checkpoint(config: Config, s3
         # The library's own tries end sooner than the outage.
         options = {"endpoint_url": server.url, "config_kwargs": {"retries": {"max_attempts": 1}}}
         data, run = replace(config.data, storage_options=options), replace(config.run, out=f"{s3_bucket}/outage")
-        back = time.monotonic() + 3
-        server.mood = lambda n: "503" if time.monotonic() < back else ""
+        server.mood = down("503", 3)
         uri = save(replace(config, run=run, data=data), 7)
         assert server.num_faults > 1
     verify(uri)
