@@ -32,8 +32,8 @@ _in_flight = 32
 # to thread costs as much as the request.
 _A_TURN = 2
 # A whole object comes in parts of so many bytes, so many at once: so small that all requests of a reader end within the
-# time-out of one, on a line of 2 MB/s.
-_PART, _PARTS = 2**20, 8
+# time-out of one, on a line of 4 MB/s.
+_PART, _PARTS = 2**21, 8
 
 # Errors that obstore has no class for pass: throttling, a server's fault, a lost connection, another range than wanted.
 # But what else a server says of a request (4xx), it would say again.

@@ -122,7 +122,7 @@ def test_a_download_is_the_object_whatever_befalls_its_parts(
     with counting() as counted:
         download(info, str(tmp_path / "copy"))
     assert (tmp_path / "copy").read_bytes() == server.source
-    assert (counted.requests, counted.nbytes, counted.retries) == (21, info.size, server.num_faults)
+    assert (counted.requests, counted.nbytes, counted.retries) == (11, info.size, server.num_faults)
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
