@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -59,7 +60,7 @@ class Trackers:
                 with warnings.catch_warnings(action="ignore"):  # that files of a first try are replaced
                     getattr(logger, method)(*arguments)
             except Exception as error:  # whatever a service's client raises
-                warnings.warn(f"{name} takes no more metrics: {' '.join(str(error).split())}", stacklevel=2)
+                sys.stderr.write(f"train: {name} takes no more metrics: {' '.join(str(error).split())}\n")
                 del self._loggers[name]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import resource
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from streaming import storage
-from streaming.errors import StreamError, TilestreamError, TrainingError
+from streaming.errors import StorageError, StreamError, TrainingError
 from streaming.failures import Failure, FailureLog, failures_of
 from streaming.metrics import export_step, export_wait
 from streaming.progress import ProgressLine
@@ -331,8 +332,7 @@ class MetricsLog:
     def __exit__(self, *error: Any) -> None:
         self._progress.__exit__(*error)
         self._trackers.close()
-        with contextlib.suppress(TilestreamError):
-            self._save()
+        self._save()
 
     def add(self, row: Row | Failed) -> None:
         """Takes the row of a step, lines of the summary, or failures."""
@@ -361,13 +361,17 @@ class MetricsLog:
         return bool(self._rows) and self._rows[-1]["step"] >= row["step"]
 
     def _save(self) -> None:
+        """Writes all rows; where the storage does not take them, the next time is another chance, so a run goes on."""
         self._trackers.save()
-        if self._rows:
-            # Some columns are not in every row, and pyarrow looks at the first one's alone.
-            names = list(dict.fromkeys(name for row in self._rows for name in row))
-            columns = {name: [row.get(name) for row in self._rows] for name in names}
-            storage.PATIENT(storage.write_table, self._uri, pa.table(columns), self._options)
-        storage.PATIENT(self._failures.save)
+        try:
+            if self._rows:
+                # Some columns are not in every row, and pyarrow looks at the first one's alone.
+                names = list(dict.fromkeys(name for row in self._rows for name in row))
+                columns = {name: [row.get(name) for row in self._rows] for name in names}
+                storage.PATIENT(storage.write_table, self._uri, pa.table(columns), self._options)
+            storage.PATIENT(self._failures.save)
+        except StorageError as error:
+            sys.stderr.write(f"train: metrics are not saved: {error}\n")
 
     @contextlib.contextmanager
     def listening(self, messages: ray.util.queue.Queue) -> Generator[None]:

@@ -1,11 +1,14 @@
 import csv
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from streaming.errors import ConfigError
-from trainer.config import parse_config
+from trainer.config import parse_config, read_config
 from trainer.trackers import Trackers
+from trainer.watch import MetricsLog
 
 ROWS = [{"step": float(step), "loss": 10.0 - step, "data_wait_share": 0.01 * step} for step in range(1, 5)]
 
@@ -32,8 +35,8 @@ def test_an_attempt_that_starts_at_the_same_step_replaces_its_file_and_others_ke
     assert {name: len(text) - 1 for name, text in lines.items()} == {"from-step-0": 2, "from-step-2": 2}
 
 
-def test_a_logger_that_fails_is_left_out_with_a_warning_and_the_others_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_logger_that_fails_is_left_out_with_a_word_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trackers = Trackers(("csv", "tensorboard"), str(tmp_path), 0)
 
@@ -41,8 +44,8 @@ def test_a_logger_that_fails_is_left_out_with_a_warning_and_the_others_go_on(
         raise ConnectionError("the service is gone")
 
     monkeypatch.setattr(trackers._loggers["tensorboard"], "log_metrics", gone)
-    with pytest.warns(UserWarning, match="tensorboard takes no more metrics: the service is gone"):
-        trackers.add(ROWS[0])
+    trackers.add(ROWS[0])
+    assert capsys.readouterr().err == "train: tensorboard takes no more metrics: the service is gone\n"
     trackers.add(ROWS[1])
     trackers.close()
     assert len((tmp_path / "logs/csv/from-step-0/metrics.csv").read_text().splitlines()) == 3
@@ -55,3 +58,21 @@ def test_a_logger_that_is_unknown_or_not_installed_is_refused_with_the_remedy(mo
     monkeypatch.setattr("trainer.trackers.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"names wandb, which is not installed; pip install 'tilestream\[wandb\]'"):
         Trackers(("csv", "wandb"), "runs/a", 0)
+
+
+def test_metrics_that_storage_does_not_take_are_told_of_and_saved_the_next_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = read_config("debug", ["--run.loggers", "[]"])
+    config = replace(base, run=replace(base.run, out=str(tmp_path)))
+    in_the_way = tmp_path / "metrics.parquet"
+    in_the_way.mkdir()
+    with MetricsLog(config, 0) as log:
+        for step in (1, 2):
+            log.add({"step": step, "tiles_per_s": 9.0, "data_wait_share": 0.0})
+            log.add({"saving": float(step)})
+            told = "metrics are not saved" in capsys.readouterr().err
+            assert told == (step == 1)
+            if step == 1:
+                in_the_way.rmdir()
+        assert pq.read_table(in_the_way)["step"].to_pylist() == [1, 2]
