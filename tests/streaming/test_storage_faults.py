@@ -125,6 +125,7 @@ def test_a_file_is_written_once_storage_is_back(s3_bucket: str) -> None:
 @pytest.mark.slow
 @pytest.mark.long
 def test_storage_that_stands_still_for_a_minute_costs_no_tile(s3_catalog: str, undisturbed: list[str]) -> None:
-    with FaultyServer(os.environ["AWS_ENDPOINT_URL"], lambda n: "stall" if n < 200 else "", stall_s=60) as server:
+    with FaultyServer(os.environ["AWS_ENDPOINT_URL"], down("stall", 60), stall_s=60) as server:
         assert read(make_stream(s3_catalog, endpoint_url=server.url)) == (undisturbed, server.num_faults)
+        # What was asked for first is asked for again each 20 s.
         assert server.num_faults > 30
