@@ -396,6 +396,8 @@ def _fit_on_ray(config: Config, catalog: Catalog, log: MetricsLog, *, verbose: b
         # Not earlier: when Ray starts, it takes SIGTERM to itself.
         with log.listening(messages), terminated() as stop, _passing_on(stop, orders):
             trainer.fit()
+    except SystemExit as error:  # Ray Train's own handler of Ctrl-C ends so, and says nothing
+        raise KeyboardInterrupt from error
     finally:
         ray.kill(chain)
         with contextlib.suppress(TilestreamError):

@@ -84,6 +84,19 @@ def test_a_killed_rank_is_started_again_and_trains_the_same_indices(catalog: str
     assert [(row["first_index"], row["next_index"]) for row in steps] == [(8 * s, 8 * s + 8) for s in range(10)]
 
 
+@pytest.mark.long
+def test_control_c_ends_a_training_with_a_word_and_its_own_status(catalog: str, tmp_path: Path) -> None:
+    arguments = ["train", "debug", "--data.catalog", catalog, "--run.out", str(tmp_path / "run"), *MIX, *SMALL]
+    arguments += ["--train.steps", "100000", "--train.batch", "8", "--train.log_every", "1"]
+    said = tmp_path / "said"
+    with said.open("w") as stderr:
+        running = subprocess.Popen([*TILESTREAM, *arguments], start_new_session=True, stderr=stderr)
+    wait_for(lambda: "loss" in said.read_text(), running)
+    running.send_signal(signal.SIGINT)
+    assert running.wait(timeout=60) == 130
+    assert said.read_text().endswith("\ninterrupted\n")
+
+
 def _child_named(name: str, pid: int) -> int:
     """A process below another; other Ray sessions of this machine are left alone."""
     children = psutil.Process(pid).children(recursive=True)
