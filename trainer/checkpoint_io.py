@@ -20,15 +20,20 @@ from trainer.config import Config
 
 
 class _Hashing:
-    """A file that adds up what is written into it."""
+    """A file that adds up what is written into it, and keeps what it raised."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.sha256, self.nbytes = file, hashlib.sha256(), 0
+        self.error: Exception | None = None
 
     def write(self, data: Any) -> int:
         self.sha256.update(data)
         self.nbytes += len(memoryview(data).cast("B"))
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except Exception as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self._file.flush()
@@ -56,7 +61,7 @@ class FolderCheckpointIO(CheckpointIO):
             StorageError: the one before could not be written.
         """
         self.wait()
-        self._under_way = self._thread.submit(storage.PATIENT, self._write, checkpoint, str(path))
+        self._under_way = self._thread.submit(self._save, checkpoint, str(path))
 
     def check(self) -> None:
         """Raises what went wrong with a checkpoint that is done, without waiting for one that is not."""
@@ -73,13 +78,22 @@ class FolderCheckpointIO(CheckpointIO):
         """Lets the last checkpoint end."""
         self._thread.shutdown(wait=True)
 
+    def _save(self, state: dict[str, Any], uri: str) -> None:
+        """Writes a checkpoint, then removes what is too old."""
+        storage.PATIENT(self._write, state, uri)
+        self.last_good = uri
+        storage.PATIENT(self._remove_old, int(state["global_step"]))
+
     def _write(self, state: dict[str, Any], uri: str) -> None:
-        """Writes the state and the configuration, then the note that vouches for them, then removes what is too old."""
+        """Writes the state and the configuration, then the note that vouches for them."""
         step, options = int(state["global_step"]), self._options
         storage.remove(storage.join(uri, checkpoint.META), options)  # of a damaged one, passed over before
         with storage.writing(storage.join(uri, checkpoint.STATE), options) as file:
             hashing = _Hashing(file)
-            torch.save(state, cast(BinaryIO, hashing))
+            try:
+                torch.save(state, cast(BinaryIO, hashing))
+            except RuntimeError as error:  # "unexpected pos": torch closes its archive over what the file raised
+                raise hashing.error or error from None
         meta = checkpoint.Meta(
             step=step,
             next_index=step * self._config.train.batch,
@@ -90,12 +104,13 @@ class FolderCheckpointIO(CheckpointIO):
         note = json.dumps(asdict(meta), indent=1)
         storage.write_bytes(storage.join(uri, checkpoint.CONFIG), self._config.to_yaml().encode(), options)
         storage.write_bytes(storage.join(uri, checkpoint.META), note.encode(), options)
-        self.last_good = uri
+
+    def _remove_old(self, step: int) -> None:
         run = self._config.run.out
         # Later steps are not this run's, or damaged: they must not count among those that are kept.
-        until_now = [known for known in checkpoint.steps_of(run, options) if known <= step]
+        until_now = [known for known in checkpoint.steps_of(run, self._options) if known <= step]
         for old in until_now[: -self._config.train.keep_checkpoints]:
-            storage.remove(checkpoint.checkpoint_uri(run, old), options)
+            storage.remove(checkpoint.checkpoint_uri(run, old), self._options)
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
         """Reads the state; `weights_only` is always true."""

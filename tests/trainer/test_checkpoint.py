@@ -1,4 +1,5 @@
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -158,9 +159,26 @@ def test_storage_that_is_down_for_a_while_costs_no_checkpoint(config: Config, s3
     with FaultyServer(os.environ["AWS_ENDPOINT_URL"], befalls_all=True) as server:
         # The library's own tries end sooner than the outage.
         options = {"endpoint_url": server.url, "config_kwargs": {"retries": {"max_attempts": 1}}}
+        options |= {"default_block_size": 5 * 2**20}
         data, run = replace(config.data, storage_options=options), replace(config.run, out=f"{s3_bucket}/outage")
+        config = replace(config, run=run, data=data)
         server.mood = down("503", 3)
-        uri = save(replace(config, run=run, data=data), 7)
+        uri = save(config, 7)
         assert server.num_faults > 1
+        # In the midst of a state that is sent in four parts.
+        server.mood = lambda n: "503" if server.asked[-1] == "PUT" and server.asked.count("PUT") < sent + 5 else ""
+        sent, state = server.asked.count("PUT"), {"global_step": 8, "weight": torch.arange(4.0 * 2**20)}
+        write(config, state, checkpoint_uri(run.out, 8))
     verify(uri)
     assert torch.equal(load(uri)["state_dict"]["weight"], torch.arange(4.0))
+    assert torch.equal(load(checkpoint_uri(run.out, 8))["weight"], state["weight"])
+
+
+def test_a_disk_that_is_full_is_told_and_the_checkpoint_before_stays(
+    config: Config, make_disk: Callable[[int], Path]
+) -> None:
+    config = replace(config, run=replace(config.run, out=str(make_disk(2**20))))
+    before = save(config, 7)
+    with pytest.raises(StorageError, match="No space left on device; check that the storage answers and has room"):
+        write(config, {"global_step": 8, "weight": torch.zeros(2**20)}, checkpoint_uri(config.run.out, 8))
+    assert newest_good(config.run.out) == before
