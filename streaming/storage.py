@@ -235,19 +235,23 @@ def read_bytes(uri: str, storage_options: StorageOptions | None = None) -> bytes
         return content
 
 
+@contextlib.contextmanager
+def _target(uri: str, storage_options: StorageOptions | None) -> Generator[tuple[AbstractFileSystem, str]]:
+    """Where to write an object: its filesystem, and the path there; for a local one as `whole_file`."""
+    with storage_errors(uri):
+        fs, path = filesystem(uri, storage_options)
+        with whole_file(path) if isinstance(fs, LocalFileSystem) else contextlib.nullcontext(path) as target:
+            yield fs, target
+
+
 def write_bytes(uri: str, content: bytes, storage_options: StorageOptions | None = None) -> None:
     """Writes an object whole or not at all: a put is atomic in object stores, a rename is on disks.
 
     Raises:
         StorageError: it can't be written.
     """
-    with storage_errors(uri):
-        fs, path = filesystem(uri, storage_options)
-        if not isinstance(fs, LocalFileSystem):
-            fs.pipe_file(path, content)
-            return
-        with whole_file(path) as temporary:
-            Path(temporary).write_bytes(content)
+    with _target(uri, storage_options) as (fs, path):
+        fs.pipe_file(path, content)
 
 
 @contextlib.contextmanager
@@ -259,14 +263,8 @@ def writing(uri: str, storage_options: StorageOptions | None = None) -> Generato
     Raises:
         StorageError: it can't be written.
     """
-    with storage_errors(uri):
-        fs, path = filesystem(uri, storage_options)
-        if isinstance(fs, LocalFileSystem):
-            with whole_file(path) as temporary, open(temporary, "wb") as file:
-                yield file
-            return
-        with fs.open(path, "wb") as file:
-            yield cast(BinaryIO, file)
+    with _target(uri, storage_options) as (fs, path), fs.open(path, "wb") as file:
+        yield cast(BinaryIO, file)
 
 
 @contextlib.contextmanager
@@ -311,13 +309,11 @@ def written_file(uri: Callable[[], str], storage_options: StorageOptions | None 
 
 
 def _put(path: str, uri: str, storage_options: StorageOptions | None) -> None:
-    with storage_errors(uri):
-        fs, remote = filesystem(uri, storage_options)
-        if not isinstance(fs, LocalFileSystem):
-            fs.put_file(path, remote)
-            return
-        with whole_file(remote) as temporary:
-            shutil.move(path, temporary)
+    with _target(uri, storage_options) as (fs, target):
+        if isinstance(fs, LocalFileSystem):
+            shutil.move(path, target)  # on the same disk, no byte is copied
+        else:
+            fs.put_file(path, target)
 
 
 def remove(uri: str, storage_options: StorageOptions | None = None) -> None:

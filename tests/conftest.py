@@ -26,8 +26,10 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return paths
 
 
-def write_catalog(folder: Path, slides: Sequence[Path | str]) -> str:
-    found = [inspect(stat(str(path)), None, None, Staging(), str(folder)) for path in slides]
+def write_catalog(
+    folder: Path | str, slides: Sequence[Path | str], mpp: float | None = None, staging: Staging | None = None
+) -> str:
+    found = [inspect(stat(str(path)), mpp, None, staging or Staging(), str(folder)) for path in slides]
     write(str(folder), *merge([part_of(found)], None), None)
     return str(folder)
 

@@ -344,3 +344,7 @@ def write_tiff(slide: TiffSlide, path: Path) -> Path:
     """Writes the file and returns its path."""
     path.write_bytes(tiff_bytes(slide))
     return path
+
+
+STAGED = TiffSlide(width=512, height=512, downsamples=(1, 2), compression="deflate", empty=((1, 0),))
+"""An Aperio slide with an empty block and without µm/px: OpenSlide alone reads it, so that a remote one is staged."""

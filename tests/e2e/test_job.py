@@ -26,7 +26,7 @@ from streaming.catalog_job import Rejected, inspect
 from streaming.metrics import METRICS
 from streaming.slide import Staging
 from tests.processes import kill_tree
-from tests.tiff_files import TiffSlide, write_tiff
+from tests.tiff_files import STAGED, write_tiff
 from trainer import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
@@ -128,8 +128,7 @@ def nodes(s3_bucket: str) -> Iterator[Nodes]:  # the bucket first: nodes take ov
 def mixed_catalog(slides: list[Path], s3_bucket: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Slides of which one is staged: on S3, an Aperio pyramid with an empty block."""
     folder, uri = tmp_path_factory.mktemp("mixed"), f"{s3_bucket}/job/painted.svs"
-    made = TiffSlide(width=512, height=512, downsamples=(1, 2), compression="deflate", empty=((1, 0),))
-    storage.write_bytes(uri, write_tiff(made, folder / "painted.svs").read_bytes())
+    storage.write_bytes(uri, write_tiff(STAGED, folder / "painted.svs").read_bytes())
     found = [inspect(storage.stat(str(path)), 0.5, None, Staging(), str(folder)) for path in (*slides, uri)]
     rows = [entry for entry in found if not isinstance(entry, Rejected)]
     assert [entry.row.backend for entry in rows] == [*["blocks"] * len(slides), "openslide"]

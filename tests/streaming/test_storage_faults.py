@@ -8,19 +8,15 @@ import numpy as np
 import pytest
 
 from streaming import storage
-from streaming.catalog import Catalog, merge, part_of, write
-from streaming.catalog_job import inspect
+from streaming.catalog import Catalog
 from streaming.plan import TilePlan
 from streaming.reader import ReaderOptions
 from streaming.slide import Staging
 from streaming.stats import FailureBudget, TimeUse
 from streaming.stream import BatchShape, TileStream, step_digest
 from tests.conftest import write_catalog
-from tests.faulty_server import FaultyServer, Mood, down
-from tests.tiff_files import TiffSlide, write_tiff
-
-# A library's own tries end sooner than an outage.
-HASTY = {"config_kwargs": {"retries": {"max_attempts": 1}}}
+from tests.faulty_server import HASTY, FaultyServer, Mood, down
+from tests.tiff_files import STAGED, write_tiff
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +87,12 @@ def test_a_request_that_stalls_is_sent_anew_long_before_the_stall_ends(s3_catalo
 def all_on_s3(s3_bucket: str, s3_catalog: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A catalog on S3, with the slides of the other one and two that only OpenSlide reads, from staged copies."""
     folder, catalog = tmp_path_factory.mktemp("all_on_s3"), f"{s3_bucket}/faults/catalog"
-    made = TiffSlide(width=512, height=512, downsamples=(1, 2), compression="deflate", empty=((1, 0),))
     uris = Catalog.load(s3_catalog).slides()
     for i in range(2):
         uris.append(f"{s3_bucket}/faults/staged{i}.svs")
-        storage.write_bytes(uris[-1], write_tiff(made, folder / "painted.svs").read_bytes())
-    found = [inspect(storage.stat(uri), 0.5, None, Staging(folder=str(folder)), catalog) for uri in uris]
-    assert [one.row.backend for one in found].count("openslide") == 2
-    write(catalog, *merge([part_of(found)], None), None)
+        storage.write_bytes(uris[-1], write_tiff(STAGED, folder / "painted.svs").read_bytes())
+    write_catalog(catalog, uris, 0.5, Staging(folder=str(folder)))
+    assert Catalog.load(catalog).table["backend"].to_pylist().count("openslide") == 2
     return catalog
 
 

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from streaming import storage
-from streaming.catalog import Catalog, merge, part_of, write
-from streaming.catalog_job import Rejected, inspect
+from streaming.catalog import Catalog
 from streaming.metrics import stages_of
 from streaming.plan import TilePlan
 from streaming.reader import ReaderOptions, TileReader
 from streaming.slide import Staging
 from streaming.tissue import HsvRule
 from streaming.universe import Universe
-from tests.tiff_files import TiffSlide, write_tiff
+from tests.conftest import write_catalog
+from tests.tiff_files import STAGED, write_tiff
 
 SLIDES, WINDOW, WINDOW_SLIDES = 9, 32, 3
 
@@ -24,18 +24,13 @@ SLIDES, WINDOW, WINDOW_SLIDES = 9, 32, 3
 def staged_catalog(s3_bucket: str, tmp_path_factory: pytest.TempPathFactory) -> Catalog:
     """Slides on S3 that only OpenSlide reads: Aperio pyramids with an empty block."""
     folder = tmp_path_factory.mktemp("windows")
-    made = TiffSlide(width=512, height=512, downsamples=(1, 2), compression="deflate", empty=((1, 0),))
-    content = write_tiff(made, folder / "painted.svs").read_bytes()
-    staging, found = Staging(folder=str(folder / "inspected")), []
-    for i in range(SLIDES):
-        uri = f"{s3_bucket}/windows/slide{i}.svs"
+    content = write_tiff(STAGED, folder / "painted.svs").read_bytes()
+    uris = [f"{s3_bucket}/windows/slide{i}.svs" for i in range(SLIDES)]
+    for uri in uris:
         storage.write_bytes(uri, content)
-        inspected = inspect(storage.stat(uri), 0.5, None, staging, str(folder))
-        assert not isinstance(inspected, Rejected), inspected
-        assert inspected.row.backend == "openslide"
-        found.append(inspected)
-    write(str(folder / "catalog"), *merge([part_of(found)], None), None)
-    return Catalog.load(str(folder / "catalog"))
+    catalog = Catalog.load(write_catalog(folder / "catalog", uris, 0.5, Staging(folder=str(folder / "inspected"))))
+    assert catalog.table["backend"].to_pylist() == ["openslide"] * SLIDES
+    return catalog
 
 
 def downloads(catalog: Catalog, universe: Universe, folder: Path, num_windows: int) -> list[int]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from streaming.errors import CheckpointError, StorageError
-from tests.faulty_server import FaultyServer, down
+from tests.faulty_server import HASTY, FaultyServer, down
 from trainer import checkpoint
 from trainer.checkpoint import (
     checkpoint_uri,
@@ -157,9 +157,7 @@ def test_a_checkpoint_goes_to_an_object_store_in_pieces_and_comes_back(config: C
 
 def test_storage_that_is_down_for_a_while_costs_no_checkpoint(config: Config, s3_bucket: str) -> None:
     with FaultyServer(os.environ["AWS_ENDPOINT_URL"], befalls_all=True) as server:
-        # The library's own tries end sooner than the outage.
-        options = {"endpoint_url": server.url, "config_kwargs": {"retries": {"max_attempts": 1}}}
-        options |= {"default_block_size": 5 * 2**20}
+        options = {"endpoint_url": server.url, "default_block_size": 5 * 2**20, **HASTY}
         data, run = replace(config.data, storage_options=options), replace(config.run, out=f"{s3_bucket}/outage")
         config = replace(config, run=run, data=data)
         server.mood = down("503", 3)
