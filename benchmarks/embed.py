@@ -27,7 +27,6 @@ from streaming.catalog_job import find_slides
 from streaming.slide.synthetic import SyntheticSlide
 from streaming.slide.synthetic_svs import write_slide
 from trainer import checkpoint
-from trainer.checkpoint_io import FolderCheckpointIO
 from trainer.config import read_config
 from trainer.embed import EmbedOptions, Job, embed, rows_of
 from trainer.embedder import load_model
@@ -60,11 +59,8 @@ def made_model(folder: Path, backbone: str, size: int) -> str:
     overrides += ["--model.patch_size", "16", "--augment.local_size", "32", "--model.num_prototypes", "32"]
     config = read_config("debug", [*overrides, "--run.out", out])
     if not checkpoint.steps_of(out):
-        writer = FolderCheckpointIO(config, "0")
         state = {"state_dict": DinoModule(config).state_dict(), "global_step": 1}
-        writer.save_checkpoint(state, checkpoint.checkpoint_uri(out, 1))
-        writer.wait()
-        writer.teardown()
+        checkpoint.write(checkpoint.checkpoint_uri(out, 1), state, config, "0")
     return checkpoint.find(out)
 
 

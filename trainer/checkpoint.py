@@ -2,7 +2,7 @@
 
 `step-00000030/state.ckpt` is Lightning's checkpoint, `meta.json` beside it is written last and vouches for it: step,
 next sample index, catalog, SHA-256. A folder without it is an upload that did not finish, and is passed over; so is one
-that does not match its checksum. `checkpoint_io` writes them.
+that does not match its checksum. `checkpoint_io` writes them while training goes on.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import logging
 import pickle
 import re
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, BinaryIO, cast
 
 import torch
 import yaml
@@ -91,6 +91,57 @@ def find(uri: str, options: storage.StorageOptions | None = None) -> str:
             f"{uri}: no checkpoint here; name a run's folder or one of its checkpoints/step-… folders"
         )
     return found
+
+
+class _Hashing:
+    """A file that adds up what is written into it, and keeps what it raised."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.sha256, self.nbytes = file, hashlib.sha256(), 0
+        self.error: Exception | None = None
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        self.nbytes += len(memoryview(data).cast("B"))
+        try:
+            return self._file.write(data)
+        except Exception as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def write(uri: str, state: Mapping[str, Any], config: Config, catalog: str) -> None:
+    """Writes Lightning's state and the configuration, then the note that vouches for them.
+
+    Args:
+        uri: the checkpoint's folder, by `checkpoint_uri`.
+        state: with `global_step`, and else what `torch.save` takes.
+        config: what was trained, and where its storage is.
+        catalog: fingerprint of the catalog.
+
+    Raises:
+        StorageError: it can't be written; what is there vouches for nothing.
+    """
+    step, options = int(state["global_step"]), config.data.storage_options
+    storage.remove(storage.join(uri, META), options)  # of a damaged one, passed over before
+    with storage.writing(storage.join(uri, STATE), options) as file:
+        hashing = _Hashing(file)
+        try:
+            torch.save(state, cast(BinaryIO, hashing))
+        except RuntimeError as error:  # "unexpected pos": torch closes its archive over what the file raised
+            raise hashing.error or error from None
+    meta = Meta(
+        step=step,
+        next_index=step * config.train.batch,
+        catalog=catalog,
+        nbytes=hashing.nbytes,
+        sha256=hashing.sha256.hexdigest(),
+    )
+    storage.write_bytes(storage.join(uri, CONFIG), config.to_yaml().encode(), options)
+    storage.write_bytes(storage.join(uri, META), json.dumps(asdict(meta), indent=1).encode(), options)
 
 
 def read_meta(uri: str, options: storage.StorageOptions | None = None) -> Meta:

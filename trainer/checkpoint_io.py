@@ -1,42 +1,18 @@
 """Lightning's checkpoints, written while steps go on.
 
-Apart from `checkpoint`, because those who only read one need no Lightning, whose import takes five seconds.
+Apart from `checkpoint`, since those who do not train need no Lightning, whose import takes five seconds.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
-from typing import Any, BinaryIO, cast
+from typing import Any
 
-import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from streaming import storage
 from trainer import checkpoint
 from trainer.config import Config
-
-
-class _Hashing:
-    """A file that adds up what is written into it, and keeps what it raised."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self.sha256, self.nbytes = file, hashlib.sha256(), 0
-        self.error: Exception | None = None
-
-    def write(self, data: Any) -> int:
-        self.sha256.update(data)
-        self.nbytes += len(memoryview(data).cast("B"))
-        try:
-            return self._file.write(data)
-        except Exception as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self._file.flush()
 
 
 class FolderCheckpointIO(CheckpointIO):
@@ -80,30 +56,9 @@ class FolderCheckpointIO(CheckpointIO):
 
     def _save(self, state: dict[str, Any], uri: str) -> None:
         """Writes a checkpoint, then removes what is too old."""
-        storage.PATIENT(self._write, state, uri)
+        storage.PATIENT(checkpoint.write, uri, state, self._config, self._catalog)
         self.last_good = uri
         storage.PATIENT(self._remove_old, int(state["global_step"]))
-
-    def _write(self, state: dict[str, Any], uri: str) -> None:
-        """Writes the state and the configuration, then the note that vouches for them."""
-        step, options = int(state["global_step"]), self._options
-        storage.remove(storage.join(uri, checkpoint.META), options)  # of a damaged one, passed over before
-        with storage.writing(storage.join(uri, checkpoint.STATE), options) as file:
-            hashing = _Hashing(file)
-            try:
-                torch.save(state, cast(BinaryIO, hashing))
-            except RuntimeError as error:  # "unexpected pos": torch closes its archive over what the file raised
-                raise hashing.error or error from None
-        meta = checkpoint.Meta(
-            step=step,
-            next_index=step * self._config.train.batch,
-            catalog=self._catalog,
-            nbytes=hashing.nbytes,
-            sha256=hashing.sha256.hexdigest(),
-        )
-        note = json.dumps(asdict(meta), indent=1)
-        storage.write_bytes(storage.join(uri, checkpoint.CONFIG), self._config.to_yaml().encode(), options)
-        storage.write_bytes(storage.join(uri, checkpoint.META), note.encode(), options)
 
     def _remove_old(self, step: int) -> None:
         run = self._config.run.out

@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from streaming import cluster
 from trainer import checkpoint
 from trainer.backbone import create_backbone
-from trainer.checkpoint_io import FolderCheckpointIO
 from trainer.cli import main
 from trainer.config import read_config
 
@@ -183,9 +182,7 @@ def test_a_checkpoint_of_another_architecture(
     config = read_config("debug", ["--run.out", str(tmp_path / "run")])
     uri = checkpoint.checkpoint_uri(str(tmp_path / "run"), 1)
     state = {"global_step": 1, "state_dict": {"teacher.backbone.vit.other": checkpoint.torch.zeros(1)}}
-    to_storage = FolderCheckpointIO(config, "c0ffee")
-    to_storage.save_checkpoint(state, uri)
-    to_storage.wait()
+    checkpoint.write(uri, state, config, "c0ffee")
     line = refusal(capsys, "embed", tmp_path / "run", slides[0], "--out", tmp_path / "out")
     assert uri in line
     assert "another architecture" in line

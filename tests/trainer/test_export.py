@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from streaming.errors import CheckpointError, ConfigError
 from trainer import checkpoint
-from trainer.checkpoint_io import FolderCheckpointIO
 from trainer.config import Config, read_config
 from trainer.embed import Embedder, load_backbone
 from trainer.export import ExportOptions, export
@@ -32,9 +31,7 @@ def saved(out: Path, *overrides: str) -> str:
     for weight in module.parameters():
         weight.data += 0.05 * torch.randn(weight.shape, generator=generator)
     uri = checkpoint.checkpoint_uri(str(out), 3)
-    writer = FolderCheckpointIO(config, "0123")
-    writer.save_checkpoint({"state_dict": module.state_dict(), "global_step": 3}, uri)
-    writer.wait()
+    checkpoint.write(uri, {"state_dict": module.state_dict(), "global_step": 3}, config, "0123")
     return str(out)
 
 

@@ -20,7 +20,6 @@ from streaming.reader import Batch
 from streaming.slide.synthetic import SyntheticSlide, TissueClass, tissue_classes
 from tests.trainer.test_export import SMALL
 from trainer import checkpoint
-from trainer.checkpoint_io import FolderCheckpointIO
 from trainer.cli import main
 from trainer.config import read_config
 from trainer.embed import EmbedOptions, Job, Modeller
@@ -103,10 +102,8 @@ def embed_here(run: str, slides: list[Path], out: Path, options: EmbedOptions) -
 def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A checkpoint of initial weights, which tell colours and textures apart."""
     config = read_config("debug", [*SMALL, "--run.out", str(tmp_path_factory.mktemp("model"))])
-    writer = FolderCheckpointIO(config, "0123")
     state = {"state_dict": DinoModule(config).state_dict(), "global_step": 1}
-    writer.save_checkpoint(state, checkpoint.checkpoint_uri(config.run.out, 1))
-    writer.wait()
+    checkpoint.write(checkpoint.checkpoint_uri(config.run.out, 1), state, config, "0123")
     return config.run.out
 
 

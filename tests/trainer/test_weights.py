@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from streaming.errors import CheckpointError, StorageError
 from trainer import checkpoint
 from trainer.backbone import Backbone, create_backbone
-from trainer.checkpoint_io import FolderCheckpointIO
 from trainer.config import Config, read_config
 from trainer.module import DinoModule
 from trainer.train import check_model
@@ -131,9 +130,8 @@ def test_a_checkpoint_of_ours_gives_student_teacher_and_heads_also_to_larger_cro
     with torch.no_grad():
         for parameter in first.parameters():
             parameter.normal_()
-    uri = checkpoint.checkpoint_uri(config.run.out, 3)
     state = {"global_step": 3, "state_dict": first.state_dict()}
-    FolderCheckpointIO(config, "c0ffee").save_checkpoint(state, uri)
+    checkpoint.write(checkpoint.checkpoint_uri(config.run.out, 3), state, config, "c0ffee")
     larger = replace(
         config,
         augment=replace(config.augment, global_size=112),
@@ -154,9 +152,7 @@ def test_whether_weights_to_start_from_fit_is_told_without_reading_them(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = {"global_step": 3, "state_dict": DinoModule(config).state_dict()}
-    to_storage = FolderCheckpointIO(config, "c0ffee")
-    to_storage.save_checkpoint(state, checkpoint.checkpoint_uri(config.run.out, 3))
-    to_storage.wait()
+    checkpoint.write(checkpoint.checkpoint_uri(config.run.out, 3), state, config, "c0ffee")
     save_file(published(), tmp_path / "a.safetensors")
     torch.save(published(), tmp_path / "a.pth")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-1])

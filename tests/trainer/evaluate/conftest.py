@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from trainer import checkpoint
-from trainer.checkpoint_io import FolderCheckpointIO
 from trainer.config import read_config
 from trainer.module import DinoModule
 
@@ -20,10 +19,8 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A run as training leaves it, with random weights."""
     out = str(tmp_path_factory.mktemp("run"))
     config = read_config("debug", [*SMALL, "--run.out", out])
-    writer = FolderCheckpointIO(config, "0123")
     state = {"state_dict": DinoModule(config).state_dict(), "global_step": 3}
-    writer.save_checkpoint(state, checkpoint.checkpoint_uri(out, 3))
-    writer.wait()
+    checkpoint.write(checkpoint.checkpoint_uri(out, 3), state, config, "0123")
     return out
 
 
