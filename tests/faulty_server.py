@@ -8,6 +8,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
@@ -27,9 +28,9 @@ def in_turn(moods: Sequence[str]) -> Mood:
 
 
 def down(mood: str, seconds: float) -> Mood:
-    """All requests from now on, for a time."""
-    back = time.monotonic() + seconds
-    return lambda n: mood if time.monotonic() < back else ""
+    """All requests from the next one on, for a time."""
+    first = cache(time.monotonic)
+    return lambda n: mood if time.monotonic() - first() < seconds else ""
 
 
 class FaultyServer(ThreadingHTTPServer):

@@ -79,16 +79,14 @@ def test_twenty_steps_equal_ten_a_kill_and_ten_more_bit_for_bit(catalog: str, tm
 
 def test_sigterm_saves_the_step_and_leaves_and_the_run_goes_on_from_there(catalog: str, tmp_path: Path) -> None:
     config = tiny(catalog, tmp_path / "run", "--train.steps", "400", "--train.checkpoint_every", "400")
-    metrics = tmp_path / "run/config.yaml"
+    before = signal.getsignal(signal.SIGTERM)
 
     def terminate() -> None:
-        while not metrics.exists():
-            time.sleep(0.01)
-        time.sleep(0.5)
+        wait_for(lambda: signal.getsignal(signal.SIGTERM) is not before)
+        time.sleep(0.5)  # some steps
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=terminate, daemon=True).start()
-    before = signal.getsignal(signal.SIGTERM)
     stopped = train(config, debug=True)
     assert signal.getsignal(signal.SIGTERM) is before
     assert 0 < stopped.steps < 400
