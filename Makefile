@@ -5,6 +5,8 @@ INSTALLED := .venv/.installed
 
 # Ray keeps repeated lines back and prints them when it leaves: after pytest's last line.
 test test-fast: export RAY_DEDUP_LOGS = 0
+# Ray gives its workers the lowest priority but four: beside another test on a busy machine they would come to nothing.
+test test-fast: export RAY_worker_niceness = 0
 # Two test processes with two threads of torch each, and Ray's beside them, would wait for one another.
 test test-fast: export OMP_NUM_THREADS = 1
 

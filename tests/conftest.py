@@ -1,3 +1,4 @@
+import logging
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -65,6 +66,7 @@ def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def s3_bucket() -> Iterator[str]:
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # or a failed test prints every request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -16,13 +16,13 @@ TILESTREAM = (sys.executable, "-m", "trainer.cli")
 SMALL = ("--model.backbone", "test_vit", "--model.head_hidden", "64", "--model.num_prototypes", "128")
 
 
-def wait_for(what: Callable[[], T], running: subprocess.Popen[bytes] | None = None, *, timeout_s: float = 240) -> T:
+def wait_for(what: Callable[[], T], running: subprocess.Popen[bytes] | None = None, *, timeout_s: float = 480) -> T:
     """What it returns, once that is true; a command that must run meanwhile is watched."""
     deadline = time.monotonic() + timeout_s
     while not (found := what()):
         assert running is None or running.poll() is None, "the command ended before it happened"
         assert time.monotonic() < deadline, f"it did not happen within {timeout_s:.0f} s"
-        time.sleep(0.05)
+        time.sleep(0.2)  # each look at a checkpoint costs the S3 server some requests
     return found
 
 

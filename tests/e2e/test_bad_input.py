@@ -116,7 +116,6 @@ def test_a_key_that_the_server_refuses(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_slide_that_breaks_after_cataloguing_stops_training_or_is_replaced_where_that_is_allowed(
     capsys: pytest.CaptureFixture[str], slides: list[Path], tmp_path: Path, make_catalog
 ) -> None:

@@ -33,11 +33,10 @@ class Page(HTMLParser):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_the_demo_leaves_slides_catalog_checkpoint_embeddings_and_a_self_contained_report(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     with (tmp_path / "printed").open("w") as printed:
-        subprocess.run([sys.executable, "-c", CALL.format(str(out))], check=True, stdout=printed, timeout=380)
+        subprocess.run([sys.executable, "-c", CALL.format(str(out))], check=True, stdout=printed)
     assert len(list((out / "slides").glob("*.svs"))) == 2
     assert pq.read_table(out / "catalog/slides.parquet").num_rows == 2
     assert pq.read_table(out / "run/metrics.parquet")["step"].to_pylist() == [1, 2, 3, 4]

@@ -18,7 +18,7 @@ from trainer.embed import EmbedOptions, EmbedReport, Job, embed, rows_of
 from trainer.embedder import Embedder, load_model, resolve
 from trainer.outputs import Embedded
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 # 0.25 µm/px at level 0, where 128 px make a tile. Of a slide's 90 tiles or so none fills a batch.
 OPTIONS = EmbedOptions(mpp=0.5, size=64, batch=200, token="cls+patch", format="h5", tokens=True)
 

@@ -29,7 +29,7 @@ from tests.odd_slides import OddCatalog
 from tests.processes import SMALL, TILESTREAM, kill_tree, wait_for
 from trainer import checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 cloudpickle.register_pickle_by_value(odd_slides)
 
 STEPS, BATCH, RANKS = 24, 8, 2

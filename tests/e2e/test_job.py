@@ -29,7 +29,7 @@ from tests.processes import kill_tree
 from tests.tiff_files import STAGED, write_tiff
 from trainer import checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 # All but the sum and count that a histogram has beside its buckets; Ray puts `ray_` before. A counter of what did not
 # happen shows nothing: of slides on a disk, no read is sent again.
 EXPORTED = {f"ray_{name}_bucket" if metric.bounds else f"ray_{name}" for name, metric in METRICS.items()}

@@ -9,7 +9,7 @@ from tests.trainer.test_resume import tiny
 from trainer import checkpoint
 from trainer.train import train
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
