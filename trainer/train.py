@@ -21,6 +21,7 @@ import ray.train.torch
 import ray.util.queue
 import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.actor import ActorHandle
 from ray.train import UserCallback
@@ -219,7 +220,8 @@ def fit(
         strategy = (Shards if train.strategy == "fsdp" else Replicas)(place.device)
     trainer = pl.Trainer(
         strategy=strategy,
-        plugins=[to_storage] if place is None else [place.environment, to_storage],
+        # Lightning would look for one, and take a batch job of SLURM for ranks of its own.
+        plugins=[LightningEnvironment() if place is None else place.environment, to_storage],
         devices=1 if place is None else "auto",
         accelerator="gpu" if train.gpu else "cpu",
         max_steps=train.steps,

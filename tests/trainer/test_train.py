@@ -71,6 +71,14 @@ def test_training_moves_the_student_and_the_teacher_follows_it(config: Config, t
     assert 0 < (teacher - start).norm() < (student - start).norm()
 
 
+def test_a_batch_job_of_slurm_is_not_taken_for_ranks(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    assert train(steps(config, 2, every=2, out=tmp_path / "run"), debug=True).steps == 2
+
+
 def test_student_and_teacher_start_equal_and_share_no_storage(config: Config) -> None:
     module = DinoModule(config)
     students, teachers = dict(module.student.named_parameters()), dict(module.teacher.named_parameters())
