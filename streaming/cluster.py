@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 _QUIET_LOGGERS = ("ray._private.authentication.authentication_token_setup", "ray.data", "ray.data._internal.progress")
 
 
-def connect(num_cpus: int, *, verbose: bool = False) -> None:
+def connect(num_cpus: int, *, verbose: bool = False, ignore_sigterm: bool = False) -> None:
     """Joins Ray unless this process has already.
 
     num_cpus is how many CPU slots the work wants at least. On one machine that many are promised, even over the cores
     there are: readers mostly wait for storage, and a laptop must be able to run everything. With `verbose`, what
-    workers print comes to this terminal; it lies in Ray's session folder anyhow.
+    workers print comes to this terminal; it lies in Ray's session folder anyhow. With `ignore_sigterm`, the processes
+    of a Ray that is started here do so: SLURM and systemd send it to all that belong to a job, and a training needs
+    Ray until it has saved. They take four seconds longer to end.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not verbose:
@@ -34,13 +37,18 @@ def connect(num_cpus: int, *, verbose: bool = False) -> None:
             cores = max(num_cpus, os.cpu_count() or 1, 8)
             # A training has a dozen actors that hold no CPU slot; on two cores Ray would warn of them, on stdout.
             os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(cores, 8)))
-            ray.init(
-                address="local",
-                num_cpus=cores,
-                include_dashboard=False,
-                logging_level=level,
-                log_to_driver=verbose,
-            )
+            # What is blocked here is blocked in what starts here; Ray does the same with SIGINT.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if ignore_sigterm else ())
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=cores,
+                    include_dashboard=False,
+                    logging_level=level,
+                    log_to_driver=verbose,
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def address() -> str | None:

@@ -366,7 +366,8 @@ def terminated() -> Generator[Termination]:
 
 def _fit_on_ray(config: Config, catalog: Catalog, log: MetricsLog, *, verbose: bool) -> None:
     train, data, options = config.train, config.data, config.data.storage_options
-    cluster.connect(round(train.ranks * train.rank_cpus + data.readers[1] * data.reader_cpus) + 1, verbose=verbose)
+    slots = round(train.ranks * train.rank_cpus + data.readers[1] * data.reader_cpus) + 1
+    cluster.connect(slots, verbose=verbose, ignore_sigterm=True)
     if train.gpu and (have := cluster.gpus()) < train.ranks:  # Ray Train waits without a word
         sys.stderr.write(f"train: waiting for GPUs: the ranks need {train.ranks}, the cluster has {have} so far\n")
     source = make_stream(config, catalog).source

@@ -21,10 +21,9 @@ import psutil
 import pytest
 
 from streaming import storage
-from streaming.catalog import merge, part_of, write
-from streaming.catalog_job import Rejected, inspect
+from streaming.catalog import Catalog
 from streaming.metrics import METRICS
-from streaming.slide import Staging
+from tests.conftest import write_catalog
 from tests.processes import kill_tree
 from tests.tiff_files import STAGED, write_tiff
 from trainer import checkpoint
@@ -129,10 +128,9 @@ def mixed_catalog(slides: list[Path], s3_bucket: str, tmp_path_factory: pytest.T
     """Slides of which one is staged: on S3, an Aperio pyramid with an empty block."""
     folder, uri = tmp_path_factory.mktemp("mixed"), f"{s3_bucket}/job/painted.svs"
     storage.write_bytes(uri, write_tiff(STAGED, folder / "painted.svs").read_bytes())
-    found = [inspect(storage.stat(str(path)), 0.5, None, Staging(), str(folder)) for path in (*slides, uri)]
-    rows = [entry for entry in found if not isinstance(entry, Rejected)]
-    assert [entry.row.backend for entry in rows] == [*["blocks"] * len(slides), "openslide"]
-    write(str(folder), *merge([part_of(rows)], None), None)
+    write_catalog(folder, [*slides, uri], 0.5)
+    backends = Catalog.load(str(folder)).table["backend"].to_pylist()
+    assert sorted(backends) == [*["blocks"] * len(slides), "openslide"]
     return str(folder)
 
 

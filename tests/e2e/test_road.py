@@ -99,6 +99,25 @@ def test_control_c_ends_a_training_with_a_word_and_its_own_status(catalog: str, 
     assert said.read_text().endswith("\ninterrupted\n")
 
 
+@pytest.mark.long
+def test_a_sigterm_to_all_processes_of_a_training_saves_it(catalog: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ["train", "debug", "--data.catalog", catalog, "--run.out", str(out), *MIX, *SMALL]
+    arguments += ["--train.steps", "100000", "--train.batch", "8", "--train.log_every", "1"]
+    arguments += ["--train.checkpoint_every", "100000"]
+    said = tmp_path / "said"
+    with said.open("w") as stderr:
+        running = subprocess.Popen([*TILESTREAM, *arguments], start_new_session=True, stderr=stderr)
+    wait_for(lambda: "loss" in said.read_text(), running)
+    # As SLURM's scancel, systemd and `timeout` do.
+    for process in [*psutil.Process(running.pid).children(recursive=True), psutil.Process(running.pid)]:
+        process.terminate()
+    assert running.wait() == 143
+    (step,) = checkpoint.steps_of(str(out))
+    assert step > 0
+    checkpoint.verify(checkpoint.checkpoint_uri(str(out), step))
+
+
 def _child_named(name: str, pid: int) -> int:
     """A process below another; other Ray sessions of this machine are left alone."""
     children = psutil.Process(pid).children(recursive=True)
