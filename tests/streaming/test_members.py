@@ -1,7 +1,6 @@
 """Slides of several files: staged, versioned and evicted as one."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from streaming.catalog_job import find_slides
 from streaming.errors import SlideError, StorageError
 from streaming.slide import Staging, open_slide
 from streaming.slide.members import as_one, members
+from tests.conftest import write_catalog
 from tests.dicom_slides import write_level
 
 VMS = """[Virtual Microscope Specimen]
@@ -163,9 +163,9 @@ def test_a_folder_of_dicom_is_one_slide_and_another_one_when_a_member_changes(
 
 
 def test_a_block_index_that_is_evicted_under_a_reader_is_staged_again(
-    s3_bucket: str, slides: list[Path], make_catalog: Callable[[Path, list[Path]], str], tmp_path: Path
+    s3_bucket: str, slides: list[Path], tmp_path: Path
 ) -> None:
-    made = Path(make_catalog(tmp_path / "catalog", slides[:1]))
+    made = Path(write_catalog(tmp_path / "catalog", slides[:1]))
     for path in filter(Path.is_file, made.rglob("*")):
         storage.write_bytes(f"{s3_bucket}/evicted/{path.relative_to(made)}", path.read_bytes())
     staging = Staging(folder=str(tmp_path / "staged"))

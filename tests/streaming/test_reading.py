@@ -21,6 +21,7 @@ from streaming.slide.synthetic import SyntheticSlide, tissue_classes
 from streaming.slide.synthetic_svs import write_slide
 from streaming.stats import FailureBudget
 from streaming.tissue import HsvRule, tissue_grid, window_fraction
+from tests.conftest import write_catalog
 from tests.tiff_files import TiffSlide, write_tiff
 
 
@@ -172,12 +173,12 @@ def test_a_batch_holds_the_tiles_that_its_columns_name(catalog: str) -> None:
 
 
 def test_tiles_of_an_unreadable_slide_are_replaced_alike_every_time_and_recorded(
-    slides: list[Path], tmp_path: Path, make_catalog
+    slides: list[Path], tmp_path: Path
 ) -> None:
     copies = [tmp_path / path.name for path in slides]
     for path, copy in zip(slides, copies, strict=True):
         copy.write_bytes(path.read_bytes())
-    catalog = Catalog.load(make_catalog(tmp_path / "catalog", copies))
+    catalog = Catalog.load(write_catalog(tmp_path / "catalog", copies))
     copies[1].write_bytes(b"gone bad")
     one, two = read(catalog), read(catalog)
     assert np.array_equal(one["tile"], two["tile"])

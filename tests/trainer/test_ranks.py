@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch.multiprocessing as mp
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from streaming.catalog import Catalog
+from tests.processes import free_ports
 from trainer import checkpoint
 from trainer.config import Config, read_config
 from trainer.train import Place, fit, make_stream
@@ -119,9 +119,7 @@ def trained(catalog: str, coloured: Path, tmp_path_factory: pytest.TempPathFacto
     run(configuration(catalog, folder, "one", ()), 0, None)
     for name in ("one_then_fsdp", "one_then_ddp"):
         copy(folder, "one", name)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     mp.spawn(run_rank, (catalog, folder, port, RUNS), nprocs=2)
     copy(folder, "fsdp", "fsdp_then_one")
     run(configuration(catalog, folder, "fsdp_then_one", ()), 0, None)
