@@ -14,7 +14,7 @@ JPEG_2000 = ("jp2k-ycbcr", "jp2k-rgb")
 # OpenSlide names the format of philips-tiff by its vendor.
 VENDORS = {"aperio": "aperio", "generic": "generic-tiff", "ome": "generic-tiff", "philips": "philips"}
 # Mean grey levels that compression may cost at the quality used here.
-LOSS = {"jpeg": 5.0, "jpeg-rgb": 3.0, "jp2k-ycbcr": 1.0, "jp2k-rgb": 1.0}
+LOSS = {"jpeg": 5.0, "jpeg-rgb": 3.0, "jp2k-ycbcr": 3.0, "jp2k-rgb": 1.0}
 
 
 def read_level(slide: openslide.OpenSlide, level: int) -> np.ndarray:

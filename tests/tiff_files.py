@@ -48,7 +48,7 @@ class TiffSlide:
     quality: int = 80
     """JPEG quality, or PSNR in dB of JPEG 2000."""
     subsampling: tuple[int, int] = (2, 2)
-    """Of JPEG's chroma (horizontal, vertical)."""
+    """Of the chroma of JPEG and JPEG 2000 in YCbCr (horizontal, vertical)."""
     shared_tables: bool = True
     """JPEG tables in a tag of the level, not in every block."""
     predictor: bool = False
@@ -122,6 +122,38 @@ def split_jpeg(data: bytes) -> tuple[bytes, bytes]:
     return tables + b"\xff\xd9", image + data[at:]
 
 
+def jpeg2000_ycbcr(block: np.ndarray, subsampling: tuple[int, int], quality: int) -> bytes:
+    """RGB as a JPEG 2000 codestream of Y, Cb and Cr, the latter two subsampled (horizontal, vertical).
+
+    No encoder at hand subsamples: each component is compressed for itself, and their packets are put one after the
+    other, which is what the progression component-position-resolution-layer wants (ISO/IEC 15444-1, B.12.1.5).
+    """
+    y, cr, cb = cv2.split(cv2.cvtColor(block, cv2.COLOR_RGB2YCrCb))
+    height, width = block.shape[:2]
+    small = (-(-width // subsampling[0]), -(-height // subsampling[1]))
+    planes = [y, *(cv2.resize(plane, small, interpolation=cv2.INTER_AREA) for plane in (cb, cr))]
+    heads: list[dict[int, bytes]] = []
+    packets = b""
+    for plane in planes:
+        stream = imagecodecs.jpeg2k_encode(
+            plane, level=quality, codecformat="j2k", mct=False, resolutions=4 if min(small) >= 64 else 1
+        )
+        at, head = 2, dict[int, bytes]()
+        while stream[at + 1] != 0x90:  # SOT, the only tile's only part
+            end = at + 2 + int.from_bytes(stream[at + 2 : at + 4])
+            head[stream[at + 1]] = stream[at:end]
+            at = end
+        heads.append(head)
+        packets += stream[stream.index(b"\xff\x93", at) + 2 : -2]  # from SOD to EOC
+    size, style = bytearray(heads[0][0x51][:40]), bytearray(heads[0][0x52])
+    size[2:4], size[38:40] = (38 + 3 * 3).to_bytes(2), (3).to_bytes(2)
+    assert all(head[kind] == heads[0][kind] for head in heads for kind in (0x52, 0x5C)), "one coding style for all"
+    size += bytes([7, 1, 1]) + bytes([7, *subsampling]) * 2
+    style[5] = 4  # the progression
+    start_of_tile = b"\xff\x90\x00\x0a\x00\x00" + (12 + 2 + len(packets)).to_bytes(4) + b"\x00\x01"
+    return b"\xff\x4f" + size + style + heads[0][0x5C] + start_of_tile + b"\xff\x93" + packets + b"\xff\xd9"
+
+
 def encode(slide: TiffSlide, block: np.ndarray) -> bytes:
     """One block, JPEG with all its tables."""
     kind = slide.compression
@@ -131,9 +163,9 @@ def encode(slide: TiffSlide, block: np.ndarray) -> bytes:
     if kind == "jpeg-rgb":
         return imagecodecs.jpeg8_encode(block, slide.quality, colorspace="RGB", outcolorspace="RGB")
     if kind == "jp2k-ycbcr":
-        block = np.ascontiguousarray(cv2.cvtColor(block, cv2.COLOR_RGB2YCrCb)[..., [0, 2, 1]])
-    if kind in ("jp2k-ycbcr", "jp2k-rgb"):
-        return imagecodecs.jpeg2k_encode(block, level=slide.quality, codecformat="j2k", mct=kind == "jp2k-rgb")
+        return jpeg2000_ycbcr(block, slide.subsampling, slide.quality)
+    if kind == "jp2k-rgb":
+        return imagecodecs.jpeg2k_encode(block, level=slide.quality, codecformat="j2k", mct=True)
     if slide.predictor:
         block = np.concatenate((block[:, :1], np.diff(block, axis=1)), axis=1)
     raw = np.ascontiguousarray(block).tobytes()
@@ -274,7 +306,7 @@ def _level_tags(slide: TiffSlide, level: int, offsets: list[int], counts: list[i
     if tables:
         tags.append((347, UNDEFINED, tables))
     if ycbcr:
-        tags.append((530, SHORT, slide.subsampling if slide.compression == "jpeg" else (1, 1)))
+        tags.append((530, SHORT, slide.subsampling))
     return tags
 
 

@@ -135,14 +135,59 @@ def _frame(jpeg: bytes) -> tuple[int, bool]:
     raise ValueError("it has no frame and scan")
 
 
-def _decode_jpeg2000(block: bytes, form: BlockFormat) -> Any:
-    # SIZ: image and tile extents, all 32-bit, tell what would be allocated (ISO/IEC 15444-1, A.5.1).
+@dataclass(frozen=True)
+class _Jpeg2000Size:
+    """What a JPEG 2000 codestream says of its image, before anything is allocated (SIZ: ISO/IEC 15444-1, A.5.1)."""
+
+    width: int
+    height: int
+    components: tuple[tuple[int, int, int], ...]
+    """of each: 8-bit code of its depth (7: unsigned 8 bits), px of the image per sample across and down"""
+
+    @property
+    def is_eight_bit(self) -> bool:
+        """Whether it has three components of 8 bits."""
+        return len(self.components) == 3 and all(depth == 7 for depth, _, _ in self.components)
+
+    @property
+    def subsampling(self) -> tuple[tuple[int, int], ...]:
+        """Of the three components: px of the image per sample across and down."""
+        return tuple((across, down) for _, across, down in self.components)
+
+
+# (1, 1) is converted here; OpenJPEG's own conversion, which imagecodecs calls unasked, knows the others.
+_WHOLE, _SUBSAMPLED = ((1, 1),) * 3, (((1, 1), (2, 1), (2, 1)), ((1, 1), (2, 2), (2, 2)))
+
+
+def _jpeg2000_size(block: bytes) -> _Jpeg2000Size:
     at = block.find(b"\xff\x51", 0, 200)
+    count = int.from_bytes(block[at + 38 : at + 40])
+    if at < 0 or len(block) < at + 40 + 3 * count:
+        raise ValueError("it is no JPEG 2000 image")
     right, bottom, left, top = (int.from_bytes(block[at + 6 + 4 * i : at + 10 + 4 * i]) for i in range(4))
-    if at < 0 or (bottom - top, right - left) != (form.height, form.width):
-        raise ValueError(f"it is no JPEG 2000 image of {form.width} × {form.height} px")
+    each = block[at + 40 : at + 40 + 3 * count]
+    components = tuple((each[i], each[i + 1], each[i + 2]) for i in range(0, len(each), 3))
+    return _Jpeg2000Size(right - left, bottom - top, components)
+
+
+def decodes_jpeg2000(start: bytes, codec: str) -> bool:
+    """Whether blocks of a JPEG 2000 codec that begin so are decoded here: their components, depth and subsampling."""
+    try:
+        size = _jpeg2000_size(start)
+    except ValueError:
+        return True  # told with its place when it is read
+    known = (_WHOLE, *_SUBSAMPLED) if codec == "JP2K_YCBCR" else (_WHOLE,)
+    return size.is_eight_bit and size.subsampling in known
+
+
+def _decode_jpeg2000(block: bytes, form: BlockFormat) -> Any:
+    size = _jpeg2000_size(block)
+    if (size.width, size.height) != (form.width, form.height):
+        raise ValueError(f"it is of {size.width} × {size.height} px, not {form.width} × {form.height}")
+    if not decodes_jpeg2000(block, form.codec):
+        raise ValueError(f"it has components (depth, subsampling) {size.components}, which are not decoded here")
     pixels = imagecodecs.jpeg2k_decode(block)
-    return _rgb_of_ycbcr(pixels) if form.codec == "JP2K_YCBCR" and pixels.ndim == 3 else pixels
+    return _rgb_of_ycbcr(pixels) if form.codec == "JP2K_YCBCR" and size.subsampling == _WHOLE else pixels
 
 
 def _rgb_of_ycbcr(pixels: Pixels) -> Pixels:

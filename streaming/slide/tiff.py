@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 
 from streaming.errors import SlideError, StorageError
 from streaming.ranges import RangeFile, Ranges, read_range
-from streaming.slide.codecs import CODECS, BlockFormat, jpeg_prefix
+from streaming.slide.codecs import CODECS, BlockFormat, decodes_jpeg2000, jpeg_prefix
 
 _RGB, _YCBCR = 2, 6
 _XMP, _NDPI_FORMAT = 700, 65420
 _MAX_BLOCK_PX = 2**24
+_JPEG2000_HEAD = 512  # bytes of a block that hold its image's size and components
 _MAX_PAGES = 1000  # the largest Z-stacks have some hundred
 _UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0}  # TIFF's ResolutionUnit: inch, cm
 
@@ -63,7 +64,7 @@ def read_tiff(uri: str, ranges: Ranges) -> TiffSlide | None:
         return None
     try:
         with tifffile.TiffFile(RangeFile(ranges), name=uri) as tiff:  # type: ignore[arg-type]
-            return _slide(uri, tiff, ranges.size)
+            return _slide(uri, tiff, ranges)
     except (SlideError, StorageError):
         raise
     except (tifffile.TiffFileError, ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError) as error:
@@ -71,7 +72,7 @@ def read_tiff(uri: str, ranges: Ranges) -> TiffSlide | None:
         raise SlideError(f"{uri}: its TIFF tags make no sense ({text}); compare it with its source") from error
 
 
-def _slide(uri: str, tiff: tifffile.TiffFile, file_nbytes: int) -> TiffSlide | None:
+def _slide(uri: str, tiff: tifffile.TiffFile, ranges: Ranges) -> TiffSlide | None:
     first = tiff.pages.first
     if not first.is_tiled:
         return None
@@ -111,12 +112,12 @@ def _slide(uri: str, tiff: tifffile.TiffFile, file_nbytes: int) -> TiffSlide | N
     if any(b[0] >= a[0] for a, b in pairwise(sizes)):
         return None
     blocks = [
-        _blocks(uri, n, page, size, file_nbytes) for n, (page, size) in enumerate(zip(levels, sizes, strict=True))
+        _blocks(uri, n, page, size, ranges.size) for n, (page, size) in enumerate(zip(levels, sizes, strict=True))
     ]
     usable = [level for level in blocks if level is not None]
     # OpenSlide paints Aperio's empty blocks from other levels.
     painted = vendor == "aperio" and len(usable) > 1 and any((level.nbytes == 0).any() for level in usable)
-    if len(usable) < len(blocks) or painted:
+    if len(usable) < len(blocks) or painted or not all(_decodes(level, ranges) for level in usable):
         return None
     return TiffSlide(vendor, mpp, tuple(usable))
 
@@ -178,6 +179,15 @@ def _blocks(
     prefix = jpeg_prefix(tables, rgb=photometric == _RGB) if codec == "JPEG" else b""
     form = BlockFormat(codec, width, height, prefix, int(page.predictor) == 2)
     return BlockLevel(*size, form, offsets, nbytes)
+
+
+def _decodes(level: BlockLevel, ranges: Ranges) -> bool:
+    """Whether its blocks are decoded here; JPEG 2000 tells its components and their subsampling in the block alone."""
+    used = np.flatnonzero(level.nbytes)
+    if not level.form.codec.startswith("JP2K") or not len(used):
+        return True
+    start, nbytes = int(level.offsets[used[0]]), int(level.nbytes[used[0]])
+    return decodes_jpeg2000(read_range(ranges, start, start + min(nbytes, _JPEG2000_HEAD)), level.form.codec)
 
 
 def _check_places(

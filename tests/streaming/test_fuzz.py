@@ -36,7 +36,7 @@ import tifffile
 
 from streaming.errors import TilestreamError
 from streaming.slide import open_slide
-from tests.tiff_files import TiffSlide, tiff_bytes
+from tests.tiff_files import TiffSlide, jpeg2000_ycbcr, tiff_bytes
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared/data"
@@ -278,6 +278,8 @@ def foreign_block(kind: str) -> bytes:
         "grey jpeg 2000": lambda: imagecodecs.jpeg2k_encode(np.tile(grey, (4, 4)), level=40, codecformat="j2k"),
         "rgba jpeg 2000": lambda: imagecodecs.jpeg2k_encode(np.tile(cmyk, (4, 4, 1)), level=40, codecformat="j2k"),
         "16-bit jpeg 2000": lambda: imagecodecs.jpeg2k_encode(rgb.astype(np.uint16) * 200, level=40, codecformat="j2k"),
+        "subsampled jpeg 2000": lambda: jpeg2000_ycbcr(np.tile(rgb, (4, 4, 1)), (2, 2), 40),
+        "oddly subsampled jpeg 2000": lambda: jpeg2000_ycbcr(np.tile(rgb, (4, 4, 1)), (4, 1), 40),
         "short deflate": lambda: zlib.compress(bytes(100)),
         "long deflate": lambda: zlib.compress(bytes(4_000_000)),
         "short lzw": lambda: imagecodecs.lzw_encode(bytes(100)),
