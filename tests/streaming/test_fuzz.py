@@ -293,7 +293,7 @@ def foreign_block(kind: str) -> bytes:
 
 FOREIGN = (
     *(f"{kind} jpeg" for kind in ("small", "large", "grey", "cmyk")),
-    *(f"{kind} jpeg 2000" for kind in ("small", "large", "grey", "rgba", "16-bit")),
+    *(f"{kind} jpeg 2000" for kind in ("small", "large", "grey", "rgba", "16-bit", "subsampled", "oddly subsampled")),
     *("short deflate", "long deflate", "short lzw", "long lzw", "nothing", "zeros", "png"),
 )
 
