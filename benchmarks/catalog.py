@@ -23,15 +23,16 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.table import TURNS, machine
-from streaming.catalog import BLOCKS, SCHEMA, Catalog, SlideRow, write
+from streaming.catalog import Catalog
+from streaming.catalog.catalog import BLOCKS, SCHEMA, SlideRow, write
+from streaming.catalog.tissue_map import Cells
 from streaming.plan import TilePlan
-from streaming.ranges import Span
-from streaming.slide import Staging
 from streaming.slide.block_index import pack
-from streaming.slide.blocks import BlockSlide
+from streaming.slide.block_slide import BlockSlide
 from streaming.slide.codecs import BlockFormat
 from streaming.slide.tiff import BlockLevel, TiffSlide
-from streaming.tissue_map import Cells
+from streaming.storage.ranges import Span
+from streaming.storage.staging import Staging
 
 BLOCK, MPP, BATCH = 256, 0.25, 128
 STORE = {"anon": True, "endpoint_url": "http://127.0.0.1:9", "region": "us-east-1"}  # nothing is ever asked of it

@@ -24,12 +24,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from streaming import storage
-from streaming.catalog import Catalog, merge, part_of, write
-from streaming.catalog_job import Rejected, inspect
+from streaming.catalog import Catalog
+from streaming.catalog.build import Rejected, inspect
+from streaming.catalog.catalog import merge, part_of, write
 from streaming.plan import TilePlan
-from streaming.slide import Staging
-from streaming.slide.synthetic import SyntheticSlide
-from streaming.slide.synthetic_svs import write_slide
+from streaming.storage.staging import Staging
+from streaming.synthetic.drawing import SyntheticSlide
+from streaming.synthetic.svs import write_slide
 
 SIZE, BATCH = 256, 128
 

@@ -23,14 +23,14 @@ import psutil
 
 from benchmarks.table import TURNS, Line, arguments, line, report
 from streaming import cluster, storage
-from streaming.catalog_job import find_slides
-from streaming.slide.synthetic import SyntheticSlide
-from streaming.slide.synthetic_svs import write_slide
-from trainer import checkpoint
-from trainer.config import read_config
-from trainer.embed import EmbedOptions, Job, embed, rows_of
-from trainer.embedder import load_model
-from trainer.module import DinoModule
+from streaming.catalog.build import find_slides
+from streaming.synthetic.drawing import SyntheticSlide
+from streaming.synthetic.svs import write_slide
+from trainer.embed.job import EmbedOptions, Job, embed, rows_of
+from trainer.embed.model import load_model
+from trainer.recipe.module import DinoModule
+from trainer.run import checkpoints
+from trainer.run.config import read_config
 
 KINDS = {"readers": "GridReader", "model": "Modeller"}
 
@@ -38,7 +38,7 @@ KINDS = {"readers": "GridReader", "model": "Modeller"}
 _ALONE = """
 import json, sys, time
 import torch
-from trainer.embedder import load_model
+from trainer.embed.model import load_model
 torch.set_num_threads(1)
 source, size, batch, count = sys.argv[1], *map(int, sys.argv[2:])
 network = load_model(source).backbone
@@ -58,10 +58,10 @@ def made_model(folder: Path, backbone: str, size: int) -> str:
     overrides = ["--model.backbone", backbone, "--augment.global_size", str(size), "--data.tile_size", str(size)]
     overrides += ["--model.patch_size", "16", "--augment.local_size", "32", "--model.num_prototypes", "32"]
     config = read_config("debug", [*overrides, "--run.out", out])
-    if not checkpoint.steps_of(out):
+    if not checkpoints.steps_of(out):
         state = {"state_dict": DinoModule(config).state_dict(), "global_step": 1}
-        checkpoint.write(checkpoint.checkpoint_uri(out, 1), state, config, "0")
-    return checkpoint.find(out)
+        checkpoints.write(checkpoints.checkpoint_uri(out, 1), state, config, "0")
+    return checkpoints.find(out)
 
 
 def made_slide(folder: Path, side: int) -> str:

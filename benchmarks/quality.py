@@ -24,15 +24,15 @@ from benchmarks.common import made_catalog
 from benchmarks.table import machine
 from streaming import storage
 from streaming.errors import TrainingError
-from streaming.slide.synthetic import SyntheticSlide, TissueClass, tissue_classes
-from streaming.slide.synthetic_svs import write_slide
-from trainer.config import Config, read_config
+from streaming.synthetic.drawing import SyntheticSlide, TissueClass, tissue_classes
+from streaming.synthetic.svs import write_slide
 from trainer.evaluate import EvaluateOptions, Score, evaluate_model
 from trainer.evaluate.annotations import TileGrid
 from trainer.evaluate.datasets import read_dataset
 from trainer.evaluate.features import Model, load_model, model_of
-from trainer.module import DinoModule
-from trainer.train import train
+from trainer.recipe.module import DinoModule
+from trainer.run.config import Config, read_config
+from trainer.run.train import train
 
 TRAINED_ON, SCORED_ON = range(6), range(100, 148)
 MPP, SIZE, STEP = 1.0, 64, 32  # tiles as large as the demo's crops

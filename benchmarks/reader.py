@@ -21,13 +21,13 @@ from benchmarks.common import BATCH, SIZE, OpenSlideTiles, made_catalog, made_sl
 from benchmarks.latency_server import serve
 from benchmarks.table import TURNS, Line, arguments, line, report
 from streaming import cluster
+from streaming.delivery.stream import BatchShape, TileStream, torch_batches
 from streaming.plan import TilePlan
-from streaming.ranges import read_range
-from streaming.reader import ReaderOptions
+from streaming.reading.hsv_rule import HsvRule
+from streaming.reading.reader import ReaderOptions
 from streaming.slide import Slide, codecs, open_slide
 from streaming.slide.block_index import open_index
-from streaming.stream import BatchShape, TileStream, torch_batches
-from streaming.tissue import HsvRule
+from streaming.storage.ranges import read_range
 
 MPPS = (0.25, 0.5, 1.0, 2.0)
 LATENCY_S = 0.02

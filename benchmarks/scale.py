@@ -2,7 +2,8 @@
 
 A short run with one reader measures what a tile costs (CPU of each process, requests, bytes). From that, runs with 1, 2
 and 4 readers are predicted, on fast storage, where cores bound them, and on slow storage, where requests do; then they
-are run. The same arithmetic (`streaming/capacity.py`) then answers for the GPUs and the storage that were asked for.
+are run. The same arithmetic (`streaming/operate/capacity.py`) then answers for the GPUs and the storage that were
+asked for.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ import obstore
 
 from benchmarks.latency_server import serve
 from benchmarks.reader import made_slides
-from streaming import cluster, storage, stores
-from streaming.capacity import Capacity, StageCosts, Surroundings, one_machine_rate, plan_capacity
-from streaming.catalog import Catalog, Inspected, merge, part_of, write
-from streaming.catalog_job import inspect
+from streaming import cluster, storage
+from streaming.catalog import Catalog
+from streaming.catalog.build import inspect
+from streaming.catalog.catalog import Inspected, merge, part_of, write
+from streaming.delivery.stream import BatchShape, TileStream
+from streaming.delivery.time_use import TimeUse
+from streaming.operate.capacity import Capacity, StageCosts, Surroundings, one_machine_rate, plan_capacity
 from streaming.plan import TilePlan
-from streaming.reader import ReaderOptions
-from streaming.slide import Staging
-from streaming.stats import TimeUse
-from streaming.stream import BatchShape, TileStream
+from streaming.reading.reader import ReaderOptions
+from streaming.storage import clients
+from streaming.storage.staging import Staging
 
 SIZE, MICRO, READERS = 256, 64, (1, 2, 4)
 # Fast storage, and slow storage that is asked little at once: what bounds a reader there is its requests.
@@ -122,7 +125,7 @@ def costs_of(found: Run, small: Run) -> StageCosts:
 
 def answered_s(options: dict[str, object], path: str) -> float:
     """Seconds that one small request takes here, median: the latency that was asked for, and what the server adds."""
-    store = stores.object_store("s3://bench", options)
+    store = clients.object_store("s3://bench", options)
     taken = []
     for i in range(15):
         started = time.perf_counter()

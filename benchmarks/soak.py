@@ -24,10 +24,10 @@ from benchmarks.common import made_catalog
 from benchmarks.table import machine
 from streaming import cluster
 from streaming.catalog import Catalog
+from streaming.delivery.stream import BatchShape, TileStream
 from streaming.plan import TilePlan
-from streaming.slide.synthetic import SyntheticSlide
-from streaming.slide.synthetic_svs import write_slide
-from streaming.stream import BatchShape, TileStream
+from streaming.synthetic.drawing import SyntheticSlide
+from streaming.synthetic.svs import write_slide
 
 KINDS = {"driver": "", "chain": "ray::Chain", "coordinators": "ray::SplitCoordinator", "readers": "ReaderActor"}
 

@@ -22,10 +22,10 @@ from benchmarks.common import BATCH, SIZE, made_catalog, made_slides, openslide_
 from benchmarks.table import TURNS, Line, arguments, line, report
 from streaming import cluster
 from streaming.catalog import Catalog
+from streaming.delivery.stream import BatchShape, TileStream, torch_batches
 from streaming.plan import TilePlan
-from streaming.reader import ReaderOptions, TileReader
-from streaming.stream import BatchShape, TileStream, torch_batches
-from streaming.tissue import HsvRule
+from streaming.reading.hsv_rule import HsvRule
+from streaming.reading.reader import ReaderOptions, TileReader
 
 SKIP, FAR = 10, 1_000_000
 OPTIONS = ReaderOptions(hsv_rule=HsvRule(min_share=0))
@@ -43,8 +43,8 @@ def ended(phase):
 from streaming import cluster
 from streaming.catalog import Catalog
 from streaming.plan import TilePlan
-from streaming.reader import ReaderOptions
-from streaming.stream import BatchShape, TileStream
+from streaming.reading.reader import ReaderOptions
+from streaming.delivery.stream import BatchShape, TileStream
 ended("imports")
 catalog = Catalog.load(sys.argv[1])
 plan = TilePlan(catalog, mpp={0.25: 1}, size=int(sys.argv[2]))

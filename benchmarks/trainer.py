@@ -49,9 +49,9 @@ class Inputs:
 
 def our_step(inputs: Inputs, *, one_pass: bool = False) -> Step:
     """Our module; with `one_pass`, crops of both sizes go through its backbone together on a CPU, too."""
-    from trainer import module as ours
-    from trainer.augment import Crops
-    from trainer.config import read_config
+    from trainer.recipe import module as ours
+    from trainer.recipe.augment import Crops
+    from trainer.run.config import read_config
 
     overrides = ["--model.drop_path", str(DROP_PATH), "--train.batch", str(inputs.batch)]
     module = ours.DinoModule(read_config("vits14", [*overrides, "--mask.group_size", str(min(inputs.batch, 4))]))
@@ -204,7 +204,7 @@ def augmentation(batch: int, whose: str) -> Callable[[], Any]:
         if whose == "pil":
             images = [Image.fromarray(tile.numpy()) for tile in pictures]
         return lambda: [pipeline(image) for image in images]
-    from trainer.augment import Augmentation
+    from trainer.recipe.augment import Augmentation
 
     return partial(Augmentation().multi_crop, pictures, torch.arange(batch), 0)
 
@@ -257,7 +257,7 @@ class Contender:
         command = [python, "-m", "benchmarks.trainer", "--worker", name, "--inputs", str(inputs)]
         command += ["--batch", str(args.batch)]
         command += ["--threads", str(threads), "--reference", str(args.reference or "")]
-        from trainer.train import RANK_ENVIRONMENT
+        from trainer.run.train import RANK_ENVIRONMENT
 
         # For all alike, what our ranks get: large pages among it.
         own = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore", **RANK_ENVIRONMENT}
@@ -317,7 +317,7 @@ def lightly_python(folder: Path) -> str:
 
 def make_inputs(batch: int, path: Path) -> None:
     """The crops and masks that all are given."""
-    from trainer.masks import Masking, block_masks
+    from trainer.recipe.masks import Masking, block_masks
 
     side = GLOBAL_PX // PATCH
     masks = block_masks(torch.arange(batch), (side, side), Masking(group_size=min(batch, 4)), 0).flatten(0, 1)
@@ -360,8 +360,8 @@ def data_wait(args: argparse.Namespace) -> Line:
     """What a rank on one core waits for tiles that a reader on another one streams, after the first step."""
     from benchmarks.common import made_catalog, made_slides
     from streaming import storage
-    from trainer.config import read_config
-    from trainer.train import train
+    from trainer.run.config import read_config
+    from trainer.run.train import train
 
     catalog = made_catalog([str(path) for path in made_slides(args.folder, 2)])
     with tempfile.TemporaryDirectory() as out:

@@ -1,8 +1,8 @@
 """From the bytes of slides to batches of tiles."""
 
 from streaming.catalog import Catalog
+from streaming.delivery.stream import TileStream
 from streaming.plan import TilePlan, TileSpec
 from streaming.slide import open_slide
-from streaming.stream import TileStream
 
 __all__ = ["Catalog", "TilePlan", "TileSpec", "TileStream", "open_slide"]

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from streaming import storage
 from streaming.errors import ConfigError
-from streaming.slide import Staging
+from streaming.storage.staging import Staging
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from streaming.catalog import Catalog
+    from streaming.delivery.stream import TileStream
     from streaming.plan import TilePlan
-    from streaming.stream import TileStream
 
 Command = Callable[[Namespace], None]
 
@@ -132,8 +132,8 @@ def add_catalog(commands: Any) -> None:
 
 def run_catalog(args: Namespace) -> None:
     """Builds the catalog and says what became of the slides."""
-    from streaming.catalog import REJECTED
-    from streaming.catalog_job import build_catalog
+    from streaming.catalog.build import build_catalog
+    from streaming.catalog.catalog import REJECTED
 
     report = build_catalog(
         args.slides,
@@ -195,8 +195,9 @@ def _add_universe(parser: ArgumentParser) -> None:
 
 
 def _plan(args: Namespace, catalog: Catalog) -> TilePlan:
-    from streaming.plan import DEFAULT_MPP, TilePlan
-    from streaming.universe import Universe
+    from streaming.plan import TilePlan
+    from streaming.plan.plan import DEFAULT_MPP
+    from streaming.plan.universe import Universe
 
     universe = Universe(
         slides=args.slides,
@@ -212,8 +213,8 @@ def _plan(args: Namespace, catalog: Catalog) -> TilePlan:
 def run_stream(args: Namespace) -> None:
     """Pulls the steps and prints a digest a step, then the rate, where the time went and how well it was mixed."""
     from streaming.catalog import Catalog
-    from streaming.reader import ReaderOptions
-    from streaming.stream import BatchShape, TileStream, check_steps
+    from streaming.delivery.stream import BatchShape, TileStream, check_steps
+    from streaming.reading.reader import ReaderOptions
 
     options = storage_options(args)
     shape = BatchShape(args.batch, args.ranks)
@@ -248,10 +249,10 @@ def _pull(stream: TileStream, args: Namespace) -> None:
     from rich.console import Console
 
     from streaming import cluster
-    from streaming.failures import FailureLog, failures_of
+    from streaming.delivery.failures import FailureBudget, FailureLog, failures_of
+    from streaming.delivery.stream import step_digest
+    from streaming.delivery.time_use import TimeUse
     from streaming.progress import ProgressLine
-    from streaming.stats import FailureBudget, TimeUse
-    from streaming.stream import step_digest
 
     first, last = args.steps
     steps = iter(stream.steps(first, last))
@@ -338,7 +339,7 @@ def add_doctor(commands: Any) -> None:
 
 def run_doctor(args: Namespace) -> None:
     """Prints the findings; exit status 1 if something must be mended."""
-    from streaming.doctor import Finding, examine
+    from streaming.operate.doctor import Finding, examine
 
     findings: list[Finding] = []
     for finding in examine(args.catalog, storage_options(args), ray=not args.no_ray):

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
-from streaming.catalog import merge, part_of, write
-from streaming.catalog_job import inspect
-from streaming.slide import Staging
-from streaming.slide.synthetic import SyntheticSlide
-from streaming.slide.synthetic_svs import write_slide
+from streaming.catalog.build import inspect
+from streaming.catalog.catalog import merge, part_of, write
 from streaming.storage import stat
+from streaming.storage.staging import Staging
+from streaming.synthetic.drawing import SyntheticSlide
+from streaming.synthetic.svs import write_slide
 
 
 @pytest.fixture(scope="session")

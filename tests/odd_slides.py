@@ -14,8 +14,9 @@ import numpy as np
 from streaming import storage
 from streaming.catalog import Catalog
 from streaming.errors import SlideError
-from streaming.slide import Slide, Staging
-from streaming.slide.geometry import Pixels
+from streaming.slide import Slide
+from streaming.slide.resample import Pixels
+from streaming.storage.staging import Staging
 
 
 class OddSlide:

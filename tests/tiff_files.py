@@ -17,7 +17,7 @@ import cv2
 import imagecodecs
 import numpy as np
 
-from streaming.slide.synthetic import SyntheticSlide, pixels
+from streaming.synthetic.drawing import SyntheticSlide, pixels
 
 Compression = Literal["jpeg", "jpeg-rgb", "jp2k-ycbcr", "jp2k-rgb", "lzw", "deflate", "none"]
 Vendor = Literal["aperio", "generic", "ome", "philips"]

@@ -12,19 +12,11 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
-from streaming.capacity import Capacity
-from streaming.cli import (
-    OneLineParser,
-    add_bench,
-    add_catalog,
-    add_command,
-    add_doctor,
-    add_stream,
-    out,
-)
+from streaming.cli import OneLineParser, add_bench, add_catalog, add_command, add_doctor, add_stream, out
 from streaming.errors import ConfigError, TilestreamError, root_cause
+from streaming.operate.capacity import Capacity
 from trainer.configs import presets
-from trainer.results_cli import add_embed, add_evaluate, add_export, add_lazyslide, add_picture, add_scoring, scoring
+from trainer.model_commands import add_embed, add_evaluate, add_export, add_lazyslide, add_picture, add_scoring, scoring
 
 Number = TypeVar("Number")
 
@@ -71,7 +63,7 @@ def add_train(commands: Any) -> None:
 
 def run_train(args: Namespace) -> None:
     """Trains, and says where the checkpoint lies."""
-    from trainer.config import config_parser, read_config
+    from trainer.run.config import config_parser, read_config
 
     if args.fields:
         return config_parser().print_help()
@@ -81,12 +73,12 @@ def run_train(args: Namespace) -> None:
     if args.print_config:
         return out(config.to_yaml().rstrip())
     if args.dry_run:
-        from trainer.preview import describe
+        from trainer.run.dry_run import describe
 
         for line in describe(config):
             out(line)
         return None
-    from trainer.train import train
+    from trainer.run.train import train
 
     result = train(config, debug=args.debug, verbose=args.verbose, force=args.force)
     for line in result.summary:
@@ -123,7 +115,7 @@ def add_sweep(commands: Any) -> None:
 
 def run_sweep(args: Namespace) -> None:
     """Trains and scores the grid, and prints a line a score."""
-    from trainer.config import read_config
+    from trainer.run.config import read_config
     from trainer.sweep import PICTURE, TABLE, grid, score_lines, sweep
 
     config = read_config(args.config, args.overrides)
@@ -181,9 +173,9 @@ def add_capacity(commands: Any) -> None:
 
 def run_capacity(args: Namespace) -> None:
     """Prints what is needed, the first limit, and the bill."""
-    from streaming.capacity import StageCosts, Surroundings, costs_of_size, plan_capacity, read_costs
-    from streaming.prices import bill, read_prices
-    from trainer.config import read_config
+    from streaming.operate.capacity import StageCosts, Surroundings, costs_of_size, plan_capacity, read_costs
+    from streaming.operate.prices import bill, read_prices
+    from trainer.run.config import read_config
 
     config = read_config(args.config, args.overrides)
     prices = read_prices(args.prices) if args.prices else None

@@ -15,15 +15,15 @@ from pathlib import Path
 from rich.console import Console
 
 from streaming import cluster, storage
-from streaming.catalog_job import build_catalog
+from streaming.catalog.build import build_catalog
 from streaming.errors import ConfigError
-from streaming.slide.synthetic import SyntheticSlide
-from streaming.slide.synthetic_svs import write_slide
-from trainer.config import read_config
-from trainer.embed import EmbedOptions, embed
-from trainer.report import own_slides_commands, write_report
-from trainer.train import train
-from trainer.watch import METRICS
+from streaming.synthetic.drawing import SyntheticSlide
+from streaming.synthetic.svs import write_slide
+from trainer.embed.job import EmbedOptions, embed
+from trainer.run.config import read_config
+from trainer.run.train import train
+from trainer.run.watch import METRICS
+from trainer.show.run_report import own_slides_commands, write_report
 
 _MARKER = ".tilestream-demo"
 _ORGANS = ("breast", "colon", "lung", "kidney")

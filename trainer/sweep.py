@@ -13,9 +13,9 @@ import pyarrow as pa
 
 from streaming import storage
 from streaming.errors import ConfigError
-from trainer.config import Config
-from trainer.evaluate.run import SCORES_JSON, EvaluateOptions, evaluate, labelled
-from trainer.train import check_model, load_catalog, make_plan, train
+from trainer.evaluate.scoring import SCORES_JSON, EvaluateOptions, evaluate, labelled
+from trainer.run.config import Config
+from trainer.run.train import check_model, load_catalog, make_plan, train
 
 TABLE, PICTURE = "sweep.parquet", "sweep.png"
 _SCHEMA = pa.schema(

@@ -7,14 +7,15 @@ from typing import Protocol
 
 from streaming import storage
 from streaming.errors import SlideError
-from streaming.ranges import open_ranges
 from streaming.slide import block_index, geometry
 from streaming.slide.block_index import BlockIndex
-from streaming.slide.blocks import BlockSlide
-from streaming.slide.geometry import Pixels
-from streaming.slide.members import MULTI_FILE_SUFFIXES, as_one, is_multi_file, members
-from streaming.slide.staged import Staging, open_staged
+from streaming.slide.block_slide import BlockSlide
+from streaming.slide.multi_file import MULTI_FILE_SUFFIXES, as_one, is_multi_file, members
+from streaming.slide.openslide_slide import open_staged
+from streaming.slide.resample import Pixels
 from streaming.slide.tiff import read_tiff
+from streaming.storage.ranges import open_ranges
+from streaming.storage.staging import Staging
 
 # What a folder is searched for; a file named outright is tried whatever its suffix.
 SLIDE_SUFFIXES = (

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from streaming import storage
 from streaming.errors import CatalogError
 from streaming.slide.codecs import BlockFormat
-from streaming.slide.staged import Staging
 from streaming.slide.tiff import BlockLevel, TiffSlide
+from streaming.storage.staging import Staging
 
 _MAGIC = b"tilestream blocks 1\n"
 _BODY = len(_MAGIC) + 8
@@ -81,7 +81,7 @@ class IndexedLevel:
 class BlockIndex:
     """All that reading a slide's blocks needs; mpp is the metadata's in µm/px, None where it has none.
 
-    tag is the version of the object that the index describes (`streaming.ranges.Ranges`).
+    tag is the version of the object that the index describes (`streaming.storage.ranges.Ranges`).
     """
 
     tag: str

@@ -10,7 +10,7 @@ import imagecodecs
 import numpy as np
 import simplejpeg
 
-from streaming.slide.geometry import Pixels, scratch
+from streaming.slide.resample import Pixels, scratch
 
 _SOI, _APP0, _APP14 = b"\xff\xd8", b"\xff\xe0", b"\xff\xee"
 

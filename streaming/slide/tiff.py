@@ -17,8 +17,8 @@ import tifffile
 from numpy.typing import NDArray
 
 from streaming.errors import SlideError, StorageError
-from streaming.ranges import RangeFile, Ranges, read_range
 from streaming.slide.codecs import CODECS, BlockFormat, decodes_jpeg2000, jpeg_prefix
+from streaming.storage.ranges import RangeFile, Ranges, read_range
 
 _RGB, _YCBCR = 2, 6
 _XMP, _NDPI_FORMAT = 700, 65420

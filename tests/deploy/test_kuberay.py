@@ -262,7 +262,7 @@ def test_a_queued_training_has_a_fixed_size_and_waits_for_kueue(tmp_path: Path) 
 
 
 def test_the_jobs_command_line_is_one_that_tilestream_takes(tmp_path: Path) -> None:
-    from trainer.config import read_config
+    from trainer.run.config import read_config
 
     (job,) = of_ray(render(tmp_path, "base", "job"))
     program, command, preset, *overrides = shlex.split(job["spec"]["entrypoint"])

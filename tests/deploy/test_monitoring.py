@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from streaming.metrics import METRICS, STAGES
+from streaming.delivery.exported_metrics import METRICS, STAGES
 from tests.deploy.manifests import KUBERAY, Manifest, render
 
 FOLDER = KUBERAY / "components" / "monitoring"

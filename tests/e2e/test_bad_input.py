@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from streaming import cluster
 from tests.conftest import write_catalog
 from tests.processes import free_ports, serving
-from trainer import checkpoint
-from trainer.backbone import create_backbone
 from trainer.cli import main
-from trainer.config import read_config
+from trainer.recipe.backbone import create_backbone
+from trainer.run import checkpoints
+from trainer.run.config import read_config
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -168,9 +168,9 @@ def test_a_checkpoint_of_another_architecture(
     capsys: pytest.CaptureFixture[str], slides: list[Path], tmp_path: Path
 ) -> None:
     config = read_config("debug", ["--run.out", str(tmp_path / "run")])
-    uri = checkpoint.checkpoint_uri(str(tmp_path / "run"), 1)
-    state = {"global_step": 1, "state_dict": {"teacher.backbone.vit.other": checkpoint.torch.zeros(1)}}
-    checkpoint.write(uri, state, config, "c0ffee")
+    uri = checkpoints.checkpoint_uri(str(tmp_path / "run"), 1)
+    state = {"global_step": 1, "state_dict": {"teacher.backbone.vit.other": torch.zeros(1)}}
+    checkpoints.write(uri, state, config, "c0ffee")
     line = refusal(capsys, "embed", tmp_path / "run", slides[0], "--out", tmp_path / "out")
     assert uri in line
     assert "another architecture" in line

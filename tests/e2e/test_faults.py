@@ -20,15 +20,15 @@ from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
 from streaming.catalog import Catalog
+from streaming.delivery.stream import BatchShape, TileStream, step_digest
 from streaming.errors import StreamError
 from streaming.plan import TilePlan
-from streaming.reader import Batch
-from streaming.stream import BatchShape, TileStream, step_digest
+from streaming.reading.reader import Batch
 from tests import odd_slides
 from tests.conftest import write_catalog
 from tests.odd_slides import OddCatalog
 from tests.processes import SMALL, TILESTREAM, kill_tree, wait_for
-from trainer import checkpoint
+from trainer.run import checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 cloudpickle.register_pickle_by_value(odd_slides)
@@ -242,7 +242,7 @@ def test_a_rank_whose_node_is_to_be_taken_away_saves_and_goes_on_elsewhere(
             drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "its price rose"]
             ray_command = Path(sys.executable).with_name("ray")
             subprocess.run([ray_command, *drain, "--deadline-remaining-seconds", "60"], check=True)
-            (saved,) = wait_for(lambda: checkpoint.steps_of(out))
+            (saved,) = wait_for(lambda: checkpoints.steps_of(out))
             cluster.add_node(**trainers)
             cluster.remove_node(spot, allow_graceful=False)
             said = running.stderr.read().decode()

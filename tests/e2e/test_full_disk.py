@@ -10,9 +10,9 @@ import ray
 from ray.exceptions import OutOfDiskError
 
 from streaming.catalog import Catalog
+from streaming.delivery.stream import BatchShape, TileStream, step_digest
 from streaming.errors import NodeError
 from streaming.plan import TilePlan
-from streaming.stream import BatchShape, TileStream, step_digest
 
 STEPS, BATCH = 16, 128
 

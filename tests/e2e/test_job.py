@@ -21,11 +21,11 @@ import pytest
 
 from streaming import storage
 from streaming.catalog import Catalog
-from streaming.metrics import METRICS
+from streaming.delivery.exported_metrics import METRICS
 from tests.conftest import write_catalog
 from tests.processes import free_ports, kill_tree
 from tests.tiff_files import STAGED, write_tiff
-from trainer import checkpoint
+from trainer.run import checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 # All but the sum and count that a histogram has beside its buckets; Ray puts `ray_` before. A counter of what did not
@@ -178,23 +178,23 @@ def test_a_killed_job_that_is_submitted_again_goes_on_where_it_was(
     command += ["--data.reader_labels.tilestream-role", "reader"]
     begun = nodes.submit("first", *command, wait=False)
     assert begun.returncode == 0, begun.stdout + begun.stderr
-    until(lambda: bool(checkpoint.steps_of(str(out))), nodes, "first")
+    until(lambda: bool(checkpoints.steps_of(str(out))), nodes, "first")
     assert_placed_by_label(nodes)
     until(lambda: scraped(nodes) >= EXPORTED, nodes, "first")
     for process in psutil.process_iter(["cmdline"]):
         if str(out) in (process.info["cmdline"] or []):
             process.kill()
     until(lambda: nodes.ask("/api/jobs/first")["status"] == "FAILED", nodes)
-    reached, killed_at = checkpoint.steps_of(str(out))[-1], time.time()
+    reached, killed_at = checkpoints.steps_of(str(out))[-1], time.time()
 
     again = nodes.submit("again", *command, wait=False)
     assert again.returncode == 0, again.stdout + again.stderr
-    until(lambda: checkpoint.steps_of(str(out))[-1] >= reached + 6, nodes, "again")
+    until(lambda: checkpoints.steps_of(str(out))[-1] >= reached + 6, nodes, "again")
     progress = nodes.ask("/api/jobs/again/logs")["logs"]
     assert re.search(r"^train: \d+/5,000 steps  \d+ tiles/s", progress, re.MULTILINE), "progress as lines"
     assert nodes.ray("job", "stop", "--address", nodes.dashboard, "again").returncode == 0
     until(lambda: nodes.ask("/api/jobs/again")["status"] == "STOPPED", nodes)
-    steps = checkpoint.steps_of(str(out))[-1]
+    steps = checkpoints.steps_of(str(out))[-1]
     rows = storage.read_table(f"{out}/metrics.parquet").to_pylist()[:steps]
     assert [(row["first_index"], row["next_index"]) for row in rows] == [(8 * s, 8 * s + 8) for s in range(steps)]
     assert [row["time"] < killed_at for row in rows] == [True] * reached + [False] * (steps - reached)

@@ -13,8 +13,8 @@ import pytest
 
 from streaming import open_slide, storage
 from tests.processes import SMALL, TILESTREAM, kill_tree, signal_tree, wait_for
-from trainer import checkpoint
-from trainer.embed import Embedder
+from trainer.embed.job import Embedder
+from trainer.run import checkpoints
 
 pytestmark = pytest.mark.slow
 # The made slides are too small for a tile at 2 µm/px.
@@ -41,11 +41,11 @@ def test_catalog_training_kill_resume_and_embedding_on_s3(s3_slides: str, s3_buc
     arguments += [*MIX, *SMALL, "--train.ranks", "2", "--train.batch", "8", "--train.checkpoint_every", "2"]
     arguments += ["--optim.warmup_steps", "2", "--train.log_every", "1"]
     killed = subprocess.Popen([*TILESTREAM, *arguments], start_new_session=True)
-    wait_for(lambda: checkpoint.steps_of(out), killed)
+    wait_for(lambda: checkpoints.steps_of(out), killed)
     kill_tree(killed)
-    reached, *later = checkpoint.steps_of(out)
+    reached, *later = checkpoints.steps_of(out)
     for step in later:  # where the kill came late
-        storage.remove(checkpoint.checkpoint_uri(out, step))
+        storage.remove(checkpoints.checkpoint_uri(out, step))
     assert reached < 8
 
     assert f"trained steps {reached} to 8" in run(*arguments)
@@ -64,7 +64,7 @@ def test_catalog_training_kill_resume_and_embedding_on_s3(s3_slides: str, s3_buc
     row = table.to_pylist()[-1]
     tile = open_slide(row["slide"]).read_tile(row["x"], row["y"], 1.0, 128)
     np.testing.assert_allclose(
-        Embedder(checkpoint.find(out), {}, "cls", gpu=False).embed(tile[None])[0], row["embedding"], atol=1e-5
+        Embedder(checkpoints.find(out), {}, "cls", gpu=False).embed(tile[None])[0], row["embedding"], atol=1e-5
     )
 
 
@@ -78,7 +78,7 @@ def test_a_killed_rank_is_started_again_and_trains_the_same_indices(catalog: str
     # Into a file: Ray's processes outlive a command by moments, and would hold a pipe open.
     with printed.open("w") as stdout:
         running = subprocess.Popen([*TILESTREAM, *arguments], start_new_session=True, stdout=stdout)
-    wait_for(lambda: checkpoint.steps_of(str(out)), running)
+    wait_for(lambda: checkpoints.steps_of(str(out)), running)
     os.kill(_child_named("ray::RayTrainWorker", running.pid), signal.SIGKILL)
     assert running.wait(timeout=300) == 0
     assert "trained steps 0 to 10" in printed.read_text()
@@ -110,9 +110,9 @@ def test_a_sigterm_to_all_processes_of_a_training_saves_it(catalog: str, tmp_pat
     running = endless(catalog, tmp_path / "run", tmp_path / "said")
     signal_tree(running, signal.SIGTERM)  # as SLURM's scancel and systemd do
     assert running.wait() == 143
-    (step,) = checkpoint.steps_of(str(tmp_path / "run"))
+    (step,) = checkpoints.steps_of(str(tmp_path / "run"))
     assert step > 0
-    checkpoint.verify(checkpoint.checkpoint_uri(str(tmp_path / "run"), step))
+    checkpoints.verify(checkpoints.checkpoint_uri(str(tmp_path / "run"), step))
 
 
 def _child_named(name: str, pid: int) -> int:

@@ -10,9 +10,9 @@ import ray.exceptions
 from rich.console import Console
 
 from streaming import errors, progress
+from streaming.delivery.failures import FailureBudget
 from streaming.errors import ConfigError, SlideError, StorageError, StreamError, TilestreamError, root_cause
 from streaming.progress import ProgressLine
-from streaming.stats import FailureBudget
 
 
 def batch(n: int, failures: list[tuple[str, str]] = [], filtered: int = 0) -> dict:  # noqa: B006 never changed

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from streaming.capacity import StageCosts, costs_of_size
+from streaming.operate.capacity import StageCosts, costs_of_size
 from trainer.cli import main
 
 PRICES = Path(__file__).parents[2] / "deploy" / "prices.yaml"

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from streaming import storage
-from trainer import checkpoint
 from trainer.cli import main
-from trainer.config import read_config
+from trainer.run import checkpoints
+from trainer.run.config import read_config
 from trainer.sweep import curves, draw, grid
 
 SMALL = [
@@ -39,8 +39,8 @@ def test_a_grid_is_trained_on_nested_data_scored_drawn_and_not_done_twice(
     assert all(0.0 <= row["low"] <= row["value"] <= row["high"] <= 1.0 for row in rows)
     for row in rows:
         run = str(out / row["run"])
-        assert checkpoint.steps_of(run) == [2]
-        universe = checkpoint.read_config(checkpoint.find(run)).data.universe
+        assert checkpoints.steps_of(run) == [2]
+        universe = checkpoints.read_config(checkpoints.find(run)).data.universe
         assert (universe.slides, universe.tiles_per_slide) == (row["share"], row["tiles_per_slide"])
     pixels = np.asarray(Image.open(out / "sweep.png").convert("RGB"))
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20, "something is drawn"

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from streaming import storage
 from streaming.errors import ConfigError, SlideError
 from streaming.slide import open_slide
-from streaming.slide.geometry import Pixels
-from trainer.evaluate.images import read_image
+from streaming.slide.resample import Pixels
+from trainer.evaluate.image_files import read_image
 
 Target = Literal["class", "mask", "points"]
 Points = NDArray[np.float64]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from streaming import storage
 from streaming.errors import ConfigError
 from streaming.slide import SLIDE_SUFFIXES
-from streaming.slide.geometry import Pixels
+from streaming.slide.resample import Pixels
 from trainer.evaluate.annotations import Cut, TileGrid, class_names, cut_tiles, read_annotation
 
 Names = NDArray[np.str_]

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from streaming import storage
 from streaming.errors import SlideError
-from streaming.reader import SlidePool
+from streaming.reading.slide_pool import SlidePool
 from streaming.slide import Slide, open_slide
-from streaming.slide.geometry import Pixels, resize
-from trainer.embedder import Model, load_model, model_of
+from streaming.slide.resample import Pixels, resize
+from trainer.embed.model import Model, load_model, model_of
 from trainer.evaluate.annotations import checked_mpp
 from trainer.evaluate.datasets import Tile
-from trainer.evaluate.images import read_image
+from trainer.evaluate.image_files import read_image
 
 _READERS = 8
 _AHEAD = 4

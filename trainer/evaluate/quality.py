@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
-from trainer import health
 from trainer.evaluate.datasets import Samples
 from trainer.evaluate.scores import Floats, Ints, Score, share
+from trainer.recipe import diagnostics
 
 TASK = "quality"
 _RANK_SAMPLE = 4096
@@ -20,7 +20,7 @@ _RANK_SAMPLE = 4096
 def rankme(embeddings: NDArray[np.float32], seed: int = 0) -> Score:
     """Effective rank of the embeddings, of 4,096 at most: arXiv 2210.02885."""
     chosen = np.random.default_rng(seed).permutation(len(embeddings))[:_RANK_SAMPLE]
-    value = float(health.rankme(torch.from_numpy(embeddings[chosen])))
+    value = float(diagnostics.rankme(torch.from_numpy(embeddings[chosen])))
     return Score(task=TASK, metric="RankMe", value=value, low=np.nan, high=np.nan, n=len(chosen))
 
 

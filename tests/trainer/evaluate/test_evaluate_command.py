@@ -12,11 +12,11 @@ import timm
 
 from streaming import open_slide
 from trainer.cli import main
-from trainer.embed import Embedder
+from trainer.embed.job import Embedder
 from trainer.evaluate import EvaluateOptions, Score, evaluate
 from trainer.evaluate.datasets import Region, Tile
 from trainer.evaluate.features import extracted, load_model
-from trainer.export import ExportOptions, export
+from trainer.publish.export import ExportOptions, export
 
 Table = Callable[..., str]
 

@@ -1,0 +1,130 @@
+"""The tissue of all slides of a catalog as one file, mapped into memory: opened at once, whatever its size.
+
+    magic, number of chunks, zeros up to 64 bytes │ cells │ running sums
+
+The cells are the slides' grids one after another: uint8 tissue fractions, row by row, each grid filled up with zeros
+to whole chunks of 64. The running sums are int64: sum i is of all cells before chunk i. So a cell is drawn in
+proportion to its tissue by a search in the sums, and nothing is counted when the file is opened.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Iterable
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streaming import storage
+from streaming.errors import CatalogError
+from streaming.storage.staging import Staging
+
+CHUNK = 64
+_MAGIC = b"tilestream tissue 1\n"
+_HEADER = 64
+
+# Mapped pages count as resident until they are let go of: a draw brings in some 100 KB, as the kernel maps what lies
+# around. Below this size there is nothing to win.
+_LARGE = 2**26
+
+Cells = NDArray[np.uint8]
+
+
+def padded(num_cells: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many cells grids of so many take in the file, int64 (n,)."""
+    return -(-num_cells // CHUNK) * CHUNK
+
+
+def file_nbytes(num_cells: int) -> int:
+    """Size of the file for so many cells, which are whole chunks."""
+    return _HEADER + num_cells + (num_cells // CHUNK + 1) * 8
+
+
+def write_tissue(file: BinaryIO, grids: Iterable[Cells]) -> None:
+    """Writes grids, uint8 (rows, columns), in their order."""
+    file.seek(_HEADER)
+    sums = [np.zeros(1, np.int64)]
+    for grid in grids:
+        cells = np.pad(grid.ravel(), (0, -grid.size % CHUNK)).reshape(-1, CHUNK)
+        sums.append(cells.sum(axis=1, dtype=np.int64))
+        file.write(cells.data)
+    running = np.cumsum(np.concatenate(sums))
+    file.write(running.data)
+    file.seek(0)
+    file.write(_MAGIC + (len(running) - 1).to_bytes(8, "little"))
+
+
+class TissueMap:
+    """The tissue file of a catalog, mapped when it is first asked for; a remote one is staged on local disk before.
+
+    Pickles as its address, so that what holds one crosses Ray small. Safe to use from several threads.
+    """
+
+    def __init__(
+        self, info: storage.ObjectInfo, options: storage.StorageOptions | None = None, staging: Staging | None = None
+    ) -> None:
+        self._info, self._options, self._staging = info, options, staging or Staging()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._mapped: tuple[mmap.mmap, Cells, NDArray[np.int64]] | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_mapped", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    @property
+    def cells(self) -> Cells:
+        """All cells, uint8 (chunks · CHUNK,).
+
+        Raises:
+            CatalogError: the file is missing or damaged.
+            StorageError: it can't be staged.
+        """
+        return self._map()[1]
+
+    @property
+    def sums(self) -> NDArray[np.int64]:
+        """Running sums of the cells, int64 (chunks + 1,).
+
+        Raises:
+            CatalogError, StorageError: as `cells`.
+        """
+        return self._map()[2]
+
+    def release(self) -> None:
+        """Lets go of the pages that were read; they stay in the system's cache, which all processes share."""
+        if self._mapped is not None and self._info.size > _LARGE:
+            self._mapped[0].madvise(mmap.MADV_DONTNEED)
+
+    def _map(self) -> tuple[mmap.mmap, Cells, NDArray[np.int64]]:
+        if self._mapped is None:
+            with self._lock:
+                if self._mapped is None:
+                    self._mapped = self._open()
+        return self._mapped
+
+    def _open(self) -> tuple[mmap.mmap, Cells, NDArray[np.int64]]:
+        uri = self._info.uri
+        # Its name tells its content, so there is nothing to ask of the storage before.
+        path = storage.local_path(uri) if storage.is_local(uri) else self._staging.fetch(self._info, self._options)
+        try:
+            with open(path, "rb") as file:
+                nbytes = os.fstat(file.fileno()).st_size
+                if nbytes != self._info.size:
+                    raise CatalogError(f"{uri}: {nbytes:,} bytes, not {self._info.size:,}; build the catalog anew")
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise CatalogError(f"{uri}: can't read the tissue ({error.strerror}); build the catalog anew") from error
+        chunks = int.from_bytes(mapped[len(_MAGIC) : len(_MAGIC) + 8], "little")
+        if mapped[: len(_MAGIC)] != _MAGIC or file_nbytes(chunks * CHUNK) != nbytes:
+            raise CatalogError(f"{uri}: no tissue of this version; build the catalog anew")
+        cells = np.frombuffer(mapped, np.uint8, chunks * CHUNK, _HEADER)
+        return mapped, cells, np.frombuffer(mapped, np.int64, chunks + 1, _HEADER + chunks * CHUNK)

@@ -1,0 +1,112 @@
+"""The metrics that readers and ranks export through Ray, which prefixes their names with `ray_`: see `METRICS`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from streaming.reading.reader import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One metric: a counter, a gauge, or a histogram where it has bounds."""
+
+    name: str
+    what: str
+    tag: str | None = None
+    bounds: tuple[float, ...] = ()
+    gauge: bool = False
+
+
+METRICS = {
+    entry.name: entry
+    for entry in (
+        Metric(name="tilestream_tiles_total", what="tiles that readers handed out"),
+        Metric(name="tilestream_tiles_replaced_total", what="tiles replaced: failed, or filtered", tag="reason"),
+        Metric(name="tilestream_fetch_requests_total", what="byte ranges asked for"),
+        Metric(name="tilestream_fetch_retries_total", what="times that one was sent again"),
+        Metric(name="tilestream_fetch_bytes_total", what="bytes of those ranges"),
+        Metric(name="tilestream_stage_seconds_total", what="seconds of readers' threads by stage", tag="stage"),
+        Metric(name="tilestream_blocks_total", what="compressed blocks decoded"),
+        Metric(name="tilestream_staging_hits_total", what="staged copies found on local disk"),
+        Metric(name="tilestream_staging_misses_total", what="staged copies that had to be downloaded"),
+        Metric(name="tilestream_step", what="optimiser step that was logged last", gauge=True),
+        Metric(name="tilestream_loss", what="loss of that step", gauge=True),
+        Metric(name="tilestream_batches_total", what="micro-batches that ranks took"),
+        Metric(
+            name="tilestream_batch_wait_seconds",
+            what="seconds that a rank waited for a micro-batch",
+            bounds=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
+        ),
+    )
+}
+
+# The stages of `streaming.counters.Counters`, in the order of a tile's way.
+STAGES = ("plan", "open", "request", "fetch", "decode", "assemble", "resample", "filter")
+_COUNTS = {
+    "tiles": "tilestream_tiles_total",
+    "requests": "tilestream_fetch_requests_total",
+    "retries": "tilestream_fetch_retries_total",
+    "nbytes": "tilestream_fetch_bytes_total",
+    "blocks": "tilestream_blocks_total",
+    "staged_hits": "tilestream_staging_hits_total",
+    "staged_misses": "tilestream_staging_misses_total",
+}
+
+
+@cache
+def _exported(name: str) -> Any:
+    """Ray's object for a metric, one a process."""
+    from ray.util.metrics import Counter, Gauge, Histogram
+
+    metric = METRICS[name]
+    tags = (metric.tag,) if metric.tag else ()
+    if metric.bounds:
+        return Histogram(name, metric.what, boundaries=list(metric.bounds), tag_keys=tags)
+    return (Gauge if metric.gauge else Counter)(name, metric.what, tag_keys=tags)
+
+
+def _count(name: str, value: float, tag: str | None = None) -> None:
+    if value > 0:
+        key = METRICS[name].tag
+        _exported(name).inc(value, tags={key: tag} if key and tag else None)
+
+
+def stages_of(batch: Batch) -> dict[str, float]:
+    """What reading a batch took: `streaming.counters.Counters` by name; empty where the batch does not say."""
+    texts = [str(text) for text in batch["stages"][:1]]
+    return json.loads(texts[0]) if texts and texts[0] else {}
+
+
+def num_failed(batch: Batch) -> int:
+    """Tiles of a batch's indices that could not be read; a slide counts once an index, however often it was tried."""
+    return sum(len(dict(json.loads(text))) for text in map(str, batch["failures"]) if text)
+
+
+def export_read(batch: Batch) -> None:
+    """Counts a batch that was read, in its reader's process."""
+    taken = stages_of(batch)
+    for key, name in _COUNTS.items():
+        _count(name, taken.get(key, 0))
+    for stage in STAGES:
+        _count("tilestream_stage_seconds_total", taken.get(f"{stage}_s", 0), stage)
+    other = taken.get("total_s", 0) - sum(taken.get(f"{stage}_s", 0) for stage in STAGES)
+    _count("tilestream_stage_seconds_total", other, "other")
+    _count("tilestream_tiles_replaced_total", float(batch["filtered"].sum()), "filtered")
+    _count("tilestream_tiles_replaced_total", num_failed(batch), "failed")
+
+
+def export_wait(seconds: float) -> None:
+    """Counts a micro-batch that a rank took, and how long it waited for it, in the rank's process."""
+    _count("tilestream_batches_total", 1)
+    _exported("tilestream_batch_wait_seconds").observe(seconds)
+
+
+def export_step(step: float, loss: float) -> None:
+    """Shows how far a training is, in the process of rank 0."""
+    _exported("tilestream_step").set(step)
+    _exported("tilestream_loss").set(loss)

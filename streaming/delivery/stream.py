@@ -1,0 +1,199 @@
+"""The stream: Ray Data carries the plan's tiles, step by step, to every rank.
+
+`range(first index, last index) → reader actors → streaming_split over the ranks`, in order and in blocks of one
+micro-batch, so that step s is the indices [s·G, (s+1)·G) of global batch G, whatever the number of ranks and readers,
+and however the run is cut into segments (`streaming/delivery/chain.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, cast
+
+import numpy as np
+import ray
+from ray.data import DataIterator, Dataset
+from ray.data.collate_fn import NumpyBatchCollateFn
+
+from streaming.catalog import Catalog
+from streaming.delivery.chain import Readers, Source, chained, start_chain
+from streaming.errors import ConfigError, StreamError
+from streaming.plan import TilePlan
+from streaming.reading.reader import Batch, ReaderOptions, TileReader
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How a global batch of tiles is cut: into `accumulate` rounds of one micro-batch a rank.
+
+    Raises:
+        ConfigError: the ranks and rounds don't divide the batch; names the nearest batches that they do.
+    """
+
+    batch: int
+    ranks: int = 1
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.batch, self.ranks, self.accumulate) < 1:
+            raise ConfigError(f"batch {self.batch}, ranks {self.ranks}, accumulate {self.accumulate}: all must be ≥ 1")
+        parts = self.ranks * self.accumulate
+        if self.batch % parts:
+            below = self.batch // parts * parts
+            near = f"{below} or {below + parts}" if below else f"{parts}"
+            raise ConfigError(
+                f"batch {self.batch} can't be divided over {self.ranks} ranks × {self.accumulate} accumulation rounds; "
+                f"take {near}"
+            )
+
+    @property
+    def micro(self) -> int:
+        """Tiles that a rank gets at once."""
+        return self.batch // (self.ranks * self.accumulate)
+
+
+class TileStream:
+    """The tiles of a plan, in steps of a global batch, through Ray Data.
+
+    readers is the least and the most reader actors; Ray Data adds them as the consumers ask for more. For the rest see
+    `chain.Readers`.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        plan: TilePlan,
+        shape: BatchShape,
+        *,
+        reader: ReaderOptions | None = None,
+        readers: tuple[int, int] = (1, 2),
+        reader_cpus: float = 1.0,
+        reader_labels: Mapping[str, str] | None = None,
+        segment_blocks: int = 2000,
+        stall_s: float | None = 900.0,
+    ) -> None:
+        self.catalog, self.plan, self.shape = catalog, plan, shape
+        self.reader = reader or ReaderOptions()
+        self._readers = Readers(
+            count=readers,
+            cpus=reader_cpus,
+            labels=dict(reader_labels or {}),
+            segment_blocks=segment_blocks,
+            stall_s=stall_s,
+        )
+
+    @cached_property
+    def source(self) -> Source:
+        """The stream's parts in Ray's shared memory, one copy a node for all readers."""
+        plan, catalog, shape = ray.put(self.plan), ray.put(self.catalog), self.shape
+        return Source(plan, catalog, self.reader, self._readers, shape.batch, shape.micro, shape.ranks)
+
+    def dataset(self, start: int, stop: int) -> Dataset:
+        """The micro-batches of steps [start, stop), all planned at once; `steps` plans them in segments.
+
+        Raises:
+            ConfigError: no step lies between start and stop.
+        """
+        check_steps(start, stop)
+        return self.source.dataset(start, stop)
+
+    def local_batches(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """The same micro-batches read in this process, without Ray: for one rank, and for a debugger."""
+        reader = TileReader(self.plan, self.catalog, self.reader)
+        micro = self.shape.micro
+        for first in range(start * self.shape.batch, stop * self.shape.batch, micro):
+            yield TorchCollate()(reader({"index": np.arange(first, first + micro, dtype=np.int64)}))
+
+    def steps(self, start: int, stop: int) -> Generator[list[Batch]]:
+        """Each step's micro-batches, pulled over all ranks at once by this process; every rank has its own iterator.
+
+        Raises:
+            ConfigError: no step lies between start and stop.
+            StreamError: the stream stands still (see `chain.Readers.stall_s`), or hardly any tile passes.
+        """
+        check_steps(start, stop)
+        shape, source = self.shape, self.source
+        link, generation = start_chain(source), uuid.uuid4().hex
+        read = partial(_numpy_batches, micro=shape.micro)
+        try:
+            with ThreadPoolExecutor(shape.ranks) as pool:
+                ranks = [chained(link, source, generation, rank, (start, stop), read) for rank in range(shape.ranks)]
+                for step in range(start, stop):
+                    batches: list[Batch] = []
+                    for _ in range(shape.accumulate):
+                        # The splits start together: asked for one after the other, the first would wait forever.
+                        batches += list(pool.map(_next, ranks))
+                    check_step(step, shape.batch, np.concatenate([batch["index"] for batch in batches]))
+                    yield batches
+        finally:
+            ray.kill(link)
+
+
+def check_steps(start: int, stop: int) -> None:
+    """Refuses a span without a step.
+
+    Raises:
+        ConfigError: no step lies between start and stop.
+    """
+    if not 0 <= start < stop:
+        raise ConfigError(f"steps {start}:{stop}; give a first step of at least 0 and a later end")
+
+
+def _numpy_batches(shard: DataIterator, micro: int) -> Iterator[Batch]:
+    return iter(cast("Iterable[Batch]", shard.iter_batches(batch_size=micro, batch_format="numpy")))
+
+
+def _next(batches: Iterator[Batch]) -> Batch:
+    return next(batches)
+
+
+class TorchCollate(NumpyBatchCollateFn):
+    """A reader's batch with tensors for numbers (no copy) and lists for texts."""
+
+    def __call__(self, batch: Batch) -> dict[str, Any]:
+        """Columns as tensors, `failures` and `stages` as lists of strings."""
+        # Reader actors import this module too: without torch they start two seconds earlier and are 200 MB smaller.
+        from ray.data.util.torch_utils import convert_ndarray_to_torch_tensor
+
+        return {
+            name: convert_ndarray_to_torch_tensor(column) if column.dtype.kind in "buif" else [str(x) for x in column]
+            for name, column in batch.items()
+        }
+
+
+def torch_batches(shard: DataIterator, micro: int, prefetch: int = 2) -> Iterator[dict[str, Any]]:
+    """A rank's micro-batches as tensors on the host, the next ones fetched meanwhile."""
+    batches: Iterable[Any] = shard.iter_torch_batches(
+        batch_size=micro, prefetch_batches=prefetch, collate_fn=TorchCollate(), device="cpu"
+    )
+    return iter(batches)
+
+
+def check_step(step: int, batch: int, index: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+    """Makes sure that a step got exactly its indices [step·batch, (step+1)·batch), each once.
+
+    Raises:
+        StreamError: it did not; training on would break the promise that a run can be repeated.
+    """
+    wanted = np.arange(step * batch, (step + 1) * batch)
+    got = np.sort(index)
+    if not np.array_equal(got, wanted):
+        raise StreamError(
+            f"step {step} got {len(got)} indices from {got[:1]} to {got[-1:]}, not {wanted[0]} to {wanted[-1]}; "
+            "the stream lost its order: please report this"
+        )
+
+
+def step_digest(batches: Sequence[Batch]) -> str:
+    """SHA-256 of a step's tiles in the order of their indices: the same for any number of ranks and readers."""
+    index = np.concatenate([batch["index"] for batch in batches])
+    tiles = [tile for batch in batches for tile in batch["tile"]]
+    digest = hashlib.sha256()
+    for at in np.argsort(index):
+        digest.update(np.ascontiguousarray(tiles[at]).data)
+    return digest.hexdigest()

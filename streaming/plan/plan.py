@@ -1,0 +1,241 @@
+"""The plan: sample index → tile, a pure function of (catalog, seed, mix, index).
+
+No state, no I/O, no pass over the data: that is what makes a stream shuffled, resumable and elastic (README,
+architecture). Every random number is a hash of (seed, index, attempt, what it decides).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streaming.catalog import Catalog
+from streaming.catalog.tissue import CELL_UM, window_fraction
+from streaming.catalog.tissue_map import CHUNK, padded
+from streaming.errors import ConfigError, PlanError
+from streaming.plan.counter_random import Indices, uniform
+from streaming.plan.slide_choice import MAX_TRIES, Choice, SlideChooser
+from streaming.plan.universe import ShuffleQuality, Universe, shuffle_quality
+
+# The four magnifications of arXiv 2404.15217; their weights are not published, so equal.
+DEFAULT_MPP: Mapping[float, float] = {0.25: 1, 0.5: 1, 1.0: 1, 2.0: 1}
+
+# So many tiles are drawn at once: bounds what is mapped of a large catalog's tissue, some 50 KB a tile.
+_MAX_DRAW = 2048
+
+# What a random number decides; new decisions get new numbers, so that old plans stay what they were. 0 to 2 are
+# `streaming.plan.slide_choice`'s.
+_CELL, _CELL_X, _CELL_Y, _OFFSET_X, _OFFSET_Y = range(3, 8)
+
+
+@dataclass(frozen=True)
+class TileSpec:
+    """One tile to read: x, y are the level-0 pixel of its top-left corner, mpp its µm/px, size its side in px."""
+
+    index: int
+    slide: str
+    x: int
+    y: int
+    mpp: float
+    size: int
+
+
+@dataclass(frozen=True)
+class TileSpecs:
+    """Many tiles as columns, each (n,); slide is the row of the catalog, attempt how often the index was redrawn."""
+
+    index: Indices
+    attempt: NDArray[np.int32]
+    slide: NDArray[np.int32]
+    x: NDArray[np.int64]
+    y: NDArray[np.int64]
+    mpp: NDArray[np.float64]
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+class TilePlan:
+    """The stream of tiles that a catalog, a seed and a mix define; `plan[i]` is tile i, for any i ≥ 0.
+
+    mpp maps each magnification (µm/px) to its weight, cohorts each value of the catalog's `cohort` column to its
+    weight (None: every slide alike). A tile has at least `min_tissue` of its area on tissue (0.4: arXiv 2404.15217). A
+    slide serves a magnification only if the tile fits it and its pixels would not be enlarged over `max_upsampling`
+    times. universe bounds what is drawn, and how (None: any tile of all slides, each index by itself).
+
+    Raises:
+        ConfigError: weights, size or shares make no sense.
+        PlanError: no slide of the catalog can serve a magnification or cohort.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        seed: int = 0,
+        mpp: Mapping[float, float] = DEFAULT_MPP,
+        size: int = 256,
+        *,
+        cohorts: Mapping[str, float] | None = None,
+        min_tissue: float = 0.4,
+        max_upsampling: float = 2.0,
+        universe: Universe | None = None,
+    ) -> None:
+        if size < 1:
+            raise ConfigError(f"tile size is {size} px; it must be at least 1")
+        if not 0 < min_tissue <= 1:
+            raise ConfigError(f"min_tissue is {min_tissue}; it is a share above 0 and up to 1")
+        self.seed = seed
+        self.size = size
+        self.min_tissue = min_tissue
+        self._slides, self._tissue = catalog.slides(), catalog.tissue
+        self._slide_mpp = catalog.column("mpp")
+        self._extent_limit = np.stack([catalog.column("width"), catalog.column("height")])
+        self._rows = catalog.column("tissue_rows").astype(np.int64)
+        self._columns = catalog.column("tissue_columns").astype(np.int64)
+        self._start, self._total = catalog.column("tissue_offset"), catalog.column("tissue_total")
+        self.universe = universe or Universe()
+        self._chooser = SlideChooser(catalog, seed, mpp, size, cohorts, max_upsampling, self.universe)
+        self._mpp_values = self._chooser.mpp_values
+        self._padded = padded(self._rows * self._columns)
+        self._bisections = int(self._padded.max() // CHUNK).bit_length()
+
+    @property
+    def slides(self) -> list[str]:
+        """The slides' addresses; `TileSpecs.slide` counts in this list."""
+        return self._slides
+
+    @property
+    def num_tiles(self) -> int | None:
+        """Distinct tiles of the universe; None: without bound."""
+        return self._chooser.num_tiles
+
+    @property
+    def drawn_from(self) -> tuple[int, int]:
+        """How many slides the tiles come from, and of how many patients."""
+        drawn = self._chooser.shares > 0
+        return int(drawn.sum()), len(np.unique(self._chooser.patients[drawn]))
+
+    @property
+    def is_exhaustive(self) -> bool:
+        """Whether each of them comes once before any comes again."""
+        return not self.universe.replacement
+
+    def shuffle_quality(self, batches: Iterable[NDArray[np.int32]]) -> ShuffleQuality:
+        """How well batches are mixed, each the slides of its tiles: int32 (batch,), rows of the catalog."""
+        return shuffle_quality(batches, self._chooser.shares, self._chooser.patients)
+
+    def slides_of(self, index: Indices) -> NDArray[np.int32]:
+        """The slides of sample indices, int32 (n,): rows of the catalog."""
+        return self.specs(index).slide
+
+    def __getitem__(self, index: int) -> TileSpec:
+        specs = self.specs(np.array([index], dtype=np.int64))
+        return TileSpec(
+            index=index,
+            slide=self._slides[specs.slide[0]],
+            x=int(specs.x[0]),
+            y=int(specs.y[0]),
+            mpp=float(specs.mpp[0]),
+            size=self.size,
+        )
+
+    def specs(self, index: Indices, attempt: NDArray[np.int32] | None = None) -> TileSpecs:
+        """The tiles of many sample indices, int64 (n,), at once.
+
+        attempt (n,) asks for an index's replacement: 1 for the first, and so on. A replacement has the magnification
+        and cohort of the tile it stands for, so what is dropped does not shift the mix.
+
+        Raises:
+            ConfigError: a negative index.
+            PlanError: a magnification at which hardly any place shows enough tissue.
+            CatalogError, StorageError: the catalog's tissue can't be read.
+        """
+        index = np.asarray(index, dtype=np.int64)
+        if index.size and int(index.min()) < 0:
+            raise ConfigError(f"sample index {int(index.min())}; indices start at 0")
+        attempt = np.zeros(len(index), dtype=np.int32) if attempt is None else attempt
+        choice = self._chooser.choose(index)
+        slide, x, y = np.zeros(len(index), np.int32), np.zeros(len(index), np.int64), np.zeros(len(index), np.int64)
+        pending = np.arange(len(index))
+        for trial in range(MAX_TRIES):
+            enough = np.zeros(len(pending), dtype=np.bool_)
+            for first in range(0, len(pending), _MAX_DRAW):
+                part = slice(first, first + _MAX_DRAW)
+                at = pending[part]
+                drawn = self._draw(choice[at], attempt[at], trial)
+                slide[at], x[at], y[at], enough[part] = drawn
+                self._tissue.release()
+            pending = pending[~enough]
+            if not len(pending):
+                return TileSpecs(index, attempt, slide, x, y, self._mpp_values[choice.mpp_row], self.size)
+        mpp = self._mpp_values[choice.mpp_row[pending[0]]]
+        raise PlanError(
+            f"index {index[pending[0]]}: no tile of {self.min_tissue:.0%} tissue at {mpp} µm/px in {MAX_TRIES} draws; "
+            f"lower data.min_tissue or take {mpp} out of data.mpp"
+        )
+
+    def _draw(
+        self, choice: Choice, attempt: NDArray[np.int32], trial: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+        """Slides and corners of one draw, and which of them lie on enough tissue."""
+        counter = attempt.astype(np.int64) * MAX_TRIES + trial
+
+        def number(decision: int) -> NDArray[np.float64]:
+            return uniform(self._chooser.place_seed, choice.key, counter, decision)
+
+        slide, tile_mpp = self._chooser.slides(choice, attempt, trial), self._mpp_values[choice.mpp_row]
+        cell = self._drawn_cell(slide, number(_CELL))
+        cell_px = CELL_UM / self._slide_mpp[slide]
+        extent = self.size * tile_mpp / self._slide_mpp[slide]
+        # Corners are whole pixels of the tile: then a JPEG block can be decoded at 1/2, 1/4 or 1/8.
+        whole = np.maximum(1, np.rint(tile_mpp / self._slide_mpp[slide])).astype(np.int64)
+        # A point on tissue, then a tile around it, anywhere that keeps the point in the tile and the tile on the slide:
+        # places are drawn in proportion to their tissue, and none piles up at the slide's edges.
+        corner: list[NDArray[np.int64]] = []
+        for axis, (position, inside, offset) in enumerate(
+            [
+                (cell % self._columns[slide], _CELL_X, _OFFSET_X),
+                (cell // self._columns[slide], _CELL_Y, _OFFSET_Y),
+            ]
+        ):
+            last = np.floor(self._extent_limit[axis, slide] - extent)
+            point = (position + number(inside)) * cell_px
+            low, high = np.clip(point - extent, 0, last), np.clip(point, 0, last)
+            drawn = np.floor(low + number(offset) * (high - low)).astype(np.int64)
+            corner.append(drawn - drawn % whole)
+        x, y = corner
+        return slide, x, y, self._tissue_share(slide, x, y, choice.mpp_row) >= self.min_tissue
+
+    def _drawn_cell(self, slide: NDArray[np.int32], number: NDArray[np.float64]) -> Indices:
+        """A cell of each slide's grid, as likely as it has tissue."""
+        sums, start = self._tissue.sums, self._start[slide]
+        wanted = sums[start // CHUNK] + (number * self._total[slide]).astype(np.int64)
+        # The last chunk that begins at or before it. `searchsorted` would look all over the file, each look some pages.
+        chunk, behind = start // CHUNK, (start + self._padded[slide]) // CHUNK
+        for _ in range(self._bisections):
+            middle = (chunk + behind) // 2
+            before = sums[middle] <= wanted
+            chunk, behind = np.where(before, middle, chunk), np.where(before, behind, middle)
+        cells = self._tissue.cells[chunk[:, None] * CHUNK + np.arange(CHUNK)]
+        passed = cells.cumsum(axis=1, dtype=np.int32) <= (wanted - sums[chunk])[:, None]
+        return chunk * CHUNK + passed.sum(axis=1) - start
+
+    def _tissue_share(self, slide: NDArray[np.int32], x: Indices, y: Indices, mpp_row: Indices) -> NDArray[np.float64]:
+        share = np.zeros(len(slide))
+        for row in np.unique(mpp_row):
+            at = np.flatnonzero(mpp_row == row)
+            on, cell_px = slide[at], CELL_UM / self._slide_mpp[slide[at]]
+            share[at] = window_fraction(
+                self._tissue.cells,
+                self._start[on],
+                self._rows[on],
+                self._columns[on],
+                y[at] / cell_px,
+                x[at] / cell_px,
+                float(self.size * self._mpp_values[row] / CELL_UM),
+            )
+        return share

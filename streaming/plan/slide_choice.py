@@ -1,0 +1,232 @@
+"""Which slide and magnification each sample index draws, before a place on the slide: the plan's first half."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streaming.catalog import Catalog
+from streaming.errors import ConfigError, PlanError
+from streaming.plan.counter_random import Indices, evenly, hashed, text_keys, uniform
+from streaming.plan.universe import Universe, block_quotas, chosen_slides, dealt, exhaustive, patient_ids, window_shares
+
+# A draw that lands on too little tissue is drawn again: on the same slide first, so that slides with ragged tissue are
+# not drawn less, then on others.
+TRIES_PER_SLIDE = 8
+MAX_TRIES = 128
+
+# A tile that belongs to a slide (one of its K, or its window's) stays with it for so many draws and replacements.
+_OWN_TRIES, _OWN_ATTEMPTS = 32, 4
+# Then it is one of its window's slides; if these can't be read either, of any.
+_WINDOW_ATTEMPTS = 16
+
+# What a random number decides; `streaming.plan` has those from 3 on. The last ones are of small universes.
+_MPP, _COHORT, _SLIDE = range(3)
+_TILE, _MAGNIFICATION = 50, 51
+
+_NONE = np.zeros(1, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What some indices draw, as columns (n,)."""
+
+    key: Indices
+    """what the random numbers of the place are hashed from"""
+    mpp_row: Indices
+    cohort: Indices
+    own: NDArray[np.int32] | None
+    """the slide that it belongs to; None: each draw takes one of those that serve the magnification"""
+    window: Indices | None
+
+    def __getitem__(self, at: Indices) -> Choice:
+        """Some of them."""
+        own = None if self.own is None else self.own[at]
+        window = None if self.window is None else self.window[at]
+        return Choice(self.key[at], self.mpp_row[at], self.cohort[at], own, window)
+
+
+class SlideChooser:
+    """Chooses among a catalog's slides by the weights of magnifications and cohorts, within a universe.
+
+    As it is, an index draws its magnification, then a slide that serves it. Within windows, or of a bounded number of
+    tiles, it draws a slide, then one of its tiles, which has a magnification that the slide serves.
+
+    Raises:
+        ConfigError: weights make no sense.
+        PlanError: no slide can serve a magnification or cohort.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        seed: int,
+        mpp: Mapping[float, float],
+        size: int,
+        cohorts: Mapping[str, float] | None,
+        max_upsampling: float,
+        universe: Universe,
+    ) -> None:
+        self._seed, self._universe, self._uri = seed, universe, catalog.uri
+        self.mpp_values, self._mpp_cumulative = _weights("mpp", mpp)
+        slides = catalog.slides()
+        patients = catalog.metadata("patient") if "patient" in catalog.metadata_columns else [None] * len(slides)
+        self.patients = patient_ids(slides, patients)
+        self._chosen = chosen_slides(slides, patients, universe.slides, universe.seed)
+        self._serves = _serves(catalog, self.mpp_values, size, max_upsampling) & self._chosen
+        self._check_magnifications(size)
+        names: list[str | None] = [None] if cohorts is None else _weights("cohorts", cohorts)[0].tolist()
+        of_slide = [None] * len(slides) if cohorts is None else catalog.metadata("cohort")
+        self._weights = np.array([1.0 if name is None else (cohorts or {})[name] for name in names])
+        self._pool_slides([np.array([of == name for of in of_slide]) for name in names], names)
+        if universe.draws_tiles:
+            self._pool_strata(slides)
+        # Tiles of a bounded universe are the same in all runs on it; their order is not.
+        self.place_seed = seed if universe.tiles_per_slide is None else universe.seed
+
+    def _check_magnifications(self, size: int) -> None:
+        for row, mpp in enumerate(self.mpp_values):
+            if not self._serves[row].any():
+                raise PlanError(
+                    f"{self._uri}: none of its {int(self._chosen.sum())} slides can give a {size} px tile at {mpp} "
+                    f"µm/px (too small, too coarse, or no tissue); take {mpp} out of data.mpp"
+                    + (f" or raise universe.slides {self._universe.slides}" if self._universe.slides < 1 else "")
+                )
+
+    def _pool_slides(self, members: list[NDArray[np.bool_]], names: list[str | None]) -> None:
+        """The slides that serve each magnification and cohort, and the cohorts' shares at each magnification."""
+        for name, of_cohort in zip(names, members, strict=True):
+            if not (self._serves & of_cohort).any():
+                raise PlanError(
+                    f"{self._uri}: no slide of cohort {name!r} among the {int(self._chosen.sum())} of the run; take it "
+                    f"out of data.cohorts{' or raise universe.slides' if self._universe.slides < 1 else ''}"
+                )
+        pools = [np.flatnonzero(serve & of_cohort) for serve in self._serves for of_cohort in members]
+        self._pool = np.concatenate(pools).astype(np.int32)
+        self._pool_size = np.array([len(pool) for pool in pools], dtype=np.int64)
+        self._pool_start = np.concatenate([[0], np.cumsum(self._pool_size)[:-1]]).astype(np.int64)
+        shares = self._weights * (self._pool_size.reshape(-1, len(names)) > 0)
+        if not shares.any(axis=1).all():
+            mpp = self.mpp_values[int(shares.any(axis=1).argmin())]
+            raise PlanError(f"{self._uri}: no slide of the run's cohorts serves {mpp} µm/px; take it out of data.mpp")
+        self._cohort_cumulative = np.array([_cumulative(row) for row in shares])
+        self._members = members
+
+    def _pool_strata(self, slides: list[str]) -> None:
+        """The slides of each cohort, whatever magnifications they serve, and what each slide serves."""
+        strata = [np.flatnonzero(self._serves.any(axis=0) & members) for members in self._members]
+        self._stratum = np.concatenate(strata).astype(np.int32)
+        self._stratum_size = np.array([len(stratum) for stratum in strata], dtype=np.int64)
+        self._stratum_start = np.concatenate([[0], np.cumsum(self._stratum_size)[:-1]]).astype(np.int64)
+        self._stratum_cumulative = _cumulative(self._weights)
+        self._slide_key = text_keys(slides)
+        weights = np.diff(self._mpp_cumulative, prepend=0.0)[:, None] * self._serves
+        total = np.cumsum(weights, axis=0)
+        # Exactly 1 at the end; of slides that serve nothing, never asked for.
+        self._slide_mpp = (total / np.where(total[-1] > 0, total[-1], 1)).T
+        if not self._universe.replacement:
+            self._quotas = block_quotas(self._weights.tolist())
+        if self._universe.window is not None:
+            self._shares = window_shares(self._universe.window_slides, self._weights, self._stratum_size)
+
+    def choose(self, index: Indices) -> Choice:
+        """What indices, int64 (n,), draw."""
+        if self._universe.draws_tiles:
+            return self._choose_tiles(index)
+        mpp_row = np.searchsorted(self._mpp_cumulative, uniform(self._seed, index, _NONE, _MPP), side="right")
+        cohort = self._drawn_cohort(index, self._cohort_cumulative[mpp_row])
+        return Choice(index, mpp_row, cohort, None, None)
+
+    def _drawn_cohort(self, index: Indices, cumulative: NDArray[np.float64]) -> Indices:
+        return (uniform(self._seed, index, _NONE, _COHORT)[:, None] >= cumulative).sum(axis=1)
+
+    def _choose_tiles(self, index: Indices) -> Choice:
+        num_tiles, window = self._universe.tiles_per_slide, None
+        if num_tiles is not None and not self._universe.replacement:
+            cohort, at = exhaustive(index, self._quotas, self._stratum_size * num_tiles, self._seed)
+            position, tile = at // num_tiles, at % num_tiles
+        else:
+            cohort = self._drawn_cohort(index, self._stratum_cumulative)
+            number = uniform(self._seed, index, _NONE, _SLIDE)
+            if self._universe.window is None:
+                position = (number * self._stratum_size[cohort]).astype(np.int64)
+            else:
+                window = index // self._universe.window
+                position = self._dealt(window, number, cohort)
+            tile = (uniform(self._seed, index, _NONE, _TILE) * (num_tiles or 1)).astype(np.int64)
+        own = self._stratum[self._stratum_start[cohort] + position]
+        if num_tiles is None:
+            key, number = index, uniform(self._seed, index, _NONE, _MPP)
+        else:
+            of_slide = self._slide_key[own]
+            key = hashed(self._universe.seed, of_slide, tile).astype(np.int64)
+            number = evenly(hashed(self._universe.seed, np.array([_MAGNIFICATION]), of_slide), tile)
+        mpp_row = (number[:, None] >= self._slide_mpp[own]).sum(axis=1)
+        return Choice(key, mpp_row, cohort, own, window)
+
+    def _dealt(self, window: Indices, number: NDArray[np.float64], cohort: Indices) -> Indices:
+        slot = (number * self._shares[cohort]).astype(np.int64)
+        return dealt(window, slot, cohort, self._shares, self._stratum_size, self._seed)
+
+    def slides(self, choice: Choice, attempt: NDArray[np.int32], trial: int) -> NDArray[np.int32]:
+        """The slides of one draw, rows of the catalog, int32 (n,)."""
+        counter = attempt.astype(np.int64) * MAX_TRIES + trial // TRIES_PER_SLIDE
+        number = uniform(self.place_seed, choice.key, counter, _SLIDE)
+        pool = choice.mpp_row * self._cohort_cumulative.shape[1] + choice.cohort
+        slide = self._pool[self._pool_start[pool] + (number * self._pool_size[pool]).astype(np.int64)]
+        if choice.own is None:
+            return slide
+        if choice.window is not None:
+            position = self._dealt(choice.window, number, choice.cohort)
+            near = self._stratum[self._stratum_start[choice.cohort] + position]
+            near = np.where(self._serves[choice.mpp_row, near], near, choice.own)
+            slide = np.where(attempt < _WINDOW_ATTEMPTS, near, slide)
+        return np.where((attempt < _OWN_ATTEMPTS) & (trial < _OWN_TRIES), choice.own, slide)
+
+    @property
+    def shares(self) -> NDArray[np.float64]:
+        """Each slide's share of all draws, float64 (slides of the catalog,); sums to 1."""
+        shares = np.zeros(self._serves.shape[1])
+        if self._universe.draws_tiles:
+            weights = self._weights / self._weights.sum()
+            np.add.at(shares, self._stratum, np.repeat(weights / self._stratum_size, self._stratum_size))
+            return shares
+        weights = np.diff(self._mpp_cumulative, prepend=0.0)[:, None] * np.diff(self._cohort_cumulative, prepend=0.0)
+        each = weights.ravel() / np.maximum(1, self._pool_size)
+        np.add.at(shares, self._pool, np.repeat(each, self._pool_size))
+        return shares
+
+    @property
+    def num_tiles(self) -> int | None:
+        """Distinct tiles of the universe; None: without bound."""
+        per_slide = self._universe.tiles_per_slide
+        return None if per_slide is None else int(self._stratum_size.sum()) * per_slide
+
+
+def _serves(catalog: Catalog, mpp_values: NDArray[Any], size: int, max_upsampling: float) -> NDArray[np.bool_]:
+    """Which slides can give a tile at each magnification, bool (magnifications, slides)."""
+    slide_mpp, has_tissue = catalog.column("mpp"), catalog.column("tissue_total") > 0
+    shortest = np.minimum(catalog.column("width"), catalog.column("height"))
+    fits = size * mpp_values[:, None] / slide_mpp <= shortest
+    return fits & has_tissue & (slide_mpp <= max_upsampling * mpp_values[:, None] * 1.01)
+
+
+def _weights(name: str, weights: Mapping[Any, float]) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Choices in a fixed order, and their cumulative shares."""
+    if not weights or any(not weight > 0 for weight in weights.values()):
+        raise ConfigError(f"{name} weights are {dict(weights)}; give at least one, all above 0")
+    # The order in which somebody wrote the mix must not change the tiles.
+    choices = sorted(weights)
+    if name == "mpp" and not all(float(choice) > 0 for choice in choices):
+        raise ConfigError(f"mpp values are {choices}; they are µm/px, above 0")
+    shares = np.array([weights[choice] for choice in choices], dtype=np.float64)
+    return np.array(choices), _cumulative(shares)
+
+
+def _cumulative(shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    total = np.cumsum(shares)
+    return total / total[-1]  # exactly 1 at the end, which shares.sum() need not give

@@ -1,0 +1,1 @@
+"""From sample indices to pixels: the reader."""

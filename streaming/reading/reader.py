@@ -1,0 +1,194 @@
+"""The reader: sample indices in, uint8 tiles out. One actor holds one; it is as well called in-process.
+
+While blocks are decoded, the next ones are on their way: all requests of a batch go out at once, and an actor works on
+two batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from functools import partial
+from time import perf_counter, time
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from streaming import counters, storage
+from streaming.catalog import Catalog
+from streaming.counters import Counters, counting
+from streaming.errors import ConfigError, SlideError, StorageError, StreamError
+from streaming.plan import TilePlan
+from streaming.plan.plan import TileSpecs
+from streaming.reading.hsv_rule import HsvRule
+from streaming.reading.isolated import CarefulPool
+from streaming.reading.slide_pool import SlidePool
+from streaming.slide import Slide
+from streaming.slide.resample import Pixels
+from streaming.storage import ranges
+from streaming.storage.staging import Staging
+
+Batch = dict[str, NDArray[Any]]
+
+# A tile is replaced this often before the run is told that hardly anything passes: at 80 % rejected tiles, once in
+# 10^24 samples.
+_MAX_ATTEMPTS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReaderOptions:
+    """How tiles are read and which are taken."""
+
+    hsv_rule: HsvRule = field(default_factory=HsvRule)
+    """which tiles are taken; the others are replaced"""
+    storage_options: dict[str, Any] = field(default_factory=dict)
+    """fsspec's options for the slides' storage"""
+    staging: Staging = field(default_factory=Staging)
+    """where copies of remote slides lie"""
+    requests_in_flight: int = 32
+    """requests to the storage that a reader keeps under way; 32 of 20 ms are 1,600 a second"""
+
+    def __post_init__(self) -> None:
+        if self.requests_in_flight < 1:
+            raise ConfigError(f"requests_in_flight is {self.requests_in_flight}; it must be at least 1")
+
+
+class TileReader:
+    """Turns sample indices into tiles; a plain callable, which Ray Data runs in an actor, from several threads.
+
+    A tile that can't be read, or that the HSV rule turns down, is replaced by the plan's next attempt for the same
+    index, so that the same indices give the same tiles wherever and however often they are read.
+    """
+
+    def __init__(
+        self,
+        plan: TilePlan | ray.ObjectRef[TilePlan],
+        catalog: Catalog | ray.ObjectRef[Catalog],
+        options: ReaderOptions,
+    ) -> None:
+        # A reference is one copy a node, in shared memory, for all its readers.
+        self._plan: TilePlan = ray.get(plan) if isinstance(plan, ray.ObjectRef) else plan
+        self._catalog: Catalog = ray.get(catalog) if isinstance(catalog, ray.ObjectRef) else catalog
+        self._options = options
+        ranges.keep_in_flight(options.requests_in_flight)
+        self._pool: SlidePool[int] = SlidePool(self._open)
+        self._totals, self._lock = Counters(), threading.Lock()
+
+    def counters(self) -> dict[str, float]:
+        """What all batches so far took, over all threads: `streaming.counters.Counters` by name."""
+        with self._lock:
+            return self._totals.as_dict()
+
+    def _open(self, row: int) -> Slide:
+        options = self._options
+        return storage.PATIENT(self._catalog.open_slide, row, options.storage_options, options.staging)
+
+    def __call__(self, batch: Batch, *, careful: bool = False) -> Batch:
+        """Reads the tiles of `batch["index"]`, int64 (n,).
+
+        Returns columns of n rows: `tile` uint8 (n, size, size, 3), `index`, `slide` (row of the catalog), `x`, `y`
+        (level-0 pixels), `mpp`, `filtered` (tiles of this index turned down by the HSV rule), `failures` (JSON list
+        of [slide, reason] of tiles of this index that could not be read; empty where none) and `stages` (in the first
+        row what this batch took, JSON of `streaming.counters.Counters`, and when it ended, `ended_at`; else empty).
+        With `careful`, tiles are read in a process apart, and one that crashes it has failed.
+
+        Raises:
+            StreamError: hardly any tile passes.
+        """
+        index = np.asarray(batch["index"], dtype=np.int64)
+        with counting() as counted, self._slides(careful) as pool:
+            started = perf_counter()
+            columns = self._read(index, pool)
+            counted.total_s = perf_counter() - started
+            counted.tiles = len(index)
+        with self._lock:
+            self._totals.add(counted)
+        stages = np.full(len(index), "", dtype=object)
+        taken = {name: round(value, 6) for name, value in counted.as_dict().items()}
+        stages[:1] = json.dumps({**taken, "ended_at": time()})
+        return {**columns, "stages": stages}
+
+    @contextlib.contextmanager
+    def _slides(self, careful: bool) -> Generator[SlidePool[int] | CarefulPool]:
+        if not careful:
+            yield self._pool
+            return
+        pool = CarefulPool(self._catalog, self._options.storage_options, self._options.staging)
+        with contextlib.closing(pool):
+            yield pool
+
+    def _read(self, index: NDArray[np.int64], pool: SlidePool[int] | CarefulPool) -> Batch:
+        count, n, size = counters.mine(), len(index), self._plan.size
+        tiles = np.empty((n, size, size, 3), dtype=np.uint8)
+        columns: Batch = {
+            "index": index,
+            "slide": np.zeros(n, np.int32),
+            "x": np.zeros(n, np.int64),
+            "y": np.zeros(n, np.int64),
+            "mpp": np.zeros(n, np.float64),
+            "filtered": np.zeros(n, np.int32),
+        }
+        failures: list[list[tuple[str, str]]] = [[] for _ in range(n)]
+        pending = np.arange(n)
+        for attempt in range(_MAX_ATTEMPTS):
+            started = perf_counter()
+            specs = self._plan.specs(index[pending], np.full(len(pending), attempt, dtype=np.int32))
+            count.plan_s += perf_counter() - started
+            for name in ("slide", "x", "y", "mpp"):
+                columns[name][pending] = getattr(specs, name)
+            failed = self._read_specs(specs, pool, tiles, pending)
+            for i, error in failed.items():
+                if error is None:
+                    columns["filtered"][pending[i]] += 1
+                else:
+                    failures[pending[i]].append((self._plan.slides[int(specs.slide[i])], str(error)))
+            pending = pending[list(failed)]
+            if not failed:
+                reasons = np.array([json.dumps(entry) if entry else "" for entry in failures], dtype=np.str_)
+                return {"tile": tiles, **columns, "failures": reasons}
+        at = int(pending[0])
+        last = f"the last could not be read: {failures[at][-1][1]}" if failures[at] else "the HSV rule turned them down"
+        raise StreamError(
+            f"index {index[at]}: {_MAX_ATTEMPTS} tiles in a row failed ({last}); "
+            "loosen data.hsv_rule or look at the slides"
+        )
+
+    def _read_specs(
+        self, specs: TileSpecs, pool: SlidePool[int] | CarefulPool, tiles: Pixels, rows: NDArray[np.int64]
+    ) -> dict[int, SlideError | StorageError | None]:
+        """Reads specs into rows of `tiles`; tells which are to be replaced: why, or None where the HSV rule says so."""
+        count = counters.mine()
+        # All requests go out before the first block is decoded: storage works while this decodes.
+        pool.open_all(np.unique(specs.slide).tolist())
+        started = perf_counter()
+        begun = [_begin(pool, specs, i) for i in range(len(specs))]
+        count.request_s += perf_counter() - started
+        failed: dict[int, SlideError | StorageError | None] = {}
+        for i, row in enumerate(rows.tolist()):
+            try:
+                begun[i](tiles[row])
+            except (SlideError, StorageError) as error:
+                failed[i] = error
+                continue
+            started = perf_counter()
+            if not self._options.hsv_rule.accepts(tiles[row]):
+                failed[i] = None
+            count.filter_s += perf_counter() - started
+        return failed
+
+
+def _begin(pool: SlidePool[int] | CarefulPool, specs: TileSpecs, i: int) -> Callable[[Pixels], None]:
+    """Asks for a tile's bytes; what is wrong is told by the answer."""
+    try:
+        return pool.begin_tile(int(specs.slide[i]), int(specs.x[i]), int(specs.y[i]), float(specs.mpp[i]), specs.size)
+    except (SlideError, StorageError) as error:
+        return partial(_fail, error)
+
+
+def _fail(error: Exception, _: Pixels) -> None:
+    raise error

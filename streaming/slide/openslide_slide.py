@@ -1,0 +1,166 @@
+"""Slides through OpenSlide, on a local file: the file itself, or a copy of the object staged on local disk."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import openslide
+
+from streaming import counters, storage
+from streaming.errors import SlideError, StorageError
+from streaming.slide import geometry, resample
+from streaming.slide.multi_file import as_one
+from streaming.slide.resample import Pixels
+from streaming.storage.staging import TRIES, Staging
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """An OpenSlide handle; OpenSlide opens files anew while it reads, so it breaks when a staged copy is evicted."""
+
+    handle: openslide.OpenSlide
+    entry: str = ""
+    """The copy's folder; none where the slide is local"""
+    mark: tuple[int, int] = (0, 0)
+
+    def is_gone(self) -> bool:
+        """Whether the copy that was opened is not there any more; another one may be in its place."""
+        return bool(self.entry) and _mark(self.entry) != self.mark
+
+
+def _mark(entry: str) -> tuple[int, int] | None:
+    """What tells a folder of the cache from a later one of the same name."""
+    try:
+        stat = os.stat(entry)
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns
+
+
+def _open(uri: str, path: str) -> openslide.OpenSlide:
+    try:
+        if openslide.OpenSlide.detect_format(path) is None:
+            raise SlideError(f"{uri}: not a slide that OpenSlide knows; is it an image of another kind?")
+        return openslide.OpenSlide(path)
+    except openslide.OpenSlideError as error:
+        raise SlideError(f"{uri}: OpenSlide can't open it: {error}; compare it with its source") from error
+
+
+def _open_copy(uri: str, path: str) -> _Opened:
+    """Opens a staged copy.
+
+    Raises:
+        FileNotFoundError: it was evicted meanwhile.
+        SlideError: it is no slide, or is broken.
+    """
+    entry = os.path.dirname(path)
+    mark = _mark(entry)
+    if mark is None:
+        raise FileNotFoundError(path)
+    try:
+        return _Opened(_open(uri, path), entry, mark)
+    except SlideError:
+        if _mark(entry) != mark:
+            raise FileNotFoundError(path) from None
+        raise
+
+
+class OpenSlideSlide:
+    """A slide read by OpenSlide; what `streaming.slide.Slide` describes."""
+
+    backend = "openslide"
+    packed_index: bytes | None = None
+
+    def __init__(self, uri: str, opener: Callable[[], _Opened], mpp: float | None = None) -> None:
+        self.uri = uri
+        self._opener = opener
+        self._opened = opener()
+        handle = self._opened.handle
+        self.level_dimensions: tuple[tuple[int, int], ...] = handle.level_dimensions
+        self.level_downsamples: tuple[float, ...] = handle.level_downsamples
+        self.vendor = str(handle.properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown"))
+        self.mpp = self._metadata_mpp() or mpp
+
+    def _metadata_mpp(self) -> float | None:
+        values: list[float] = []
+        for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y):
+            with contextlib.suppress(KeyError, ValueError):
+                values.append(float(self._opened.handle.properties[name]))
+        return geometry.plausible_mpp(self.uri, values)
+
+    def level_compressions(self) -> list[str | None]:
+        """The compression of each level by name, None where unknown."""
+        return [None] * len(self.level_dimensions)
+
+    def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Pixels:
+        """Pixels of one level as uint8 (h, w, 3); location in level-0 pixels; black outside the slide, as OpenSlide."""
+        geometry.check_region(self.uri, len(self.level_dimensions), level, size)
+        for _ in range(TRIES):
+            opened = self._opened
+            try:
+                region = opened.handle.read_region(location, level, size)
+            except (openslide.OpenSlideError, ctypes.ArgumentError, ValueError) as error:
+                if not opened.is_gone():
+                    raise SlideError(f"{self.uri}: level {level}, region {location} {size}: {error}") from error
+                self._opened = self._opener()
+            else:
+                return np.asarray(region, dtype=np.uint8)[:, :, :3]
+        raise StorageError(f"{self.uri}: its staged copy is evicted again and again; raise staging_gb")
+
+    def begin_tile(self, x: int, y: int, mpp: float, size: int, *, exact: bool = False) -> Callable[[Pixels], None]:
+        """A tile that is read when the answer is called; it fills uint8 (size, size, 3)."""
+        del exact  # OpenSlide always is
+        box = geometry.checked_tile_box(self.mpp, self.level_downsamples, x, y, mpp, size)
+        downsample = self.level_downsamples[box.level]
+        location = (round(box.x * downsample), round(box.y * downsample))
+
+        def finish(out: Pixels) -> None:
+            count, started = counters.mine(), time.perf_counter()
+            pixels = self.read_region(location, box.level, (box.width, box.height))
+            decoded = time.perf_counter()
+            resample.resize(pixels, out)
+            count.decode_s += decoded - started
+            count.resample_s += time.perf_counter() - decoded
+
+        return finish
+
+    def read_tile(self, x: int, y: int, mpp: float, size: int, *, exact: bool = False) -> Pixels:
+        """A tile of uint8 (size, size, 3); x, y the level-0 pixel of its top-left corner, mpp its µm/px."""
+        tile = np.empty((size, size, 3), dtype=np.uint8)
+        self.begin_tile(x, y, mpp, size, exact=exact)(tile)
+        return tile
+
+    def close(self) -> None:
+        """Lets go of the file."""
+        self._opened.handle.close()
+
+
+def open_staged(
+    files: Sequence[storage.ObjectInfo],
+    options: storage.StorageOptions | None,
+    mpp: float | None,
+    staging: Staging,
+) -> OpenSlideSlide:
+    """Opens a slide, of which `files` are all files and the first the main one, through OpenSlide.
+
+    Where it is remote, on a staged copy, which is staged again whenever it was evicted.
+
+    Raises:
+        SlideError: it is no slide, or is broken, or has changed.
+        StorageError: it can't be reached.
+    """
+    uri = files[0].uri
+    if storage.is_local(uri):
+        return OpenSlideSlide(uri, lambda: _Opened(_open(uri, storage.local_path(uri))), mpp)
+    opener = partial(staging.use, as_one(files), options, partial(_open_copy, uri), files)
+    return OpenSlideSlide(uri, opener, mpp)

@@ -1,0 +1,1 @@
+"""Slides made by code: for the demo, tests and benchmarks."""

@@ -1,0 +1,78 @@
+"""How many readers are needed: the arithmetic, against numbers worked out by hand and a simulation of the requests."""
+
+import heapq
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streaming.errors import ConfigError
+from streaming.operate.capacity import StageCosts, Surroundings, plan_capacity, reader_rates
+
+COSTS = StageCosts(
+    reader_cpu_s=0.002,
+    transport_cpu_s=0.0005,
+    consumer_s=0.0005,
+    reader_cores=2,
+    requests=2,
+    nbytes=40_000,
+    tile_nbytes=200_000,
+    block_s=0.001,
+)
+
+
+def test_a_hand_calculated_cluster_comes_out() -> None:
+    around = Surroundings(latency_s=0.03, connection_nbytes_s=20e6, node_cores=16, storage_requests_s=None, headroom=0)
+    found = plan_capacity(COSTS, gpus=64, tiles_per_second_per_gpu=40, micro_batch=64, around=around)
+    # 32 requests of 31 ms, 2 a tile: 516 tiles/s; one core at 2 ms a tile: 500.
+    assert (found.tiles_s, found.reader_bound, found.reader_tiles_s) == (2560, "CPU", 500)
+    assert found.readers == 6
+    # 1.25 cores a reader with Ray's share: 12 in 16 cores; their pixels 100 MB/s each: 12 in 1.25 GB/s.
+    assert found.reader_nodes == 1
+    assert (found.requests_s, found.nbytes_s, found.network_nbytes_s) == (5120, 102_400_000, 512_000_000)
+    assert found.rank_store_nbytes == 4 * 64 * 200_000
+    assert found.first.what == "the readers"
+    assert found.holds
+
+
+def test_the_limit_that_comes_first_is_named_with_what_raises_it() -> None:
+    few = plan_capacity(COSTS, gpus=640, tiles_per_second_per_gpu=40)
+    assert "requests/s" in few.first.what
+    assert not few.holds
+    assert "prefixes" in few.sentence()
+    small = plan_capacity(
+        COSTS, gpus=640, tiles_per_second_per_gpu=40, micro_batch=2, around=Surroundings(storage_requests_s=None)
+    )
+    assert (small.first.what, small.first.tiles_s) == ("scheduling of blocks by the driver", 2000)
+    bound = plan_capacity(COSTS, gpus=8, tiles_per_second_per_gpu=40, around=Surroundings(latency_s=1, max_readers=2))
+    assert (bound.readers, bound.reader_bound, bound.first.what) == (2, "storage", "the readers")
+    assert "requests_in_flight" in bound.sentence()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 64), st.floats(0.005, 0.3), st.floats(0.0005, 0.02), st.integers(1, 6))
+def test_a_reader_s_rate_is_that_of_its_requests_and_its_decoding_simulated(
+    in_flight: int, latency_s: float, cpu_s: float, requests: int
+) -> None:
+    costs = StageCosts(reader_cpu_s=cpu_s, requests=requests, nbytes=1)
+    around = Surroundings(latency_s=latency_s, connection_nbytes_s=1e12, requests_in_flight=in_flight)
+    # In steady state: slots free up when answers come; a tile is decoded when all its answers are there.
+    slots, decoded, tiles = [0.0] * in_flight, 0.0, 1500
+    for _ in range(tiles):
+        arrived = 0.0
+        for _ in range(requests):
+            answer = heapq.heappop(slots) + latency_s
+            heapq.heappush(slots, answer)
+            arrived = max(arrived, answer)
+        decoded = max(decoded, arrived) + cpu_s
+    assert tiles / decoded == pytest.approx(min(reader_rates(costs, around)), rel=0.15)
+
+
+@pytest.mark.parametrize("senseless", [{"gpus": 0}, {"tiles_per_second_per_gpu": 0.0}, {"micro_batch": 0}])
+def test_numbers_without_sense_are_refused(senseless: dict) -> None:
+    with pytest.raises(ConfigError, match="above 0"):
+        plan_capacity(COSTS, **{"gpus": 1, "tiles_per_second_per_gpu": 1.0} | senseless)
+    with pytest.raises(ConfigError, match="nbytes"):
+        StageCosts(nbytes=0)
+    with pytest.raises(ConfigError, match="latency_s"):
+        Surroundings(latency_s=-1)

@@ -1,0 +1,39 @@
+"""Reading with care: a tile that kills the process that reads it costs itself alone."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+
+from streaming.catalog import Catalog
+from streaming.errors import StreamError
+from streaming.plan import TilePlan
+from streaming.reading.reader import ReaderOptions, TileReader
+from tests.odd_slides import OddCatalog
+
+
+def test_a_deadly_tile_is_replaced_and_all_others_are_what_they_were(catalog: str) -> None:
+    loaded = Catalog.load(catalog)
+    plan = TilePlan(loaded, mpp={0.5: 1}, size=32)
+    index = np.arange(40, 48)
+    spec = plan[43]
+    deadly = frozenset({(spec.x, spec.y)})
+    refusing = OddCatalog.of(loaded, deadly=deadly, sign=0)
+    wanted = TileReader(plan, refusing, ReaderOptions())({"index": index})
+    odd = OddCatalog.of(loaded, deadly=deadly)
+    got = TileReader(plan, odd, ReaderOptions())({"index": index}, careful=True)
+    for name in ("tile", "slide", "x", "y", "filtered"):
+        assert np.array_equal(got[name], wanted[name])
+    assert [bool(text) for text in got["failures"]] == [i == 43 for i in index]
+    reason = json.loads(got["failures"][3])[0][1]
+    assert f"{spec.slide}: tile at {spec.x}, {spec.y} of 0.5 µm/px crashes its decoder (SIGSEGV)" in reason
+
+
+def test_a_process_that_is_killed_from_outside_is_no_fault_of_the_tile(catalog: str) -> None:
+    loaded = Catalog.load(catalog)
+    plan = TilePlan(loaded, mpp={0.5: 1}, size=32)
+    deadly = frozenset({(plan[0].x, plan[0].y)})
+    odd = OddCatalog.of(loaded, deadly=deadly, sign=signal.SIGKILL)
+    with pytest.raises(StreamError, match="was killed 3 times; is the node short of memory"):
+        TileReader(plan, odd, ReaderOptions())({"index": np.arange(2)}, careful=True)

@@ -1,0 +1,390 @@
+"""Pixels of slides that are grids of blocks: OpenSlide is the oracle, tifffile where OpenSlide knows no levels."""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+import openslide
+import pytest
+import simplejpeg
+import tifffile
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from streaming.slide import Slide, codecs, open_slide
+from streaming.synthetic.drawing import SyntheticSlide
+from streaming.synthetic.svs import write_slide
+from tests.tiff_files import TiffSlide, level_pixels, write_tiff
+
+DATA = Path(__file__).parents[3].parent / "shared/data"
+# Grey levels that two JPEG 2000 decoders may differ by; the last one has subsampled chroma ("J2K/YUV16").
+REAL = {"CMU-1-crop.svs": 0, "TCGA-CR-7395-TS1.svs": 1, "luna_1065626.svs": 1}
+CMU = DATA / "CMU-1-crop.svs"
+needs_cmu = pytest.mark.skipif(not CMU.exists(), reason="no real slide here")
+
+BEYOND_OPENSLIDE = (
+    TiffSlide(byte_order=">", compression="deflate"),
+    TiffSlide(block=(48, 48), compression="none"),
+)
+EXACT = ("jpeg", "jpeg-rgb", "lzw", "deflate", "none")
+PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+def assert_fast(slide: Slide) -> None:
+    assert slide.backend == "blocks"
+
+
+def oracle(path: Path, location: tuple[int, int], level: int, size: tuple[int, int]) -> np.ndarray:
+    with openslide.OpenSlide(path) as slide:
+        return np.asarray(slide.read_region(location, level, size))[:, :, :3]
+
+
+@st.composite
+def regions(draw, width: int, height: int, downsample: int = 1) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Location in level-0 px, a multiple of the downsample, and size in the level's; inside, across edges, outside."""
+    w, h = draw(st.integers(1, 400)), draw(st.integers(1, 400))
+    x, y = draw(st.integers(-w - 40, width + 40)), draw(st.integers(-h - 40, height + 40))
+    return (x * downsample, y * downsample), (w, h)
+
+
+@st.composite
+def tiff_slides(draw, compressions: tuple[str, ...], vendors: tuple[str, ...] = ("aperio", "generic")) -> TiffSlide:
+    compression = draw(st.sampled_from(compressions))
+    bigtiff = draw(st.booleans())
+    # OpenSlide's libtiff refuses uncompressed blocks that are no multiple of 1,024 bytes.
+    step = 32 if compression == "none" else 16
+    return TiffSlide(
+        width=draw(st.integers(20, 900)),
+        height=draw(st.integers(20, 700)),
+        block=(step * draw(st.integers(1, 320 // step)), step * draw(st.integers(1, 320 // step))),
+        compression=compression,
+        subsampling=draw(st.sampled_from([(1, 1), (2, 1), (2, 2)])),
+        shared_tables=draw(st.booleans()),
+        predictor=compression in ("lzw", "deflate") and draw(st.booleans()),
+        bigtiff=bigtiff,
+        byte_order=draw(st.sampled_from("<>")) if bigtiff else "<",
+        vendor=draw(st.sampled_from(vendors)),
+        gap=draw(st.sampled_from([0, 1, 64])),
+        shuffled=draw(st.booleans()),
+        tissue=draw(st.booleans()),
+        seed=draw(st.integers(0, 9)),
+    )
+
+
+def assert_same_regions(path: Path, found: list, level: int = 0, most: int = 0) -> None:
+    slide = open_slide(str(path))
+    assert_fast(slide)
+    for location, size in found:
+        got = slide.read_region(location, level, size)
+        assert got.shape == (size[1], size[0], 3)
+        assert got.dtype == np.uint8
+        off = np.abs(got.astype(int) - oracle(path, location, level, size))
+        assert off.max() <= most, f"level {level}, {location} {size}: {off.max()} grey levels off"
+
+
+@PROPERTY
+@given(st.data())
+def test_regions_of_any_layout_equal_openslide_s_bit_for_bit(data: st.DataObject) -> None:
+    made = data.draw(tiff_slides(EXACT))
+    found = data.draw(st.lists(regions(made.width, made.height), min_size=1, max_size=5))
+    with tempfile.TemporaryDirectory() as folder:
+        assert_same_regions(write_tiff(made, Path(folder, "slide.tif")), found)
+
+
+@PROPERTY
+@given(st.data())
+def test_regions_of_jpeg_2000_are_within_one_grey_level_of_openslide_s(data: st.DataObject) -> None:
+    made = data.draw(tiff_slides(("jp2k-ycbcr", "jp2k-rgb"), ("aperio",)))
+    found = data.draw(st.lists(regions(made.width, made.height), min_size=1, max_size=5))
+    with tempfile.TemporaryDirectory() as folder:
+        assert_same_regions(write_tiff(made, Path(folder, "slide.svs")), found, most=1)
+
+
+@pytest.mark.parametrize("subsampling", [(1, 1), (2, 1), (2, 2), (1, 2), (4, 1), (4, 2)])
+def test_jpeg_2000_with_any_subsampling_of_chroma_is_within_one_grey_level_of_openslide_s(
+    tmp_path: Path, subsampling
+) -> None:
+    made = TiffSlide(compression="jp2k-ycbcr", subsampling=subsampling)
+    path = write_tiff(made, tmp_path / "slide.svs")
+    slide = open_slide(str(path))
+    # What no decoder of ours knows is left to OpenSlide, not to the first tile that can't be read.
+    assert slide.backend == ("blocks" if subsampling in ((1, 1), (2, 1), (2, 2)) else "openslide")
+    whole = slide.read_region((0, 0), 0, (made.width, made.height)).astype(int)
+    assert np.abs(whole - oracle(path, (0, 0), 0, (made.width, made.height))).max() <= 1
+    assert np.abs(whole - level_pixels(made, 0)).mean() < 3, "it is the picture that was compressed"
+
+
+@PROPERTY
+@given(st.data())
+def test_levels_of_an_integral_downsample_equal_openslide_s(data: st.DataObject) -> None:
+    made = data.draw(tiff_slides(EXACT, ("aperio", "generic", "philips")))
+    # Whole multiples: else OpenSlide's downsample is a fraction and its positions fall between pixels.
+    made = dataclasses.replace(made, width=made.width // 8 * 8 + 64, height=made.height // 8 * 8 + 64)
+    made = dataclasses.replace(made, downsamples=data.draw(st.sampled_from([(1, 2), (1, 4), (1, 2, 8)])))
+    level = data.draw(st.integers(1, len(made.downsamples) - 1))
+    downsample = made.downsamples[level]
+    found = data.draw(st.lists(regions(*made.level_dimensions[level], downsample), min_size=1, max_size=4))
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_tiff(made, Path(folder, "slide.tif"))
+        assert open_slide(str(path)).level_downsamples[level] == downsample
+        assert_same_regions(path, found, level)
+
+
+@pytest.mark.parametrize(("width", "height"), [(4443, 300), (301, 1203), (4443, 1783)])
+@pytest.mark.parametrize("vendor", ["aperio", "generic", "philips"])
+def test_dimensions_downsamples_and_mpp_are_openslide_s_also_where_they_round(
+    tmp_path: Path, width: int, height: int, vendor
+) -> None:
+    made = TiffSlide(
+        width=width, height=height, vendor=vendor, downsamples=(1, 2, 4), compression="lzw", mpp=0.2527, tissue=False
+    )
+    path = write_tiff(made, tmp_path / "slide.tif")
+    slide = open_slide(str(path))
+    assert_fast(slide)
+    with openslide.OpenSlide(path) as wanted:
+        assert tuple(slide.level_dimensions) == wanted.level_dimensions == made.level_dimensions
+        assert slide.level_downsamples == pytest.approx(wanted.level_downsamples)
+        assert slide.mpp == pytest.approx(float(wanted.properties["openslide.mpp-x"]))
+    for level, dimensions in enumerate(made.level_dimensions):
+        np.testing.assert_array_equal(
+            slide.read_region((0, 0), level, dimensions), oracle(path, (0, 0), level, dimensions)
+        )
+
+
+@PROPERTY
+@given(st.data())
+def test_empty_and_shared_blocks_read_as_openslide_reads_them(data: st.DataObject) -> None:
+    made = data.draw(tiff_slides(EXACT))
+    num = made.padded(made.width, made.height)
+    num_blocks = num[0] * num[1] // (made.block[0] * made.block[1])
+    assume(num_blocks > 2)
+    block = st.integers(0, num_blocks - 1)
+    empty = data.draw(st.sets(block, max_size=num_blocks // 2))
+    shared = data.draw(st.dictionaries(block, block, max_size=3))
+    shared = {a: b for a, b in shared.items() if a not in empty and b not in empty and b not in shared}
+    made = dataclasses.replace(
+        made,
+        empty=tuple((0, index) for index in sorted(empty)),
+        shared=tuple((0, a, b) for a, b in sorted(shared.items())),
+    )
+    found = data.draw(st.lists(regions(made.width, made.height), min_size=1, max_size=4))
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_tiff(made, Path(folder, "slide.tif"))
+        assert_same_regions(path, [*found, ((0, 0), (made.width, made.height))])
+
+
+@pytest.mark.parametrize("vendor", ["aperio", "generic", "philips"])
+@pytest.mark.parametrize("empty", [((1, 0),), ((0, 1),), ((0, 0), (0, 1), (0, 4), (0, 5), (1, 0))])
+def test_empty_blocks_of_a_pyramid_read_as_openslide_reads_them(tmp_path: Path, vendor, empty) -> None:
+    # Aperio's are painted from the finer level, and an empty block empties the coarser level's block too. Who can't do
+    # that has to leave such slides to OpenSlide, so nothing is said of the backend here.
+    made = TiffSlide(
+        width=1024, height=768, vendor=vendor, compression="deflate", block=(256, 256), downsamples=(1, 2), empty=empty
+    )
+    path = write_tiff(made, tmp_path / "slide.tif")
+    slide = open_slide(str(path))
+    for level, size in enumerate(made.level_dimensions):
+        np.testing.assert_array_equal(slide.read_region((0, 0), level, size), oracle(path, (0, 0), level, size))
+
+
+@pytest.mark.parametrize("compression", EXACT)
+@pytest.mark.parametrize("byte_order", ["<", ">"])
+def test_subifds_of_an_ome_tiff_are_its_levels(tmp_path: Path, compression, byte_order) -> None:
+    made = TiffSlide(
+        vendor="ome",
+        compression=compression,
+        byte_order=byte_order,
+        bigtiff=True,
+        downsamples=(1, 2, 4),
+        width=704,
+        height=512,
+    )
+    path = write_tiff(made, tmp_path / "slide.ome.tif")
+    slide = open_slide(str(path))
+    assert_fast(slide)
+    assert tuple(slide.level_dimensions) == made.level_dimensions
+    with tifffile.TiffFile(path) as tiff:
+        for level, wanted in enumerate(tiff.series[0].levels):
+            got = slide.read_region((0, 0), level, made.level_dimensions[level])
+            # libjpeg upsamples chroma alike in both; a JPEG block is the same block.
+            np.testing.assert_array_equal(got, wanted.asarray())
+
+
+@pytest.mark.parametrize("made", BEYOND_OPENSLIDE, ids=["big-endian classic", "uncompressed 48 px blocks"])
+def test_layouts_that_openslide_refuses_are_read_all_the_same(tmp_path: Path, made: TiffSlide) -> None:
+    slide = open_slide(str(write_tiff(made, tmp_path / "slide.svs")))
+    assert_fast(slide)
+    np.testing.assert_array_equal(slide.read_region((0, 0), 0, (700, 500)), level_pixels(made, 0))
+
+
+@pytest.mark.parametrize("name", REAL)
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_regions_of_real_slides_are_openslide_s(name: str, data: st.DataObject) -> None:
+    if not (DATA / name).exists():
+        pytest.skip("no real slide here")
+    with openslide.OpenSlide(DATA / name) as slide:
+        width, height = slide.level_dimensions[0]
+    assert_same_regions(DATA / name, [data.draw(regions(width, height))], most=REAL[name])
+
+
+def associated_pages(tiff: tifffile.TiffFile) -> list[tifffile.TiffPage]:
+    return [page for page in tiff.pages if not page.is_tiled and page.subfiletype in (1, 9)]
+
+
+def overwrite(data: bytearray, page: tifffile.TiffPage) -> None:
+    for offset, nbytes in zip(page.dataoffsets, page.databytecounts, strict=True):
+        data[offset : offset + nbytes] = np.random.default_rng(0).bytes(nbytes)
+
+
+def lose(data: bytearray, page: tifffile.TiffPage) -> None:
+    tag = page.tags[273]
+    struct.pack_into(f"<{tag.count}I", data, tag.valueoffset, *[2**31] * tag.count)
+
+
+# Junk in uncompressed strips decodes as well as anything; strips past the end of the file would not.
+@pytest.mark.parametrize("spoil", [overwrite, lose])
+def test_label_and_macro_are_never_read(tmp_path: Path, spoil: Callable[[bytearray, tifffile.TiffPage], None]) -> None:
+    made = TiffSlide(associated=True, downsamples=(1, 2))
+    path = write_tiff(made, tmp_path / "slide.svs")
+    intact = [open_slide(str(path)).read_region((0, 0), level, (300, 200)) for level in range(2)]
+    data = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as tiff:
+        pages = associated_pages(tiff)
+        assert len(pages) == 2
+        for page in pages:
+            spoil(data, page)
+    spoilt = tmp_path / "spoilt.svs"
+    spoilt.write_bytes(data)
+    slide = open_slide(str(spoilt))
+    assert_fast(slide)
+    for level, wanted in enumerate(intact):
+        np.testing.assert_array_equal(slide.read_region((0, 0), level, (300, 200)), wanted)
+    np.testing.assert_array_equal(slide.read_tile(0, 0, 0.25, 200), intact[0][:, :200])
+
+
+@lru_cache(maxsize=4)
+def whole_level(path: Path, level: int) -> np.ndarray:
+    with openslide.OpenSlide(path) as slide:
+        return np.asarray(slide.read_region((0, 0), level, slide.level_dimensions[level]))[:, :, :3]
+
+
+def reference(path: Path, mpp: float, x: float, y: float, wanted_mpp: float, size: int) -> np.ndarray:
+    """The exact box of the finest level that is fine enough, read in full by OpenSlide and averaged by area."""
+    with openslide.OpenSlide(path) as slide:
+        usable = [n for n, d in enumerate(slide.level_downsamples) if mpp * d <= wanted_mpp * 1.01]
+        level = max(usable, default=0)
+        downsample = slide.level_downsamples[level]
+        extent = max(1, round(size * wanted_mpp / (mpp * downsample)))
+        left, top = round(x / downsample), round(y / downsample)
+    box = whole_level(path, level)[top : top + extent, left : left + extent]
+    assert box.shape[:2] == (extent, extent)
+    if extent == size:
+        return box
+    shrinks = extent > size
+    return cv2.resize(box, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+
+
+def assert_same_tile(path: Path, slide: Slide, x: int, y: int, wanted_mpp: float, size: int) -> None:
+    wanted = reference(path, slide.mpp, x, y, wanted_mpp, size).astype(float)
+    got = slide.read_tile(x, y, wanted_mpp, size)
+    assert got.shape == (size, size, 3)
+    error = np.mean((got - wanted) ** 2)
+    where = f"({x}, {y}) at {wanted_mpp}"
+    assert 10 * np.log10(255**2 / max(error, 1e-9)) >= 38, where
+    assert np.abs(got.mean(axis=(0, 1)) - wanted.mean(axis=(0, 1))).max() <= 0.5, where
+
+
+@needs_cmu
+@pytest.mark.parametrize("ratio", [1, 2, 3, 4, 7.9, 8])
+def test_tiles_of_real_tissue_are_the_area_average_of_the_finer_level(ratio: float) -> None:
+    slide = open_slide(str(CMU))
+    assert_fast(slide)
+    width, height = slide.level_dimensions[0]
+    size = 224
+    extent = round(size * ratio)
+    rng = np.random.default_rng(round(ratio * 10))
+    for _ in range(12):
+        x, y = (int(rng.integers(0, side - extent)) for side in (width, height))
+        assert_same_tile(CMU, slide, x, y, slide.mpp * ratio, size)
+
+
+@pytest.fixture(scope="module")
+def odd_mpp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiles") / "odd.svs"
+    write_slide(SyntheticSlide(width=4096, height=3072, patient=1, mpp=0.2527, downsamples=(1, 4)), path)
+    return path
+
+
+@pytest.mark.parametrize("wanted_mpp", [0.25, 0.5, 1.0, 2.0])
+def test_tiles_of_a_slide_with_an_odd_mpp_are_resampled_from_the_exact_box(odd_mpp: Path, wanted_mpp: float) -> None:
+    slide = open_slide(str(odd_mpp))
+    assert_fast(slide)
+    size = 256
+    extent = int(size * wanted_mpp / slide.mpp) + 8
+    rng = np.random.default_rng(5)
+    for _ in range(8):
+        x, y = (int(rng.integers(0, side - extent)) for side in slide.level_dimensions[0])
+        assert_same_tile(odd_mpp, slide, x, y, wanted_mpp, size)
+
+
+def outcome(read: Callable[[], np.ndarray]) -> np.ndarray | str:
+    try:
+        return read().copy()
+    except ValueError as error:
+        return str(error)
+
+
+@st.composite
+def jpeg_blocks(draw) -> tuple[bytes, codecs.BlockFormat, np.random.Generator]:
+    """A JPEG of noisy or smooth content with any subsampling, one scan or several, restart markers or none."""
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    width, height = 16 * draw(st.integers(1, 12)), 16 * draw(st.integers(2, 16))
+    coarse = rng.integers(0, 256, (height // 8, width // 8, 3)).astype(np.uint8)
+    content = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    options = [
+        *(cv2.IMWRITE_JPEG_SAMPLING_FACTOR, draw(st.sampled_from([0x111111, 0x211111, 0x121111, 0x221111, 0x411111]))),
+        *(cv2.IMWRITE_JPEG_QUALITY, draw(st.integers(30, 95))),
+        *(cv2.IMWRITE_JPEG_PROGRESSIVE, draw(st.sampled_from([0, 0, 0, 1]))),
+        *(cv2.IMWRITE_JPEG_RST_INTERVAL, draw(st.sampled_from([0, 0, 0, 5]))),
+    ]
+    block = cv2.imencode(".jpg", content, options)[1].tobytes()
+    return block, codecs.BlockFormat("JPEG", width, height, codecs.jpeg_prefix(b"", rgb=False)), rng
+
+
+@PROPERTY
+@given(jpeg_blocks(), st.data())
+def test_the_first_rows_of_a_block_are_those_of_the_whole(made, data: st.DataObject) -> None:
+    block, form, _ = made
+    scale, rows = data.draw(st.sampled_from([1, 2, 4, 8])), data.draw(st.integers(1, form.height))
+    whole = codecs.decode(block, form, scale).copy()
+    wanted = -(-rows // scale)
+    np.testing.assert_array_equal(codecs.decode(block, form, scale, rows)[:wanted], whole[:wanted])
+
+
+@PROPERTY
+@given(jpeg_blocks(), st.data())
+def test_the_first_rows_of_a_damaged_block_are_an_error_or_those_of_the_whole_as_far_as_its_damage_shows(
+    made, data: st.DataObject
+) -> None:
+    block, form, rng = made
+    rows = data.draw(st.integers(1, form.height // 2))
+    start = block.index(b"\xff\xda") + 14
+    at = data.draw(st.integers(start, len(block)))
+    # Codes of ones alone are none; random bytes hit markers, ends and lengths too.
+    junk = data.draw(st.sampled_from([b"\xff\x00" * 16, rng.bytes(40), b"\xff\xd9", b""]))
+    damaged = block[:at] + junk + block[at + len(junk) :] if junk else block[:at]
+    whole = outcome(lambda: codecs.decode(damaged, form))
+    part = outcome(lambda: codecs.decode(damaged, form, 1, rows))
+    if not isinstance(whole, str):
+        assert not isinstance(part, str)
+    if not isinstance(part, str):
+        reference = simplejpeg.decode_jpeg(form.prefix + damaged[2:], strict=False)
+        np.testing.assert_array_equal(part[:rows], reference[:rows])

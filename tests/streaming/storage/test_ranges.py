@@ -1,0 +1,144 @@
+"""Ranged reads from a server that throttles, breaks off, refuses, or changes what it serves."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from streaming import storage
+from streaming.counters import counting
+from streaming.errors import SlideError, StorageError
+from streaming.storage.ranges import LocalRanges, RangeFile, RemoteRanges, download, open_ranges, read_range
+from tests.faulty_server import FaultyServer, in_turn
+
+CONTENT = bytes(range(256)) * 1000
+
+
+@pytest.fixture
+def server() -> Iterator[FaultyServer]:
+    with FaultyServer(CONTENT) as running:
+        yield running
+
+
+def of_s3(server: FaultyServer, tag: str | None = None) -> RemoteRanges:
+    return RemoteRanges("s3://bucket/a.svs", {"anon": True, "endpoint_url": server.url, "region": "us-east-1"}, tag)
+
+
+@pytest.mark.parametrize("moods", [["503"], ["500", "503", "503"], ["429"], ["reset"], ["reset", "503", "reset"]])
+def test_throttling_and_resets_are_tried_again(server: FaultyServer, moods: list[str]) -> None:
+    ranges = of_s3(server)
+    server.mood = in_turn(moods)
+    assert read_range(ranges, 1000, 1300) == CONTENT[1000:1300]
+    assert server.asked.count("bytes=1000-1299") == len(moods) + 1
+
+
+def test_an_answer_that_breaks_off_is_never_taken_for_the_whole(server: FaultyServer) -> None:
+    ranges = of_s3(server)
+    server.mood = in_turn(["half"])
+    assert read_range(ranges, 0, 20_000) == CONTENT[:20_000]
+    assert server.asked == ["HEAD", "bytes=0-19999", "bytes=0-19999"]
+
+
+@pytest.mark.parametrize("mood", ["short", "long"])
+def test_an_answer_to_another_range_is_asked_for_again(server: FaultyServer, mood: str) -> None:
+    ranges = of_s3(server)
+    server.mood = in_turn([mood, mood])
+    assert read_range(ranges, 0, 20_000) == CONTENT[:20_000]
+    # Each time it is made sure that the object is still the one that was opened.
+    assert server.asked == ["HEAD", *["bytes=0-19999", "HEAD"] * 2, "bytes=0-19999"]
+
+
+@pytest.mark.parametrize(
+    ("status", "said"), [("403", "access denied"), ("404", "not found"), ("400", "400 Bad Request")]
+)
+def test_what_can_t_get_better_is_told_at_once(server: FaultyServer, status: str, said: str) -> None:
+    ranges = of_s3(server)
+    server.mood = lambda n: status
+    with pytest.raises(StorageError, match=f"s3://bucket/a.svs: .*{said}"):
+        read_range(ranges, 0, 10)
+    assert len(server.asked) == 2
+
+
+def test_another_version_of_the_object_is_refused(server: FaultyServer) -> None:
+    ranges = of_s3(server)
+    assert (ranges.size, ranges.tag) == (len(CONTENT), '"first"')
+    server.etag = '"second"'
+    with pytest.raises(SlideError, match=r"a\.svs: changed since it was catalogued.*run `tilestream catalog`"):
+        read_range(ranges, 0, 10)
+    with pytest.raises(SlideError, match="changed"):
+        read_range(of_s3(server, tag='"first"'), 0, 10)
+
+
+@pytest.mark.parametrize("mood", ["short", "416"])
+def test_an_object_that_became_shorter_is_told_as_another_version(server: FaultyServer, mood: str) -> None:
+    ranges = of_s3(server)
+    server.etag, server.mood = '"second"', lambda n: mood
+    with pytest.raises(SlideError, match="changed since it was catalogued"):
+        read_range(ranges, 0, 10)
+
+
+def test_many_ranges_are_under_way_at_once(server: FaultyServer) -> None:
+    answers = [of_s3(server).begin([(at + i, at + i + 100) for i in (0, 100, 200)]) for at in range(0, 20_100, 300)]
+    assert b"".join(part for answer in answers for part in answer()) == CONTENT[:20_100]
+
+
+def test_plain_http_is_read_too_and_what_only_fsspec_knows_is_left_to_it(server: FaultyServer) -> None:
+    ranges = open_ranges(f"{server.url}/slides/a.svs")
+    assert ranges.size == len(CONTENT)
+    assert read_range(ranges, 5, 9) == CONTENT[5:9]
+    assert open_ranges("memory://a.svs") is None
+
+
+def test_a_file_over_ranges_reads_as_a_file_does(tmp_path: Path) -> None:
+    path = tmp_path / "content"
+    path.write_bytes(CONTENT * 5)
+    ranges = LocalRanges(str(path))
+    mine = RangeFile(ranges)
+    with path.open("rb") as theirs:
+        for offset, whence, size in (
+            (0, 0, 8),
+            (65_530, 0, 12),
+            (-7, 2, 50),
+            (3, 0, 900_000),
+            (-10, 1, 20),
+            (0, 0, -1),
+        ):
+            assert mine.seek(offset, whence) == theirs.seek(offset, whence)
+            assert mine.read(size) == theirs.read(size)
+            assert mine.tell() == theirs.tell()
+    with pytest.raises(SlideError, match="ends after 0 of the 10 bytes"):
+        read_range(ranges, len(CONTENT) * 5, len(CONTENT) * 5 + 10)
+
+
+@pytest.mark.parametrize("moods", [[], ["half", "503", "reset", "", "short", "429"]])
+def test_a_download_is_the_object_whatever_befalls_its_parts(
+    server: FaultyServer, moods: list[str], tmp_path: Path
+) -> None:
+    server.source = np.random.default_rng(0).bytes(20 * 2**20 + 7)
+    info = storage.stat(f"{server.url}/a.svs")
+    server.mood = in_turn(moods)
+    with counting() as counted:
+        download(info, str(tmp_path / "copy"))
+    assert (tmp_path / "copy").read_bytes() == server.source
+    assert (counted.requests, counted.nbytes, counted.retries) == (11, info.size, server.num_faults)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_download_that_can_t_be_whole_leaves_nothing(server: FaultyServer, tmp_path: Path) -> None:
+    info, path = storage.stat(f"{server.url}/a.svs"), str(tmp_path / "copy")
+    with pytest.raises(StorageError, match="has 256,000 of 256,001 bytes"):
+        download(replace(info, size=info.size + 1), path)
+
+    def change(n: int) -> str:
+        server.etag = '"second"'
+        return ""
+
+    server.mood = change
+    with pytest.raises(SlideError, match="changed since"):
+        download(info, path)
+    server.mood = lambda n: "403"
+    with pytest.raises(StorageError, match="access denied"):
+        download(info, path)
+    assert not list(tmp_path.iterdir())

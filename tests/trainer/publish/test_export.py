@@ -1,0 +1,116 @@
+"""An exported model loads where this project is not, and gives the same tokens."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from streaming.errors import CheckpointError, ConfigError
+from trainer.embed.job import Embedder, load_backbone
+from trainer.publish.export import ExportOptions, export
+from trainer.recipe.module import DinoModule
+from trainer.run import checkpoints
+from trainer.run.config import Config, read_config
+
+SMALL = [
+    *("--augment.global_size", "64", "--augment.local_size", "32", "--data.tile_size", "64"),
+    *("--model.num_prototypes", "32", "--model.head_hidden", "16", "--model.head_bottleneck", "8"),
+]
+
+
+def saved(out: Path, *overrides: str) -> str:
+    """A checkpoint as training writes it, its weights moved off their initial values."""
+    config: Config = read_config("debug", [*SMALL, *overrides, "--run.out", str(out)])
+    module = DinoModule(config)
+    generator = torch.Generator().manual_seed(0)
+    for weight in module.parameters():
+        weight.data += 0.05 * torch.randn(weight.shape, generator=generator)
+    uri = checkpoints.checkpoint_uri(str(out), 3)
+    checkpoints.write(uri, {"state_dict": module.state_dict(), "global_step": 3}, config, "0123")
+    return str(out)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.mark.parametrize("registers", ["0", "4"])
+def test_timm_builds_the_exported_network_and_gives_the_same_tokens(
+    tmp_path: Path, images: torch.Tensor, registers: str
+) -> None:
+    run, out = saved(tmp_path / "run", "--model.num_registers", registers), tmp_path / "export"
+    export(run, str(out))
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    _, backbone = load_backbone(run)
+    with torch.no_grad():
+        tokens, ours = model.forward_features(images), backbone(images)
+    torch.testing.assert_close(tokens[:, 0], ours.cls, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tokens[:, model.num_prefix_tokens :], ours.patches, rtol=1e-5, atol=1e-5)
+    settings = json.loads((out / "config.json").read_text())
+    by_name = timm.create_model(
+        settings["architecture"], checkpoint_path=str(out / "model.safetensors"), **settings["model_args"]
+    )
+    for key, weight in by_name.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[key]), key
+    data = timm.data.resolve_model_data_config(model)
+    assert (list(data["mean"]), list(data["std"]), data["input_size"]) == ([0.5] * 3, [0.5] * 3, (3, 64, 64))
+
+
+@pytest.mark.parametrize("registers", ["0", "4"])
+def test_transformers_loads_every_weight_and_gives_the_same_tokens(
+    tmp_path: Path, images: torch.Tensor, registers: str
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    run, out = saved(tmp_path / "run", "--model.num_registers", registers), tmp_path / "export"
+    export(run, str(out), ExportOptions(layout="transformers"))
+    model, info = transformers.AutoModel.from_pretrained(str(out), output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    _, backbone = load_backbone(run)
+    with torch.no_grad():
+        tokens, ours = model.eval()(images).last_hidden_state, backbone(images)
+    torch.testing.assert_close(tokens[:, 0], ours.cls, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tokens[:, 1 + int(registers) :], ours.patches, rtol=1e-5, atol=1e-5)
+
+
+def test_an_export_embeds_as_its_checkpoint(tmp_path: Path) -> None:
+    run, out = saved(tmp_path / "run"), tmp_path / "export"
+    export(run, str(out), ExportOptions(token="cls+patch"))
+    tiles = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    ours = Embedder(checkpoints.find(run), {}, "cls+patch", gpu=False).embed(tiles)
+    np.testing.assert_allclose(Embedder(str(out), {}, "cls+patch", gpu=False).embed(tiles), ours, rtol=1e-5, atol=1e-5)
+    half = Embedder(run, {}, "cls+patch", gpu=False, precision="bf16").embed(tiles)
+    assert 1e-4 < np.abs(half - ours).max() / np.abs(ours).max() < 0.05
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    with torch.no_grad():
+        tokens = model.forward_features((torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5)
+    theirs = torch.cat((tokens[:, 0], tokens[:, model.num_prefix_tokens :].mean(dim=1)), dim=1)
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5, atol=1e-5)
+    about = json.loads((out / "config.json").read_text())["tilestream"]
+    assert (about["embedding"], about["embedding_dim"], about["steps"]) == ("cls+patch", ours.shape[1], 3)
+
+
+def test_the_card_is_filled_in_and_the_weights_are_no_pickle(tmp_path: Path) -> None:
+    run, out = saved(tmp_path / "run"), tmp_path / "export"
+    export(run, str(out), ExportOptions(license="cc-by-4.0", name="tiny"))
+    card = (out / "README.md").read_text()
+    for text in ("license: cc-by-4.0", "# tiny", "0.25, 0.5, 1, 2 µm/px", "3 steps of 32 tiles: 96 tiles"):
+        assert text in card, text
+    assert load_file(out / "model.safetensors")
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_a_folder_of_something_else_and_a_missing_checkpoint_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
+        export(str(tmp_path / "nothing"), str(tmp_path / "export"))
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter1.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="holds other files"):
+        export(str(tmp_path / "nothing"), str(tmp_path / "thesis"))
+    with pytest.raises(ConfigError, match="layout 'onnx'"):
+        replace(ExportOptions(), layout="onnx")

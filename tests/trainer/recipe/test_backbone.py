@@ -1,0 +1,199 @@
+import copy
+from functools import cache
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from trainer.recipe.backbone import Backbone, Tokens, create_backbone
+
+NAME = "vit_tiny_patch16_224"
+
+
+@cache
+def whole(num_registers: int | None, layer_scale: float) -> Backbone:
+    torch.manual_seed(0)
+    model = create_backbone(NAME, img_size=64, num_registers=num_registers, layer_scale=layer_scale)
+    model.vit.blocks = model.vit.blocks[:2]
+    torch.nn.init.normal_(model.mask_token)
+    return model.eval()
+
+
+def backbone(num_registers: int | None = None, drop_path: float = 0.0, layer_scale: float = 1.0) -> Backbone:
+    model = copy.deepcopy(whole(num_registers, layer_scale))
+    return Backbone(model.vit, drop_path).eval() if drop_path else model
+
+
+def images(num: int = 2, height: int = 64, width: int = 64) -> Tensor:
+    return torch.randn(num, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("num_registers", [None, 0, 4])
+@pytest.mark.parametrize("size", [(64, 64), (32, 32), (48, 80)])
+def test_unmasked_tokens_equal_timms_own_features(num_registers: int | None, size: tuple[int, int]) -> None:
+    model = backbone(num_registers)
+    tokens, timms = model(images(2, *size)), model.vit.forward_features(images(2, *size))
+    num_patches = size[0] * size[1] // 16**2
+    assert tokens.patches.shape == (2, num_patches, 192)
+    torch.testing.assert_close(tokens.cls, timms[:, 0])
+    torch.testing.assert_close(tokens.patches, timms[:, -num_patches:])
+
+
+def test_an_empty_mask_changes_nothing() -> None:
+    model = backbone(4)
+    plain, masked = model(images()), model(images(), torch.zeros(2, 16, dtype=torch.bool))
+    torch.testing.assert_close(plain, masked)
+
+
+def test_masked_patches_are_the_mask_token_plus_their_position() -> None:
+    model = backbone(4)
+    mask = torch.zeros(2, 16, dtype=torch.bool)
+    mask[0, 5] = mask[1, :7] = True
+    embedded = model.embed(images(), mask)[:, 5:]
+    position = model.vit.pos_embed
+    assert position is not None
+    expected = (model.mask_token + position).expand(2, -1, -1)
+    torch.testing.assert_close(embedded[mask], expected[mask])
+    torch.testing.assert_close(embedded[~mask], model.embed(images())[:, 5:][~mask])
+
+
+def test_the_pixels_of_a_masked_patch_do_not_matter() -> None:
+    model, mask = backbone(), torch.zeros(2, 16, dtype=torch.bool)
+    mask[:, 6] = True
+    changed = images()
+    changed[:, :, 16:32, 32:48] += 5.0  # patch 6 of a 4×4 grid
+    torch.testing.assert_close(model(images(), mask), model(changed, mask))
+    assert not torch.allclose(model(images()).cls, model(changed).cls)
+
+
+def test_the_mask_token_learns_only_from_masked_patches() -> None:
+    model = backbone()
+    model(images(), torch.zeros(2, 16, dtype=torch.bool)).cls.sum().backward()
+    assert model.mask_token.grad is not None
+    assert not model.mask_token.grad.any()
+    model(images(), torch.ones(2, 16, dtype=torch.bool)).patches[..., 0].sum().backward()
+    assert model.mask_token.grad.any()
+
+
+def test_keys_are_timms_after_stripping_vit() -> None:
+    own = create_backbone("vit_small_patch14_reg4_dinov2", img_size=98).state_dict()
+    timms = timm.create_model("vit_small_patch14_reg4_dinov2", num_classes=0, img_size=98).state_dict()
+    stripped = {key.removeprefix("vit."): value.shape for key, value in own.items() if key != "mask_token"}
+    assert stripped == {key: value.shape for key, value in timms.items()}
+
+
+def test_stochastic_depth_acts_in_training_only_and_keeps_the_expectation() -> None:
+    model, plain = backbone(drop_path=0.5), backbone()
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(images()), plain(images()))
+    model.train()
+    block, x = model.vit.blocks[0], torch.randn(8, 17, 192)
+    model.vit.blocks = torch.nn.Sequential(block)
+    with torch.no_grad():
+        residual = block.ls1(block.attn(block.norm1(x)))
+        block.mlp.fc2.weight.zero_()  # one branch alone, so that the expectation is exact
+        block.mlp.fc2.bias.zero_()
+        model.vit.norm = torch.nn.Identity()
+        model.embed = lambda images, mask=None: x  # type: ignore[method-assign]
+        added = model(images()).cls - x[:, 0]
+    kept = added.abs().amax(dim=1) > 0
+    assert kept.sum() == 4
+    torch.testing.assert_close(added[kept], 2 * residual[kept][:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_stochastic_depth_has_the_same_rate_in_all_blocks() -> None:
+    model = backbone(drop_path=0.5).train()
+    seen: list[int] = []
+    for block in model.vit.blocks:
+        block.mlp.register_forward_hook(lambda module, args, output: seen.append(len(output)))  # type: ignore[union-attr]
+    model(images(8))
+    assert seen == [4 * 17, 4 * 17]
+
+
+def gradients(model: Backbone, tokens: list[Tokens]) -> dict[str, Tensor]:
+    model.zero_grad()
+    upstream = torch.Generator().manual_seed(2)
+    values = [part for one in tokens for part in one]
+    torch.autograd.backward(values, [torch.randn(v.shape, generator=upstream) for v in values])
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("num_registers", "drop_path"), [(None, 0.0), (4, 0.5)])
+def test_one_pass_over_two_crop_sizes_gives_the_tokens_and_gradients_of_two_passes(
+    num_registers: int | None, drop_path: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = backbone(num_registers, drop_path).train()
+    # The two ways ask for their random subsets in another order; with these both take the first half.
+    monkeypatch.setattr(torch, "randperm", lambda num, device: torch.arange(num, device=device))
+    large, small = images(4), images(6, 32, 32)
+    mask = torch.rand(4, 16, generator=torch.Generator().manual_seed(0)) < 0.4
+    one_pass = model([large, small], [mask, None])
+    found = gradients(model, one_pass)
+    two_passes = [model(large, mask), model(small)]
+    expected = gradients(model, two_passes)
+    torch.testing.assert_close(one_pass, two_passes)
+    assert found.keys() == expected.keys() == dict(model.named_parameters()).keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_swiglu_has_the_hidden_width_of_dinov2() -> None:
+    with torch.device("meta"):
+        mlp = create_backbone("vit_large_patch14_dinov2", img_size=98, ffn="swiglu").vit.blocks[0].mlp
+    assert mlp.fc1.weight.shape == (2 * 2736, 1024)
+    assert mlp.fc2.weight.shape == (1024, 2736)
+
+
+def test_swiglu_is_silu_of_the_first_half_times_the_second_and_starts_like_every_matrix() -> None:
+    mlp = create_backbone("vit_tiny_patch16_224", img_size=32, ffn="swiglu").vit.blocks[0].mlp
+    gate, value = mlp.fc1.weight.chunk(2)
+    x = torch.randn(3, 192)
+    torch.testing.assert_close(mlp(x), mlp.fc2(torch.nn.functional.silu(x @ gate.T) * (x @ value.T)))
+    for half in (gate, value):
+        assert half.std().item() == pytest.approx(0.02, rel=0.05)
+    assert not mlp.fc1.bias.any()
+
+
+def test_a_plain_mlp_can_be_asked_of_a_model_that_has_swiglu() -> None:
+    with torch.device("meta"):
+        mlp = create_backbone("vit_giant_patch14_dinov2", img_size=98, ffn="mlp").vit.blocks[0].mlp
+    assert mlp.fc1.weight.shape == (6144, 1536)
+
+
+def test_layer_scale_is_set_in_every_block() -> None:
+    model = backbone(layer_scale=1e-5)
+    for block in model.vit.blocks:
+        for scale in (block.ls1, block.ls2):
+            assert torch.equal(scale.gamma, torch.full((192,), 1e-5))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "message"),
+    [(64, 70, r"64×70 px: patch size 16 .* 64 and 80"), (8, 16, r"8×16 px: patch size 16 .* nearest: 16$")],
+)
+def test_a_crop_that_the_patch_size_does_not_divide_is_refused(height: int, width: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        backbone()(images(1, height, width))
+
+
+def test_a_mask_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"mask \(2, 9\): 2 crops of 16 patches"):
+        backbone()(images(), torch.zeros(2, 9, dtype=torch.bool))
+
+
+def test_an_unknown_name_is_refused_with_close_matches() -> None:
+    with pytest.raises(ValueError, match=r"'vit_smal_patch14_dinov2'; close: vit_small_patch14_dinov2"):
+        create_backbone("vit_smal_patch14_dinov2", img_size=98)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_base_patch16_siglip_224", "vit_base_patch16_rpn_224"])
+def test_another_family_is_refused(name: str) -> None:
+    refused = pytest.raises(ValueError, match=f"'{name}' is no plain vision transformer with a class token")
+    with refused, torch.device("meta"):
+        create_backbone(name, img_size=64)
+
+
+def test_drop_path_out_of_range_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"drop_path=1\.0"):
+        backbone(drop_path=1.0)

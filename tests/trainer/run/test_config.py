@@ -1,0 +1,116 @@
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from streaming.errors import ConfigError
+from trainer.configs import presets
+from trainer.run.config import FREE_FIELDS, Config, TrainConfig, parse_config, read_config, recipe_changes
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_every_preset_resolves_and_survives_a_round_trip_through_yaml(preset: str) -> None:
+    config = read_config(preset, [])
+    assert parse_config(yaml.safe_load(config.to_yaml()), []) == config
+
+
+def test_presets_state_a_source_for_each_published_constant() -> None:
+    lines = (Path(__file__).parents[3] / "trainer/configs/vits14.yaml").read_text().splitlines()
+    constants = [line for line in lines if re.match(r"  (global|local)_(size|scale):|  (clip|momentum|min_lr):", line)]
+    assert constants
+    assert all(re.search(r"# [PDO]\b", line) for line in constants)
+
+
+def test_an_override_sets_any_field_and_leaves_the_others() -> None:
+    base = read_config("debug", [])
+    changed = read_config(
+        "debug", ["--optim.base_lr", "1e-4", "--data.readers", "[1, 3]", "--data.hsv_rule.min_share=0"]
+    )
+    assert changed.optim.base_lr == 1e-4
+    assert changed.data.readers == (1, 3)
+    assert changed.data.hsv_rule.min_share == 0
+    assert changed.model == base.model
+    assert changed.train == base.train
+
+
+def test_a_yaml_file_takes_the_place_of_a_preset(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("optim: {base_lr: 1e-4}\ntrain: {steps: 200}\ndata: {mpp: {0.5: 2, 1.0: 1}}\n")
+    config = read_config(str(path), [])
+    assert config.optim.base_lr == 1e-4  # PyYAML alone would read a string here
+    assert config.train.steps == 200
+    assert config.data.mpp == {0.5: 2, 1.0: 1}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["--train.bach", "10"], ["train.bach", "train.batch"]),
+        (["--data.katalog=x"], ["data.katalog", "data.catalog"]),
+        (["--train.batch", "many"], ["train.batch", "many"]),
+        (["--train.batch", "10", "--train.ranks", "4"], ["batch 10", "4 ranks", "8 or 12"]),
+        (["--train.steps", "0"], ["steps"]),
+        (["--data.hsv_rule.min_share", "3"], ["min_share", "3"]),
+        (["--data.max_failed_share", "2"], ["max_failed_share"]),
+        (["--data.universe.slides", "2"], ["universe.slides"]),
+        (["--data.universe.replacement", "false"], ["universe.tiles_per_slide"]),
+        (["--data.requests_in_flight", "0"], ["requests_in_flight"]),
+        (["--augment.global_scale", "[0.9, 0.1]"], ["global_scale"]),
+        (["--train.steps", "5", "--optim.warmup_steps", "9"], ["warmup_steps 9", "steps 5"]),
+        (["stray"], ["stray"]),
+    ],
+)
+def test_a_wrong_override_is_told_in_one_line_with_its_name(overrides: list[str], named: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_config("debug", overrides)
+    assert "\n" not in str(caught.value)
+    for part in named:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("train: {stepz: 5}", ["train.stepz", "train.steps"]),
+        ("trian: {steps: 5}", ["trian.steps", "train.steps"]),
+        ("train: 5", ["train"]),
+        ("- a\n- b", ["sections"]),
+        ("a: [", ["YAML"]),
+    ],
+)
+def test_a_wrong_file_is_told_in_one_line_with_its_path(tmp_path: Path, text: str, named: list[str]) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_config(str(path), [])
+    assert "\n" not in str(caught.value)
+    for part in [str(path), *named]:
+        assert part in str(caught.value)
+
+
+def test_an_unknown_preset_is_told_with_those_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"vitg99.*debug.*vits14"):
+        read_config("vitg99", [])
+
+
+def test_defaults_alone_make_a_configuration() -> None:
+    assert Config().train == TrainConfig()
+
+
+def test_only_what_changes_the_training_counts_as_another_recipe() -> None:
+    base = read_config("debug", [])
+    free = ["--run.out", "x", "--data.readers", "[1, 3]", "--train.ranks", "2", "--watch.patience", "9"]
+    assert recipe_changes(base, read_config("debug", [*free, "--train.strategy", "fsdp"])) == ([], [])
+    forced, fixed = recipe_changes(base, read_config("debug", ["--train.steps", "90", "--model.head_hidden", "256"]))
+    assert forced == ["train.steps 60 (now 90)"]
+    assert fixed == ["model.head_hidden 512 (now 256)"]
+
+
+def test_every_free_field_exists() -> None:
+    fields = asdict(Config())
+    missing = [
+        f"{section}.{name}" for section, names in FREE_FIELDS.items() for name in names if name not in fields[section]
+    ]
+    assert not missing

@@ -1,0 +1,1 @@
+"""From slides to files of embeddings."""

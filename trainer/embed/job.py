@@ -1,0 +1,348 @@
+"""Embeddings: the tissue tiles of slides on a grid, through a model, to one file a slide.
+
+A batch of the model holds tiles of several slides where one has too few. Tiles stay in Ray's object store; the driver
+sees embeddings alone and appends them to the slide's file, so that its memory does not grow with a slide.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Any, cast, get_args
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+from ray.data import ActorPoolStrategy, DataIterator
+
+from streaming import cluster, storage
+from streaming.catalog.build import Rejected, find_slides
+from streaming.errors import ConfigError, SlideError
+from streaming.progress import ProgressLine
+from streaming.reading.reader import Batch
+from trainer.embed.files import REJECTED, SUFFIXES, Embedded, Format, open_writer
+from trainer.embed.model import Embedder, Precision, Token, load_backbone, load_model, resolve
+from trainer.embed.tiling import Geometry, Grid, GridPlan, GridReader
+
+__all__ = ["REJECTED", "EmbedOptions", "EmbedReport", "Embedder", "Token", "embed", "load_backbone"]
+
+# Notes of finished slides, for formats whose files bear the slide's name alone.
+DONE = ".done"
+# Bytes that the driver gathers before it writes them: small pieces make slow files.
+_PIECE = 32 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedOptions:
+    """Which tiles are embedded, and how."""
+
+    mpp: float = 0.5
+    """µm/px of the tiles"""
+    size: int = 256
+    """side of a tile in px; resized to what the backbone's patches divide"""
+    min_tissue: float = 0.4
+    """share of a tile's area that must be tissue"""
+    token: Token = "cls"
+    """class token, mean patch token, or one after the other"""
+    tokens: bool = False
+    """whether all patch tokens are kept too, as float16"""
+    format: Format = "parquet"
+    """parquet, or h5: HDF5 as CLAM and TRIDENT lay it out"""
+    precision: Precision = "32"
+    """32, or bf16: products in bfloat16"""
+    batch: int = 64
+    """tiles that the model sees at once"""
+    readers: tuple[int, int] = (1, 2)
+    """least and most reader actors"""
+    models: int = 1
+    """actors that hold the model"""
+    model_cpus: int = 1
+    """CPU slots, and threads, of each of them"""
+    gpu: bool = False
+    """whether each of them takes a GPU"""
+    slide_mpp: float | None = None
+    """µm/px at level 0 of slides whose metadata has none"""
+
+    def __post_init__(self) -> None:
+        if not self.mpp > 0 or min(self.size, self.batch, self.models, self.model_cpus) < 1:
+            numbers = f"mpp {self.mpp}, size {self.size}, batch {self.batch}, models {self.models}"
+            raise ConfigError(f"{numbers}, model_cpus {self.model_cpus}: all above 0")
+        if not 0 < self.min_tissue <= 1:
+            raise ConfigError(f"min_tissue is {self.min_tissue}; it is a share above 0 and up to 1")
+        for name, kind in (("token", Token), ("format", Format), ("precision", Precision)):
+            if getattr(self, name) not in get_args(kind):
+                raise ConfigError(f"{name} {getattr(self, name)!r}; take one of {', '.join(get_args(kind))}")
+
+    @property
+    def grid(self) -> Grid:
+        """Which tiles."""
+        return Grid(mpp=self.mpp, size=self.size, min_tissue=self.min_tissue, slide_mpp=self.slide_mpp)
+
+
+@dataclass(frozen=True)
+class EmbedReport:
+    """What one run did."""
+
+    slides: int
+    skipped: int
+    tiles: int
+    rejected: list[Rejected]
+    files: list[str]
+
+
+class Modeller:
+    """The model behind batches of tiles; Ray Data keeps one in each actor."""
+
+    def __init__(self, source: str, storage_options: dict[str, Any], options: EmbedOptions) -> None:
+        self._model = Embedder(source, storage_options, options.token, options.gpu, options.precision).model
+        self._tokens = options.tokens
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The rows with `embedding` float32 (and `tokens` float16) in place of `tile`, also where there is a reason."""
+        model, tiles = self._model, batch.pop("tile")
+        tokens = model.tokens(tiles)
+        made: Batch = {"embedding": model.embedding(tokens).cpu().numpy()}
+        if self._tokens:
+            side = model.side(tiles.shape[1]) // model.backbone.patch_size
+            made["tokens"] = tokens.patches.unflatten(1, (side, side)).half().cpu().numpy()
+        return {**batch, **made}
+
+
+def name_of(info: storage.ObjectInfo) -> str:
+    """A slide's file name without suffix."""
+    return PurePosixPath(storage.name_of(info.uri)).stem
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is embedded by what, and where it goes."""
+
+    source: str
+    """of the model, as any process may use it"""
+    digest: str
+    """of the model"""
+    out: str
+    options: EmbedOptions
+    stores: dict[str, Any]
+
+    @property
+    def settings(self) -> str:
+        """All that decides what an embedding is."""
+        options = self.options
+        chosen = (options.mpp, options.size, options.min_tissue, options.token, options.precision, options.tokens)
+        return json.dumps([self.digest, *chosen])
+
+    def marked(self, info: storage.ObjectInfo) -> str:
+        """A slide's name, and a digest of its version and of how it is embedded."""
+        digest = hashlib.sha256(f"{info.uri}\n{info.version}\n{self.settings}".encode()).hexdigest()[:8]
+        return f"{name_of(info)}-{digest}"
+
+    def file(self, info: storage.ObjectInfo) -> str:
+        """Where a slide's embeddings go. Readers of HDF5 look for a slide's name, those of Parquet for any file."""
+        name = self.marked(info) if self.options.format == "parquet" else name_of(info)
+        return storage.join(self.out, name + SUFFIXES[self.options.format])
+
+    def note(self, info: storage.ObjectInfo) -> str | None:
+        """Where it is noted that a file is of just this version and these settings, unless its name tells."""
+        return None if self.options.format == "parquet" else storage.join(self.out, DONE, self.marked(info))
+
+    def undone(self, slides: Sequence[storage.ObjectInfo]) -> list[storage.ObjectInfo]:
+        """The slides that no earlier run has embedded just so."""
+        files = set(storage.list_names(self.out, self.stores))
+        notes = set(storage.list_names(storage.join(self.out, DONE), self.stores))
+        return [
+            info
+            for info in slides
+            if storage.name_of(self.file(info)) not in files
+            or ((note := self.note(info)) is not None and storage.name_of(note) not in notes)
+        ]
+
+    def about(self, info: storage.ObjectInfo, geometry: Geometry) -> Embedded:
+        """What a file says of its slide."""
+        options = self.options
+        return Embedded(
+            slide=info.uri,
+            name=name_of(info),
+            width=geometry.width,
+            height=geometry.height,
+            slide_mpp=geometry.mpp,
+            mpp=options.mpp,
+            size=options.size,
+            token=options.token,
+            precision=options.precision,
+            model=self.source,
+            model_sha256=self.digest,
+        )
+
+    def write(self, info: storage.ObjectInfo, pieces: Iterator[Batch]) -> int:
+        """Writes a slide's file when all its pieces came; returns its tiles.
+
+        Raises:
+            SlideError: why it has none.
+            StorageError: it can't be written.
+        """
+        pieces, written = gathered(pieces), 0
+        first = next(pieces)
+        _refuse(first)
+        geometry = Geometry(**json.loads(first["note"][0]))
+        with (
+            storage.written_file(partial(self.file, info), self.stores) as path,
+            open_writer(self.options.format, path, self.about(info, geometry)) as writer,
+        ):
+            for piece in itertools.chain([first], pieces):
+                _refuse(piece)
+                writer.append(np.stack([piece["x"], piece["y"]], axis=1), piece["embedding"], piece.get("tokens"))
+                written += len(piece["x"])
+            assert written == geometry.num_tiles, "each tile comes once"
+        if note := self.note(info):
+            storage.PATIENT(storage.write_bytes, note, self.settings.encode(), self.stores)
+        return written
+
+
+def _refuse(piece: Batch) -> None:
+    for reason in piece["reason"].tolist():
+        if reason:
+            raise SlideError(reason)
+
+
+def gathered(pieces: Iterator[Batch]) -> Iterator[Batch]:
+    """Joins batches of columns up to some size, so that files get large pieces."""
+    held, nbytes = list[Batch](), 0
+    for piece in pieces:
+        held.append(piece)
+        nbytes += sum(piece[name].nbytes for name in ("embedding", "tokens") if name in piece)
+        if nbytes >= _PIECE:
+            yield _joined(held)
+            held, nbytes = [], 0
+    if held:
+        yield _joined(held)
+
+
+def _joined(pieces: Sequence[Batch]) -> Batch:
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def embed(
+    model: str,
+    sources: Sequence[str],
+    out: str,
+    options: EmbedOptions,
+    storage_options: dict[str, Any] | None = None,
+    *,
+    verbose: bool = False,
+) -> EmbedReport:
+    """Embeds the tissue tiles of slides to `out`, a file a slide; slides done before are skipped.
+
+    model is what `load_model` takes. A file (Parquet: `NAME-DIGEST.parquet`, HDF5: `NAME.h5`; `trainer.embed.files`
+    tells what is in it) appears when it is whole. Slides that can't be used are listed in `rejected.parquet`.
+
+    Raises:
+        CheckpointError: no usable model.
+        ConfigError: two slides would have the same file.
+        CatalogError: a source holds no slide.
+        SlideError: no slide could be used.
+        StorageError: something can't be reached.
+    """
+    stores = dict(storage_options or {})
+    # Workers run in folders of their own, so a relative path would mean another place to them.
+    found = resolve(model, stores)
+    # What is wrong with the model is told before anything starts.
+    job = Job(found, load_model(found, options=stores).digest, out, options, stores)
+    slides = find_slides(sources, stores)
+    files = {info.uri: job.file(info) for info in slides}
+    twice = [name for name, count in Counter(files.values()).items() if count > 1]
+    if twice:
+        raise ConfigError(f"{twice[0]}: the file of several slides of one name; embed them to folders of their own")
+    todo = job.undone(slides)
+    tiles, rejected = _embed_all(job, todo, verbose=verbose) if todo else (0, [])
+    if rejected:
+        table = pa.Table.from_pylist([vars(entry) for entry in rejected])
+        storage.write_table(storage.join(out, REJECTED), table, stores)
+    if len(rejected) == len(slides):
+        first = rejected[0]
+        raise SlideError(f"{first.slide}: {first.reason} ({len(rejected)} of {len(slides)} slides can't be embedded)")
+    unusable = {entry.slide for entry in rejected}
+    written = [file for slide, file in files.items() if slide not in unusable]
+    return EmbedReport(len(todo) - len(rejected), len(slides) - len(todo), tiles, rejected, written)
+
+
+def _embed_all(job: Job, todo: Sequence[storage.ObjectInfo], *, verbose: bool) -> tuple[int, list[Rejected]]:
+    """Embeds slides one after the other; returns the tiles written and the slides without a file."""
+    options = job.options
+    cluster.connect(options.readers[1] + options.models * options.model_cpus + 2, verbose=verbose)
+    tiles, rejected = 0, list[Rejected]()
+    with ProgressLine("embed", "slides", total=len(todo)) as progress:
+
+        def noted(pieces: Iterator[Batch]) -> Iterator[Batch]:
+            seen = 0
+            for piece in pieces:
+                yield piece
+                seen += len(piece["x"])
+                progress.update(done, f"{tiles + seen:,} tiles  {len(rejected)} rejected")
+
+        by_slide = itertools.groupby(_pieces(job, todo), key=lambda piece: int(piece["slide"][0]))
+        for done, (number, pieces) in enumerate(by_slide):
+            info = todo[number]
+            try:
+                tiles += job.write(info, noted(pieces))
+            except SlideError as error:
+                reason = str(error).removeprefix(f"{info.uri}: ")
+                rejected.append(Rejected(info.uri, info.size, info.version, reason))
+            progress.update(done + 1, f"{tiles:,} tiles  {len(rejected)} rejected")
+    return tiles, rejected
+
+
+def _pieces(job: Job, todo: Sequence[storage.ObjectInfo]) -> Iterator[Batch]:
+    """Embedded rows in the slides' order, each piece of one slide."""
+    for batch in cast(Any, rows_of(job, todo)).iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
+        cuts = np.flatnonzero(np.diff(batch["slide"])) + 1
+        for start, stop in itertools.pairwise([0, *cuts.tolist(), len(batch["slide"])]):
+            yield {name: column[start:stop] for name, column in batch.items()}
+
+
+def rows_of(job: Job, todo: Sequence[storage.ObjectInfo]) -> DataIterator:
+    """Slides → places, in blocks of one batch of the model whatever slide they are of → pixels → embeddings."""
+    options = job.options
+    given = list(todo), options.grid, job.stores
+    # Ray's types know no callable classes.
+    plan, reader, modeller = cast(Any, GridPlan), cast(Any, GridReader), cast(Any, Modeller)
+    dataset = (
+        ray.data.range(len(todo), override_num_blocks=len(todo))
+        .map_batches(plan(*given), batch_size=1, num_cpus=1, max_retries=3)
+        .repartition(target_num_rows_per_block=options.batch, strict=True)
+        .map_batches(
+            reader,
+            fn_constructor_args=given,
+            batch_size=options.batch,
+            compute=ActorPoolStrategy(
+                min_size=options.readers[0],
+                max_size=options.readers[1],
+                # While one batch is decoded, the other's bytes are on their way.
+                max_concurrent_calls_per_actor=2,
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=1,
+        )
+        .map_batches(
+            modeller,
+            fn_constructor_args=(job.source, job.stores, options),
+            batch_size=options.batch,
+            compute=ActorPoolStrategy(size=options.models),
+            num_cpus=options.model_cpus,
+            num_gpus=1 if options.gpu else 0,
+        )
+    )
+    context = dataset.context
+    context.execution_options.preserve_order = True
+    # A batch is a block whatever its size: Ray would cut those over 128 MiB.
+    context.target_max_block_size = None
+    # A split runs the pipeline in an actor: in this process Ray's core would print, for each pool of actors, an error
+    # about their arguments (ray#53727) that concerns nobody here.
+    (rows,) = dataset.streaming_split(1, equal=False)
+    return rows

@@ -1,0 +1,231 @@
+"""The model that embeds: a checkpoint's teacher, an exported folder, or a published model of timm's hub."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+from timm.data.config import resolve_model_data_config
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from streaming import storage
+from streaming.errors import CheckpointError
+from trainer.recipe.backbone import Backbone, Tokens, build_backbone
+from trainer.run import checkpoints
+from trainer.run.config import Config
+
+Token = Literal["cls", "patch", "cls+patch"]
+Precision = Literal["32", "bf16"]
+_EXPORTED = ("config.json", "model.safetensors")
+
+
+class TimmTokens(nn.Module):
+    """A timm vision transformer as it is published, which answers as a backbone does."""
+
+    def __init__(self, vit: VisionTransformer) -> None:
+        super().__init__()
+        self.vit = vit
+        self.embed_dim = vit.embed_dim
+        self.patch_size = vit.patch_embed.patch_size[0]
+
+    def forward(self, images: Tensor) -> Tokens:
+        """Tokens of images (B, 3, H, W), float and normalised."""
+        tokens = self.vit.forward_features(images)
+        return Tokens(tokens[:, 0], tokens[:, self.vit.num_prefix_tokens :])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A frozen network, and how it wants its images."""
+
+    name: str
+    backbone: Backbone | TimmTokens
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    token: Token = "cls"
+    """what an embedding is: class token, mean patch token, or one after the other"""
+    precision: Precision = "32"
+    """bf16 makes products in bfloat16, and keeps norms and softmax in float32"""
+    digest: str = ""
+    """tells the weights from others"""
+
+    def on(self, device: torch.device) -> Model:
+        """The model on that device."""
+        return replace(self, backbone=self.backbone.to(device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(self.backbone.parameters()).device
+
+    @property
+    def width(self) -> int:
+        """Numbers of an embedding."""
+        return self.backbone.embed_dim * (2 if self.token == "cls+patch" else 1)
+
+    def side(self, size: int) -> int:
+        """Side in px of what the network sees of a tile of `size` px: the next lower multiple of its patch."""
+        patch = self.backbone.patch_size
+        return max(patch, size // patch * patch)
+
+    def images(self, tiles: NDArray[np.uint8]) -> Tensor:
+        """Tiles uint8 (n, H, W, 3) as the network takes them, float32 (n, 3, H, W) on its device."""
+        device = self.device
+        # A copy: what comes from Ray's object store is read-only, which torch has no notion of.
+        images = torch.from_numpy(tiles.copy()).to(device).permute(0, 3, 1, 2).float() / 255
+        height, width = (self.side(side) for side in images.shape[-2:])
+        if (height, width) != images.shape[-2:]:
+            images = torch.nn.functional.interpolate(
+                images, size=(height, width), mode="bicubic", antialias=True, align_corners=False
+            ).clamp(0, 1)
+        mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (self.mean, self.std))
+        return (images - mean) / std
+
+    @torch.inference_mode()
+    def tokens(self, tiles: NDArray[np.uint8]) -> Tokens:
+        """Class tokens (n, D) and patch tokens (n, N, D), row by row, float32, of tiles uint8 (n, H, W, 3)."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            tokens = self.backbone(self.images(tiles))
+        return Tokens(tokens.cls.float(), tokens.patches.float())
+
+    def embedding(self, tokens: Tokens) -> Tensor:
+        """Embeddings (n, D), or (n, 2D) of class and patch token."""
+        mean_patch = tokens.patches.mean(dim=1)
+        chosen = {"cls": [tokens.cls], "patch": [mean_patch], "cls+patch": [tokens.cls, mean_patch]}[self.token]
+        return torch.cat(chosen, dim=1)
+
+
+def load_backbone(uri: str, options: storage.StorageOptions | None = None) -> tuple[Config, Backbone]:
+    """The teacher's backbone of a checkpoint (a run's folder, or one of its step folders), and its configuration.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or its weights don't fit its configuration.
+    """
+    found = checkpoints.find(uri, options)
+    config = checkpoints.read_config(found, options)
+    state = checkpoints.load(found, options)
+    backbone = build_backbone(config.model, config.augment.global_size, drop_path=0.0)
+    prefix = "teacher.backbone."
+    weights = {key.removeprefix(prefix): w for key, w in state["state_dict"].items() if key.startswith(prefix)}
+    if not weights:
+        raise CheckpointError(f"{found}: holds no teacher; name a checkpoint that `tilestream train` wrote")
+    checkpoints.load_weights(backbone, weights, found)
+    return config, backbone.eval()
+
+
+def resolve(source: str, options: storage.StorageOptions | None = None) -> str:
+    """A model's name or address as any process may use it: of a run's folder, its newest checkpoint.
+
+    Raises:
+        CheckpointError: there is no checkpoint.
+    """
+    if _of_hub(source):
+        return source
+    source = storage.canonical(source)
+    return source if _is_exported(source, options) else checkpoints.find(source, options)
+
+
+def model_of(name: str, config: Config, backbone: Backbone) -> Model:
+    """A backbone as its training showed it images."""
+    augment = config.augment
+    return Model(name=name, backbone=backbone.eval(), mean=tuple(augment.mean), std=tuple(augment.std))
+
+
+def load_model(source: str, token: Token | None = None, options: storage.StorageOptions | None = None) -> Model:
+    """The model of a run or checkpoint, of a folder that `tilestream export` or timm wrote, or of timm's hub.
+
+    A name of the hub is timm's (`vit_small_patch14_dinov2.lvd142m`) or Hugging Face's (`hf-hub:OWNER/NAME`). Without a
+    token, an embedding is what the export says, else the class token.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or no vision transformer with a class token.
+        StorageError: it can't be read.
+    """
+    if _of_hub(source):
+        model = _of_timm(source, source, hashlib.sha256(source.encode()).hexdigest())
+    elif _is_exported(source, options):
+        model = _of_export(source, options)
+    else:
+        model = _of_checkpoint(source, options)
+    return replace(model, token=token or model.token)
+
+
+def _of_checkpoint(source: str, options: storage.StorageOptions | None) -> Model:
+    try:
+        found = checkpoints.find(source, options)
+    except CheckpointError as error:
+        close = difflib.get_close_matches(source, timm.list_models("vit_*"), n=1)
+        hint = f", such as {close[0]}" if close else ""
+        raise CheckpointError(
+            f"{error}; it is neither a run, nor an exported model, nor a model of timm's{hint}"
+        ) from error
+    model = model_of(source, *load_backbone(found, options))
+    return replace(model, digest=checkpoints.read_meta(found, options).sha256)
+
+
+def _of_hub(source: str) -> bool:
+    return source.startswith("hf-hub:") or ("/" not in source and timm.is_model(source))
+
+
+def _is_exported(source: str, options: storage.StorageOptions | None) -> bool:
+    return _EXPORTED[0] in storage.list_names(source, options)
+
+
+def _of_export(source: str, options: storage.StorageOptions | None) -> Model:
+    contents = [storage.read_bytes(storage.join(source, name), options) for name in _EXPORTED]
+    about: dict[str, Any] = json.loads(contents[0])
+    if "architecture" not in about:
+        raise CheckpointError(f"{source}: {_EXPORTED[0]} is not in timm's layout; export it by --layout timm")
+    with tempfile.TemporaryDirectory(prefix="tilestream-model-") as folder:
+        for name, content in zip(_EXPORTED, contents, strict=True):
+            Path(folder, name).write_bytes(content)
+        model = _of_timm(f"local-dir:{folder}", source, hashlib.sha256(contents[1]).hexdigest())
+    return replace(model, token=cast(Token, (about.get("tilestream") or {}).get("embedding", "cls")))
+
+
+def _of_timm(name: str, source: str, digest: str) -> Model:
+    other = f"{source}: no plain vision transformer with a class token; name one of timm's vit_* with one"
+    try:
+        vit = timm.create_model(name, pretrained=True, num_classes=0, dynamic_img_size=True)
+    except TypeError as error:  # another family, whose constructor lacks an option
+        raise CheckpointError(other) from error
+    except Exception as error:  # whatever its loader raises: no network, no such file, other weights
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{source}: timm can't load it ({reason}); name a checkpoint or an export") from error
+    if not isinstance(vit, VisionTransformer) or not vit.has_class_token:
+        raise CheckpointError(other)
+    data = resolve_model_data_config(vit)
+    mean, std = tuple(data["mean"]), tuple(data["std"])
+    return Model(name=source, backbone=TimmTokens(vit).eval(), mean=mean, std=std, digest=digest)
+
+
+class Embedder:
+    """A model on its device; makes embeddings and token maps of batches of tiles.
+
+    Args:
+        source: what `load_model` takes.
+        storage_options: of the source's storage.
+        token: class token, mean patch token, or one after the other.
+        gpu: whether it runs on CUDA.
+        precision: `bf16` makes products in bfloat16.
+    """
+
+    def __init__(
+        self, source: str, storage_options: dict[str, Any], token: Token, gpu: bool, precision: Precision = "32"
+    ) -> None:
+        loaded = replace(load_model(source, token, storage_options), precision=precision)
+        self.model = loaded.on(torch.device("cuda" if gpu else "cpu"))
+
+    def embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Embeddings float32 (n, D), or (n, 2D) for class and patch token, of tiles uint8 (n, size, size, 3)."""
+        return self.model.embedding(self.model.tokens(tiles)).cpu().numpy()

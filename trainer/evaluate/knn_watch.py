@@ -1,0 +1,71 @@
+"""kNN accuracy of the teacher while it trains: on a small labelled set, each rank embedding its share between steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streaming.errors import ConfigError
+from trainer.embed.model import model_of
+from trainer.evaluate.datasets import Samples
+from trainer.evaluate.features import TileFiles
+from trainer.evaluate.scoring import EvaluateOptions, labelled, score_tiles
+from trainer.evaluate.splits import make_folds
+from trainer.recipe.module import DinoModule
+from trainer.run.config import Config
+
+_BATCH = 64
+
+
+def watched(config: Config) -> Samples:
+    """The labelled tiles of `watch.knn_dataset`.
+
+    Raises:
+        ConfigError: they can't be scored by kNN, or are more than `watch.knn_tiles`.
+        SlideError, StorageError: they can't be read.
+    """
+    watch, options = config.watch, EvaluateOptions(tasks=("knn",), k=config.watch.knn_k)
+    assert watch.knn_dataset is not None, "there is a dataset"
+    samples = labelled(watch.knn_dataset, options, config.data.storage_options)
+    if len(samples) > watch.knn_tiles:
+        raise ConfigError(
+            f"watch.knn_dataset {watch.knn_dataset}: {len(samples):,} tiles, which each rank would hold its share of; "
+            f"take a smaller set, or raise watch.knn_tiles above {watch.knn_tiles:,}"
+        )
+    return samples
+
+
+class KnnWatch:
+    """Holds a rank's share of the tiles, read once, and scores the teacher on all of them."""
+
+    def __init__(self, config: Config, rank: int, num_ranks: int) -> None:
+        self._samples = samples = watched(config)
+        self._options = EvaluateOptions(tasks=("knn",), k=config.watch.knn_k)
+        self._folds = make_folds(samples, self._options.folds, self._options.seed)
+        # As many for each rank, so that all pass the same number of batches through what may be sharded.
+        count = math.ceil(len(samples) / num_ranks)
+        own = [samples.tiles[(at * num_ranks + rank) % len(samples)] for at in range(count)]
+        self._tiles = np.concatenate(list(TileFiles(config.data.storage_options).batches(own, _BATCH)))
+        self._config = config
+
+    @torch.no_grad()
+    def accuracy(self, module: DinoModule, gather: Callable[[Tensor], Tensor]) -> float:
+        """Balanced accuracy over the folds; `gather` gives all ranks' tensors in a new first dimension."""
+        model, teacher = model_of("teacher", self._config, module.teacher.backbone), module.teacher
+        rows, columns = teacher.backbone.grid(*(model.side(side) for side in self._tiles.shape[1:3]))
+        parts: list[Tensor] = []
+        for at in range(0, len(self._tiles), _BATCH):
+            images = model.images(self._tiles[at : at + _BATCH])
+            none = torch.zeros(len(images), rows * columns, dtype=torch.bool, device=images.device)
+            # The whole network, heads and all: shards are gathered by its outermost module.
+            (cls,), _, _ = teacher([images], [None], none)
+            parts.append(cls.float())
+        # Ranks side by side, tile by tile: the order of the samples.
+        found = gather(torch.cat(parts)).reshape(-1, len(self._tiles), parts[0].shape[1]).transpose(0, 1)
+        embeddings = found.flatten(0, 1)[: len(self._samples)].cpu().numpy()
+        (score,) = score_tiles(embeddings, self._samples, self._folds, ("knn",), self._options)
+        return score.value

@@ -1,0 +1,248 @@
+"""From a model and a dataset to scores: `tilestream evaluate`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from streaming import storage
+from streaming.errors import ConfigError
+from streaming.progress import ProgressLine
+from trainer.embed.job import Token
+from trainer.evaluate import dense, mil, probes, quality
+from trainer.evaluate.annotations import Target, TileGrid
+from trainer.evaluate.datasets import Samples, read_dataset
+from trainer.evaluate.features import Model, extracted, load_model
+from trainer.evaluate.probes import Embeddings, Ints
+from trainer.evaluate.scores import Score, balanced_accuracy
+from trainer.evaluate.splits import Fold, make_folds
+
+Task = Literal["knn", "linear", "logistic", "quality", "slide", "segmentation", "detection"]
+TASKS: tuple[Task, ...] = get_args(Task)
+_OF_TILES: tuple[Task, ...] = ("knn", "linear", "logistic", "quality")
+SCORES = "scores.parquet"
+SCORES_JSON = "scores.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """What is scored, and how."""
+
+    tasks: tuple[Task, ...] = ()
+    """none: those that the dataset's kind has by default"""
+    token: Token | None = None
+    """what an embedding is: cls, patch (mean) or cls+patch; none: cls, or what an exported model says"""
+    k: int = 20
+    """neighbours of kNN, purity and robustness index"""
+    steps: int = probes.PROBE_STEPS
+    """steps of the linear probe"""
+    epochs: int = 20
+    """passes that attention MIL takes over the slides, and decoders of patch tokens over the tiles"""
+    radius: float = 12.0
+    """px of a tile within which a point counts as found"""
+    folds: int = 5
+    """parts of the cross-validation where the dataset has no split"""
+    seed: int = 0
+    """of folds, probes and resamples"""
+    batch: int = 64
+    """tiles that the model sees at once"""
+    resize: int | None = None
+    """side in px that tiles are resized to; none: as they are"""
+    grid: TileGrid = field(default_factory=TileGrid)
+    """how annotated slides are cut into tiles"""
+    gpu: bool = False
+    """whether the model runs on a GPU"""
+
+    def __post_init__(self) -> None:
+        if unknown := [task for task in self.tasks if task not in TASKS]:
+            raise ConfigError(f"task {unknown[0]!r}; take some of {', '.join(TASKS)}")
+        for name in ("k", "steps", "epochs", "batch", "resize"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if not self.radius > 0:
+            raise ConfigError(f"radius is {self.radius}; it must be above 0")
+        if self.folds < 2:
+            raise ConfigError(f"folds is {self.folds}; it must be at least 2")
+
+
+def evaluate(
+    source: str,
+    dataset: str,
+    options: EvaluateOptions | None = None,
+    storage_options: dict[str, Any] | None = None,
+    *,
+    out: str | None = None,
+) -> list[Score]:
+    """Scores a model on a dataset, and writes `scores.parquet` and `scores.json` to `out` where that is given.
+
+    source is a run or one of its checkpoints, a folder that `tilestream export` wrote, or a name of timm's hub; for
+    whole slides, the folder that `tilestream embed` wrote. What is wrong with the dataset is told before the model is
+    loaded, and nothing is written unless all is scored.
+
+    Raises:
+        CheckpointError: no usable model.
+        ConfigError: a dataset that can't be scored: one class, missing labels, a leaking split, another kind of task.
+        SlideError: a slide that is empty, can't be read, or lacks the resolution.
+        StorageError: something can't be reached.
+    """
+    options = options or EvaluateOptions()
+    samples = labelled(dataset, options, storage_options)
+    folds = make_folds(samples, options.folds, options.seed)
+    if samples.whole_slides:
+        bags = mil.read_bags(source, samples, storage_options)
+        scores = mil.score_slides(bags, samples, folds, options.epochs, options.seed)
+    else:
+        scores = evaluate_model(load_model(source, options.token, storage_options), samples, options, storage_options)
+    if out is not None:
+        about = {"model": source, "dataset": dataset, "options": asdict(options)}
+        write_scores(out, scores, about, storage_options)
+    return scores
+
+
+def labelled(dataset: str, options: EvaluateOptions, storage_options: dict[str, Any] | None = None) -> Samples:
+    """A dataset, checked for what `evaluate` refuses before it looks at a model; errors as there."""
+    if options.gpu and not torch.cuda.is_available():
+        raise ConfigError("no GPU is visible to PyTorch here; leave out --gpu")
+    samples = read_dataset(dataset, _grid(options), storage_options)
+    _tasks(options, samples)
+    make_folds(samples, options.folds, options.seed)
+    return samples
+
+
+def evaluate_model(
+    model: Model, samples: Samples, options: EvaluateOptions, storage_options: dict[str, Any] | None = None
+) -> list[Score]:
+    """Scores a model in memory on samples; errors as `evaluate`."""
+    tasks = _tasks(options, samples)
+    folds = make_folds(samples, options.folds, options.seed)
+    model = model.on(torch.device("cuda" if options.gpu else "cpu"))
+    with (
+        ProgressLine("evaluate", "tiles", total=len(samples)) as progress,
+        extracted(
+            model,
+            samples.tiles,
+            resize_to=options.resize,
+            patches=samples.labels is None,
+            batch=options.batch,
+            options=storage_options,
+            progress=progress.update,
+        ) as features,
+    ):
+        if samples.masks is not None:
+            return dense.score_segmentation(features, samples, folds, options.epochs, options.seed)
+        if samples.points is not None:
+            return dense.score_detection(features, samples, folds, options.radius, options.epochs, options.seed)
+        return score_tiles(features.embeddings, samples, folds, tasks, options)
+
+
+def score_tiles(
+    embeddings: Embeddings,
+    samples: Samples,
+    folds: Sequence[Fold],
+    tasks: Sequence[Task],
+    options: EvaluateOptions,
+) -> list[Score]:
+    """Scores embeddings (N, D) of labelled tiles."""
+    assert samples.labels is not None, "tiles have labels"
+    num_classes = len(samples.classes)
+    classify: dict[str, Callable[[Embeddings, Ints, Embeddings], Ints]] = {
+        "knn": partial(probes.nearest_neighbours, k=options.k),
+        "linear": partial(probes.linear_probe, num_classes=num_classes, steps=options.steps, seed=options.seed),
+        "logistic": probes.logistic,
+    }
+    scores: list[Score] = []
+    tested = np.concatenate([fold.test for fold in folds])
+    groups = None if samples.groups is None else samples.groups[tested]
+    for task in tasks:
+        if task == "quality":
+            scores.append(quality.rankme(embeddings, options.seed))
+            scores += quality.neighbour_scores(embeddings, samples, options.k, options.seed)
+            continue
+        predicted = [
+            classify[task](embeddings[fold.train], samples.labels[fold.train], embeddings[fold.test]) for fold in folds
+        ]
+        labels = samples.labels[tested]
+        scores.append(balanced_accuracy(task, labels, np.concatenate(predicted), groups, num_classes, options.seed))
+    return scores
+
+
+def _grid(options: EvaluateOptions) -> TileGrid:
+    """The grid, with what the tasks want of annotations.
+
+    Raises:
+        ConfigError: they want different things.
+    """
+    wanted: dict[Task, Target] = {"segmentation": "mask", "detection": "points"}
+    targets = {wanted.get(task, "class") for task in options.tasks}
+    if len(targets) > 1:
+        raise ConfigError(f"tasks {', '.join(options.tasks)}: of different kinds of labels; evaluate them one by one")
+    return replace(options.grid, target=targets.pop()) if targets else options.grid
+
+
+def _tasks(options: EvaluateOptions, samples: Samples) -> tuple[Task, ...]:
+    """The tasks of the options, or those of the dataset's kind.
+
+    Raises:
+        ConfigError: the dataset has not what one needs.
+    """
+    possible: tuple[Task, ...] = _OF_TILES
+    if samples.whole_slides:
+        possible = ("slide",)
+    elif samples.masks is not None:
+        possible = ("segmentation",)
+    elif samples.points is not None:
+        possible = ("detection",)
+    default: tuple[Task, ...] = tuple(task for task in possible if task != "logistic")
+    if wrong := [task for task in options.tasks if task not in possible]:
+        raise ConfigError(f"{samples.source}: can't be scored by {wrong[0]}; take some of {', '.join(possible)}")
+    return options.tasks or default
+
+
+def write_scores(
+    out: str, scores: Sequence[Score], about: dict[str, Any], store: storage.StorageOptions | None = None
+) -> None:
+    """Writes the scores as Parquet, and as JSON with what they are of; each file appears when it is whole.
+
+    Raises:
+        StorageError: they can't be written.
+    """
+    rows = [{name: _number(value) for name, value in asdict(score).items()} for score in scores]
+    storage.write_table(storage.join(out, SCORES), pa.Table.from_pylist(rows, schema=_SCHEMA), store)
+    content = json.dumps({**about, "scores": rows}, indent=1, default=str)
+    storage.write_bytes(storage.join(out, SCORES_JSON), content.encode(), store)
+
+
+def _number(value: Any) -> Any:
+    """JSON knows no NaN."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+_SCHEMA = pa.schema(
+    [
+        *(pa.field(name, pa.string()) for name in ("task", "metric")),
+        *(pa.field(name, pa.float64()) for name in ("value", "low", "high")),
+        *(pa.field(name, pa.int64()) for name in ("n", "groups")),
+    ]
+)
+
+
+def table_lines(scores: Sequence[Score]) -> list[str]:
+    """The scores as a table for a terminal."""
+    width = max(len("metric"), *(len(score.metric) for score in scores))
+    lines = [f"{'task':<13} {'metric':<{width}} {'value':>8}  {'95 % interval':<17} {'n':>8} {'resampled':>9}"]
+    for score in scores:
+        known = not math.isnan(score.low)
+        interval = f"{score.low:.3f} to {score.high:.3f}" if known else "–"
+        lines.append(
+            f"{score.task:<13} {score.metric:<{width}} {score.value:>8.3f}  {interval:<17} {score.n:>8,} "
+            f"{score.groups or '–':>9}"
+        )
+    return lines

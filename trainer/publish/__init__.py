@@ -1,0 +1,1 @@
+"""What is handed on: exports, model cards, and files for other tools."""

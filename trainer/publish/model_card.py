@@ -1,0 +1,74 @@
+"""The model card of an export: what the model is, how to load it, what it was trained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.run.config import Config
+
+_LOAD = {
+    "timm": """import timm, torch
+
+model = timm.create_model("local-dir:PATH-OF-THIS-FOLDER", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+tokens = model.forward_features(transform(image).unsqueeze(0))  # image: PIL, RGB
+cls, patches = tokens[:, 0], tokens[:, model.num_prefix_tokens :]""",
+    "transformers": """import torch
+from transformers import AutoImageProcessor, AutoModel
+
+model = AutoModel.from_pretrained("PATH-OF-THIS-FOLDER").eval()
+processor = AutoImageProcessor.from_pretrained("PATH-OF-THIS-FOLDER")
+tokens = model(**processor(image, return_tensors="pt")).last_hidden_state  # image: PIL, RGB
+cls, patches = tokens[:, 0], tokens[:, 1 + getattr(model.config, "num_register_tokens", 0) :]""",
+}
+_EMBED = {
+    "cls": "embedding = cls",
+    "patch": "embedding = patches.mean(dim=1)",
+    "cls+patch": "embedding = torch.cat((cls, patches.mean(dim=1)), dim=1)",
+}
+
+
+def model_card(config: Config, about: dict[str, Any], name: str, license: str, layout: str) -> str:
+    """The card as Markdown with the header that model hubs read; `about` is `trainer.publish.export.description`."""
+    mpps = ", ".join(f"{mpp:g}" for mpp in about["mpp"])
+    weights = ", ".join(f"{mpp:g}: {weight:g}" for mpp, weight in sorted(config.data.mpp.items()))
+    cohorts = f", cohorts {config.data.cohorts}" if config.data.cohorts else ""
+    side = about["input_size"]
+    return f"""---
+license: {license}
+library_name: {layout}
+pipeline_tag: image-feature-extraction
+tags: [pathology, histology, dinov2, {layout}]
+---
+# {name}
+
+A vision transformer (`{config.model.backbone}`) for tiles of H&E-stained whole-slide images, trained with DINOv2 by
+tilestream on tiles streamed from the original slides.
+
+## Use
+
+Input: RGB tiles at {mpps} µm/px, {side} × {side} px (any multiple of the patch size works), mean {about["mean"]},
+standard deviation {about["std"]}. Embedding: {about["embedding"]}, {about["embedding_dim"]} numbers.
+
+```python
+{_LOAD[layout]}
+{_EMBED[about["embedding"]]}
+```
+
+## Training
+
+| | |
+|---|---|
+| data | catalog `{about["catalog"]}`{cohorts}; tiles of {about["tile_size"]} px at weights {{{weights}}} |
+| tissue | at least {config.data.min_tissue:.0%} of a tile, HSV rule {config.data.hsv_rule.min_share:.0%} |
+| length | {about["steps"]:,} steps of {config.train.batch:,} tiles: {about["tiles_seen"]:,} tiles |
+| crops | 2 of {config.augment.global_size} px, {config.augment.num_local} of {config.augment.local_size} px |
+| optimiser | AdamW, base learning rate {config.optim.base_lr:g}, precision {config.train.precision} |
+| seed | {config.run.seed} |
+| checkpoint | SHA-256 `{about["checkpoint_sha256"]}` |
+
+## Limits
+
+For research. Not validated for diagnosis. Slides of other scanners, stains or organs than those of the training data
+may be embedded less well.
+"""

@@ -1,0 +1,376 @@
+"""Crops and colour on the device, for a whole batch at once, as a pure function of (seed, sample index, view).
+
+What is drawn stands here, what is done with it in `pixels.py`. The order: crop, resize, flips and quarter turn; with
+some probability stain jitter (HED), stain transfer (Reinhard), colour jitter, always in the order brightness, contrast,
+saturation, hue; grey; blur; solarise; normalise.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainer.recipe import image_ops
+from trainer.recipe.counter_random import uniform
+from trainer.recipe.image_ops import Taps
+
+NUM_GLOBAL = 2
+_ATTEMPTS = 10  # of torchvision's RandomResizedCrop
+_CACHED = 5 << 18  # float32 values, 5 MiB
+# What the draws of a (sample, view) are for; a number never changes its meaning, or old runs could not be replayed.
+_AREA, _ASPECT, _TOP, _LEFT, _HFLIP, _VFLIP, _TURN = 0, 10, 20, 21, 22, 23, 24
+_JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GREY, _BLUR, _SIGMA, _SOLARISE = range(30, 39)
+_HED, _HED_SCALE, _HED_SHIFT, _REINHARD, _LAB_MEAN, _LAB_STD, _ECT_SCALE, _ECT_ASPECT = 40, 41, 44, 50, 51, 54, 60, 61
+_NUM_DRAWS = 62
+
+
+class Crops(NamedTuple):
+    """Normalised float32 crops of B samples, view first."""
+
+    global_: Tensor
+    """(2, B, 3, g, g)."""
+    local: Tensor
+    """(L, B, 3, l, l)."""
+
+
+class Parameters(NamedTuple):
+    """Everything drawn for V views of B samples; replayed through torchvision and scikit-image it gives the crops.
+
+    Each field is (V, B), those of three stains or colour channels (V, B, 3).
+    """
+
+    top: Tensor
+    left: Tensor
+    height: Tensor
+    width: Tensor
+    hflip: Tensor
+    vflip: Tensor
+    turns: Tensor
+    """Quarter turns, counter-clockwise, after the flips."""
+    jitter: Tensor
+    """Whether the colours are jittered; where not, the next four change nothing."""
+    brightness: Tensor
+    contrast: Tensor
+    saturation: Tensor
+    hue: Tensor
+    grey: Tensor
+    blur: Tensor
+    sigma: Tensor
+    """Standard deviation of the blur in pixels of the crop."""
+    solarise: Tensor
+    stain: Tensor
+    """Whether the stains are jittered; where not, the next two change nothing."""
+    stain_scale: Tensor
+    """Factor of each stain's optical density."""
+    stain_shift: Tensor
+    """What is added to it."""
+    reinhard: Tensor
+    lab_mean: Tensor
+    """Mean of L, a, b that the crop gets."""
+    lab_std: Tensor
+    """Standard deviation of L, a, b that the crop gets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """DINOv2's multi-crop augmentation, with vertical flips and quarter turns for tissue, which has no up."""
+
+    global_size: int = 224
+    """Side of a global crop in pixels."""
+    local_size: int = 98
+    """Side of a local crop in pixels."""
+    num_local: int = 8
+    """Local crops of each tile."""
+    global_scale: tuple[float, float] = (0.32, 1.0)
+    """Lowest and highest share of the tile's area in a global crop."""
+    local_scale: tuple[float, float] = (0.05, 0.32)
+    """Lowest and highest share of the tile's area in a local crop."""
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """Lowest and highest width/height of a crop before it is resized to a square."""
+    ect: bool = False
+    """Extended-context translation instead of scale and aspect: crops near native size, anywhere in a larger tile (of
+    392 px in Virchow2, arXiv 2408.00738)."""
+    ect_scale: tuple[float, float] = (0.9, 1.1)
+    """Lowest and highest side of such a crop, in sides of what it is resized to."""
+    ect_aspect: tuple[float, float] = (0.95, 1.05)
+    """Lowest and highest width/height of such a crop."""
+    hflip_prob: float = 0.5
+    """Probability of a horizontal flip."""
+    vflip_prob: float = 0.5
+    """Probability of a vertical flip."""
+    quarter_turns: bool = True
+    """Whether crops are turned by 0, 90, 180 or 270 degrees, equally often."""
+    hed_prob: float = 0.0
+    """Probability of stain jitter: haematoxylin, eosin and DAB get their density scaled and shifted, each by itself."""
+    hed_sigma: float = 0.05
+    """Factor within 1 ± this, shift within ± this, in natural-log optical density (arXiv 1902.06543: 0.05 light, 0.2
+    strong; scikit-image's unit is 13.8 of ours)."""
+    reinhard_prob: float = 0.0
+    """Probability of stain transfer: the crop gets a random mean and deviation in CIELAB (as RandStainNA)."""
+    reinhard_mean: tuple[float, float, float] = (68.0, 18.0, -10.0)
+    """Middle of the means of L, a, b; ours, typical of H&E."""
+    reinhard_mean_spread: tuple[float, float, float] = (10.0, 6.0, 5.0)
+    """Means are within the middle ± this."""
+    reinhard_std: tuple[float, float, float] = (13.0, 7.0, 5.0)
+    """Middle of the deviations of L, a, b; ours, typical of H&E."""
+    reinhard_std_spread: tuple[float, float, float] = (4.0, 2.5, 2.0)
+    """Deviations are within the middle ± this."""
+    jitter_prob: float = 0.8
+    """Probability of the colour jitter, all four parts together."""
+    brightness: float = 0.4
+    """Brightness factor is within 1 ± this."""
+    contrast: float = 0.4
+    """Contrast factor is within 1 ± this."""
+    saturation: float = 0.2
+    """Saturation factor is within 1 ± this."""
+    hue: float = 0.1
+    """Hue shift is within ± this, in full turns."""
+    grey_prob: float = 0.2
+    """Probability of losing the colour."""
+    blur_probs: tuple[float, float, float] = (0.0, 0.9, 0.5)
+    """Probability of the blur on the first global, second global and local crops; the reference states 1, 0.1, 0.5
+    but inverts it, and its released weights were trained so."""
+    blur_kernel: int = 9
+    """Taps of the blur, odd."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Lowest and highest standard deviation of the blur in pixels of the crop."""
+    solarise_prob: float = 0.0
+    """Probability that the second global crop has its bright half inverted (0.2 in DINOv2; Virchow2G dropped it)."""
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Mean of red, green, blue (of 0..1) that is subtracted."""
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Standard deviation of red, green, blue (of 0..1) that is divided by."""
+
+    def __post_init__(self) -> None:
+        value = vars(self)
+        probs = [name for name in value if name.endswith("_prob")]
+        not_negative = ("num_local", "brightness", "contrast", "saturation", "hed_sigma")
+        rules = {
+            "must be at least 1": [n for n in ("global_size", "local_size") if value[n] < 1],
+            "must not be negative": [n for n in not_negative if value[n] < 0],
+            "must rise within (0, 1]": [
+                n for n in ("global_scale", "local_scale") if not 0 < value[n][0] <= value[n][1] <= 1
+            ],
+            "must rise and be above 0": [
+                n
+                for n in ("aspect", "blur_sigma", "ect_scale", "ect_aspect")
+                if not 0 < value[n][0] <= value[n][1] < math.inf
+            ],
+            "must be in [0, 1]": [n for n in probs if not 0 <= value[n] <= 1]
+            + ["blur_probs"] * (not all(0 <= p <= 1 for p in self.blur_probs)),
+            "must be in [0, 0.5]": ["hue"] * (not 0 <= self.hue <= 0.5),
+            "must be odd and at most twice the smallest crop less one": ["blur_kernel"]
+            * (self.blur_kernel % 2 == 0 or not 0 < self.blur_kernel < 2 * min(self.global_size, self.local_size)),
+            "must not exceed reinhard_std": ["reinhard_std_spread"]
+            * any(w > s for w, s in zip(self.reinhard_std_spread, self.reinhard_std, strict=True)),
+            "must be above 0": ["std"] * (not all(s > 0 for s in self.std)),
+        }
+        if wrong := [f"{name}={value[name]} {rule}" for rule, names in rules.items() for name in names]:
+            raise ValueError("Augmentation: " + "; ".join(wrong))
+
+    def multi_crop(self, tiles: Tensor, index: Tensor, seed: int) -> Crops:
+        """Crops of each tile, depending on its pixels, its index and the seed alone.
+
+        tiles uint8 (B, S, S, 3) or (B, 3, S, S), index int64 (B,) on the same device.
+
+        Raises:
+            ValueError: tiles of another shape or type, or another number of indices.
+        """
+        images = _channels_last(tiles)
+        if index.shape != tiles.shape[:1]:
+            raise ValueError(f"index {tuple(index.shape)}: one for each of {len(tiles)} tiles is needed")
+        global_, local = range(NUM_GLOBAL), range(NUM_GLOBAL, NUM_GLOBAL + self.num_local)
+        with torch.no_grad(), torch.autocast(tiles.device.type, enabled=False):
+            return Crops(
+                self._crops(images, index, seed, global_, self.global_size, self.global_scale),
+                self._crops(images, index, seed, local, self.local_size, self.local_scale),
+            )
+
+    def _crops(
+        self, images: Tensor, index: Tensor, seed: int, views: range, size: int, scale: tuple[float, float]
+    ) -> Tensor:
+        crops = torch.empty(len(views), len(images), 3, size, size, device=images.device)
+        drawn = self.draw(index, seed, views, images.shape[1], scale)
+        taps = _taps(drawn, size, self.longest_px(views, images.shape[1], scale))
+        kernels = image_ops.gaussian_kernels(drawn.sigma, self.blur_kernel)
+        for piece in _pieces(crops, images.shape[1]):
+            some, own = images[piece[1]].float().div_(255), partial(_flat, piece)
+            sample = torch.arange(len(some), device=images.device).repeat(crops[piece].shape[0])
+            x = image_ops.resample(some, sample, *(Taps(own(one.position), own(one.weight)) for one in taps))
+            # Columns come first: what is not to be turned is turned back.
+            x = image_ops.on_chosen(x.clamp_(0, 1), own(drawn.turns) % 2 == 0, image_ops.transposed)
+            self._normalise(self._coloured(x, drawn, kernels, own), crops[piece])
+        return crops
+
+    def _coloured(self, x: Tensor, drawn: Parameters, kernels: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
+        """Crops (n, 3, size, size) in other colours and blurred, changed in place; `own` picks their parameters."""
+
+        def change(chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
+            return image_ops.on_chosen(x, own(chosen), operation, *map(own, parameters))
+
+        if self.hed_prob:
+            x = change(drawn.stain, image_ops.jitter_stains, drawn.stain_scale, drawn.stain_shift)
+        if self.reinhard_prob:
+            x = change(drawn.reinhard, image_ops.match_lab, drawn.lab_mean, drawn.lab_std)
+        if self.jitter_prob:
+            jitter = (drawn.brightness, drawn.contrast, drawn.saturation, drawn.hue)
+            x = change(drawn.jitter, image_ops.jitter_colours, *jitter)
+        if self.grey_prob:
+            x = change(drawn.grey, image_ops.to_grey)
+        if any(self.blur_probs):
+            x = change(drawn.blur, image_ops.blur, kernels)
+        return change(drawn.solarise, image_ops.solarise) if self.solarise_prob else x
+
+    def _normalise(self, x: Tensor, out: Tensor) -> None:
+        for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
+            # In one pass: with a number, not a tensor, as the factor.
+            lowest = torch.tensor(-mean / std, device=x.device)
+            torch.add(lowest, x.view(out.shape)[:, :, channel], alpha=1 / std, out=out[:, :, channel])
+
+    def longest_px(self, views: range, tile_px: int, scale: tuple[float, float]) -> int:
+        """The longest side in pixels that a crop of these views can have."""
+        if self.ect:
+            side_px = self.global_size if views.start < NUM_GLOBAL else self.local_size
+            areas, aspect = [(bound * side_px) ** 2 for bound in self.ect_scale], self.ect_aspect
+        else:
+            areas, aspect = [bound * tile_px**2 for bound in scale], self.aspect
+        stretch = max(aspect[1], 1 / aspect[0])
+        # Where no attempt fits, the whole tile is taken.
+        if areas[0] / stretch < 1:
+            return tile_px
+        return min(tile_px, round(math.sqrt(areas[1] * stretch)) + 1)
+
+    def draw(self, index: Tensor, seed: int, views: range, tile_px: int, scale: tuple[float, float]) -> Parameters:
+        """Draws for the numbered views (0 and 1 are global) of samples index (B,), from tiles of tile_px pixels."""
+        view = torch.arange(views.start, views.stop, device=index.device)[:, None]
+        draws = torch.arange(_NUM_DRAWS, device=index.device)
+        numbers = uniform(seed, index[:, None], view[..., None], draws)  # (V, B, draws)
+
+        def u(draw: int) -> Tensor:
+            return numbers[..., draw]
+
+        jittered = u(_JITTER) < self.jitter_prob
+
+        def jitter(low: float, high: float, neutral: float, draw: int) -> Tensor:
+            return torch.where(jittered, low + (high - low) * u(draw), neutral)
+
+        def factor(width: float, draw: int) -> Tensor:
+            return jitter(max(1 - width, 0.0), 1 + width, 1.0, draw)
+
+        def channels(middle: Sequence[float], spread: Sequence[float], draw: int) -> Tensor:
+            three = numbers[..., draw : draw + 3]
+            centre, width = (torch.tensor(value, device=index.device) for value in (middle, spread))
+            return centre + width * (2 * three - 1)
+
+        if self.ect:
+            side_px = self.global_size if views.start < NUM_GLOBAL else self.local_size
+            height, width = self._near_native(u(_ECT_SCALE), u(_ECT_ASPECT), tile_px, side_px)
+        else:
+            areas, aspects = (numbers[..., first : first + _ATTEMPTS] for first in (_AREA, _ASPECT))
+            height, width = _box(areas, aspects, tile_px, scale, self.aspect)
+        stained = u(_HED) < self.hed_prob
+        strength = (self.hed_sigma,) * 3
+        blur_probs = torch.tensor([self.blur_probs[min(v, NUM_GLOBAL)] for v in views], device=index.device)
+        return Parameters(
+            top=(u(_TOP) * (tile_px - height + 1)).long(),
+            left=(u(_LEFT) * (tile_px - width + 1)).long(),
+            height=height,
+            width=width,
+            hflip=u(_HFLIP) < self.hflip_prob,
+            vflip=u(_VFLIP) < self.vflip_prob,
+            turns=(4 * u(_TURN)).long() * self.quarter_turns,
+            jitter=jittered,
+            brightness=factor(self.brightness, _BRIGHTNESS),
+            contrast=factor(self.contrast, _CONTRAST),
+            saturation=factor(self.saturation, _SATURATION),
+            hue=jitter(-self.hue, self.hue, 0.0, _HUE),
+            grey=u(_GREY) < self.grey_prob,
+            blur=u(_BLUR) < blur_probs[:, None],
+            sigma=self.blur_sigma[0] + (self.blur_sigma[1] - self.blur_sigma[0]) * u(_SIGMA),
+            solarise=(u(_SOLARISE) < self.solarise_prob) & (view == NUM_GLOBAL - 1),
+            stain=stained,
+            stain_scale=torch.where(stained[..., None], channels((1.0,) * 3, strength, _HED_SCALE), 1.0),
+            stain_shift=torch.where(stained[..., None], channels((0.0,) * 3, strength, _HED_SHIFT), 0.0),
+            reinhard=u(_REINHARD) < self.reinhard_prob,
+            lab_mean=channels(self.reinhard_mean, self.reinhard_mean_spread, _LAB_MEAN),
+            lab_std=channels(self.reinhard_std, self.reinhard_std_spread, _LAB_STD),
+        )
+
+    def _near_native(self, area: Tensor, aspect: Tensor, tile_px: int, side_px: int) -> tuple[Tensor, Tensor]:
+        """Height and width in pixels, int64 (V, B), of crops near side_px, at most the tile, from uniform (V, B)."""
+        side = _between(*self.ect_scale, area) * side_px
+        log_low, log_high = (math.log(a) for a in self.ect_aspect)
+        root = torch.exp(0.5 * _between(log_low, log_high, aspect))
+        height, width = ((s.round().long()).clamp(1, tile_px) for s in (side / root, side * root))
+        return height, width
+
+
+def _between(low: float, high: float, u: Tensor) -> Tensor:
+    return low + (high - low) * u
+
+
+def _channels_last(tiles: Tensor) -> Tensor:
+    """Tiles as (B, S, S, 3)."""
+    if tiles.ndim == 4:
+        images = tiles if tiles.shape[3] == 3 else tiles.permute(0, 2, 3, 1)
+        _, side, columns, channels = images.shape
+        if tiles.dtype == torch.uint8 and channels == 3 and side == columns:
+            return images
+    raise ValueError(f"tiles {tiles.dtype} {tuple(tiles.shape)}: uint8 (B, S, S, 3) or (B, 3, S, S) is needed")
+
+
+def _pieces(crops: Tensor, tile_px: int) -> list[tuple[slice, slice]]:
+    """Views and samples of crops (V, B, …) that are worked on at once.
+
+    On a CPU no more than its caches hold of crops whose rows are resampled but not yet their columns.
+    """
+    num_views, num_samples = crops.shape[:2]
+    if not crops.numel():
+        return []
+    cached = max(_CACHED // (3 * tile_px * crops.shape[-1]), 1)
+    at_once = cached if crops.device.type == "cpu" else num_views * num_samples
+    views, samples = min(at_once, num_views), max(at_once // num_views, 1)
+    return [
+        (slice(view, view + views), slice(sample, sample + samples))
+        for sample in range(0, num_samples, samples)
+        for view in range(0, num_views, views)
+    ]
+
+
+def _flat(piece: tuple[slice, slice], parameter: Tensor) -> Tensor:
+    """A piece's part of a parameter (V, B, …), view first, as (n, …)."""
+    return parameter[piece].flatten(0, 1)
+
+
+def _box(
+    areas: Tensor, aspects: Tensor, tile_px: int, scale: tuple[float, float], aspect: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Height and width in pixels, int64 (V, B): torchvision's `RandomResizedCrop` on a square tile.
+
+    From uniform areas and aspects (V, B, attempts): area uniform, aspect log-uniform, the first attempt that fits. If
+    none fits it is the whole tile, torchvision's central crop of a square.
+    """
+    area = tile_px**2 * _between(*scale, areas)
+    log_low, log_high = (math.log(a) for a in aspect)
+    ratio = torch.exp(_between(log_low, log_high, aspects))
+    width, height = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+    fits = (width >= 1) & (width <= tile_px) & (height >= 1) & (height <= tile_px)
+    first = fits.int().argmax(dim=-1, keepdim=True)
+    none_fits = ~fits.any(dim=-1)
+    height, width = (side.gather(-1, first)[..., 0] for side in (height, width))
+    return height.masked_fill(none_fits, tile_px), width.masked_fill(none_fits, tile_px)
+
+
+def _taps(drawn: Parameters, size: int, longest: int) -> tuple[Taps, Taps]:
+    """What resizes and flips along y and x; a quarter turn needs a transposition besides.
+
+    A half turn is two flips, a quarter turn a flip and a transposition: turning by 1 is mirroring x, then transposing.
+    """
+    hflip = drawn.hflip ^ (drawn.turns == 1) ^ (drawn.turns == 2)
+    vflip = drawn.vflip ^ (drawn.turns == 2) ^ (drawn.turns == 3)
+    down = image_ops.resample_taps(drawn.top, drawn.height, vflip, size, longest)
+    return down, image_ops.resample_taps(drawn.left, drawn.width, hflip, size, longest)

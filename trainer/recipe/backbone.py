@@ -1,0 +1,281 @@
+"""timm's vision transformers as DINOv2 uses them: masked tokens, registers, uniform stochastic depth, any crop size.
+
+Crops of several sizes go through in one pass: norms, projections and MLP see the tokens of all sizes at once, attention
+runs once per size. Each size alone (timm's own form) gives the same tokens and gradients.
+"""
+
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, cast
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers.attention import Attention
+from timm.layers.mlp import GluMlp, Mlp, SwiGLUPacked
+from timm.models import vision_transformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from trainer.run.config import ModelConfig
+
+Ffn = Literal["mlp", "swiglu"]
+
+
+class Tokens(NamedTuple):
+    """What a backbone makes of B crops of N patches, after the final norm."""
+
+    cls: Tensor
+    """Class tokens (B, D)."""
+    patches: Tensor
+    """Patch tokens (B, N, D), row by row."""
+
+
+class CropBlock(vision_transformer.Block):
+    """timm's block, with its weights and names, that also takes tokens of several crop sizes at once.
+
+    While training, each residual branch sees a random subset of each size's crops, 1 − `drop` of them, scaled so that
+    the expectation stays: dropped crops cost nothing, zeroing them afterwards would (DINOv2's
+    `drop_add_residual_stochastic_depth`).
+    """
+
+    drop: float = 0.0
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Maps a list of (B_i, N_i, D) to its like, or one tensor as timm's block does."""
+        if isinstance(x, Tensor):
+            return super().forward(x, *args, **kwargs)
+        x = self._add(cast(list[Tensor], x), self._attend)
+        return self._add(x, lambda flat, _: self.ls2(self.mlp(self.norm2(flat))), is_own=True)
+
+    def _add(
+        self, xs: list[Tensor], branch: Callable[[Tensor, list[torch.Size]], Tensor], *, is_own: bool = False
+    ) -> list[Tensor]:
+        """Adds a branch; xs that are this block's own, and needed by nothing but this, are changed where they lie."""
+        drop = self.drop if self.training else 0.0
+        if not drop:
+            added = _split(branch(*_join(xs)), [x.shape for x in xs])
+            return [x + a for x, a in zip(xs, added, strict=True)]
+        kept = [max(int(len(x) * (1 - drop)), 1) for x in xs]
+        chosen = [torch.randperm(len(x), device=x.device)[:k] for x, k in zip(xs, kept, strict=True)]
+        parts = [x[c] for x, c in zip(xs, chosen, strict=True)]
+        added = _split(branch(*_join(parts)), [part.shape for part in parts])
+        add = Tensor.index_add_ if is_own else Tensor.index_add
+        return [add(x, 0, c, a.to(x.dtype), alpha=len(x) / len(c)) for x, c, a in zip(xs, chosen, added, strict=True)]
+
+    def _attend(self, flat: Tensor, shapes: list[torch.Size]) -> Tensor:
+        """The attention branch of tokens (T, D), which are those of the shapes one after the other."""
+        attn = self.attn
+        assert isinstance(attn, Attention), "checked by create_backbone"
+        outputs: list[Tensor] = []
+        for qkv in _split(attn.qkv(self.norm1(flat)), shapes):
+            q, k, v = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            attended = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v)
+            outputs.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
+        joined = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return self.ls1(attn.proj(attn.norm(joined)))
+
+
+def _join(xs: Sequence[Tensor]) -> tuple[Tensor, list[torch.Size]]:
+    flat = [x.flatten(0, 1) for x in xs]
+    return torch.cat(flat) if len(flat) > 1 else flat[0], [x.shape for x in xs]
+
+
+def _split(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    parts = flat.split([shape[0] * shape[1] for shape in shapes])
+    return [part.unflatten(0, tuple(shape[:2])) for part, shape in zip(parts, shapes, strict=True)]
+
+
+class Backbone(nn.Module):
+    """A timm vision transformer, kept under `vit` so that its keys stay timm's, and a learned mask token.
+
+    Args:
+        vit: built with `num_classes=0, dynamic_img_size=True`, with a class token; its own drop path stays 0.
+        drop_path: rate of stochastic depth while training, the same in all blocks (DINOv2's `drop_path_uniform`).
+
+    Raises:
+        ValueError: drop_path out of range.
+    """
+
+    def __init__(self, vit: VisionTransformer, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.vit = vit
+        self.set_drop_path(drop_path)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.embed_dim))
+
+    def set_drop_path(self, rate: float) -> None:
+        """Sets the rate of stochastic depth while training.
+
+        Raises:
+            ValueError: it is out of range.
+        """
+        if not 0 <= rate < 1:
+            raise ValueError(f"drop_path={rate} must be in [0, 1)")
+        for block in self.vit.blocks:
+            cast(CropBlock, block).drop = rate
+
+    @property
+    def embed_dim(self) -> int:
+        """Width D of the tokens."""
+        return self.vit.embed_dim
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.vit.patch_embed.patch_size[0]
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of a crop.
+
+        Raises:
+            ValueError: the patch size does not divide the crop; names both and the nearest sizes.
+        """
+        patch = self.patch_size
+        if wrong := [side for side in (height, width) if side < patch or side % patch]:
+            below = max(wrong[0] // patch, 1) * patch
+            nearest = f"{below}" if below > wrong[0] else f"{below} and {below + patch}"
+            raise ValueError(f"crop of {height}×{width} px: patch size {patch} does not divide it; nearest: {nearest}")
+        return height // patch, width // patch
+
+    def embed(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens before the first block: class, registers, patches; (B, 1 + R + N, D).
+
+        Masked patches become the mask token before the position embedding is added, so that the student knows where
+        a hole is (DINOv2's `prepare_tokens_with_masks`).
+        """
+        rows, columns = self.grid(*images.shape[-2:])
+        x = self.vit.patch_embed(images)  # (B, rows, columns, D)
+        if mask is not None:
+            if mask.shape != (len(images), rows * columns):
+                raise ValueError(f"mask {tuple(mask.shape)}: {len(images)} crops of {rows * columns} patches are given")
+            x = torch.where(mask.view(-1, rows, columns, 1), self.mask_token.to(x.dtype), x)
+        x = self.vit._pos_embed(x)  # pyright: ignore[reportPrivateUsage] — timm has no public name for it
+        return self.vit.norm_pre(self.vit.patch_drop(x))
+
+    def forward(
+        self, images: Tensor | Sequence[Tensor], mask: Tensor | Sequence[Tensor | None] | None = None
+    ) -> Tokens | list[Tokens]:
+        """Tokens of images (B, 3, H, W), float and normalised; mask bool (B, N), true where a patch is hidden.
+
+        A sequence of images of several sizes, with a sequence of masks or none, goes through in one pass and gives a
+        list of tokens.
+
+        Raises:
+            ValueError: the patch size does not divide a crop, or a mask has another shape.
+        """
+        if isinstance(images, Tensor):
+            assert mask is None or isinstance(mask, Tensor)
+            return self._several([images], [mask])[0]
+        return self._several(images, [None] * len(images) if mask is None else list(mask))
+
+    def _several(self, images: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tokens]:
+        xs = [self.embed(image, mask) for image, mask in zip(images, masks, strict=True)]
+        for block in self.vit.blocks:
+            xs = block(xs)
+        flat, shapes = _join(xs)
+        xs = _split(self.vit.norm(flat), shapes)
+        return [Tokens(x[:, 0], x[:, self.vit.num_prefix_tokens :]) for x in xs]
+
+
+def build_backbone(config: ModelConfig, crop_px: int, *, drop_path: float) -> Backbone:
+    """The backbone of a configuration, its position embedding made for crops of that size."""
+    return create_backbone(
+        config.backbone,
+        img_size=crop_px,
+        patch_size=config.patch_size,
+        num_registers=config.num_registers,
+        ffn=config.ffn,
+        drop_path=drop_path,
+        layer_scale=config.layer_scale,
+    )
+
+
+def create_backbone(
+    name: str,
+    *,
+    img_size: int,
+    patch_size: int | None = None,
+    num_registers: int | None = None,
+    ffn: Ffn | None = None,
+    drop_path: float = 0.0,
+    layer_scale: float | None = 1e-5,
+) -> Backbone:
+    """Builds timm's model of that name with random weights, initialised as DINOv2's.
+
+    Args:
+        name: a timm model such as `vit_small_patch14_dinov2` or `vit_giant_patch14_reg4_dinov2`.
+        img_size: side in pixels of the crop the position embedding is made for; other crops resample it.
+        patch_size: side of a patch in pixels; None keeps the model's own.
+        num_registers: register tokens without position embedding (arXiv 2309.16588); None keeps the model's own.
+        ffn: `mlp` with GELU or `swiglu` (DINOv2's, whose hidden width is 8/3 of the tokens', rounded up to a multiple
+            of 8); None keeps the model's own.
+        drop_path: rate of stochastic depth; for the student, 0 for the teacher.
+        layer_scale: initial scale of each residual branch, None for none (1e-5 in DINOv2).
+
+    Raises:
+        ValueError: unknown name (with close matches), a model of another kind, or a value out of range.
+    """
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name.split(".")[0], timm.list_models("vit_*"), n=3)
+        raise ValueError(f"no timm model '{name}'; close: {', '.join(close) or 'none, see timm.list_models()'}")
+    options = timm_options(img_size, patch_size, num_registers, layer_scale)
+    embed_dim = _check_family(name, options)
+    if ffn is not None:
+        options |= _ffn_options(ffn, embed_dim)
+    vit = cast(VisionTransformer, timm.create_model(name, **options, block_fn=CropBlock))
+    _init_swiglu(vit)
+    backbone = Backbone(vit, drop_path)
+    backbone.grid(img_size, img_size)
+    return backbone
+
+
+def timm_options(
+    img_size: int, patch_size: int | None, num_registers: int | None, layer_scale: float | None
+) -> dict[str, Any]:
+    """What `timm.create_model` needs beside the name for a network of `create_backbone`'s shape."""
+    options: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True, "img_size": img_size}
+    options["init_values"] = layer_scale
+    if patch_size is not None:
+        options["patch_size"] = patch_size
+    if num_registers is not None:
+        # With registers, timm and the released weights carry no position for class and register tokens.
+        options |= {"reg_tokens": num_registers, "no_embed_class": num_registers > 0}
+    return options
+
+
+def _check_family(name: str, options: dict[str, Any]) -> int:
+    """Builds timm's own form without memory: CropBlock stands for its plain block and no other. Returns the width.
+
+    Raises:
+        ValueError: a model that is no plain vision transformer with a class token.
+    """
+    wrong = f"'{name}' is no plain vision transformer with a class token; take one of timm's vit_* with one"
+    try:
+        vit = timm.create_model(name, **options, device="meta")
+    except TypeError as error:  # another family, whose constructor lacks one of these options
+        raise ValueError(f"{wrong} ({error})") from error
+    if not isinstance(vit, VisionTransformer) or not vit.has_class_token or vit.pos_embed is None:
+        raise ValueError(wrong)
+    blocks = [cast(vision_transformer.Block, block) for block in vit.blocks]
+    if not all(
+        type(b) is vision_transformer.Block and type(b.attn) is Attention and b.attn.gate is None for b in blocks
+    ):
+        raise ValueError(wrong)
+    return vit.embed_dim
+
+
+def _ffn_options(ffn: Ffn, embed_dim: int) -> dict[str, Any]:
+    if ffn == "mlp":
+        return {"mlp_layer": Mlp, "mlp_ratio": 4.0, "act_layer": nn.GELU}
+    hidden = (int(8 * embed_dim / 3) + 7) // 8 * 8
+    # Both halves of the gate lie in one matrix; the small excess outlives timm's rounding down.
+    return {"mlp_layer": SwiGLUPacked, "mlp_ratio": (2 * hidden + 0.5) / embed_dim, "act_layer": nn.SiLU}
+
+
+def _init_swiglu(vit: VisionTransformer) -> None:
+    """Starts a packed SwiGLU like every other matrix, as DINOv2 does: timm starts half of it near zero."""
+    for module in vit.modules():
+        if isinstance(module, GluMlp):
+            nn.init.trunc_normal_(module.fc1.weight, std=0.02)
+            if module.fc1.bias is not None:
+                nn.init.zeros_(module.fc1.bias)

@@ -1,0 +1,252 @@
+"""Checkpoints at any fsspec URI: a folder a step, whole or not at all, the newest few kept.
+
+`step-00000030/state.ckpt` is Lightning's checkpoint, `meta.json` beside it is written last and vouches for it: step,
+next sample index, catalog, SHA-256. A folder without it is an upload that did not finish, and is passed over; so is one
+that does not match its checksum. `checkpoint_io` writes them while training goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import pickle
+import re
+from collections.abc import Generator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, BinaryIO, cast
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from streaming import storage
+from streaming.errors import CheckpointError, ConfigError
+from trainer.run.config import Config, parse_config
+
+STATE, META, CONFIG = "state.ckpt", "meta.json", "config.yaml"
+_LOG = logging.getLogger(__name__)
+_PIECE = 16 << 20
+_STEP = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meta:
+    """What a checkpoint says of itself."""
+
+    step: int
+    next_index: int
+    """the first sample index that was not trained on"""
+    catalog: str
+    """fingerprint of the catalog"""
+    nbytes: int
+    sha256: str
+    version: int = 1
+
+
+def checkpoint_uri(run: str, step: int) -> str:
+    """Where a run keeps the checkpoint of a step."""
+    return storage.join(run, "checkpoints", f"step-{step:08d}")
+
+
+def steps_of(run: str, options: storage.StorageOptions | None = None) -> list[int]:
+    """Steps of a run's whole checkpoints, oldest first."""
+    names = storage.list_names(storage.join(run, "checkpoints"), options)
+    steps = sorted(int(match[1]) for name in names if (match := _STEP.fullmatch(name)))
+    return [step for step in steps if storage.exists(storage.join(checkpoint_uri(run, step), META), options)]
+
+
+def latest(run: str, options: storage.StorageOptions | None = None) -> str | None:
+    """The URI of a run's newest whole checkpoint, if it has one; its content is not looked at."""
+    steps = steps_of(run, options)
+    return checkpoint_uri(run, steps[-1]) if steps else None
+
+
+def newest_good(run: str, options: storage.StorageOptions | None = None) -> str | None:
+    """The URI of a run's newest checkpoint that matches its checksum; damaged ones are passed over with a warning."""
+    for step in reversed(steps_of(run, options)):
+        uri = checkpoint_uri(run, step)
+        try:
+            verify(uri, options)
+        except CheckpointError as error:
+            _LOG.warning("passed over: %s", error)
+        else:
+            return uri
+    return None
+
+
+def find(uri: str, options: storage.StorageOptions | None = None) -> str:
+    """The checkpoint that a URI names: its own folder, or the newest of a run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if storage.exists(storage.join(uri, META), options):
+        return uri
+    found = latest(uri, options)
+    if found is None:
+        raise CheckpointError(
+            f"{uri}: no checkpoint here; name a run's folder or one of its checkpoints/step-… folders"
+        )
+    return found
+
+
+class _Hashing:
+    """A file that adds up what is written into it, and keeps what it raised."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.sha256, self.nbytes = file, hashlib.sha256(), 0
+        self.error: Exception | None = None
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        self.nbytes += len(memoryview(data).cast("B"))
+        try:
+            return self._file.write(data)
+        except Exception as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def write(uri: str, state: Mapping[str, Any], config: Config, catalog: str) -> None:
+    """Writes Lightning's state and the configuration, then the note that vouches for them.
+
+    Args:
+        uri: the checkpoint's folder, by `checkpoint_uri`.
+        state: with `global_step`, and else what `torch.save` takes.
+        config: what was trained, and where its storage is.
+        catalog: fingerprint of the catalog.
+
+    Raises:
+        StorageError: it can't be written; what is there vouches for nothing.
+    """
+    step, options = int(state["global_step"]), config.data.storage_options
+    storage.remove(storage.join(uri, META), options)  # of a damaged one, passed over before
+    with storage.writing(storage.join(uri, STATE), options) as file:
+        hashing = _Hashing(file)
+        try:
+            torch.save(state, cast(BinaryIO, hashing))
+        except RuntimeError as error:  # "unexpected pos": torch closes its archive over what the file raised
+            raise hashing.error or error from None
+    meta = Meta(
+        step=step,
+        next_index=step * config.train.batch,
+        catalog=catalog,
+        nbytes=hashing.nbytes,
+        sha256=hashing.sha256.hexdigest(),
+    )
+    storage.write_bytes(storage.join(uri, CONFIG), config.to_yaml().encode(), options)
+    storage.write_bytes(storage.join(uri, META), json.dumps(asdict(meta), indent=1).encode(), options)
+
+
+def read_meta(uri: str, options: storage.StorageOptions | None = None) -> Meta:
+    """What a checkpoint says of itself.
+
+    Raises:
+        CheckpointError: it is not one of this version.
+    """
+    try:
+        return Meta(**json.loads(storage.read_bytes(storage.join(uri, META), options)))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{uri}: {META} is damaged or of another version ({error}); take another step") from error
+
+
+def read_config(uri: str, options: storage.StorageOptions | None = None) -> Config:
+    """The configuration that a checkpoint was trained with.
+
+    Raises:
+        CheckpointError: it is missing, or of another version of this project.
+    """
+    path = storage.join(uri, CONFIG)
+    try:
+        return parse_config(yaml.safe_load(storage.read_bytes(path, options)), [], path)
+    except (ConfigError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{error}; the checkpoint is of another version of tilestream") from error
+
+
+def verify(uri: str, options: storage.StorageOptions | None = None) -> None:
+    """Reads a checkpoint's state through and compares it with its checksum, in little memory.
+
+    Raises:
+        CheckpointError: it does not match.
+    """
+    meta, path, known = read_meta(uri, options), storage.join(uri, STATE), hashlib.sha256()
+    nbytes = 0
+    if storage.exists(path, options):
+        with storage.reading(path, options) as file:
+            while piece := file.read(_PIECE):
+                known.update(piece)
+                nbytes += len(piece)
+    if known.hexdigest() != meta.sha256:
+        raise _mismatch(uri, nbytes, meta)
+
+
+def load(uri: str, options: storage.StorageOptions | None = None) -> dict[str, Any]:
+    """Lightning's checkpoint of a folder, on the CPU; nothing in it is ever executed.
+
+    Raises:
+        CheckpointError: it does not match its checksum, or holds more than tensors and plain values.
+    """
+    meta = read_meta(uri, options)
+    content = storage.read_bytes(storage.join(uri, STATE), options)
+    if hashlib.sha256(content).hexdigest() != meta.sha256:
+        raise _mismatch(uri, len(content), meta)
+    with _unreadable(uri):
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def load_shapes(uri: str, options: storage.StorageOptions | None = None) -> dict[str, Any]:
+    """The same with tensors without memory; little of the file is read, and no checksum compared.
+
+    Raises:
+        CheckpointError: it has another length than was written, or holds more than tensors and plain values.
+    """
+    meta, path = read_meta(uri, options), storage.join(uri, STATE)
+    if (nbytes := storage.stat(path, options).size) != meta.nbytes:
+        raise _mismatch(uri, nbytes, meta)
+    with storage.reading(path, options) as file, _unreadable(uri):
+        return torch.load(file, map_location="meta", weights_only=True)
+
+
+@contextlib.contextmanager
+def _unreadable(uri: str) -> Generator[None]:
+    try:
+        yield
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise CheckpointError(f"{uri}: {STATE} can't be read: {error}".splitlines()[0]) from error
+
+
+def _mismatch(uri: str, nbytes: int, meta: Meta) -> CheckpointError:
+    return CheckpointError(
+        f"{uri}: {STATE} of {nbytes:,} bytes does not match its checksum ({meta.nbytes:,} were written); "
+        "delete this folder to go on from the one before"
+    )
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], uri: str) -> None:
+    """Loads weights that must fit key by key and shape by shape.
+
+    Raises:
+        CheckpointError: naming what is missing, left over or of another shape.
+    """
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = sorted(key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape)
+    if not (missing or extra or shapes):
+        module.load_state_dict(weights)
+        return
+    parts = [f"{len(missing)} missing ({missing[0]})"] if missing else []
+    parts += [f"{len(extra)} left over ({extra[0]})"] if extra else []
+    if shapes:
+        key = shapes[0]
+        parts.append(
+            f"{len(shapes)} of another shape ({key}: {tuple(weights[key].shape)}, not {tuple(own[key].shape)})"
+        )
+    raise CheckpointError(
+        f"{uri}: weights of another architecture: {', '.join(parts)}; take the configuration of the run's start"
+    )

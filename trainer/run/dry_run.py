@@ -1,0 +1,184 @@
+"""What a configuration would do, told before anything starts: `tilestream train CONFIG --dry-run`."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from streaming import storage
+from trainer.recipe.augment import NUM_GLOBAL
+from trainer.recipe.module import DinoModule
+from trainer.recipe.schedule import Schedules
+from trainer.run import starting_weights
+from trainer.run.config import Config, TrainConfig
+from trainer.run.train import check_model, check_watch, load_catalog, make_plan
+
+PICTURE = "schedules.png"
+_GIB = 2**30
+# Micro-batches of a rank that lie in Ray's object store: two prefetched, one being read, one in training.
+_BATCHES_IN_STORE = 4
+# Bytes that a block keeps per token and channel for the backward pass, at 16 bits and with attention that is not kept
+# (Korthikanti et al., arXiv 2205.05198, section 4).
+_KEPT_PER_CHANNEL = 34
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Parameters of the student; the teacher has as many."""
+
+    backbone: int
+    heads: int
+    depth: int
+    width: int
+    patches: tuple[int, int]
+    """of a global and of a local crop"""
+    prefix_tokens: int
+
+    @property
+    def parameters(self) -> int:
+        """Of backbone and heads."""
+        return self.backbone + self.heads
+
+
+def model_size(config: Config) -> Size:
+    """Counts the parameters of a configuration's model without memory for them.
+
+    Raises:
+        ValueError: a model or crops that make no sense.
+    """
+    with torch.device("meta"):
+        student = DinoModule(config, resumed=True).student
+    vit, grid = student.backbone.vit, student.backbone.grid
+    large, small = (2 * (side,) for side in (config.augment.global_size, config.augment.local_size))
+
+    def count(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    backbone = count(student.backbone)
+    return Size(
+        backbone=backbone,
+        heads=count(student) - backbone,
+        depth=len(vit.blocks),
+        width=vit.embed_dim,
+        patches=(math.prod(grid(*large)), math.prod(grid(*small))),
+        prefix_tokens=vit.num_prefix_tokens,
+    )
+
+
+def memory(config: Config, size: Size) -> dict[str, tuple[float, str]]:
+    """Bytes per rank by purpose, each with its formula."""
+    train, augment = config.train, config.augment
+    micro, half = train.shape.micro, train.precision.startswith("bf16")
+    shards = train.ranks if train.strategy == "fsdp" else 1
+    held, of = size.parameters / shards, f"parameters{f' / {shards} ranks' if shards > 1 else ''}"
+    num_weight_bytes = 2 if train.precision == "bf16-true" else 4
+    tokens = micro * (
+        NUM_GLOBAL * (size.patches[0] + size.prefix_tokens) + augment.num_local * (size.patches[1] + size.prefix_tokens)
+    )
+    wide = 1 if half else 2
+    block = _KEPT_PER_CHANNEL * wide * size.width * tokens * (1 - config.model.drop_path)
+    kept = f"{_KEPT_PER_CHANNEL * wide} × {size.width} channels × {tokens:,} tokens × {1 - config.model.drop_path:g}"
+    if train.activation_checkpointing:
+        blocks = 2 * wide * size.width * tokens * size.depth + block
+        block_text = f"{2 * wide} × channels × tokens × {size.depth} blocks + {kept} of one block"
+    else:
+        blocks, block_text = block * size.depth, f"{kept} × {size.depth} blocks"
+    masked = sum(config.mask.tokens_per_crop(size.patches[0])) * micro // config.mask.group_size
+    rows = micro * (NUM_GLOBAL + augment.num_local) + masked
+    targets = micro * NUM_GLOBAL + masked
+    prototypes = config.model.num_prototypes
+    logits = 4 * prototypes * (3 * rows + targets)
+    tiles = _BATCHES_IN_STORE * micro * config.data.tile_size**2 * 3
+    return {
+        "weights": (num_weight_bytes * held, f"{num_weight_bytes} × {of}"),
+        "gradients": (num_weight_bytes * held, f"{num_weight_bytes} × {of}"),
+        "optimiser": (2 * num_weight_bytes * held, f"{2 * num_weight_bytes} × {of}"),
+        "teacher": (num_weight_bytes * held, f"{num_weight_bytes} × {of}"),
+        "activations of blocks": (blocks, block_text),
+        "activations of heads": (logits, f"4 × {prototypes:,} prototypes × (3 × {rows:,} rows + {targets:,} targets)"),
+        "tiles in object store": (tiles, f"{_BATCHES_IN_STORE} × {micro} tiles × {config.data.tile_size}² × 3 (host)"),
+    }
+
+
+def describe(config: Config) -> Iterator[str]:
+    """Lines that say what a run would do, and that the catalog can give it; draws the schedules to `run.out`.
+
+    Raises:
+        ConfigError, ValueError: a model, crops or schedules that make no sense.
+        CatalogError, PlanError: no catalog, or one that can't give what is asked for.
+        CheckpointError, StorageError: weights of `model.init` that don't fit, or no such file.
+    """
+    check_model(config, resumed=True)
+    size = model_size(config)
+    train = config.train
+    yield config.to_yaml().rstrip()
+    yield ""
+    yield f"student       {size.backbone:,} parameters in the backbone, {size.heads:,} in the heads; the teacher alike"
+    yield f"steps         {train.steps:,} optimiser steps of {train.batch:,} tiles: {_cut(train)}"
+    yield f"tiles seen    {train.steps * train.batch:,} of {config.data.tile_size} px"
+    estimate = memory(config, size)
+    for name, (nbytes, formula) in estimate.items():
+        yield f"{name:<21} {nbytes / _GIB:8.2f} GiB a rank = {formula} bytes"
+    device = sum(nbytes for name, (nbytes, _) in estimate.items() if "object store" not in name)
+    yield f"{'on the device':<21} {device / _GIB:8.2f} GiB a rank, an estimate"
+    picture = storage.join(config.run.out, PICTURE)
+    schedules = config.optim.schedules(train.steps, train.batch)
+    storage.write_bytes(picture, draw(schedules), config.data.storage_options)
+    yield f"schedules     {picture}"
+    if config.model.init:
+        yield f"model.init    {_init_line(config)}"
+    yield f"catalog       {_catalog_line(config)}"
+    if config.watch.knn_dataset:
+        yield f"knn           {check_watch(config):,} tiles of {config.watch.knn_dataset}"
+
+
+def _cut(train: TrainConfig) -> str:
+    return f"{train.ranks} ranks × {train.shape.micro} tiles × {train.accumulate} rounds, {train.strategy}"
+
+
+def _init_line(config: Config) -> str:
+    """A first stage may still be under way: that a run has no checkpoint yet is told, not refused."""
+    source = config.model.init or ""
+    if starting_weights.is_awaited(source, config.data.storage_options):
+        return f"{source}: no checkpoint there yet; the run would not start"
+    check_model(config)
+    return f"{source}: its names and shapes fit"
+
+
+def _catalog_line(config: Config) -> str:
+    if config.data.catalog is None:
+        return "none given, so not checked that it has the magnifications; add --data.catalog URI"
+    catalog = load_catalog(config.data)
+    make_plan(config, catalog)
+    wanted = ", ".join(f"{mpp:g}" for mpp in config.data.mpp)
+    return f"{config.data.catalog}: its {len(catalog)} slides give {config.data.tile_size} px tiles at {wanted} µm/px"
+
+
+def draw(schedules: Schedules, num_points: int = 500) -> bytes:
+    """A PNG of the learning rate, weight decay, momentum and teacher temperature over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    total = schedules.total_steps
+    steps = sorted({round(i * (total - 1) / (num_points - 1)) for i in range(num_points)})
+    values = [schedules.at(step) for step in steps]
+    panels = ("lr", "learning rate"), ("weight_decay", "weight decay"), ("momentum", "teacher's momentum")
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+    for ax, (name, title) in zip(axes.flat, (*panels, ("teacher_temp", "teacher's temperature")), strict=True):
+        ax.plot(steps, [getattr(value, name) for value in values], color="#30638e")
+        ax.set(title=title, xlabel="optimiser step", xlim=(0, total))
+        ax.grid(alpha=0.3)
+    last_layer = [value.last_layer_lr for value in values]
+    axes[0, 0].plot(steps, last_layer, "--", color="#d1495b", label="heads' last layers")
+    axes[0, 0].legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100)
+    plt.close(figure)
+    return picture.getvalue()

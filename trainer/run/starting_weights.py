@@ -1,0 +1,204 @@
+"""Weights to start from: published DINOv2 weights for the backbone, or a whole checkpoint of ours.
+
+Every tensor of a source must be used and every parameter filled; a position embedding of another grid is resized.
+Networks on torch's meta device are filled with shapes: of a source, only names and shapes are read then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import pickle
+import re
+from collections.abc import Generator, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers.pos_embed import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from streaming import storage
+from streaming.errors import CheckpointError
+from trainer.recipe.backbone import Backbone
+from trainer.run import checkpoints
+
+Weights = dict[str, Tensor]
+_FILES = (".safetensors", ".pth", ".pt", ".bin")
+
+
+def start_from(source: str, student: nn.Module, teacher: nn.Module, options: storage.StorageOptions | None) -> None:
+    """Fills student and teacher, each with a `backbone` and heads.
+
+    source is a file of DINOv2 weights or a name of timm's hub (both get that backbone and keep their equal random
+    heads), or a checkpoint of ours (student and teacher get theirs, heads included).
+
+    Raises:
+        CheckpointError: there is no such source, or it holds weights of another architecture.
+        StorageError: it can't be read.
+    """
+    device = next(student.parameters()).device
+    if PurePosixPath(source).suffix in _FILES:
+        published = read_shapes(source, options) if device.type == "meta" else read_weights(source, options)
+    elif timm.is_model_pretrained(source):
+        published = hub_weights(source, device)
+    else:
+        return _load_checkpoint(source, student, teacher, options)
+    for network in (student, teacher):
+        backbone = network.get_submodule("backbone")
+        assert isinstance(backbone, Backbone), "a network's backbone"
+        load_published(backbone, published, source)
+
+
+def is_awaited(source: str, options: storage.StorageOptions | None) -> bool:
+    """Whether a source is no file or name, but a run of ours that has no checkpoint yet."""
+    if PurePosixPath(source).suffix in _FILES or timm.is_model_pretrained(source):
+        return False
+    return not storage.exists(storage.join(source, checkpoints.META), options) and not checkpoints.latest(
+        source, options
+    )
+
+
+def _load_checkpoint(
+    source: str, student: nn.Module, teacher: nn.Module, options: storage.StorageOptions | None
+) -> None:
+    try:
+        found = checkpoints.find(source, options)
+    except CheckpointError as error:
+        kinds = f"a file ({', '.join(_FILES)}), timm's hub (such as vit_small_patch14_dinov2.lvd142m)"
+        raise CheckpointError(f"{error}; model.init also takes {kinds}") from error
+    shapes_only = next(student.parameters()).device.type == "meta"
+    state: Weights = (checkpoints.load_shapes if shapes_only else checkpoints.load)(found, options)["state_dict"]
+    for name, network in (("student", student), ("teacher", teacher)):
+        own = {key.removeprefix(f"{name}."): w for key, w in state.items() if key.startswith(f"{name}.")}
+        backbone = network.get_submodule("backbone")
+        assert isinstance(backbone, Backbone), "a network's backbone"
+        key = "backbone.vit.pos_embed"
+        if key in own:
+            own[key] = resize_positions(own[key], backbone)
+        checkpoints.load_weights(network, own, found)
+
+
+def read_weights(uri: str, options: storage.StorageOptions | None = None) -> Weights:
+    """Tensors by name of a .safetensors or torch file; nothing in it is ever executed.
+
+    Raises:
+        CheckpointError: it is damaged, or holds something else.
+        StorageError: it can't be read.
+    """
+    content = storage.read_bytes(uri, options)
+    with _no_weights(uri, len(content)):
+        if uri.endswith(".safetensors"):
+            return safetensors.torch.load(content)
+        held: Any = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return _tensors(held, uri)
+
+
+def read_shapes(uri: str, options: storage.StorageOptions | None = None) -> Weights:
+    """Names and shapes of such a file, as tensors without memory; little of it is read.
+
+    Raises:
+        CheckpointError, StorageError: as `read_weights`.
+    """
+    nbytes = storage.stat(uri, options).size
+    with storage.reading(uri, options) as file, _no_weights(uri, nbytes):
+        if not uri.endswith(".safetensors"):
+            return _tensors(torch.load(file, map_location="meta", weights_only=True), uri)
+        # https://huggingface.co/docs/safetensors: the header's length, the header, the tensors.
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length) if length < nbytes else b"")
+        header.pop("__metadata__", None)
+        if max((8 + length + entry["data_offsets"][1] for entry in header.values()), default=0) != nbytes:
+            raise ValueError("its end is missing")
+        return {name: torch.empty(entry["shape"], device="meta") for name, entry in header.items()}
+
+
+@contextlib.contextmanager
+def _no_weights(uri: str, nbytes: int) -> Generator[None]:
+    """Tells in one line what a reader of weights makes of other content."""
+    try:
+        yield
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{uri}: {nbytes:,} bytes that are no weights: {reason}; fetch it again") from error
+
+
+def _tensors(held: Any, uri: str) -> Weights:
+    for nested in ("model", "state_dict"):
+        held = held.get(nested, held) if isinstance(held, dict) else held
+    if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
+        raise CheckpointError(f"{uri}: holds no map of names to tensors; export the backbone's state_dict")
+    return held
+
+
+def hub_weights(name: str, device: torch.device) -> Weights:
+    """Tensors of a model of timm's hub, in timm's naming; for the meta device, nothing is fetched.
+
+    Raises:
+        CheckpointError: they can't be fetched.
+    """
+    pretrained = device.type != "meta"
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, device=device).state_dict()
+    except Exception as error:  # whatever its downloader raises: no network, no such file, a full disk
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{name}: not fetched from timm's hub ({reason}); give a local file instead") from error
+
+
+def load_published(backbone: Backbone, weights: Mapping[str, Tensor], source: str) -> None:
+    """Loads DINOv2 weights, in timm's naming or the reference's.
+
+    timm's files have no mask token; it stays as it is then.
+
+    Raises:
+        CheckpointError: naming what is missing, left over or of another shape.
+    """
+    named = timm_names(weights)
+    named.setdefault("mask_token", backbone.mask_token.detach())
+    named = {key if key == "mask_token" else f"vit.{key}": weight for key, weight in named.items()}
+    if "vit.pos_embed" in named:
+        named["vit.pos_embed"] = resize_positions(named["vit.pos_embed"], backbone)
+    checkpoints.load_weights(backbone, named, source)
+
+
+def timm_names(weights: Mapping[str, Tensor]) -> Weights:
+    """The reference's names as timm's; weights that have timm's stay as they are.
+
+    timm keeps no position for class and register tokens where there are registers: the class token's is added to it.
+    """
+    named = dict(weights)
+    if "mask_token" in named:
+        named["mask_token"] = named["mask_token"].reshape(1, 1, -1)
+    if "register_tokens" in named:
+        named["reg_token"] = named.pop("register_tokens")
+        named["cls_token"] = named["cls_token"] + named["pos_embed"][:, :1]
+        named["pos_embed"] = named["pos_embed"][:, 1:]
+    renamed = {"w12": "fc1", "w3": "fc2"}
+    return {re.sub(r"(?<=\.mlp\.)(w12|w3)(?=\.)", lambda m: renamed[m[1]], key): w for key, w in named.items()}
+
+
+def resize_positions(positions: Tensor, backbone: Backbone) -> Tensor:
+    """A position embedding (1, P + N, D) for the grid of a backbone's own crop size, bicubic.
+
+    The way the released weights were used: antialiased where there are registers, else without, the scale computed for
+    a grid that is 0.1 larger (`interpolate_offset` in DINOv2). Positions of another form are given back unchanged, for
+    the shape check to name.
+    """
+    vit = backbone.vit
+    rows, columns = vit.patch_embed.grid_size
+    prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    side = math.isqrt(max(positions.shape[1] - prefix, 0))
+    if side**2 != positions.shape[1] - prefix or not side or (side, side) == (rows, columns):
+        return positions
+    if vit.num_reg_tokens:
+        return resample_abs_pos_embed(positions, [rows, columns], [side, side], num_prefix_tokens=prefix)
+    kept, grid = positions[:, :prefix], positions[:, prefix:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    scale = ((rows + 0.1) / side, (columns + 0.1) / side)
+    resized = F.interpolate(grid, scale_factor=scale, mode="bicubic").permute(0, 2, 3, 1).flatten(1, 2)
+    return torch.cat([kept, resized.to(positions.dtype)], dim=1)

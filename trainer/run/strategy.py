@@ -1,0 +1,200 @@
+"""How ranks share the model: replicas (DDP) or shards (FSDP2), with checkpoints that are the same for both.
+
+State dicts hold whole tensors by name, gathered on rank 0 and copied, so that a run may go on with another number of
+ranks or another strategy, and that a checkpoint can be written while the next steps change the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.strategy import Strategy
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+from trainer.run.config import TrainConfig
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """The state with memory of its own."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), state)
+
+
+def _bare(optimizer: Optimizer) -> Optimizer:
+    return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+class _WholeState(Strategy):
+    """Saves and loads whole tensors by name, through rank 0."""
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Weights are loaded where they will stay: NCCL can't send what lies on the host."""
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """The optimiser's state is loaded through this class, too."""
+        return True
+
+    def _gathered(self, state: dict[str, Any]) -> dict[str, Any]:
+        # On a GPU, moving the state to the host has copied it already.
+        return _copied(state) if self.root_device.type == "cpu" else state
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Student and teacher; empty on other ranks than 0."""
+        assert self.lightning_module is not None
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return self._gathered(get_model_state_dict(self.lightning_module, options=options))
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """AdamW's moments by parameter name; empty on other ranks than 0."""
+        assert self.lightning_module is not None
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_optimizer_state_dict(self.lightning_module, _bare(optimizer), options=options)
+        return self._gathered(cast(dict[str, Any], state))
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Spreads rank 0's weights over all ranks."""
+        assert self.lightning_module is not None
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=_several_ranks(), strict=strict)
+        set_model_state_dict(self.lightning_module, checkpoint["state_dict"], options=options)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Spreads rank 0's moments over all ranks."""
+        assert self.lightning_module is not None
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=_several_ranks())
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            set_optimizer_state_dict(self.lightning_module, optimizer, state, options=options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads on rank 0; the others get all but the tensors."""
+        if not _several_ranks():
+            return self.checkpoint_io.load_checkpoint(checkpoint_path)
+        whole = self.checkpoint_io.load_checkpoint(checkpoint_path) if self.is_global_zero else {}
+        heavy: dict[str, Any] = {"state_dict": {}, "optimizer_states": [{}] * len(self.optimizers)}
+        light = [{**whole, **heavy}]
+        dist.broadcast_object_list(light, src=0)
+        return whole if self.is_global_zero else light[0]
+
+    def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any | None = None) -> None:
+        """Rank 0 hands it to the storage, which writes while training goes on."""
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that the shards of all ranks make up, on each; one that is not sharded as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def prepare(
+    network: nn.Module,
+    blocks: Iterable[nn.Module],
+    parts: Iterable[nn.Module],
+    train: TrainConfig,
+    mesh: DeviceMesh | None,
+) -> None:
+    """Checkpoints activations, compiles and shards a network as the configuration says, block by block.
+
+    `parts` are further modules that are gathered by themselves, mesh the ranks to shard over. Names of parameters stay.
+    """
+    shard = None
+    if mesh is not None:
+        # The outermost part of a network would else stay whole after a forward pass, the teacher's for good.
+        shard = partial(fully_shard, mesh=mesh, mp_policy=_mixed_precision(train), reshard_after_forward=True)
+    for block in blocks:
+        if train.activation_checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if train.compile:
+            block.compile()
+        if shard is not None:
+            shard(block)
+    if shard is not None:
+        for part in parts:
+            shard(part)
+        shard(network)
+
+
+def _mixed_precision(train: TrainConfig) -> MixedPrecisionPolicy:
+    """Gathers bfloat16 weights and adds gradients up in float32, which autocast would gather in float32, too."""
+    if train.precision != "bf16-mixed":
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+def autocast_precision(train: TrainConfig) -> str:
+    """What Lightning is told: shards see to mixed precision themselves."""
+    return "32-true" if train.strategy == "fsdp" and train.precision == "bf16-mixed" else train.precision
+
+
+class OneDevice(_WholeState, SingleDeviceStrategy):
+    """One process without a process group."""
+
+
+class Replicas(_WholeState, DDPStrategy):
+    """Each rank holds the whole model (DDP)."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(gradient_as_bucket_view=True)
+        self._device = device
+
+    @property
+    def root_device(self) -> torch.device:
+        """This rank's device, as whoever started the rank chose it."""
+        return self._device
+
+
+class Shards(_WholeState, ModelParallelStrategy):
+    """Each rank holds its share of every weight, gradient, moment and teacher weight (FSDP2)."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+        self._device = device
+
+    @property
+    def root_device(self) -> torch.device:
+        """This rank's device, as whoever started the rank chose it."""
+        return self._device
+
+    def setup_environment(self) -> None:
+        """Spreads the shards over all ranks."""
+        assert self.cluster_environment is not None
+        self._data_parallel_size = self.cluster_environment.world_size()
+        super().setup_environment()
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None]:
+        """Keeps gradients unreduced within an accumulation, as DDP's `no_sync` does."""
+        assert self.lightning_module is not None
+        shards = [module for module in self.lightning_module.modules() if isinstance(module, FSDPModule)]
+        for module in shards:
+            module.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            for module in shards:
+                module.set_requires_gradient_sync(True)

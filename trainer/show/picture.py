@@ -1,0 +1,98 @@
+"""`tilestream picture`: which picture of which embeddings, and the files that come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from streaming import storage
+from streaming.errors import ConfigError
+from trainer.embed.files import SlideEmbeddings, find_embeddings, read_embeddings
+from trainer.show import embedding_map, pictures
+
+Kind = Literal["heatmap", "tokens", "neighbours", "map", "geojson"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureOptions:
+    """Which picture, and how."""
+
+    kind: Kind
+    """heatmap, tokens, geojson: a file a slide; neighbours, map: one of all slides"""
+    dataset: str | None = None
+    """labelled tiles that teach a class, as `tilestream evaluate` takes them"""
+    name: str | None = None
+    """that class"""
+    queries: int = 6
+    """query tiles of a gallery"""
+    k: int = 8
+    """neighbours of each"""
+    across: bool = False
+    """whether neighbours come from other slides alone"""
+    method: embedding_map.Method = "tsne"
+    """how a map is made"""
+    most: int = 2000
+    """tiles on a map"""
+    seed: int = 0
+    """of what is drawn at random"""
+
+    def __post_init__(self) -> None:
+        if (self.dataset is None) != (self.name is None):
+            raise ConfigError("--dataset and --class go together: labelled tiles, and the class that is scored")
+        if self.kind == "heatmap" and self.dataset is None:
+            raise ConfigError("a heatmap shows the score of a class; give --dataset LABELLED-TILES --class NAME")
+        if min(self.queries, self.k, self.most) < 1:
+            raise ConfigError(f"queries {self.queries}, k {self.k}, most {self.most}: all at least 1")
+
+
+def draw(
+    sources: Sequence[str], out: str, options: PictureOptions, storage_options: storage.StorageOptions | None = None
+) -> Iterator[str]:
+    """Draws the embeddings that files and folders hold; gives the address of each file once it is written.
+
+    Raises:
+        ConfigError: there are no embeddings, or they don't suit the picture.
+        TilestreamError: slides, dataset or model can't be read, or `out` can't be written.
+    """
+    slides = [read_embeddings(uri, storage_options) for uri in find_embeddings(sources, storage_options)]
+    if options.kind in ("neighbours", "map"):
+        storage.write_bytes(out, _of_all(slides, options, storage_options), storage_options)
+        yield out
+        return
+    for slide, content in zip(slides, _of_each(slides, options, storage_options), strict=True):
+        suffix = ".geojson" if options.kind == "geojson" else f"-{options.kind}.png"
+        uri = storage.join(out, slide.about.name + suffix)
+        storage.write_bytes(uri, content, storage_options)
+        yield uri
+
+
+def _of_all(slides: list[SlideEmbeddings], options: PictureOptions, stores: storage.StorageOptions | None) -> bytes:
+    if options.kind == "map":
+        return embedding_map.map_page(
+            slides, method=options.method, most=options.most, seed=options.seed, options=stores
+        )
+    rows = pictures.neighbours(slides, options.queries, options.k, seed=options.seed, across=options.across)
+    return pictures.gallery(slides, rows, stores)
+
+
+def _of_each(
+    slides: list[SlideEmbeddings], options: PictureOptions, stores: storage.StorageOptions | None
+) -> Iterator[bytes]:
+    if options.kind == "tokens":
+        yield from pictures.token_map(slides, stores)
+        return
+    scores: list[pictures.Floats] | None = None
+    name = options.name or ""
+    if options.dataset is not None:
+        scores = pictures.class_scores(slides, options.dataset, name, stores)
+    if options.kind == "heatmap" and scores is not None:
+        for slide, score in zip(slides, scores, strict=True):
+            yield pictures.heatmap(slide, score, name, stores)
+        return
+    colours = pictures.principal_colours([slide.features for slide in slides])
+    for i, (slide, colour) in enumerate(zip(slides, colours, strict=True)):
+        measured = {f"PC {part + 1}": colour[:, part] for part in range(3)}
+        if scores is not None:
+            measured[f"probability of {name}"] = scores[i]
+        yield pictures.geojson(slide, measured, colour)

@@ -1,0 +1,314 @@
+"""A run in one self-contained HTML file: slides, tiles, crops, curves and a map of embeddings."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import matplotlib as mpl
+import numpy as np
+import pyarrow as pa
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.decomposition import PCA
+
+from streaming import storage
+from streaming.catalog import Catalog
+from streaming.catalog.catalog import SlideRow
+from streaming.catalog.tissue import CELL_UM, thumbnail
+from streaming.reading.reader import TileReader
+from streaming.slide import open_slide
+from streaming.slide.resample import Pixels
+from trainer.recipe.backbone import build_backbone
+from trainer.recipe.masks import block_masks
+from trainer.run.config import Config
+from trainer.run.train import make_stream
+
+_TINT = np.array([20, 150, 110], dtype=np.float64)  # of tissue cells on a thumbnail
+_LINE_COLOURS = ("#1f8f6f", "#c2557a", "#4f78c4", "#c98a2b", "#7d68b8")
+_GREY = "#888888"  # legible on white and on black
+
+_STYLE = """
+:root{color-scheme:light dark;--text:#1d2523;--soft:#63706c;--line:#dfe5e2;--back:#fbfcfb;--card:#fff;--mark:#1f8f6f}
+@media(prefers-color-scheme:dark){
+:root{--text:#e6ece9;--soft:#98a5a0;--line:#2c3532;--back:#121716;--card:#1a211f;--mark:#4fc3a0}}
+*{box-sizing:border-box}body{margin:0;background:var(--back);color:var(--text);font:15px/1.55 system-ui,sans-serif}
+main{max-width:1120px;margin:0 auto;padding:32px 20px 64px}h1{font-size:28px;margin:0}
+h2{font-size:19px;margin:44px 0 4px}
+p{margin:4px 0 14px;color:var(--soft);max-width:76ch}img{max-width:100%;display:block;border-radius:6px}
+.numbers{display:grid;grid-template-columns:repeat(auto-fit,minmax(200px,1fr));gap:10px;margin-top:20px}
+.numbers div,figure,details{background:var(--card);border:1px solid var(--line);border-radius:10px}
+.numbers div,figure,details{padding:12px 14px;margin:0}
+.numbers b{display:block;font-size:22px;color:var(--mark);font-weight:650}
+.numbers span,figcaption{color:var(--soft);font-size:13px}
+.row{display:grid;grid-template-columns:repeat(auto-fit,minmax(230px,1fr));gap:12px}
+.two{grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr))}
+figure img{width:100%}figcaption{padding-top:8px}
+pre{overflow-x:auto;font:13px/1.5 ui-monospace,monospace;margin:0;white-space:pre-wrap}
+details{margin-top:12px}summary{cursor:pointer}
+"""
+
+
+def write_report(
+    out: str, *, config: Config, metrics: pa.Table, embeddings: pa.Table, seconds: float, checkpoint: str
+) -> None:
+    """Writes the report of a run to a local file or URI.
+
+    metrics is the run's `metrics.parquet`, embeddings the table of one slide, seconds what all of it took.
+
+    Raises:
+        TilestreamError: the catalog or its slides can't be read.
+    """
+    catalog = Catalog.load(config.data.catalog or "", config.data.storage_options)
+    sections = [
+        _headline(config, catalog, metrics, seconds, checkpoint),
+        _slides(catalog, config),
+        *_tiles_and_crops(config, catalog),
+        _curves(metrics, config),
+        _embedding_map(catalog, config, embeddings),
+        _going_on(config),
+    ]
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>tilestream report</title><style>{_STYLE}</style></head>"
+        f"<body><main>{''.join(sections)}</main></body></html>"
+    )
+    storage.write_bytes(out, page.encode(), config.data.storage_options)
+
+
+def _jpeg(pixels: Pixels, alt: str) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=84)
+    return f'<img alt="{html.escape(alt)}" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def _figure(pixels: Pixels, caption: str) -> str:
+    return f"<figure>{_jpeg(pixels, caption)}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def _section(title: str, text: str, body: str) -> str:
+    return f"<section><h2>{html.escape(title)}</h2><p>{html.escape(text)}</p>{body}</section>"
+
+
+def _headline(config: Config, catalog: Catalog, metrics: pa.Table, seconds: float, checkpoint: str) -> str:
+    loss, speed, waited = (metrics[name].to_numpy() for name in ("loss", "tiles_per_s", "data_wait_share"))
+    steady = slice(1, None) if len(speed) > 1 else slice(None)  # the first row holds the cold start
+    numbers = [
+        (f"{len(catalog)}", "slides"),
+        (f"{catalog.column('tissue_mm2').sum():.1f} mm²", "tissue"),
+        (f"{metrics['next_index'][-1].as_py():,}", "tiles streamed"),
+        (f"{int(metrics['step'][-1].as_py()):,}", "optimiser steps"),
+        (f"{np.median(speed[steady]):.0f}", "tiles/s, median"),
+        (f"{np.mean(waited[steady]):.1%}", "of the time waited for data"),
+        (f"{loss[0]:.2f} → {loss[-1]:.2f}", "loss"),
+        (f"{seconds:.0f} s", "from nothing to here"),
+    ]
+    cards = "".join(
+        f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for value, name in numbers
+    )
+    about = f"{config.model.backbone}, trained on tiles streamed from the slides themselves. Checkpoint: {checkpoint}"
+    return f'<h1>tilestream</h1><p>{html.escape(about)}</p><div class="numbers">{cards}</div>'
+
+
+def _fit(pixels: Pixels, width: int) -> Pixels:
+    height = max(1, round(pixels.shape[0] * width / pixels.shape[1]))
+    return np.asarray(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA), dtype=np.uint8)
+
+
+def _thumbnail(row: SlideRow, config: Config, width: int = 520) -> Pixels:
+    slide = open_slide(row.slide, config.data.storage_options, mpp=row.mpp, expected=row.info)
+    try:
+        return _fit(thumbnail(slide, max(0.5, row.width * row.mpp / (2 * width))), width)
+    finally:
+        slide.close()
+
+
+def _slides(catalog: Catalog, config: Config, most: int = 8) -> str:
+    figures: list[str] = []
+    patients = catalog.metadata("patient") if "patient" in catalog.metadata_columns else [None] * len(catalog)
+    for number in range(min(most, len(catalog))):
+        row = catalog[number]
+        image = _thumbnail(row, config).astype(np.float64)
+        cell = image.shape[1] * CELL_UM / (row.width * row.mpp)  # a cell's side in pixels of the picture
+        enough = catalog.grid(number).fraction >= 255 * config.data.min_tissue
+        ys, xs = ((np.arange(n) / cell).astype(int) for n in image.shape[:2])
+        inside = enough[np.ix_(ys.clip(max=enough.shape[0] - 1), xs.clip(max=enough.shape[1] - 1))]
+        image[inside] = 0.88 * image[inside] + 0.12 * _TINT
+        lines = inside & ((np.diff(ys, prepend=-1) > 0)[:, None] | (np.diff(xs, prepend=-1) > 0)[None, :])
+        image[lines] = 0.7 * image[lines] + 0.3 * _TINT
+        patient = f"patient {patients[number]}, " if patients[number] else ""
+        size = f"{row.width:,} × {row.height:,} px at {row.mpp:g} µm/px, {len(row.levels)} levels"
+        caption = f"{storage.name_of(row.slide)}: {patient}{size}, {row.tissue_mm2:.2f} mm² tissue"
+        figures.append(_figure(image.astype(np.uint8), caption))
+    share = f"{config.data.min_tissue:.0%}"
+    text = f"Tinted: cells of {CELL_UM:.0f} µm with at least {share} tissue; tiles are drawn from there."
+    return _section("Slides and their tissue", text, f'<div class="row two">{"".join(figures)}</div>')
+
+
+def _mosaic(tiles: Sequence[Pixels], columns: int, side: int, gap: int = 3) -> Pixels:
+    rows = -(-len(tiles) // columns)
+    canvas = np.full((rows * (side + gap) - gap, columns * (side + gap) - gap, 3), 128, dtype=np.uint8)
+    for i, tile in enumerate(tiles):
+        top, left = i // columns * (side + gap), i % columns * (side + gap)
+        canvas[top : top + side, left : left + side] = _fit(tile, side)
+    return canvas
+
+
+def _tiles_and_crops(config: Config, catalog: Catalog) -> tuple[str, str]:
+    stream = make_stream(config, catalog)
+    batch = TileReader(stream.plan, catalog, stream.reader)({"index": np.arange(max(64, config.train.batch))})
+    tiles, mpp = batch["tile"], batch["mpp"]
+    figures = [
+        _figure(
+            _mosaic(list(tiles[mpp == value][:10]), 5, 108),
+            f"{value:g} µm/px: a tile is {value * tiles.shape[1]:.0f} µm wide",
+        )
+        for value in np.unique(mpp)
+    ]
+    text = "The run's first tiles, by magnification; read again by index, they are the very pixels that training got."
+    mosaic = _section("Streamed tiles", text, f'<div class="row two">{"".join(figures)}</div>')
+    return mosaic, _crops(config, tiles[:4], batch["index"][:4])
+
+
+def _crops(config: Config, tiles: Pixels, index: NDArray[np.int64]) -> str:
+    augment, samples = config.augment, torch.from_numpy(index)
+    crops = augment.multi_crop(torch.from_numpy(tiles), samples, config.run.seed)
+    backbone = build_backbone(config.model, augment.global_size, drop_path=0.0)
+    grid = backbone.grid(augment.global_size, augment.global_size)
+    masks = block_masks(samples, grid, config.mask, config.run.seed).numpy()
+    mean, std = (np.array(values) for values in (augment.mean, augment.std))
+
+    def picture(crop: torch.Tensor) -> Pixels:
+        return ((crop.permute(1, 2, 0).numpy() * std + mean).clip(0, 1) * 255).astype(np.uint8)
+
+    figures: list[str] = []
+    for i in range(len(tiles)):
+        views = [picture(view) for view in crops.global_[:, i]]
+        masked = int(masks[:, i].sum(axis=1).argmax())
+        hidden = np.kron(masks[masked, i].reshape(grid), np.ones((backbone.patch_size,) * 2)).astype(bool)
+        student = views[masked].copy()
+        student[hidden] = 128
+        pictures = [tiles[i], *views, student, *(picture(view) for view in crops.local[:, i][:4])]
+        figures.append(_figure(_mosaic(pictures, 4, 128), f"index {index[i]}"))
+    text = (
+        "Each tile, its two global crops, one of them as the student sees it with patches masked, and local crops. "
+        "All drawn from a hash of seed, index and view, so that they are the same on any rank and after a resume."
+    )
+    return _section("Crops as the model sees them", text, f'<div class="row two">{"".join(figures)}</div>')
+
+
+def _curves(metrics: pa.Table, config: Config) -> str:
+    step = metrics["step"].to_numpy()
+    terms = [
+        ("loss", "loss"),
+        ("dino_global", "DINO global"),
+        ("dino_local", "DINO local"),
+        ("ibot", "iBOT"),
+        ("koleo", "KoLeo"),
+        ("kde", "KDE"),
+    ]
+    kept = [(label, metrics[name].to_numpy()) for name, label in terms if name in metrics.column_names]
+    losses = _plot(step, kept, "loss", None)
+    speed = [("tiles/s", metrics["tiles_per_s"].to_numpy())]
+    waited = ("waited for data, %", 100 * metrics["data_wait_share"].to_numpy())
+    caption = f"global batch {config.train.batch}; the first point holds the cold start"
+    figures = (
+        f"<figure>{losses}<figcaption>loss terms by optimiser step</figcaption></figure>"
+        f"<figure>{_plot(step, speed, 'tiles/s', waited)}<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
+    return _section(
+        "Training",
+        "Loss terms, throughput, and the share of time that the trainer waited for tiles.",
+        f'<div class="row two">{figures}</div>',
+    )
+
+
+def _plot(
+    step: NDArray[Any],
+    lines: Sequence[tuple[str, NDArray[Any]]],
+    unit: str,
+    right: tuple[str, NDArray[Any]] | None,
+) -> str:
+    with mpl.rc_context({"font.size": 9, "svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure = Figure(figsize=(5.6, 3.3), layout="constrained")
+        axes = figure.subplots()
+        for (label, values), colour in zip(lines, _LINE_COLOURS, strict=False):
+            axes.plot(step, values, label=label, color=colour, linewidth=1.6)
+        axes.set_xlabel("optimiser step")
+        axes.set_ylabel(unit)
+        axes.set_ylim(bottom=min(0.0, *(float(values.min()) for _, values in lines)))
+        every = [axes]
+        if right is not None:
+            other = axes.twinx()
+            other.plot(step, right[1], color=_LINE_COLOURS[1], linewidth=1.2, label=right[0])
+            other.set_ylabel(right[0])
+            other.set_ylim(0, 100)
+            every.append(other)
+        for axis in every:
+            axis.tick_params(colors=_GREY)
+            axis.xaxis.label.set_color(_GREY)
+            axis.yaxis.label.set_color(_GREY)
+            for spine in axis.spines.values():
+                spine.set_color(_GREY)
+                spine.set_alpha(0.4)
+        handles = [line for axis in every for line in axis.get_lines()]
+        # Above the axes: no place within them is free of lines in every run.
+        labels = [str(line.get_label()) for line in handles]
+        figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False, labelcolor=_GREY)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :].replace("<svg", '<svg style="width:100%;height:auto"', 1)
+
+
+def _embedding_map(catalog: Catalog, config: Config, embeddings: pa.Table) -> str:
+    row = catalog[catalog.slides().index(embeddings["slide"][0].as_py())]
+    vectors = np.array(embeddings["embedding"].to_pylist(), dtype=np.float64)
+    pca = PCA(n_components=min(3, *vectors.shape)).fit(vectors)
+    parts = pca.transform(vectors)
+    low, high = np.percentile(parts, [2, 98], axis=0)
+    colours = np.zeros((len(parts), 3), dtype=np.uint8)
+    colours[:, : parts.shape[1]] = ((parts - low) / np.maximum(high - low, 1e-12)).clip(0, 1) * 255
+    image = _thumbnail(row, config, 620)
+    painted = image.copy()
+    scale = image.shape[1] / row.width
+    side = embeddings["size"][0].as_py() * embeddings["mpp"][0].as_py() / row.mpp
+    for x, y, colour in zip(embeddings["x"].to_numpy(), embeddings["y"].to_numpy(), colours, strict=True):
+        (top, left), (bottom, right) = ((round(float(v) * scale) for v in (y + d, x + d)) for d in (0, side))
+        painted[top:bottom, left:right] = colour
+    explained = pca.explained_variance_ratio_.sum()
+    caption = (
+        f"{len(vectors):,} tiles, {vectors.shape[1]} dimensions; {explained:.0%} of the variance in three components"
+    )
+    text = (
+        f"The teacher's embedding of every tissue tile of {storage.name_of(row.slide)}; its three principal components "
+        "are red, green and blue. A small ViT after so few steps knows little more than colour and texture."
+    )
+    figures = _figure(image, storage.name_of(row.slide)) + _figure(painted, caption)
+    return _section("Embeddings", text, f'<div class="row two">{figures}</div>')
+
+
+def _going_on(config: Config) -> str:
+    commands = "\n".join(own_slides_commands())
+    return _section(
+        "Your own slides",
+        "The same road on your own data; addresses may be local or s3://.",
+        f"<details open><summary>commands</summary><pre>{html.escape(commands)}</pre></details>"
+        f"<details><summary>configuration of this run</summary><pre>{html.escape(config.to_yaml())}</pre></details>",
+    )
+
+
+def own_slides_commands() -> list[str]:
+    """What to type to go the same road with one's own slides."""
+    return [
+        "tilestream catalog /path/to/slides --out catalog",
+        "tilestream train debug --data.catalog catalog --run.out runs/first",
+        "tilestream embed runs/first /path/to/slides --out embeddings",
+    ]
