@@ -26,6 +26,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 # Debian and Ubuntu ship Python without venv: root installs it, anybody else is told.
 $(INSTALLED): requirements.lock pyproject.toml

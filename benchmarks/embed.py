@@ -28,9 +28,9 @@ from streaming.synthetic.drawing import SyntheticSlide
 from streaming.synthetic.svs import write_slide
 from trainer.embed.job import EmbedOptions, Job, embed, rows_of
 from trainer.embed.model import load_model
-from trainer.recipe.module import DinoModule
 from trainer.run import checkpoints
 from trainer.run.config import read_config
+from trainer.run.fit import make_module
 
 KINDS = {"readers": "GridReader", "model": "Modeller"}
 
@@ -59,7 +59,7 @@ def made_model(folder: Path, backbone: str, size: int) -> str:
     overrides += ["--model.patch_size", "16", "--augment.local_size", "32", "--model.num_prototypes", "32"]
     config = read_config("debug", [*overrides, "--run.out", out])
     if not checkpoints.steps_of(out):
-        state = {"state_dict": DinoModule(config).state_dict(), "global_step": 1}
+        state = {"state_dict": make_module(config).state_dict(), "global_step": 1}
         checkpoints.write(checkpoints.checkpoint_uri(out, 1), state, config, "0")
     return checkpoints.find(out)
 

@@ -26,12 +26,13 @@ from streaming import storage
 from streaming.errors import TrainingError
 from streaming.synthetic.drawing import SyntheticSlide, TissueClass, tissue_classes
 from streaming.synthetic.svs import write_slide
-from trainer.evaluate import EvaluateOptions, Score, evaluate_model
+from trainer.embed.model import Model, load_model, model_of
 from trainer.evaluate.annotations import TileGrid
 from trainer.evaluate.datasets import read_dataset
-from trainer.evaluate.features import Model, load_model, model_of
-from trainer.recipe.module import DinoModule
+from trainer.evaluate.scores import Score
+from trainer.evaluate.scoring import EvaluateOptions, evaluate_model
 from trainer.run.config import Config, read_config
+from trainer.run.fit import make_module
 from trainer.run.train import train
 
 TRAINED_ON, SCORED_ON = range(6), range(100, 148)
@@ -149,7 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps = max(30, round(args.minutes * 60 / cpu_s_of_a_step(catalog)))
     with tempfile.TemporaryDirectory() as out:
         config = configured(catalog, out, steps)
-        random = scored(model_of("random", config, DinoModule(config).teacher.backbone), dataset, args.probe_steps)
+        random = scored(
+            model_of("random", config.augment, make_module(config).teacher.backbone), dataset, args.probe_steps
+        )
         started, wall = time.process_time(), time.perf_counter()
         train(config, debug=True)
         cpu_min, wall_min = (time.process_time() - started) / 60, (time.perf_counter() - wall) / 60

@@ -49,14 +49,15 @@ class Inputs:
 
 def our_step(inputs: Inputs, *, one_pass: bool = False) -> Step:
     """Our module; with `one_pass`, crops of both sizes go through its backbone together on a CPU, too."""
-    from trainer.recipe import module as ours
+    from trainer.recipe import network
     from trainer.recipe.augment import Crops
     from trainer.run.config import read_config
+    from trainer.run.fit import make_module
 
     overrides = ["--model.drop_path", str(DROP_PATH), "--train.batch", str(inputs.batch)]
-    module = ours.DinoModule(read_config("vits14", [*overrides, "--mask.group_size", str(min(inputs.batch, 4))]))
+    module = make_module(read_config("vits14", [*overrides, "--mask.group_size", str(min(inputs.batch, 4))]))
     if one_pass:
-        ours.in_one_pass = lambda _: True
+        network.in_one_pass = lambda _: True
     crops = Crops(inputs.global_.unflatten(0, (2, -1)), inputs.local.unflatten(0, (NUM_LOCAL, -1)))
     masks = inputs.masks.unflatten(0, (2, -1))
 
@@ -257,7 +258,7 @@ class Contender:
         command = [python, "-m", "benchmarks.trainer", "--worker", name, "--inputs", str(inputs)]
         command += ["--batch", str(args.batch)]
         command += ["--threads", str(threads), "--reference", str(args.reference or "")]
-        from trainer.run.train import RANK_ENVIRONMENT
+        from trainer.run.ranks_on_ray import RANK_ENVIRONMENT
 
         # For all alike, what our ranks get: large pages among it.
         own = {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore", **RANK_ENVIRONMENT}

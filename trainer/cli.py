@@ -72,15 +72,17 @@ def run_train(args: Namespace) -> None:
     config = read_config(args.config, args.overrides)
     if args.print_config:
         return out(config.to_yaml().rstrip())
+    from trainer.evaluate.knn_watch import KnnWatch
+
     if args.dry_run:
         from trainer.run.dry_run import describe
 
-        for line in describe(config):
+        for line in describe(config, KnnWatch):
             out(line)
         return None
     from trainer.run.train import train
 
-    result = train(config, debug=args.debug, verbose=args.verbose, force=args.force)
+    result = train(config, KnnWatch, debug=args.debug, verbose=args.verbose, force=args.force)
     for line in result.summary:
         sys.stderr.write(line + "\n")
     out(f"trained steps {result.start} to {result.steps}: {result.checkpoint}")

@@ -21,8 +21,8 @@ from streaming.synthetic.drawing import SyntheticSlide
 from streaming.synthetic.svs import write_slide
 from trainer.embed.job import EmbedOptions, embed
 from trainer.run.config import read_config
+from trainer.run.metrics_log import METRICS
 from trainer.run.train import train
-from trainer.run.watch import METRICS
 from trainer.show.run_report import own_slides_commands, write_report
 
 _MARKER = ".tilestream-demo"

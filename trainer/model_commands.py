@@ -51,7 +51,8 @@ def add_embed(commands: Any) -> None:
 def run_embed(args: Namespace) -> None:
     """Embeds, and says what became of the slides."""
     from streaming import storage
-    from trainer.embed.job import REJECTED, EmbedOptions, embed
+    from trainer.embed.files import REJECTED
+    from trainer.embed.job import EmbedOptions, embed
 
     options = EmbedOptions(**{entry.name: getattr(args, entry.name) for entry in fields(EmbedOptions)})
     report = embed(args.checkpoint, args.slides, args.out, options, storage_options(args), verbose=args.verbose)

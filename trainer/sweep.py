@@ -12,10 +12,15 @@ from typing import Any
 import pyarrow as pa
 
 from streaming import storage
+from streaming.catalog import Catalog
 from streaming.errors import ConfigError
+from streaming.plan import TilePlan
+from trainer.evaluate.knn_watch import KnnWatch
 from trainer.evaluate.scoring import SCORES_JSON, EvaluateOptions, evaluate, labelled
 from trainer.run.config import Config
-from trainer.run.train import check_model, load_catalog, make_plan, train
+from trainer.run.data import load_catalog, make_plan
+from trainer.run.fit import check_model
+from trainer.run.train import train
 
 TABLE, PICTURE = "sweep.parquet", "sweep.png"
 _SCHEMA = pa.schema(
@@ -115,13 +120,13 @@ def sweep(
         raise ConfigError(f"{dataset}: labels whole slides, which are scored by `tilestream embed` first; label tiles")
     catalog = load_catalog(config.data)
     check_model(config, resumed=True)
-    sizes = {cell: make_plan(cell.of(config, out), catalog).drawn_from for cell in cells}
+    sizes = {cell: _plan(cell.of(config, out), catalog).drawn_from for cell in cells}
     rows: list[Row] = []
     for number, cell in enumerate(cells, start=1):
         slides, patients = sizes[cell]
         tell(f"run {number} of {len(cells)}: {cell.name}: {slides} slides of {patients} patients")
         own = cell.of(config, out)
-        result = train(own, debug=debug)
+        result = train(own, KnnWatch, debug=debug)
         if result.steps < config.train.steps:
             raise ConfigError(
                 f"{own.run.out}: stopped before step {config.train.steps}; start the sweep again to go on"
@@ -142,6 +147,10 @@ def sweep(
     storage.write_table(storage.join(out, TABLE), pa.Table.from_pylist(rows, schema=_SCHEMA), store)
     storage.write_bytes(storage.join(out, PICTURE), draw(rows), store)
     return rows
+
+
+def _plan(config: Config, catalog: Catalog) -> TilePlan:
+    return make_plan(config.data, config.run.seed, catalog)
 
 
 def _scores(source: str, dataset: str, options: EvaluateOptions, out: str, config: Config) -> list[Row]:

@@ -13,7 +13,7 @@ import pytest
 
 from streaming import open_slide, storage
 from tests.processes import SMALL, TILESTREAM, kill_tree, signal_tree, wait_for
-from trainer.embed.job import Embedder
+from trainer.embed.model import Embedder
 from trainer.run import checkpoints
 
 pytestmark = pytest.mark.slow

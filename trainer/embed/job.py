@@ -27,10 +27,8 @@ from streaming.errors import ConfigError, SlideError
 from streaming.progress import ProgressLine
 from streaming.reading.reader import Batch
 from trainer.embed.files import REJECTED, SUFFIXES, Embedded, Format, open_writer
-from trainer.embed.model import Embedder, Precision, Token, load_backbone, load_model, resolve
+from trainer.embed.model import Embedder, Precision, Token, load_model, resolve
 from trainer.embed.tiling import Geometry, Grid, GridPlan, GridReader
-
-__all__ = ["REJECTED", "EmbedOptions", "EmbedReport", "Embedder", "Token", "embed", "load_backbone"]
 
 # Notes of finished slides, for formats whose files bear the slide's name alone.
 DONE = ".done"

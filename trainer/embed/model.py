@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from streaming import storage
 from streaming.errors import CheckpointError
-from trainer.recipe.backbone import Backbone, Tokens, build_backbone
+from trainer.recipe.augment import Augmentation
+from trainer.recipe.backbone import Backbone, Tokens
+from trainer.recipe.network import build_backbone
 from trainer.run import checkpoints
 from trainer.run.config import Config
 
@@ -135,9 +137,8 @@ def resolve(source: str, options: storage.StorageOptions | None = None) -> str:
     return source if _is_exported(source, options) else checkpoints.find(source, options)
 
 
-def model_of(name: str, config: Config, backbone: Backbone) -> Model:
+def model_of(name: str, augment: Augmentation, backbone: Backbone) -> Model:
     """A backbone as its training showed it images."""
-    augment = config.augment
     return Model(name=name, backbone=backbone.eval(), mean=tuple(augment.mean), std=tuple(augment.std))
 
 
@@ -169,7 +170,8 @@ def _of_checkpoint(source: str, options: storage.StorageOptions | None) -> Model
         raise CheckpointError(
             f"{error}; it is neither a run, nor an exported model, nor a model of timm's{hint}"
         ) from error
-    model = model_of(source, *load_backbone(found, options))
+    config, backbone = load_backbone(found, options)
+    model = model_of(source, config.augment, backbone)
     return replace(model, digest=checkpoints.read_meta(found, options).sha256)
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from streaming.errors import ConfigError
-from trainer.embed.model import model_of
-from trainer.evaluate.datasets import Samples
-from trainer.evaluate.features import TileFiles
-from trainer.evaluate.scoring import EvaluateOptions, labelled, score_tiles
-from trainer.evaluate.splits import make_folds
-from trainer.recipe.module import DinoModule
-from trainer.run.config import Config
+
+if TYPE_CHECKING:
+    from trainer.evaluate.datasets import Samples
+    from trainer.recipe.module import DinoModule
+    from trainer.run.config import Config
+
+# What scores (scikit-learn, two seconds) is imported where it is asked for: every training names this class.
 
 _BATCH = 64
 
@@ -28,6 +29,8 @@ def watched(config: Config) -> Samples:
         ConfigError: they can't be scored by kNN, or are more than `watch.knn_tiles`.
         SlideError, StorageError: they can't be read.
     """
+    from trainer.evaluate.scoring import EvaluateOptions, labelled
+
     watch, options = config.watch, EvaluateOptions(tasks=("knn",), k=config.watch.knn_k)
     assert watch.knn_dataset is not None, "there is a dataset"
     samples = labelled(watch.knn_dataset, options, config.data.storage_options)
@@ -43,6 +46,10 @@ class KnnWatch:
     """Holds a rank's share of the tiles, read once, and scores the teacher on all of them."""
 
     def __init__(self, config: Config, rank: int, num_ranks: int) -> None:
+        from trainer.evaluate.features import TileFiles
+        from trainer.evaluate.scoring import EvaluateOptions
+        from trainer.evaluate.splits import make_folds
+
         self._samples = samples = watched(config)
         self._options = EvaluateOptions(tasks=("knn",), k=config.watch.knn_k)
         self._folds = make_folds(samples, self._options.folds, self._options.seed)
@@ -52,11 +59,23 @@ class KnnWatch:
         self._tiles = np.concatenate(list(TileFiles(config.data.storage_options).batches(own, _BATCH)))
         self._config = config
 
+    @staticmethod
+    def check(config: Config) -> int:
+        """How many tiles are followed.
+
+        Raises:
+            TilestreamError: as `watched`.
+        """
+        return len(watched(config))
+
     @torch.no_grad()
     def accuracy(self, module: DinoModule, gather: Callable[[Tensor], Tensor]) -> float:
         """Balanced accuracy over the folds; `gather` gives all ranks' tensors in a new first dimension."""
-        model, teacher = model_of("teacher", self._config, module.teacher.backbone), module.teacher
-        rows, columns = teacher.backbone.grid(*(model.side(side) for side in self._tiles.shape[1:3]))
+        from trainer.embed.model import model_of
+        from trainer.evaluate.scoring import score_tiles
+
+        model, teacher = model_of("teacher", self._config.augment, module.teacher.backbone), module.teacher
+        rows, columns = teacher.backbone.patch_grid(*(model.side(side) for side in self._tiles.shape[1:3]))
         parts: list[Tensor] = []
         for at in range(0, len(self._tiles), _BATCH):
             images = model.images(self._tiles[at : at + _BATCH])

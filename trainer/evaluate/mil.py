@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from streaming import storage
 from streaming.errors import ConfigError, SlideError
-from trainer.embed.job import REJECTED
+from trainer.embed.files import REJECTED
 from trainer.evaluate.datasets import Samples
 from trainer.evaluate.scores import Score, auroc, balanced_accuracy
 from trainer.evaluate.splits import Fold

@@ -16,11 +16,11 @@ import torch
 from streaming import storage
 from streaming.errors import ConfigError
 from streaming.progress import ProgressLine
-from trainer.embed.job import Token
+from trainer.embed.model import Model, Token, load_model
 from trainer.evaluate import dense, mil, probes, quality
 from trainer.evaluate.annotations import Target, TileGrid
 from trainer.evaluate.datasets import Samples, read_dataset
-from trainer.evaluate.features import Model, extracted, load_model
+from trainer.evaluate.features import extracted
 from trainer.evaluate.probes import Embeddings, Ints
 from trainer.evaluate.scores import Score, balanced_accuracy
 from trainer.evaluate.splits import Fold, make_folds

@@ -17,8 +17,6 @@ from timm.models import vision_transformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from trainer.run.config import ModelConfig
-
 Ffn = Literal["mlp", "swiglu"]
 
 
@@ -124,7 +122,7 @@ class Backbone(nn.Module):
         """Side of a patch in pixels."""
         return self.vit.patch_embed.patch_size[0]
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
+    def patch_grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of a crop.
 
         Raises:
@@ -143,7 +141,7 @@ class Backbone(nn.Module):
         Masked patches become the mask token before the position embedding is added, so that the student knows where
         a hole is (DINOv2's `prepare_tokens_with_masks`).
         """
-        rows, columns = self.grid(*images.shape[-2:])
+        rows, columns = self.patch_grid(*images.shape[-2:])
         x = self.vit.patch_embed(images)  # (B, rows, columns, D)
         if mask is not None:
             if mask.shape != (len(images), rows * columns):
@@ -175,19 +173,6 @@ class Backbone(nn.Module):
         flat, shapes = _join(xs)
         xs = _split(self.vit.norm(flat), shapes)
         return [Tokens(x[:, 0], x[:, self.vit.num_prefix_tokens :]) for x in xs]
-
-
-def build_backbone(config: ModelConfig, crop_px: int, *, drop_path: float) -> Backbone:
-    """The backbone of a configuration, its position embedding made for crops of that size."""
-    return create_backbone(
-        config.backbone,
-        img_size=crop_px,
-        patch_size=config.patch_size,
-        num_registers=config.num_registers,
-        ffn=config.ffn,
-        drop_path=drop_path,
-        layer_scale=config.layer_scale,
-    )
 
 
 def create_backbone(
@@ -225,7 +210,7 @@ def create_backbone(
     vit = cast(VisionTransformer, timm.create_model(name, **options, block_fn=CropBlock))
     _init_swiglu(vit)
     backbone = Backbone(vit, drop_path)
-    backbone.grid(img_size, img_size)
+    backbone.patch_grid(img_size, img_size)
     return backbone
 
 

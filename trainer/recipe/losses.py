@@ -10,7 +10,8 @@ KoLeo, equal in value, neither floors the distance nor sees other ranks; none ha
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,45 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _TINY = 1e-30  # below any sum that matters; keeps a prototype without any mass finite
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights and temperatures of the loss terms."""
+
+    dino_weight: float = 1.0
+    """weight of the class-token term"""
+    ibot_weight: float = 1.0
+    """weight of the masked-token term"""
+    regulariser: Literal["koleo", "kde", "none"] = "koleo"
+    """what spreads the class tokens of each global view"""
+    koleo_weight: float = 0.1
+    """weight of the KoLeo regulariser, per view"""
+    kde_weight: float = 0.05
+    """weight of the KDE regulariser, per view"""
+    kde_concentration: float = 5.0
+    """concentration κ of its kernel exp(κ·cosine)"""
+    regulariser_over_ranks: bool = True
+    """whether it compares the crops of all ranks; the reference's KoLeo stays on its own"""
+    centring: Literal["sinkhorn", "centring"] = "sinkhorn"
+    """how the teacher's targets are kept from collapse: Sinkhorn-Knopp, or DINO's moving mean"""
+    centre_momentum: float = 0.9
+    """momentum of that mean"""
+    student_temp: float = 0.1
+    """temperature of the student's softmax"""
+
+    @property
+    def regulariser_weight(self) -> float:
+        """The weight of the one that is chosen; 0 without."""
+        return {"koleo": self.koleo_weight, "kde": self.kde_weight, "none": 0.0}[self.regulariser]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.centre_momentum < 1:
+            raise ValueError(f"centre_momentum is {self.centre_momentum}; it must be in [0, 1)")
+        if not (self.kde_concentration > 0 and self.student_temp > 0):
+            raise ValueError(
+                f"kde_concentration {self.kde_concentration}, student_temp {self.student_temp}: both must be above 0"
+            )
 
 
 def _over_ranks(x: Tensor, op: "dist.ReduceOp.RedOpType" = dist.ReduceOp.SUM) -> Tensor:

@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+# Of the teacher's moving average at the end of a run (DINOv2's `final_momentum_teacher`).
+_LAST_MOMENTUM = 1.0
+
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 _EMBEDDING = re.compile(r"(?:^|\.)(?:pos_embed|patch_embed|mask_token|cls_token|reg_token)(?:\.|$)")
 
@@ -48,60 +51,80 @@ class StepValues(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedules:
-    """All schedules of a run; constants are DINOv2's where a default is given."""
+class OptimConfig:
+    """Optimiser and schedules, all in optimiser steps."""
 
-    total_steps: int
-    """Optimiser steps of the run."""
-    lr: float
-    """Highest learning rate, after scaling by the batch (`scaled_lr`)."""
+    base_lr: float = 2e-4
+    """learning rate at batch 1024; scaled by the square root of batch / 1024"""
     min_lr: float = 1e-6
-    """Learning rate at the end."""
-    warmup_steps: int = 0
-    """Optimiser steps of linear learning-rate warm-up from 0."""
+    """learning rate at the end"""
+    warmup_steps: int = 100
+    """steps of linear learning-rate warm-up"""
+    beta2: float = 0.999
+    """AdamW's second momentum"""
     weight_decay: float = 0.04
-    """Weight decay at the start."""
+    """weight decay at the start"""
     weight_decay_end: float = 0.4
-    """Weight decay at the end."""
-    momentum: float = 0.992
-    """Momentum of the teacher's moving average at the start."""
-    momentum_end: float = 1.0
-    """Momentum of the teacher's moving average at the end."""
+    """weight decay at the end"""
+    layer_decay: float = 0.9
+    """factor of the learning rate from a block to the one below"""
+    patch_embed_lr_mult: float = 0.2
+    """factor of the patch embedding's learning rate"""
+    clip: float = 3.0
+    """highest gradient norm of the backbone and of each head"""
+    freeze_last_layer_steps: int = 0
+    """steps before the heads' last layers learn"""
+    momentum: float = 0.994
+    """the teacher's momentum at the start; 1 at the end"""
     teacher_temp_start: float = 0.04
-    """Teacher temperature at step 0."""
+    """teacher's temperature at step 0"""
     teacher_temp: float = 0.07
-    """Teacher temperature after its warm-up."""
+    """teacher's temperature after its warm-up"""
     teacher_temp_warmup_steps: int = 0
-    """Optimiser steps of linear teacher-temperature warm-up."""
-    freeze_last_layer_steps: int = 1250
-    """Optimiser steps during which the heads' last layers have learning rate 0."""
+    """steps of that warm-up"""
 
     def __post_init__(self) -> None:
-        steps = ("warmup_steps", "teacher_temp_warmup_steps", "freeze_last_layer_steps")
-        rates = ("lr", "min_lr", "weight_decay", "weight_decay_end")
-        momenta, temperatures = ("momentum", "momentum_end"), ("teacher_temp_start", "teacher_temp")
         value = vars(self).__getitem__
-        wrong = [f"{name}={value(name)} must not be negative" for name in (*steps, *rates) if value(name) < 0]
-        wrong += [f"{name}={value(name)} must be in [0, 1]" for name in momenta if not 0 <= value(name) <= 1]
+        counts = ("warmup_steps", "teacher_temp_warmup_steps", "freeze_last_layer_steps")
+        rates = ("base_lr", "min_lr", "weight_decay", "weight_decay_end")
+        temperatures = ("teacher_temp_start", "teacher_temp")
+        wrong = [f"{name}={value(name)} must not be negative" for name in (*counts, *rates) if value(name) < 0]
+        wrong += [f"momentum={self.momentum} must be in [0, 1]"] if not 0 <= self.momentum <= 1 else []
         wrong += [f"{name}={value(name)} must be above 0" for name in temperatures if value(name) <= 0]
-        if self.total_steps < 1:
-            wrong.append(f"total_steps={self.total_steps} must be at least 1")
-        if self.warmup_steps > self.total_steps:
-            wrong.append(f"warmup_steps={self.warmup_steps} exceeds total_steps={self.total_steps}")
         if wrong:
             raise ValueError("; ".join(wrong))
 
+
+@dataclass(frozen=True)
+class Schedules:
+    """The schedules of a run: an optimiser's constants over a number of optimiser steps of a global batch."""
+
+    optim: OptimConfig
+    total_steps: int
+    batch: int
+
+    def __post_init__(self) -> None:
+        if self.total_steps < 1:
+            raise ValueError(f"total_steps={self.total_steps} must be at least 1")
+        if self.optim.warmup_steps > self.total_steps:
+            raise ValueError(f"warmup_steps={self.optim.warmup_steps} exceeds total_steps={self.total_steps}")
+
+    @property
+    def lr(self) -> float:
+        """The highest learning rate."""
+        return scaled_lr(self.optim.base_lr, self.batch)
+
     def at(self, step: int) -> StepValues:
         """Values for optimiser step `step`, counted from 0; `momentum` is for the update after that step."""
-        total = self.total_steps
-        lr = cosine(step, self.lr, self.min_lr, total, self.warmup_steps)
+        optim, total = self.optim, self.total_steps
+        lr = cosine(step, self.lr, optim.min_lr, total, optim.warmup_steps)
         return StepValues(
             lr=lr,
-            last_layer_lr=0.0 if step < self.freeze_last_layer_steps else lr,
-            weight_decay=cosine(step, self.weight_decay, self.weight_decay_end, total),
-            momentum=cosine(step, self.momentum, self.momentum_end, total),
+            last_layer_lr=0.0 if step < optim.freeze_last_layer_steps else lr,
+            weight_decay=cosine(step, optim.weight_decay, optim.weight_decay_end, total),
+            momentum=cosine(step, optim.momentum, _LAST_MOMENTUM, total),
             teacher_temp=linear_warmup(
-                step, self.teacher_temp_start, self.teacher_temp, self.teacher_temp_warmup_steps
+                step, optim.teacher_temp_start, optim.teacher_temp, optim.teacher_temp_warmup_steps
             ),
         )
 

@@ -12,11 +12,13 @@ from torch import nn
 
 from streaming import storage
 from trainer.recipe.augment import NUM_GLOBAL
-from trainer.recipe.module import DinoModule
 from trainer.recipe.schedule import Schedules
 from trainer.run import starting_weights
-from trainer.run.config import Config, TrainConfig
-from trainer.run.train import check_model, check_watch, load_catalog, make_plan
+from trainer.run.config import Config
+from trainer.run.data import load_catalog, make_plan
+from trainer.run.execution import TrainConfig
+from trainer.run.fit import check_model, make_module
+from trainer.run.watch import ProbeKind
 
 PICTURE = "schedules.png"
 _GIB = 2**30
@@ -52,8 +54,8 @@ def model_size(config: Config) -> Size:
         ValueError: a model or crops that make no sense.
     """
     with torch.device("meta"):
-        student = DinoModule(config, resumed=True).student
-    vit, grid = student.backbone.vit, student.backbone.grid
+        student = make_module(config, resumed=True).student
+    vit, patch_grid = student.backbone.vit, student.backbone.patch_grid
     large, small = (2 * (side,) for side in (config.augment.global_size, config.augment.local_size))
 
     def count(module: nn.Module) -> int:
@@ -65,7 +67,7 @@ def model_size(config: Config) -> Size:
         heads=count(student) - backbone,
         depth=len(vit.blocks),
         width=vit.embed_dim,
-        patches=(math.prod(grid(*large)), math.prod(grid(*small))),
+        patches=(math.prod(patch_grid(*large)), math.prod(patch_grid(*small))),
         prefix_tokens=vit.num_prefix_tokens,
     )
 
@@ -105,7 +107,7 @@ def memory(config: Config, size: Size) -> dict[str, tuple[float, str]]:
     }
 
 
-def describe(config: Config) -> Iterator[str]:
+def describe(config: Config, probe: ProbeKind | None = None) -> Iterator[str]:
     """Lines that say what a run would do, and that the catalog can give it; draws the schedules to `run.out`.
 
     Raises:
@@ -127,14 +129,14 @@ def describe(config: Config) -> Iterator[str]:
     device = sum(nbytes for name, (nbytes, _) in estimate.items() if "object store" not in name)
     yield f"{'on the device':<21} {device / _GIB:8.2f} GiB a rank, an estimate"
     picture = storage.join(config.run.out, PICTURE)
-    schedules = config.optim.schedules(train.steps, train.batch)
+    schedules = Schedules(config.optim, train.steps, train.batch)
     storage.write_bytes(picture, draw(schedules), config.data.storage_options)
     yield f"schedules     {picture}"
     if config.model.init:
         yield f"model.init    {_init_line(config)}"
     yield f"catalog       {_catalog_line(config)}"
-    if config.watch.knn_dataset:
-        yield f"knn           {check_watch(config):,} tiles of {config.watch.knn_dataset}"
+    if config.watch.knn_dataset and probe is not None:
+        yield f"knn           {probe.check(config):,} tiles of {config.watch.knn_dataset}"
 
 
 def _cut(train: TrainConfig) -> str:
@@ -154,7 +156,7 @@ def _catalog_line(config: Config) -> str:
     if config.data.catalog is None:
         return "none given, so not checked that it has the magnifications; add --data.catalog URI"
     catalog = load_catalog(config.data)
-    make_plan(config, catalog)
+    make_plan(config.data, config.run.seed, catalog)
     wanted = ", ".join(f"{mpp:g}" for mpp in config.data.mpp)
     return f"{config.data.catalog}: its {len(catalog)} slides give {config.data.tile_size} px tiles at {wanted} µm/px"
 

@@ -6,7 +6,7 @@ ranks or another strategy, and that a checkpoint can be written while the next s
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -16,7 +16,6 @@ import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.strategy import Strategy
-from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -26,12 +25,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from trainer.run.config import TrainConfig
+from trainer.recipe.network import Network
+from trainer.run.execution import TrainConfig
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
@@ -106,27 +105,16 @@ class _WholeState(Strategy):
             self.checkpoint_io.save_checkpoint(checkpoint, filepath)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor that the shards of all ranks make up, on each; one that is not sharded as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def prepare(
-    network: nn.Module,
-    blocks: Iterable[nn.Module],
-    parts: Iterable[nn.Module],
-    train: TrainConfig,
-    mesh: DeviceMesh | None,
-) -> None:
+def prepare(train: TrainConfig, network: Network, mesh: DeviceMesh | None) -> None:
     """Checkpoints activations, compiles and shards a network as the configuration says, block by block.
 
-    `parts` are further modules that are gathered by themselves, mesh the ranks to shard over. Names of parameters stay.
+    mesh is of the ranks to shard over. Names of parameters stay.
     """
     shard = None
     if mesh is not None:
         # The outermost part of a network would else stay whole after a forward pass, the teacher's for good.
         shard = partial(fully_shard, mesh=mesh, mp_policy=_mixed_precision(train), reshard_after_forward=True)
-    for block in blocks:
+    for block in network.backbone.vit.blocks:
         if train.activation_checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if train.compile:
@@ -134,8 +122,9 @@ def prepare(
         if shard is not None:
             shard(block)
     if shard is not None:
-        for part in parts:
-            shard(part)
+        for head in (network.dino_head, network.ibot_head):
+            if head is not None:
+                shard(head)
         shard(network)
 
 

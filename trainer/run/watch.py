@@ -1,151 +1,52 @@
-"""Watching a run: batches timed and checked, metrics of each step, checkpoints when due, an end when it broke down."""
+"""What Lightning calls after each step: metrics, a checkpoint when one is due, an end when the run broke down."""
 
 from __future__ import annotations
 
-import contextlib
-import queue
 import resource
-import sys
-import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
+from typing import Any, NoReturn, Protocol
 
 import lightning.pytorch as pl
-import pyarrow as pa
-import ray.util.queue
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
-from streaming import storage
-from streaming.delivery.exported_metrics import export_step, export_wait
-from streaming.delivery.failures import Failure, FailureBudget, FailureLog, failures_of
+from streaming.delivery.exported_metrics import export_step
 from streaming.delivery.stream import check_step
-from streaming.errors import StorageError, StreamError, TrainingError
-from streaming.progress import ProgressLine
-from trainer.recipe.diagnostics import Guard
+from streaming.errors import TrainingError
 from trainer.recipe.module import DinoModule
 from trainer.run import checkpoints
+from trainer.run.agreement import Agreement, Wishes
 from trainer.run.background_checkpoints import FolderCheckpointIO
 from trainer.run.config import Config
-from trainer.run.trackers import Trackers
-
-if TYPE_CHECKING:
-    from trainer.evaluate.knn_watch import KnnWatch
-
-METRICS = "metrics.parquet"
-_TERMS = ("loss", "dino_global", "dino_local", "ibot", "koleo", "kde", "knn_accuracy")
-Row = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Failed:
-    """Tiles that a rank could not get, and the generation of ranks (`streaming.delivery.chain`) that it is one of."""
-
-    generation: str
-    failures: list[Failure]
-
-
-Report = Callable[["Row | Failed"], None]
-
-
-class StepBatches:
-    """A rank's micro-batches, timed, counted and checked against the step they belong to."""
-
-    def __init__(
-        self,
-        source: Iterable[dict[str, Any]],
-        start: int,
-        config: Config,
-        failed: Callable[[list[Failure]], None] | None = None,
-    ) -> None:
-        """`failed` is told of each batch's tiles that could not be read, where there are any."""
-        self._source, self.start, self._config, self._failed = source, start, config, failed
-        self.budget = FailureBudget(config.data.max_failed_share)
-        self.waited_s = 0.0
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches of `tile` and `index`.
-
-        Raises:
-            StreamError: the stream gives other indices than the step's, or too many tiles failed.
-        """
-        shape, rounds = self._config.train.shape, 0
-        batches = iter(self._source)
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            waited = time.perf_counter() - asked
-            self.waited_s += waited
-            if batch is None:
-                return
-            export_wait(waited)
-            if self._failed and (failures := failures_of(batch)):
-                self._failed(failures)
-            self.budget.add(batch)
-            step = self.start + rounds // shape.accumulate
-            rounds += 1
-            low, high = int(batch["index"].min()), int(batch["index"].max())
-            if len(batch["index"]) != shape.micro or low < step * shape.batch or high >= (step + 1) * shape.batch:
-                raise StreamError(
-                    f"step {step} was given {len(batch['index'])} indices from {low} to {high}, "
-                    f"not {shape.micro} of {step * shape.batch} to {(step + 1) * shape.batch - 1}; please report this"
-                )
-            yield {"tile": batch["tile"], "index": batch["index"]}
-
-
-class Wishes(NamedTuple):
-    """What some rank asks all ranks to do after a step."""
-
-    stop: bool = False
-    """Save and leave: the run was told to end."""
-    save: bool = False
-    """Save: the time has come."""
-    look: bool = False
-    """Look together whether a machine is about to go."""
-
-
-class _Agreement:
-    """Tells every rank what any rank wished for a step ago: nobody waits for it, and all hear of it at one step."""
-
-    def __init__(self, num_ranks: int) -> None:
-        # A group of its own on the host: with NCCL's, each step would wait for the device.
-        self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if num_ranks > 1 else None
-        self._asked: tuple[torch.Tensor, dist.Work] | None = None
-
-    def exchange(self, wishes: Wishes) -> Wishes:
-        if self._group is None:
-            return wishes
-        before, flags = self._asked, torch.tensor(wishes, dtype=torch.uint8)
-        work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        assert work is not None, "asynchronous collectives return their work"
-        self._asked = (flags, work)
-        if before is None:
-            return Wishes()
-        before[1].wait()
-        return Wishes(*(bool(flag) for flag in before[0]))
-
-    def end(self) -> None:
-        if self._asked is not None:
-            self._asked[1].wait()
-
-
-@dataclass(frozen=True)
-class Signals:
-    """What reaches a rank from outside."""
-
-    stop: Callable[[], bool] = lambda: False
-    """Whether this rank was told to save and leave."""
-    leaving: Callable[[], bool] = lambda: False
-    """Whether a machine of the run is about to go; asked of all ranks at once."""
-    begin: Callable[[], None] = lambda: None
-    """Called when training begins: Lightning has set handlers of its own by then, which would end it without saving."""
-
+from trainer.run.guard import Guard
+from trainer.run.metrics_log import Report, Row
+from trainer.run.step_batches import StepBatches
+from trainer.run.stop_signals import Signals
 
 _LOOK_EVERY_S = 10.0
+
+
+class Probe(Protocol):
+    """A rank's part in scoring the teacher while it trains."""
+
+    def accuracy(self, module: DinoModule, gather: Callable[[Tensor], Tensor]) -> float:
+        """The score, the same on all ranks; `gather` gives all ranks' tensors in a new first dimension."""
+        ...
+
+
+class ProbeKind(Protocol):
+    """How the teacher of a run is scored by `watch.knn_dataset`: `trainer.evaluate.knn_watch.KnnWatch`."""
+
+    def __call__(self, config: Config, rank: int, num_ranks: int) -> Probe:
+        """A rank's part."""
+        ...
+
+    def check(self, config: Config) -> int:
+        """How many tiles are followed; raises what is wrong with them."""
+        ...
 
 
 class Watch(Callback):
@@ -158,9 +59,10 @@ class Watch(Callback):
         report: Report,
         storage_io: FolderCheckpointIO,
         signals: Signals,
+        probe: ProbeKind | None = None,
     ) -> None:
         self._config, self._batches, self._report = config, batches, report
-        self._io, self._signals = storage_io, signals
+        self._io, self._signals, self._probe_kind = storage_io, signals, probe
         self._guard = Guard(config.watch, config.model.num_prototypes)
         self._index: list[torch.Tensor] = []
         self._finite: torch.Tensor | None = None
@@ -169,16 +71,14 @@ class Watch(Callback):
         self._saved = [batches.start] if batches.start else []
         self._saved_at = self._looked_at = time.monotonic()
         self._has_left = False
-        self._knn: KnnWatch | None = None
+        self._probe: Probe | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Opens the ranks' way to agree, and listens to signals."""
         self._signals.begin()
-        self._agreement = _Agreement(trainer.world_size)
-        if self._config.watch.knn_dataset:
-            from trainer.evaluate.knn_watch import KnnWatch  # scikit-learn: two seconds that other runs need not wait
-
-            self._knn = KnnWatch(self._config, trainer.global_rank, trainer.world_size)
+        self._agreement = Agreement(trainer.world_size)
+        if self._config.watch.knn_dataset and self._probe_kind is not None:
+            self._probe = self._probe_kind(self._config, trainer.global_rank, trainer.world_size)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -271,9 +171,9 @@ class Watch(Callback):
             "peak_memory_gb": float(rows[:, -2].max()),
             "time": time.time(),
         }
-        if self._knn and (step % self._config.watch.knn_every == 0 or step == self._config.train.steps):
+        if self._probe and (step % self._config.watch.knn_every == 0 or step == self._config.train.steps):
             with trainer.precision_plugin.forward_context():
-                row["knn_accuracy"] = self._knn.accuracy(pl_module, partial(_of_all_ranks, pl_module))
+                row["knn_accuracy"] = self._probe.accuracy(pl_module, partial(_of_all_ranks, pl_module))
         if trainer.is_global_zero:
             export_step(step, row["loss"])
             self._report(row)
@@ -303,92 +203,3 @@ def _of_all_ranks(pl_module: pl.LightningModule, values: torch.Tensor) -> torch.
     gathered = pl_module.all_gather(values)
     assert isinstance(gathered, torch.Tensor), "a tensor goes in, a tensor comes out"
     return gathered
-
-
-class MetricsLog:
-    """The metrics of a run: a progress line now, `metrics.parquet` of the run at every checkpoint and at the end.
-
-    So it is with `failures.parquet`, the tiles that could not be read.
-    """
-
-    def __init__(self, config: Config, start: int) -> None:
-        self._config, self._options = config, config.data.storage_options
-        self._uri = storage.join(config.run.out, METRICS)
-        self._rows: list[Row] = []
-        self.summary: list[str] = []
-        self._trackers = Trackers(config.run.loggers, config.run.out, start)
-        if start and storage.exists(self._uri, self._options):
-            earlier: list[Row] = storage.read_table(self._uri, self._options).to_pylist()
-            self._rows = [row for row in earlier if row["step"] <= start]
-        self._failures = FailureLog(config.run.out, self._options, start * config.train.batch)
-        self._generation = ""
-        self._progress = ProgressLine("train", "steps", total=config.train.steps)
-
-    def __enter__(self) -> MetricsLog:
-        self._progress.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._progress.__exit__(*error)
-        self._trackers.close()
-        self._save()
-
-    def add(self, row: Row | Failed) -> None:
-        """Takes the row of a step, lines of the summary, or failures."""
-        if isinstance(row, Failed):
-            if row.generation != self._generation:
-                self._failures.rewind()
-                self._generation = row.generation
-            self._failures.add(row.failures)
-            return
-        if "saving" in row:
-            self._failures.settle()
-            self._save()  # before the checkpoint is whole, so that none is without the rows that lead to it
-            return
-        if "step" not in row:
-            self.summary += [name.removeprefix("summary:") for name in row]
-            return
-        # After a restart of the workers, steps since the last checkpoint come again.
-        self._rows = [kept for kept in self._rows if kept["step"] < row["step"]] if self._is_repeat(row) else self._rows
-        self._rows.append(row)
-        self._trackers.add(row)
-        terms = "  ".join(f"{name} {row[name]:.3f}" for name in _TERMS if name in row)
-        speed = f"{row['tiles_per_s']:.0f} tiles/s  waited {row['data_wait_share']:.0%}"
-        self._progress.update(int(row["step"]), f"{speed}  {terms}")
-
-    def _is_repeat(self, row: Row) -> bool:
-        return bool(self._rows) and self._rows[-1]["step"] >= row["step"]
-
-    def _save(self) -> None:
-        """Writes all rows; where the storage does not take them, the next time is another chance, so a run goes on."""
-        self._trackers.save()
-        try:
-            if self._rows:
-                # Some columns are not in every row, and pyarrow looks at the first one's alone.
-                names = list(dict.fromkeys(name for row in self._rows for name in row))
-                columns = {name: [row.get(name) for row in self._rows] for name in names}
-                storage.PATIENT(storage.write_table, self._uri, pa.table(columns), self._options)
-            storage.PATIENT(self._failures.save)
-        except StorageError as error:
-            sys.stderr.write(f"train: metrics are not saved: {error}\n")
-
-    @contextlib.contextmanager
-    def listening(self, messages: ray.util.queue.Queue) -> Generator[None]:
-        """Takes what rank 0 sends while the block runs."""
-        done = threading.Event()
-
-        def listen() -> None:
-            while not done.is_set():
-                with contextlib.suppress(queue.Empty):
-                    self.add(messages.get(timeout=0.5))
-
-        listener = threading.Thread(target=listen, daemon=True)
-        listener.start()
-        try:
-            yield
-        finally:
-            done.set()
-            listener.join()
-            with contextlib.suppress(Exception):  # Ray may be gone by now
-                for row in messages.get_nowait_batch(messages.size()):
-                    self.add(row)

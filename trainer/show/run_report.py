@@ -25,10 +25,10 @@ from streaming.catalog.tissue import CELL_UM, thumbnail
 from streaming.reading.reader import TileReader
 from streaming.slide import open_slide
 from streaming.slide.resample import Pixels
-from trainer.recipe.backbone import build_backbone
 from trainer.recipe.masks import block_masks
+from trainer.recipe.network import build_backbone
 from trainer.run.config import Config
-from trainer.run.train import make_stream
+from trainer.run.data import make_stream
 
 _TINT = np.array([20, 150, 110], dtype=np.float64)  # of tissue cells on a thumbnail
 _LINE_COLOURS = ("#1f8f6f", "#c2557a", "#4f78c4", "#c98a2b", "#7d68b8")
@@ -162,7 +162,7 @@ def _mosaic(tiles: Sequence[Pixels], columns: int, side: int, gap: int = 3) -> P
 
 
 def _tiles_and_crops(config: Config, catalog: Catalog) -> tuple[str, str]:
-    stream = make_stream(config, catalog)
+    stream = make_stream(config.data, config.run.seed, config.train.shape, catalog)
     batch = TileReader(stream.plan, catalog, stream.reader)({"index": np.arange(max(64, config.train.batch))})
     tiles, mpp = batch["tile"], batch["mpp"]
     figures = [
@@ -181,7 +181,7 @@ def _crops(config: Config, tiles: Pixels, index: NDArray[np.int64]) -> str:
     augment, samples = config.augment, torch.from_numpy(index)
     crops = augment.multi_crop(torch.from_numpy(tiles), samples, config.run.seed)
     backbone = build_backbone(config.model, augment.global_size, drop_path=0.0)
-    grid = backbone.grid(augment.global_size, augment.global_size)
+    grid = backbone.patch_grid(augment.global_size, augment.global_size)
     masks = block_masks(samples, grid, config.mask, config.run.seed).numpy()
     mean, std = (np.array(values) for values in (augment.mean, augment.std))
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer.recipe.module import DinoModule
 from trainer.run import checkpoints
 from trainer.run.config import read_config
+from trainer.run.fit import make_module
 
 SMALL = [
     *("--augment.global_size", "32", "--augment.local_size", "16", "--data.tile_size", "32"),
@@ -19,7 +19,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A run as training leaves it, with random weights."""
     out = str(tmp_path_factory.mktemp("run"))
     config = read_config("debug", [*SMALL, "--run.out", out])
-    state = {"state_dict": DinoModule(config).state_dict(), "global_step": 3}
+    state = {"state_dict": make_module(config).state_dict(), "global_step": 3}
     checkpoints.write(checkpoints.checkpoint_uri(out, 3), state, config, "0123")
     return out
 

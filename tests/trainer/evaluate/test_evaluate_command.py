@@ -12,10 +12,11 @@ import timm
 
 from streaming import open_slide
 from trainer.cli import main
-from trainer.embed.job import Embedder
-from trainer.evaluate import EvaluateOptions, Score, evaluate
+from trainer.embed.model import Embedder, load_model
 from trainer.evaluate.datasets import Region, Tile
-from trainer.evaluate.features import extracted, load_model
+from trainer.evaluate.features import extracted
+from trainer.evaluate.scores import Score
+from trainer.evaluate.scoring import EvaluateOptions, evaluate
 from trainer.publish.export import ExportOptions, export
 
 Table = Callable[..., str]

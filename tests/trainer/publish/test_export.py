@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from streaming.errors import CheckpointError, ConfigError
-from trainer.embed.job import Embedder, load_backbone
+from trainer.embed.model import Embedder, load_backbone
 from trainer.publish.export import ExportOptions, export
-from trainer.recipe.module import DinoModule
 from trainer.run import checkpoints
 from trainer.run.config import Config, read_config
+from trainer.run.fit import make_module
 
 SMALL = [
     *("--augment.global_size", "64", "--augment.local_size", "32", "--data.tile_size", "64"),
@@ -26,7 +26,7 @@ SMALL = [
 def saved(out: Path, *overrides: str) -> str:
     """A checkpoint as training writes it, its weights moved off their initial values."""
     config: Config = read_config("debug", [*SMALL, *overrides, "--run.out", str(out)])
-    module = DinoModule(config)
+    module = make_module(config)
     generator = torch.Generator().manual_seed(0)
     for weight in module.parameters():
         weight.data += 0.05 * torch.randn(weight.shape, generator=generator)

@@ -3,8 +3,7 @@ import torch
 
 from trainer.recipe.backbone import create_backbone
 from trainer.recipe.heads import DINOHead
-from trainer.recipe.module import Network
-from trainer.run.config import ModelConfig
+from trainer.recipe.network import ModelConfig, Network
 
 
 def head(**sizes: int) -> DINOHead:

@@ -8,7 +8,15 @@ from torch import nn
 
 from trainer.recipe.backbone import create_backbone
 from trainer.recipe.heads import DINOHead
-from trainer.recipe.schedule import Schedules, cosine, linear_warmup, parameter_groups, scaled_lr, set_group_values
+from trainer.recipe.schedule import (
+    OptimConfig,
+    Schedules,
+    cosine,
+    linear_warmup,
+    parameter_groups,
+    scaled_lr,
+    set_group_values,
+)
 
 
 def test_cosine_equals_its_closed_form_between_the_ends() -> None:
@@ -45,8 +53,9 @@ def test_learning_rate_grows_with_the_square_root_of_the_batch() -> None:
 
 
 def schedules(**fields: Any) -> Schedules:
-    run = {"total_steps": 100, "lr": 1e-3, "warmup_steps": 10, "teacher_temp_warmup_steps": 20}
-    return Schedules(**run | {"freeze_last_layer_steps": 5} | fields)
+    optim = {"base_lr": 1e-3, "warmup_steps": 10, "teacher_temp_warmup_steps": 20, "momentum": 0.992}
+    total_steps = fields.pop("total_steps", 100)
+    return Schedules(OptimConfig(**optim | {"freeze_last_layer_steps": 5} | fields), total_steps, batch=1024)
 
 
 def test_schedules_give_all_values_of_a_step() -> None:
@@ -68,7 +77,7 @@ def test_the_last_layer_is_frozen_for_exactly_the_first_steps() -> None:
     [
         ({"total_steps": 0, "warmup_steps": 0}, "total_steps=0 must be at least 1"),
         ({"warmup_steps": 101}, "warmup_steps=101 exceeds total_steps=100"),
-        ({"momentum": 1.5, "lr": -1.0}, r"lr=-1\.0 must not be negative; momentum=1\.5 must be in \[0, 1\]"),
+        ({"momentum": 1.5, "base_lr": -1.0}, r"base_lr=-1\.0 must not be negative; momentum=1\.5 must be in \[0, 1\]"),
         ({"teacher_temp": 0.0}, r"teacher_temp=0\.0 must be above 0"),
     ],
 )

@@ -7,7 +7,9 @@ import yaml
 
 from streaming.errors import ConfigError
 from trainer.configs import presets
-from trainer.run.config import FREE_FIELDS, Config, TrainConfig, parse_config, read_config, recipe_changes
+from trainer.run.config import Config, parse_config, read_config
+from trainer.run.execution import TrainConfig
+from trainer.run.resuming import FREE_FIELDS, recipe_changes
 
 
 @pytest.mark.parametrize("preset", presets())

@@ -10,9 +10,10 @@ from PIL import Image
 
 from streaming.errors import PlanError
 from trainer.cli import main
-from trainer.recipe.module import DinoModule
+from trainer.recipe.schedule import Schedules
 from trainer.run.config import read_config
 from trainer.run.dry_run import PICTURE, describe, draw, memory, model_size
+from trainer.run.fit import make_module
 
 
 def test_a_dry_run_of_the_largest_preset_tells_its_size_steps_and_curves(
@@ -40,12 +41,12 @@ def test_the_estimate_shares_the_weights_among_shards_and_saves_activations() ->
     assert whole["optimiser"][0] == 8 * size.parameters
     assert shared["weights"][0] == size.parameters
     assert shared["activations of blocks"][0] < whole["activations of blocks"][0]
-    assert size.parameters == sum(p.numel() for p in DinoModule(base).student.parameters())
+    assert size.parameters == sum(p.numel() for p in make_module(base).student.parameters())
 
 
 def test_curves_are_drawn_for_one_step_too() -> None:
-    schedules = read_config("debug", []).optim.schedules(60, 32)
-    short = replace(schedules, total_steps=1, warmup_steps=0)
+    optim = read_config("debug", []).optim
+    schedules, short = Schedules(optim, 60, 32), Schedules(replace(optim, warmup_steps=0), 1, 32)
     assert Image.open(io.BytesIO(draw(short))).size == Image.open(io.BytesIO(draw(schedules))).size
 
 

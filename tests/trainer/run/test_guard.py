@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from trainer.recipe.diagnostics import Guard, WatchConfig, prototype_use, rankme, teacher_metrics
+from trainer.recipe.diagnostics import prototype_use, rankme, teacher_metrics
+from trainer.run.guard import Guard, WatchConfig
 
 
 def test_the_effective_rank_of_parallel_rows_is_one_and_of_orthogonal_ones_their_number() -> None:

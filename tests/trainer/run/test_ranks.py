@@ -14,10 +14,13 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from streaming.catalog import Catalog
 from tests.processes import free_ports
+from trainer.evaluate.knn_watch import KnnWatch
 from trainer.run import checkpoints
 from trainer.run.config import Config, read_config
-from trainer.run.train import Place, fit, make_stream
-from trainer.run.watch import Signals, StepBatches
+from trainer.run.data import make_stream
+from trainer.run.fit import Place, fit
+from trainer.run.step_batches import StepBatches
+from trainer.run.stop_signals import Signals
 
 # No drop path and no KoLeo: both look at a rank's own batch, as in the reference.
 TINY = [
@@ -101,14 +104,16 @@ def run(config: Config, rank: int, place: Place | None, stop: Callable[[], bool]
     catalog = Catalog.load(config.data.catalog or "")
     resume = checkpoints.latest(config.run.out)
     start = checkpoints.read_meta(resume).step if resume else 0
-    source = make_stream(config, catalog).local_batches(start, config.train.steps)
+    source = make_stream(config.data, config.run.seed, config.train.shape, catalog).local_batches(
+        start, config.train.steps
+    )
     batches = StepBatches(islice(source, rank, None, config.train.ranks), start, config)
 
     def report(row: dict[str, float]) -> None:
         with open(f"{config.run.out}.jsonl", "a") as rows:
             rows.write(json.dumps(row) + "\n")
 
-    fit(config, catalog.fingerprint, batches, resume, report, Signals(stop=stop), place)
+    fit(config, catalog.fingerprint, batches, resume, report, Signals(stop=stop), place, KnnWatch)
 
 
 @pytest.fixture(scope="module")

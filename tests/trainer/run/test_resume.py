@@ -16,6 +16,7 @@ import torch
 
 from streaming.errors import TilestreamError, TrainingError
 from tests.processes import TILESTREAM, wait_for
+from trainer.evaluate.knn_watch import KnnWatch
 from trainer.recipe.module import DinoModule
 from trainer.run import checkpoints
 from trainer.run.config import Config, read_config
@@ -117,7 +118,7 @@ def test_following_knn_accuracy_changes_no_weight(catalog: str, coloured: Path, 
     short = ("--train.steps", "4", "--train.checkpoint_every", "4")
     train(tiny(catalog, tmp_path / "plain", *short), debug=True)
     follow = ("--watch.knn_dataset", str(coloured), "--watch.knn_every", "2", "--watch.knn_k", "3")
-    train(tiny(catalog, tmp_path / "followed", *short, *follow), debug=True)
+    train(tiny(catalog, tmp_path / "followed", *short, *follow), KnnWatch, debug=True)
     states = [checkpoints.load(checkpoints.checkpoint_uri(str(tmp_path / name), 4)) for name in ("plain", "followed")]
     assert_equal_states(*states)
     accuracy = [row["knn_accuracy"] for row in logged(tmp_path / "followed")]
@@ -138,7 +139,7 @@ def test_labelled_tiles_that_can_not_be_followed_are_refused_before_training(
 ) -> None:
     follow = ("--watch.knn_dataset", str(coloured), "--watch.knn_every", "2")
     with pytest.raises(TilestreamError, match=told):
-        train(tiny(catalog, tmp_path / "run", *follow, *wrong), debug=True)
+        train(tiny(catalog, tmp_path / "run", *follow, *wrong), KnnWatch, debug=True)
     assert not (tmp_path / "run").exists()
 
 

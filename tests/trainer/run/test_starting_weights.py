@@ -14,11 +14,10 @@ from torch.nn import functional as F
 
 from streaming.errors import CheckpointError, StorageError
 from trainer.recipe.backbone import Backbone, create_backbone
-from trainer.recipe.module import DinoModule
 from trainer.run import checkpoints
 from trainer.run.config import Config, read_config
+from trainer.run.fit import check_model, make_module
 from trainer.run.starting_weights import is_awaited, load_published, read_weights, resize_positions, timm_names
-from trainer.run.train import check_model
 
 
 @cache
@@ -126,7 +125,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def test_a_checkpoint_of_ours_gives_student_teacher_and_heads_also_to_larger_crops(config: Config) -> None:
-    first = DinoModule(config)
+    first = make_module(config)
     with torch.no_grad():
         for parameter in first.parameters():
             parameter.normal_()
@@ -137,7 +136,7 @@ def test_a_checkpoint_of_ours_gives_student_teacher_and_heads_also_to_larger_cro
         augment=replace(config.augment, global_size=112),
         model=replace(config.model, init=config.run.out),
     )
-    found, expected = DinoModule(larger).state_dict(), first.state_dict()
+    found, expected = make_module(larger).state_dict(), first.state_dict()
     for key, weight in expected.items():
         if key.endswith("pos_embed"):
             assert found[key].shape == (1, 50, 192)
@@ -151,7 +150,7 @@ def test_a_checkpoint_of_ours_gives_student_teacher_and_heads_also_to_larger_cro
 def test_whether_weights_to_start_from_fit_is_told_without_reading_them(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state = {"global_step": 3, "state_dict": DinoModule(config).state_dict()}
+    state = {"global_step": 3, "state_dict": make_module(config).state_dict()}
     checkpoints.write(checkpoints.checkpoint_uri(config.run.out, 3), state, config, "c0ffee")
     save_file(published(), tmp_path / "a.safetensors")
     torch.save(published(), tmp_path / "a.pth")
@@ -186,11 +185,11 @@ def test_published_weights_start_student_and_teacher_alike(config: Config, tmp_p
     weights = {key.removeprefix("vit."): w for key, w in model.state_dict().items() if key != "mask_token"}
     save_file(weights, tmp_path / "a.safetensors")
     init = replace(config, model=replace(config.model, init=str(tmp_path / "a.safetensors")))
-    module = DinoModule(init)
+    module = make_module(init)
     for network in (module.student, module.teacher):
         assert torch.equal(network.backbone.vit.norm.weight, model.vit.norm.weight)
 
 
 def test_an_init_that_is_neither_file_nor_checkpoint_nor_hub_name_says_what_it_can_be(config: Config) -> None:
     with pytest.raises(CheckpointError, match=r"no checkpoint here.*\.safetensors.*vit_small_patch14_dinov2\.lvd142m"):
-        DinoModule(replace(config, model=replace(config.model, init="vit_small_dinov2")))
+        make_module(replace(config, model=replace(config.model, init="vit_small_dinov2")))

@@ -7,8 +7,8 @@ import pytest
 
 from streaming.errors import ConfigError
 from trainer.run.config import parse_config, read_config
+from trainer.run.metrics_log import MetricsLog
 from trainer.run.trackers import Trackers
-from trainer.run.watch import MetricsLog
 
 ROWS = [{"step": float(step), "loss": 10.0 - step, "data_wait_share": 0.01 * step} for step in range(1, 5)]
 

@@ -9,11 +9,12 @@ import torch
 
 from streaming.catalog import Catalog
 from streaming.errors import CheckpointError, ConfigError, StreamError, root_cause
-from trainer.recipe.module import DinoModule
 from trainer.run import checkpoints
 from trainer.run.config import Config, read_config
-from trainer.run.train import make_stream, train
-from trainer.run.watch import StepBatches
+from trainer.run.data import make_stream
+from trainer.run.fit import make_module
+from trainer.run.step_batches import StepBatches
+from trainer.run.train import train
 
 SMALL = [
     *("--train.batch", "4", "--train.log_every", "1", "--optim.warmup_steps", "2", "--data.tile_size", "64"),
@@ -64,7 +65,7 @@ def test_a_resumed_run_ends_with_the_very_weights_of_an_undisturbed_one(config: 
 def test_training_moves_the_student_and_the_teacher_follows_it(config: Config, tmp_path: Path) -> None:
     run = steps(config, 2, every=2, out=tmp_path / "run")
     train(run, debug=True)
-    before, after = DinoModule(run).state_dict(), state(tmp_path / "run", 2)["state_dict"]
+    before, after = make_module(run).state_dict(), state(tmp_path / "run", 2)["state_dict"]
     key = "backbone.vit.blocks.0.attn.qkv.weight"
     student, teacher, start = after[f"student.{key}"], after[f"teacher.{key}"], before[f"teacher.{key}"]
     assert not torch.equal(student, start)
@@ -80,7 +81,7 @@ def test_a_batch_job_of_slurm_is_not_taken_for_ranks(
 
 
 def test_student_and_teacher_start_equal_and_share_no_storage(config: Config) -> None:
-    module = DinoModule(config)
+    module = make_module(config)
     students, teachers = dict(module.student.named_parameters()), dict(module.teacher.named_parameters())
     assert students.keys() == teachers.keys()
     for name, student in students.items():
@@ -90,7 +91,7 @@ def test_student_and_teacher_start_equal_and_share_no_storage(config: Config) ->
 
 
 def test_the_teacher_is_the_moving_average_of_the_formula(config: Config) -> None:
-    module = DinoModule(config)
+    module = make_module(config)
     with torch.no_grad():
         for parameter in module.student.parameters():
             parameter.add_(torch.randn_like(parameter))
@@ -140,7 +141,7 @@ def test_debugging_several_ranks_is_refused(config: Config) -> None:
 
 
 def test_a_stream_that_gives_other_indices_than_the_step_s_stops_the_run(config: Config) -> None:
-    stream = make_stream(config, Catalog.load(config.data.catalog or ""))
+    stream = make_stream(config.data, config.run.seed, config.train.shape, Catalog.load(config.data.catalog or ""))
     batches = StepBatches(stream.local_batches(3, 4), 2, config)
     with pytest.raises(StreamError, match="step 2 was given 4 indices from 12 to 15, not 4 of 8 to 11"):
         next(iter(batches))

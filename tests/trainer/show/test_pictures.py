@@ -24,9 +24,9 @@ from trainer.embed.files import SlideEmbeddings, find_embeddings, read_embedding
 from trainer.embed.job import EmbedOptions, Job, Modeller
 from trainer.embed.model import load_model, resolve
 from trainer.embed.tiling import GridPlan, GridReader
-from trainer.recipe.module import DinoModule
 from trainer.run import checkpoints
 from trainer.run.config import read_config
+from trainer.run.fit import make_module
 from trainer.show.embedding_map import in_plane, map_page
 from trainer.show.pictures import class_scores, geojson, heatmap, neighbours, on_grid, token_map, token_mosaic
 
@@ -102,7 +102,7 @@ def embed_here(run: str, slides: list[Path], out: Path, options: EmbedOptions) -
 def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A checkpoint of initial weights, which tell colours and textures apart."""
     config = read_config("debug", [*SMALL, "--run.out", str(tmp_path_factory.mktemp("model"))])
-    state = {"state_dict": DinoModule(config).state_dict(), "global_step": 1}
+    state = {"state_dict": make_module(config).state_dict(), "global_step": 1}
     checkpoints.write(checkpoints.checkpoint_uri(config.run.out, 1), state, config, "0123")
     return config.run.out
 

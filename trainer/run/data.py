@@ -1,0 +1,120 @@
+"""What a run is fed with: the section `data` of its configuration, and the catalog, plan and stream it means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from streaming.catalog import Catalog
+from streaming.delivery.stream import BatchShape, TileStream
+from streaming.errors import ConfigError
+from streaming.plan import TilePlan
+from streaming.plan.plan import DEFAULT_MPP
+from streaming.plan.universe import Universe
+from streaming.reading.hsv_rule import HsvRule
+from streaming.reading.reader import ReaderOptions
+from streaming.storage.staging import Staging
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which tiles."""
+
+    catalog: str | None = None
+    """folder or URI that `tilestream catalog` wrote"""
+    storage_options: dict[str, Any] = field(default_factory=dict)
+    """fsspec's options for all remote URIs of the run; empty: the usual environment variables"""
+    mpp: dict[float, float] = field(default_factory=lambda: dict(DEFAULT_MPP))
+    """weight of each magnification in µm/px"""
+    cohorts: dict[str, float] | None = None
+    """weight of each value of the catalog's `cohort` column; none: every slide alike"""
+    tile_size: int = 256
+    """side of a tile in px"""
+    min_tissue: float = 0.4
+    """share of a tile's area that must be tissue"""
+    max_upsampling: float = 2.0
+    """a slide is left out at magnifications this many times finer than its own"""
+    universe: Universe = field(default_factory=Universe)
+    """which part of the catalog's tiles may be drawn, and in what order"""
+    hsv_rule: HsvRule = field(default_factory=HsvRule)
+    """filter on a tile's pixels"""
+    max_failed_share: float = 0.01
+    """share of unreadable tiles past which the run stops"""
+    readers: tuple[int, int] = (1, 2)
+    """least and most reader actors"""
+    reader_cpus: float = 1.0
+    """CPU slots of a reader actor"""
+    requests_in_flight: int = 32
+    """requests to the storage that a reader keeps under way"""
+    reader_labels: dict[str, str] = field(default_factory=dict)
+    """labels of the nodes that readers run on; empty: any node"""
+    segment_blocks: int = 2000
+    """micro-batches that Ray Data plans at once; a run is a chain of such segments"""
+    stall_s: float | None = 900.0
+    """seconds that a rank waits for a batch before the run stops and says why; none: for ever"""
+    staging: str = Staging.folder
+    """local folder for copies of remote slides"""
+    staging_gb: float = 100.0
+    """disk that those copies may take, in GiB"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_failed_share <= 1:
+            raise ValueError(f"max_failed_share is a share from 0 to 1, not {self.max_failed_share}")
+        if not self.staging_gb > 0:
+            raise ValueError(f"staging_gb is {self.staging_gb}; it must be above 0")
+        if self.requests_in_flight < 1:
+            raise ValueError(f"requests_in_flight is {self.requests_in_flight}; it must be at least 1")
+
+
+def staging(data: DataConfig) -> Staging:
+    """Where a configuration puts copies of remote objects."""
+    return Staging(folder=data.staging, max_bytes=int(data.staging_gb * 2**30))
+
+
+def load_catalog(data: DataConfig) -> Catalog:
+    """The catalog of a configuration.
+
+    Raises:
+        ConfigError: none is named.
+        CatalogError: there is none, or one of another version.
+    """
+    if not data.catalog:
+        raise ConfigError(
+            "data.catalog is not set; give --data.catalog URI, made by `tilestream catalog SLIDES... --out URI`"
+        )
+    return Catalog.load(data.catalog, data.storage_options, staging(data))
+
+
+def make_plan(data: DataConfig, seed: int, catalog: Catalog) -> TilePlan:
+    """The plan of a run of that seed."""
+    return TilePlan(
+        catalog,
+        seed,
+        data.mpp,
+        data.tile_size,
+        cohorts=data.cohorts,
+        min_tissue=data.min_tissue,
+        max_upsampling=data.max_upsampling,
+        universe=data.universe,
+    )
+
+
+def make_stream(data: DataConfig, seed: int, shape: BatchShape, catalog: Catalog) -> TileStream:
+    """The stream of a run of that seed, in batches of that shape."""
+    reader = ReaderOptions(
+        hsv_rule=data.hsv_rule,
+        storage_options=data.storage_options,
+        staging=staging(data),
+        requests_in_flight=data.requests_in_flight,
+    )
+    return TileStream(
+        catalog,
+        make_plan(data, seed, catalog),
+        shape,
+        reader=reader,
+        readers=data.readers,
+        reader_cpus=data.reader_cpus,
+        reader_labels=data.reader_labels,
+        segment_blocks=data.segment_blocks,
+        stall_s=data.stall_s,
+    )

@@ -1,0 +1,111 @@
+"""One rank: Lightning turns its steps, in this process."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+
+from streaming.errors import ConfigError
+from trainer.recipe.module import DinoModule
+from trainer.run import starting_weights
+from trainer.run.background_checkpoints import FolderCheckpointIO
+from trainer.run.config import Config
+from trainer.run.device_feed import DeviceFeed
+from trainer.run.metrics_log import Report
+from trainer.run.step_batches import StepBatches
+from trainer.run.stop_signals import Signals
+from trainer.run.strategy import OneDevice, Replicas, Shards, autocast_precision, prepare
+from trainer.run.watch import ProbeKind, Watch
+
+
+def make_module(config: Config, *, resumed: bool = False) -> DinoModule:
+    """What a run trains, with the weights that it starts from unless those of a checkpoint of its own will follow.
+
+    Raises:
+        ValueError: a model, crops or schedules that make no sense.
+        CheckpointError: weights of `model.init` that don't fit the model.
+        StorageError: there is no such file.
+    """
+    train = config.train
+    module = DinoModule(
+        config.recipe,
+        config.run.seed,
+        steps=train.steps,
+        batch=train.batch,
+        log_every=train.log_every,
+        prepare=partial(prepare, train),
+    )
+    if config.model.init and not resumed:
+        starting_weights.start_from(config.model.init, module.student, module.teacher, config.data.storage_options)
+    return module
+
+
+def check_model(config: Config, *, resumed: bool = False) -> None:
+    """Builds the model without memory for it, and compares names and shapes with `model.init` unless it is resumed.
+
+    Raises:
+        ConfigError: a model, crops or schedules that make no sense.
+        CheckpointError: weights of `model.init` that don't fit.
+        StorageError: there is no such file.
+    """
+    try:
+        with torch.device("meta"):
+            make_module(config, resumed=resumed)
+    except ValueError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands among the others."""
+
+    device: torch.device
+    environment: ClusterEnvironment
+
+
+def fit(
+    config: Config,
+    catalog: str,
+    batches: StepBatches,
+    resume: str | None,
+    report: Report,
+    signals: Signals,
+    place: Place | None = None,
+    probe: ProbeKind | None = None,
+) -> None:
+    """Trains to the last step, or until told to stop, in this process: alone, or as a rank at its place."""
+    # Its advice (more workers for the loader, a product to try) does not apply here.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    train, to_storage = config.train, FolderCheckpointIO(config, catalog)
+    if place is None:
+        strategy = OneDevice(torch.device("cuda" if train.gpu else "cpu"))
+    else:
+        strategy = (Shards if train.strategy == "fsdp" else Replicas)(place.device)
+    trainer = pl.Trainer(
+        strategy=strategy,
+        # Lightning would look for one, and take a batch job of SLURM for ranks of its own.
+        plugins=[LightningEnvironment() if place is None else place.environment, to_storage],
+        devices=1 if place is None else "auto",
+        accelerator="gpu" if train.gpu else "cpu",
+        max_steps=train.steps,
+        precision=autocast_precision(train),  # type: ignore[arg-type]
+        accumulate_grad_batches=train.accumulate,
+        callbacks=[Watch(config, batches, report, to_storage, signals, probe)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    module = make_module(config, resumed=resume is not None)
+    feed = DeviceFeed(batches, strategy.root_device)
+    try:
+        trainer.fit(module, train_dataloaders=feed, ckpt_path=resume, weights_only=True)
+    finally:
+        to_storage.teardown()

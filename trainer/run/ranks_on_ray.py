@@ -1,0 +1,153 @@
+"""All ranks: Ray Train starts them where the cluster has room, and Ray Data feeds them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import ray
+import ray.train
+import ray.train.collective
+import ray.train.torch
+import ray.util.queue
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.actor import ActorHandle
+from ray.train import UserCallback
+from ray.train.lightning import RayLightningEnvironment
+from ray.train.torch import TorchTrainer
+
+from streaming import cluster, storage
+from streaming.catalog import Catalog
+from streaming.delivery.chain import Source, chained, start_chain
+from streaming.delivery.stream import torch_batches
+from streaming.errors import TilestreamError, root_cause
+from streaming.storage import clients
+from trainer.run.config import Config
+from trainer.run.data import make_stream
+from trainer.run.fit import Place, fit
+from trainer.run.metrics_log import Failed, MetricsLog
+from trainer.run.resuming import resume_point
+from trainer.run.step_batches import StepBatches
+from trainer.run.stop_signals import Signals, passing_on, terminated
+from trainer.run.watch import ProbeKind
+
+RANK_ENVIRONMENT = {
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # crops of two sizes tear the GPU's memory into pieces
+    "THP_MEM_ALLOC_ENABLE": "1",  # the first touch of small pages takes a fifth of the augmentation's time on a CPU
+}
+"""What torch reads from the environment of a rank."""
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """What each rank is given."""
+
+    config: Config
+    catalog: str
+    """its fingerprint"""
+    source: Source
+    chain: ActorHandle[Any]
+    messages: ray.util.queue.Queue
+    """of rank 0 to the driver"""
+    orders: ray.util.queue.Queue
+    """of the driver to rank 0"""
+    probe: ProbeKind | None
+
+
+def _worker(loop: _Loop) -> None:
+    """One rank of Ray Train."""
+    config = loop.config
+    rank = ray.train.get_context().get_world_rank()
+    # One looks where the run stands, so that no two can see different checkpoints; the driver has compared recipes.
+    found = None
+    if rank == 0:
+        found = *storage.PATIENT(resume_point, config, loop.catalog, force=True), uuid.uuid4().hex
+    start, resume, generation = cast(
+        "tuple[int, str | None, str]", ray.train.collective.broadcast_from_rank_zero(found)
+    )
+    read = partial(torch_batches, micro=config.train.shape.micro)
+    tiles = chained(loop.chain, loop.source, generation, rank, (start, config.train.steps), read)
+    batches = StepBatches(tiles, start, config, lambda failures: loop.messages.put(Failed(generation, failures)))
+    signals = Signals(
+        stop=_order(loop.orders) if rank == 0 else lambda: False,
+        leaving=lambda: ray.train.get_preemption_info() is not None,
+    )
+    place = Place(ray.train.torch.get_device(), RayLightningEnvironment())
+    fit(config, loop.catalog, batches, resume, loop.messages.put, signals, place, loop.probe)
+
+
+def _order(orders: ray.util.queue.Queue) -> Callable[[], bool]:
+    """Whether the driver has put an order, asked without waiting."""
+    order = cast(Any, orders.actor).get.remote()
+    return lambda: bool(ray.wait([order], timeout=0)[0])
+
+
+def _ending_for_good() -> UserCallback:
+    """Ends a run at an error that starting the workers again would only meet again."""
+
+    # A class of this function goes to Ray's controller by value: to import this module would cost it ten seconds.
+    class EndForGood(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            """Ray Train calls this before it decides about a restart; what is raised here ends the run."""
+            del run_context
+            causes = [root_cause(error) for error in worker_exceptions.values()]
+            for cause in causes:
+                if isinstance(cause, TilestreamError):
+                    raise cause
+
+    return EndForGood()
+
+
+def fit_on_ray(
+    config: Config, catalog: Catalog, log: MetricsLog, probe: ProbeKind | None = None, *, verbose: bool = False
+) -> None:
+    """Trains from the run's newest checkpoint to its last step, on this machine's Ray or the cluster of RAY_ADDRESS.
+
+    Raises:
+        TilestreamError: what ended a rank for good.
+    """
+    train, data, options = config.train, config.data, config.data.storage_options
+    slots = round(train.ranks * train.rank_cpus + data.readers[1] * data.reader_cpus) + 1
+    cluster.connect(slots, verbose=verbose, ignore_sigterm=True)
+    if train.gpu and (have := cluster.gpus()) < train.ranks:  # Ray Train waits without a word
+        sys.stderr.write(f"train: waiting for GPUs: the ranks need {train.ranks}, the cluster has {have} so far\n")
+    source = make_stream(data, config.run.seed, train.shape, catalog).source
+    chain = start_chain(source)
+    messages, orders = (ray.util.queue.Queue(actor_options=cluster.beside_this()) for _ in range(2))
+    # Ray Train keeps its own notes in the run's storage, which all nodes reach.
+    notes = storage.join(config.run.out, f".ray-{uuid.uuid4().hex[:8]}")
+    fs, path = clients.filesystem(notes, options)
+    handler = cast(Any, FSSpecHandler)(fs)  # its stubs call it abstract
+    trainer = TorchTrainer(
+        # Not as train_loop_config, which the controller would unpickle, importing all this, too.
+        partial(_worker, _Loop(config, catalog.fingerprint, source, chain, messages, orders, probe)),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=train.ranks,
+            use_gpu=train.gpu,
+            resources_per_worker={"CPU": train.rank_cpus, **train.rank_resources},
+            label_selector=train.rank_labels or None,
+        ),
+        run_config=ray.train.RunConfig(
+            name="train",
+            worker_runtime_env={"env_vars": RANK_ENVIRONMENT},
+            storage_path=path,
+            storage_filesystem=PyFileSystem(handler),
+            failure_config=ray.train.FailureConfig(max_failures=train.max_restarts),
+            callbacks=[_ending_for_good()],
+        ),
+    )
+    try:
+        # Not earlier: when Ray starts, it takes SIGTERM to itself.
+        with log.listening(messages), terminated() as stop, passing_on(stop, orders):
+            trainer.fit()
+    except SystemExit as error:  # Ray Train's own handler of Ctrl-C ends so, and says nothing
+        raise KeyboardInterrupt from error
+    finally:
+        ray.kill(chain)
+        with contextlib.suppress(TilestreamError):
+            storage.remove(notes, options)

@@ -1,0 +1,81 @@
+"""Where a run goes on, and whether what it goes on with is still the same recipe."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from typing import Any
+
+from streaming.errors import CheckpointError
+from trainer.run import checkpoints
+from trainer.run.config import Config, plain
+from trainer.run.guard import WatchConfig
+
+# What may change from one start of a run to the next without changing what is trained.
+FREE_FIELDS = {
+    "run": ("out",),
+    "data": (
+        *("catalog", "storage_options", "max_failed_share", "readers", "reader_cpus", "reader_labels"),
+        *("segment_blocks", "stall_s", "staging", "staging_gb", "requests_in_flight"),
+    ),
+    "model": ("init",),
+    "train": (
+        *("ranks", "gpu", "rank_cpus", "rank_labels", "rank_resources", "strategy"),
+        *("compile", "activation_checkpointing"),
+        *("log_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "max_restarts"),
+    ),
+    "watch": tuple(entry.name for entry in fields(WatchConfig)),
+}
+
+
+# What no force can change: another model's weights don't fit, another batch's next index lies within a step.
+_FIXED = ("model.", "train.batch", "augment.global_size")
+
+
+def recipe_changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
+    """Fields of the recipe that differ, with both values: those that may be forced, and those that can't be."""
+    was, becomes = _flat(plain(asdict(before))), _flat(plain(asdict(now)))
+    free = {f"{section}.{name}" for section, names in FREE_FIELDS.items() for name in names}
+    changed = [
+        key
+        for key in becomes | was
+        if was.get(key) != becomes.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in free)
+    ]
+    fixed = [key for key in changed if key.startswith(_FIXED) and key != "model.drop_path"]
+    told = {key: f"{key} {was.get(key)} (now {becomes.get(key)})" for key in changed}
+    return [told[key] for key in changed if key not in fixed], [told[key] for key in fixed]
+
+
+def _flat(values: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def resume_point(config: Config, catalog: str, *, force: bool = False) -> tuple[int, str | None]:
+    """The step to go on from and the checkpoint to load: the run's newest that is not damaged, if it has one.
+
+    catalog is its fingerprint. With `force`, another recipe or catalog is taken as meant.
+
+    Raises:
+        CheckpointError: it is of another model, or was trained by another recipe, or on another catalog or batch, so
+            that its next index would mean other tiles.
+    """
+    found = checkpoints.newest_good(config.run.out, config.data.storage_options)
+    if found is None:
+        return 0, None
+    meta = checkpoints.read_meta(found, config.data.storage_options)
+    before = checkpoints.read_config(found, config.data.storage_options)
+    changed, fixed = recipe_changes(before, config)
+    if fixed:
+        raise CheckpointError(
+            f"{found}: does not fit the configuration: {', '.join(fixed)}; set it back or set another run.out"
+        )
+    if meta.catalog != catalog:
+        changed.append(f"the catalog's content {meta.catalog} (now {catalog})")
+    if changed and not force:
+        raise CheckpointError(
+            f"{found}: trained by another recipe: {', '.join(changed)}; set it back, set another run.out, "
+            "or go on all the same with --force"
+        )
+    return meta.step, found
