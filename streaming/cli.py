@@ -249,10 +249,11 @@ def _pull(stream: TileStream, args: Namespace) -> None:
     from rich.console import Console
 
     from streaming import cluster
-    from streaming.delivery.failures import FailureBudget, FailureLog, failures_of
+    from streaming.delivery.failures import FailureBudget, FailureLog
     from streaming.delivery.stream import step_digest
     from streaming.delivery.time_use import TimeUse
     from streaming.progress import ProgressLine
+    from streaming.reading.batch import failures_of
 
     first, last = args.steps
     steps = iter(stream.steps(first, last))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from streaming.reading.reader import Batch
+from streaming.reading.batch import Batch, counters_of, failed_slides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,28 +74,17 @@ def _count(name: str, value: float, tag: str | None = None) -> None:
         _exported(name).inc(value, tags={key: tag} if key and tag else None)
 
 
-def stages_of(batch: Batch) -> dict[str, float]:
-    """What reading a batch took: `streaming.counters.Counters` by name; empty where the batch does not say."""
-    texts = [str(text) for text in batch["stages"][:1]]
-    return json.loads(texts[0]) if texts and texts[0] else {}
-
-
-def num_failed(batch: Batch) -> int:
-    """Tiles of a batch's indices that could not be read; a slide counts once an index, however often it was tried."""
-    return sum(len(dict(json.loads(text))) for text in map(str, batch["failures"]) if text)
-
-
 def export_read(batch: Batch) -> None:
     """Counts a batch that was read, in its reader's process."""
-    taken = stages_of(batch)
+    taken = counters_of(batch).as_dict()
     for key, name in _COUNTS.items():
-        _count(name, taken.get(key, 0))
+        _count(name, taken[key])
     for stage in STAGES:
-        _count("tilestream_stage_seconds_total", taken.get(f"{stage}_s", 0), stage)
-    other = taken.get("total_s", 0) - sum(taken.get(f"{stage}_s", 0) for stage in STAGES)
+        _count("tilestream_stage_seconds_total", taken[f"{stage}_s"], stage)
+    other = taken["total_s"] - sum(taken[f"{stage}_s"] for stage in STAGES)
     _count("tilestream_stage_seconds_total", other, "other")
     _count("tilestream_tiles_replaced_total", float(batch["filtered"].sum()), "filtered")
-    _count("tilestream_tiles_replaced_total", num_failed(batch), "failed")
+    _count("tilestream_tiles_replaced_total", len(failed_slides(batch)), "failed")
 
 
 def export_wait(seconds: float) -> None:

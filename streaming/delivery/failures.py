@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -12,7 +11,7 @@ import pyarrow as pa
 
 from streaming import storage
 from streaming.errors import StreamError
-from streaming.reading.reader import Batch
+from streaming.reading.batch import Batch, Failure, failed_slides
 
 FAILURES = "failures.parquet"
 SCHEMA = pa.schema(
@@ -21,25 +20,6 @@ SCHEMA = pa.schema(
 # A slide may give another reason for each of its blocks; past so many they are counted together.
 _MAX_REASONS = 20
 _OTHER = "other reasons"
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A tile that was replaced: of which sample index, slide, and why."""
-
-    index: int
-    slide: str
-    reason: str
-
-
-def failures_of(batch: Batch) -> list[Failure]:
-    """The failures of a batch of the reader's columns."""
-    return [
-        Failure(int(index), slide, reason)
-        for index, text in zip(batch["index"], batch["failures"], strict=True)
-        if text
-        for slide, reason in json.loads(text)
-    ]
 
 
 class _Counts:
@@ -138,18 +118,17 @@ class FailureBudget:
     reasons: dict[str, str] = field(default_factory=dict[str, str])
 
     def add(self, batch: Batch) -> None:
-        """Counts a batch of the reader's columns; a slide once an index, however often it was tried for it.
+        """Counts a batch of the reader's columns.
 
         Raises:
             StreamError: too many tiles failed; names the slide that failed most and why.
         """
         self.tiles += len(batch["index"])
         self.filtered += int(batch["filtered"].sum())
-        for text in batch["failures"]:
-            for slide, reason in dict(json.loads(text) if text else []).items():
-                self.failed += 1
-                self.by_slide[slide] += 1
-                self.reasons[slide] = reason
+        for failure in failed_slides(batch):
+            self.failed += 1
+            self.by_slide[failure.slide] += 1
+            self.reasons[failure.slide] = failure.reason
         expected = self.max_share * max(self.tiles, 100)
         if self.failed > expected + 5 * math.sqrt(expected):
             worst = self.by_slide.most_common(1)[0][0]

@@ -7,17 +7,20 @@ import gc
 import threading
 import time
 from collections.abc import Generator
-from typing import Any
+from typing import Any, cast
 
+import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
+from ray.data.block import BlockAccessor
 from ray.exceptions import RayError
 
 from streaming.catalog import Catalog
 from streaming.delivery.exported_metrics import export_read
 from streaming.delivery.pulses import PULSE_S, Pulse
 from streaming.plan import TilePlan
-from streaming.reading.reader import Batch, ReaderOptions, TileReader
+from streaming.reading.batch import ARROW_TYPES, Batch
+from streaming.reading.reader import ReaderOptions, TileReader
 from streaming.storage.ranges import oldest_request
 
 _ANSWER_S = 60.0
@@ -49,12 +52,12 @@ class ReaderActor:
         gc.freeze()
         gc.set_threshold(50_000)
 
-    def __call__(self, batch: Batch) -> Batch:
-        """Reads a batch of indices."""
+    def __call__(self, batch: Batch) -> pa.Table:
+        """Reads a batch of indices; a row a tile, with `TileReader`'s columns."""
         with self._at_work(int(batch["index"][0])) as deaths:
             tiles = self._read(batch, careful=deaths > 0)
         export_read(tiles)
-        return tiles
+        return block_of(tiles)
 
     @contextlib.contextmanager
     def _at_work(self, first: int) -> Generator[int]:
@@ -86,3 +89,12 @@ class ReaderActor:
             with contextlib.suppress(RayError):
                 chain.pulse.remote(self._name, pulse)
             time.sleep(PULSE_S)
+
+
+def block_of(batch: Batch) -> pa.Table:
+    """A batch as Ray Data's block, its columns of the same types in every block; Ray does not copy `tile`."""
+    numbers = {name: column for name, column in batch.items() if name not in ARROW_TYPES}
+    block = cast(pa.Table, BlockAccessor.batch_to_arrow_block(numbers))
+    for name, kind in ARROW_TYPES.items():
+        block = block.append_column(name, pa.array(batch[name], kind))
+    return block

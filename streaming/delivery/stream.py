@@ -24,7 +24,8 @@ from streaming.catalog import Catalog
 from streaming.delivery.chain import Readers, Source, chained, start_chain
 from streaming.errors import ConfigError, StreamError
 from streaming.plan import TilePlan
-from streaming.reading.reader import Batch, ReaderOptions, TileReader
+from streaming.reading.batch import Batch
+from streaming.reading.reader import ReaderOptions, TileReader
 
 
 @dataclass(frozen=True)
@@ -153,15 +154,15 @@ def _next(batches: Iterator[Batch]) -> Batch:
 
 
 class TorchCollate(NumpyBatchCollateFn):
-    """A reader's batch with tensors for numbers (no copy) and lists for texts."""
+    """A reader's batch with tensors for columns of numbers, without a copy."""
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
-        """Columns as tensors, `failures` and `stages` as lists of strings."""
+        """Numbers as tensors, `failures` and `counters` as they are."""
         # Reader actors import this module too: without torch they start two seconds earlier and are 200 MB smaller.
         from ray.data.util.torch_utils import convert_ndarray_to_torch_tensor
 
         return {
-            name: convert_ndarray_to_torch_tensor(column) if column.dtype.kind in "buif" else [str(x) for x in column]
+            name: convert_ndarray_to_torch_tensor(column) if column.dtype.kind in "buif" else column
             for name, column in batch.items()
         }
 

@@ -10,8 +10,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from streaming.delivery.exported_metrics import STAGES, stages_of
-from streaming.reading.reader import Batch
+from streaming.delivery.exported_metrics import STAGES
+from streaming.reading.batch import Batch, counters_of
 
 # A consumer that waits for less than this share of its time is what bounds the stream.
 _HARDLY = 0.1
@@ -35,11 +35,10 @@ class TimeUse:
 
     def add(self, batch: Batch, now_s: float | None = None) -> None:
         """Counts what reading a batch took; now_s, seconds since the epoch, is when it arrived."""
-        taken = stages_of(batch)
-        ended = taken.pop("ended_at", None)
-        self.totals.update(taken)
-        if ended is not None and now_s is not None:
-            self.stored.append(max(0.0, now_s - ended))  # the clocks of two machines may differ
+        self.totals.update(counters_of(batch).as_dict())
+        if now_s is not None:
+            ended_s = float(batch["ended_at"].max())
+            self.stored.append(max(0.0, now_s - ended_s))  # the clocks of two machines may differ
 
     def waited(self, seconds: float) -> None:
         """Counts a wait for a batch or a step."""

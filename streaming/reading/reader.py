@@ -7,7 +7,6 @@ two batches.
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from streaming.counters import Counters, counting
 from streaming.errors import ConfigError, SlideError, StorageError, StreamError
 from streaming.plan import TilePlan
 from streaming.plan.plan import TileSpecs
+from streaming.reading.batch import Batch, pack_counters, pack_failures
 from streaming.reading.hsv_rule import HsvRule
 from streaming.reading.isolated import CarefulPool
 from streaming.reading.slide_pool import SlidePool
@@ -32,8 +32,6 @@ from streaming.slide import Slide
 from streaming.slide.resample import Pixels
 from streaming.storage import ranges
 from streaming.storage.staging import Staging
-
-Batch = dict[str, NDArray[Any]]
 
 # A tile is replaced this often before the run is told that hardly anything passes: at 80 % rejected tiles, once in
 # 10^24 samples.
@@ -92,10 +90,9 @@ class TileReader:
         """Reads the tiles of `batch["index"]`, int64 (n,).
 
         Returns columns of n rows: `tile` uint8 (n, size, size, 3), `index`, `slide` (row of the catalog), `x`, `y`
-        (level-0 pixels), `mpp`, `filtered` (tiles of this index turned down by the HSV rule), `failures` (JSON list
-        of [slide, reason] of tiles of this index that could not be read; empty where none) and `stages` (in the first
-        row what this batch took, JSON of `streaming.counters.Counters`, and when it ended, `ended_at`; else empty).
-        With `careful`, tiles are read in a process apart, and one that crashes it has failed.
+        (level-0 pixels), `mpp`, `filtered` (tiles of this index turned down by the HSV rule), `ended_at` (when the
+        batch was read, seconds since the epoch), `failures` and `counters` (see `streaming.reading.batch`). With
+        `careful`, tiles are read in a process apart, and one that crashes it has failed.
 
         Raises:
             StreamError: hardly any tile passes.
@@ -108,10 +105,8 @@ class TileReader:
             counted.tiles = len(index)
         with self._lock:
             self._totals.add(counted)
-        stages = np.full(len(index), "", dtype=object)
-        taken = {name: round(value, 6) for name, value in counted.as_dict().items()}
-        stages[:1] = json.dumps({**taken, "ended_at": time()})
-        return {**columns, "stages": stages}
+        ended_at = np.full(len(index), time())
+        return {**columns, "ended_at": ended_at, "counters": pack_counters(counted, len(index))}
 
     @contextlib.contextmanager
     def _slides(self, careful: bool) -> Generator[SlidePool[int] | CarefulPool]:
@@ -149,8 +144,7 @@ class TileReader:
                     failures[pending[i]].append((self._plan.slides[int(specs.slide[i])], str(error)))
             pending = pending[list(failed)]
             if not failed:
-                reasons = np.array([json.dumps(entry) if entry else "" for entry in failures], dtype=np.str_)
-                return {"tile": tiles, **columns, "failures": reasons}
+                return {"tile": tiles, **columns, "failures": pack_failures(failures)}
         at = int(pending[0])
         last = f"the last could not be read: {failures[at][-1][1]}" if failures[at] else "the HSV rule turned them down"
         raise StreamError(

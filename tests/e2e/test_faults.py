@@ -1,7 +1,6 @@
 """Readers and nodes that are lost, join or can't start, on a Ray of several nodes; an undisturbed run is the oracle."""
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -23,7 +22,7 @@ from streaming.catalog import Catalog
 from streaming.delivery.stream import BatchShape, TileStream, step_digest
 from streaming.errors import StreamError
 from streaming.plan import TilePlan
-from streaming.reading.reader import Batch
+from streaming.reading.batch import Batch, failures_of
 from tests import odd_slides
 from tests.conftest import write_catalog
 from tests.odd_slides import OddCatalog
@@ -120,15 +119,16 @@ def test_a_tile_that_crashes_its_reader_is_replaced_as_one_that_can_t_be_read(
     deadly = frozenset({(int(undisturbed[step]["x"][at]), int(undisturbed[step]["y"][at]))})
     refusing = make_stream(catalog, deadly=deadly, sign=0, delay_s=0.0)
     wanted = list(refusing.local_batches(0, 6))
-    assert "refused" in wanted[step * RANKS + at // (BATCH // RANKS)]["failures"][at % (BATCH // RANKS)]
+    (refused,) = [failure for batch in wanted for failure in failures_of(batch)]
+    assert refused.index == step * BATCH + at
+    assert "refused" in refused.reason
     got = [batch for batches in make_stream(catalog, deadly=deadly, delay_s=0.0).steps(0, 6) for batch in batches]
-    failures: list[str] = []
     for mine, theirs in zip(got, wanted, strict=True):
         for name in ("index", "tile", "slide", "x", "y", "filtered"):
             assert np.array_equal(mine[name], theirs[name].numpy())
-        failures += [text for text in mine["failures"].tolist() if text]
-    assert len(failures) == 1
-    assert "crashes its decoder (SIGSEGV)" in failures[0]
+    (crashed,) = [failure for batch in got for failure in failures_of(batch)]
+    assert crashed.index == refused.index
+    assert "crashes its decoder (SIGSEGV)" in crashed.reason
 
 
 def test_a_lost_node_costs_no_tile_and_a_new_one_is_used(
@@ -164,10 +164,10 @@ def test_a_slide_that_is_deleted_and_one_that_turns_corrupt_cost_their_own_tiles
 
     def check(step: int, batch: Batch, wanted: dict[str, Any], row: int) -> None:
         assert batch["index"][row] == wanted["index"][row]
-        if not batch["failures"][row]:
+        if not len(batch["failures"][row]):
             assert np.array_equal(batch["tile"][row], wanted["tile"][row].numpy())
             return
-        failed = {Path(slide).name for slide, _ in json.loads(batch["failures"][row])}
+        failed = {Path(failure["slide"]).name for failure in batch["failures"][row]}
         # A tile of the undisturbed run may come from the kept slide because the rule turned down one of another.
         assert int(wanted["slide"][row]) in (deleted, corrupt) or int(wanted["filtered"][row])
         assert failed <= {copies[deleted].name, copies[corrupt].name}

@@ -1,6 +1,5 @@
 """What a user is told: errors across Ray, the failure budget, progress."""
 
-import json
 import pickle
 import re
 
@@ -13,11 +12,12 @@ from streaming import errors, progress
 from streaming.delivery.failures import FailureBudget
 from streaming.errors import ConfigError, SlideError, StorageError, StreamError, TilestreamError, root_cause
 from streaming.progress import ProgressLine
+from streaming.reading.batch import pack_failures
 
 
 def batch(n: int, failures: list[tuple[str, str]] = [], filtered: int = 0) -> dict:  # noqa: B006 never changed
-    texts = [json.dumps([failure]) for failure in failures] + [""] * (n - len(failures))
-    return {"index": np.arange(n), "filtered": np.full(n, filtered), "failures": np.array(texts)}
+    column = pack_failures([[failure] for failure in failures] + [[]] * (n - len(failures)))
+    return {"index": np.arange(n), "filtered": np.full(n, filtered), "failures": column}
 
 
 def test_every_error_of_the_family_pickles_and_stands_in_the_tree() -> None:

@@ -25,7 +25,7 @@ from streaming import cluster, storage
 from streaming.catalog.build import Rejected, find_slides
 from streaming.errors import ConfigError, SlideError
 from streaming.progress import ProgressLine
-from streaming.reading.reader import Batch
+from streaming.reading.batch import Batch
 from trainer.embed.files import REJECTED, SUFFIXES, Embedded, Format, open_writer
 from trainer.embed.model import Embedder, Precision, Token, load_model, resolve
 from trainer.embed.tiling import Geometry, Grid, GridPlan, GridReader

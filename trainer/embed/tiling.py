@@ -16,7 +16,7 @@ from streaming.catalog.build import Rejected, inspect
 from streaming.catalog.catalog import Inspected
 from streaming.catalog.tissue import CELL_UM, window_fraction
 from streaming.errors import SlideError, StorageError
-from streaming.reading.reader import Batch
+from streaming.reading.batch import Batch
 from streaming.reading.slide_pool import SlidePool
 from streaming.slide import Slide, open_slide
 from streaming.slide.resample import Pixels

@@ -14,9 +14,10 @@ import pyarrow as pa
 import ray.util.queue
 
 from streaming import storage
-from streaming.delivery.failures import Failure, FailureLog
+from streaming.delivery.failures import FailureLog
 from streaming.errors import StorageError
 from streaming.progress import ProgressLine
+from streaming.reading.batch import Failure
 from trainer.run.config import Config
 from trainer.run.trackers import Trackers
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from streaming.delivery.exported_metrics import export_wait
-from streaming.delivery.failures import Failure, FailureBudget, failures_of
+from streaming.delivery.failures import FailureBudget
 from streaming.errors import StreamError
+from streaming.reading.batch import Failure, failures_of
 from trainer.run.config import Config
 
 

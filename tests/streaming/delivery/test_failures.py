@@ -1,6 +1,5 @@
 """The log of replaced tiles: each failure once, however often a run goes back to its checkpoint."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streaming import storage
-from streaming.delivery.failures import FAILURES, Failure, FailureLog, failures_of
+from streaming.delivery.failures import FAILURES, FailureLog
+from streaming.reading.batch import Failure, failures_of, pack_failures
 
 
 def test_the_failures_of_a_batch_are_those_of_its_indices() -> None:
-    texts = ["", json.dumps([["a.svs", "broken"], ["b.svs", "gone"]]), json.dumps([["a.svs", "broken"]])]
-    batch = {"index": np.array([7, 8, 9]), "failures": np.array(texts)}
+    failures = [[], [("a.svs", "broken"), ("b.svs", "gone")], [("a.svs", "broken")]]
+    batch = {"index": np.array([7, 8, 9]), "failures": pack_failures(failures)}
     assert failures_of(batch) == [
         Failure(8, "a.svs", "broken"),
         Failure(8, "b.svs", "gone"),

@@ -1,7 +1,6 @@
 """Where the time goes: what is counted, what is said of it, and what Ray's endpoint shows."""
 
 import io
-import json
 import re
 import time
 import urllib.request
@@ -10,15 +9,17 @@ from collections import Counter
 import numpy as np
 import pytest
 import ray
+from ray.data.block import BlockAccessor
 from rich.console import Console
 
 from streaming import cluster
 from streaming.catalog import Catalog
 from streaming.counters import Counters
-from streaming.delivery.exported_metrics import METRICS, STAGES, export_read, export_wait, num_failed, stages_of
+from streaming.delivery.exported_metrics import METRICS, STAGES, export_read, export_wait
 from streaming.delivery.reader_actor import ReaderActor
 from streaming.delivery.time_use import TimeUse, percentiles
 from streaming.plan import TilePlan
+from streaming.reading.batch import counters_of, failed_slides, pack_counters, pack_failures
 from streaming.reading.hsv_rule import HsvRule
 from streaming.reading.reader import ReaderOptions, TileReader
 
@@ -26,7 +27,7 @@ from streaming.reading.reader import ReaderOptions, TileReader
 def use(waited_s: float = 5.0, **seconds: float) -> TimeUse:
     found = TimeUse()
     counted = Counters(total_s=sum(seconds.values()), tiles=100, **{f"{name}_s": s for name, s in seconds.items()})
-    found.add({"stages": np.array([json.dumps(counted.as_dict())])})
+    found.add({"counters": pack_counters(counted, 1)})
     found.waited(waited_s)
     return found
 
@@ -60,7 +61,7 @@ def test_storage_that_throttles_is_named_with_its_remedy() -> None:
 
 def test_time_in_no_stage_is_shown_and_can_be_the_bottleneck() -> None:
     found = TimeUse()
-    found.add({"stages": np.array([json.dumps({"decode_s": 2.0, "total_s": 10.0, "tiles": 10.0}), ""])})
+    found.add({"counters": pack_counters(Counters(decode_s=2.0, total_s=10.0, tiles=10.0), 2)})
     found.waited(9.0)
     assert found.seconds()["other"] == 8
     assert "Ray and Python: 80%" in found.bottleneck(10.0)
@@ -87,16 +88,17 @@ def test_the_closing_table_has_every_stage_and_the_waits() -> None:
 
 
 def test_a_slide_that_fails_counts_once_an_index() -> None:
-    twice = json.dumps([["a.svs", "cut"], ["a.svs", "cut"], ["b.svs", "cut"]])
-    assert num_failed({"failures": np.array([twice, "", json.dumps([["a.svs", "cut"]])])}) == 3
+    twice = [("a.svs", "cut"), ("a.svs", "cut"), ("b.svs", "cut")]
+    failures = pack_failures([twice, [], [("a.svs", "cut")]])
+    assert len(failed_slides({"index": np.arange(3), "failures": failures})) == 3
 
 
 def test_what_a_reader_counts_lies_within_its_time(catalog: str) -> None:
     loaded = Catalog.load(catalog)
     batch = TileReader(TilePlan(loaded, mpp={0.5: 1}, size=64), loaded, ReaderOptions())({"index": np.arange(32)})
-    found, taken = TimeUse(), stages_of(batch)
+    found, taken = TimeUse(), counters_of(batch).as_dict()
     assert {f"{stage}_s" for stage in STAGES} <= set(taken)
-    found.add(batch, taken["ended_at"] + 0.25)
+    found.add(batch, batch["ended_at"][0] + 0.25)
     assert list(found.stored) == pytest.approx([0.25])
     assert sum(found.seconds().values()) == pytest.approx(taken["total_s"], rel=0.01)
     assert sum(found.shares().values()) == pytest.approx(1)
@@ -126,15 +128,16 @@ def test_ray_s_endpoint_shows_what_readers_and_ranks_counted(catalog: str) -> No
     options = ReaderOptions(hsv_rule=HsvRule(min_share=0.9))
     plan, reader = TilePlan(loaded, mpp={0.5: 1}, size=64), ray.remote(ReaderActor)
     actors = [reader.remote(ray.put(plan), ray.put(loaded), options, None) for _ in range(2)]
-    batches = ray.get([actor.__call__.remote({"index": np.arange(32) + 32 * i}) for i, actor in enumerate(actors)])
+    blocks = ray.get([actor.__call__.remote({"index": np.arange(32) + 32 * i}) for i, actor in enumerate(actors)])
+    batches = [BlockAccessor.for_block(block).to_numpy() for block in blocks]
     for wait in (0.02, 0.2):
         export_wait(wait)
     # Files need no second try: one that storage had made wait.
-    tried = {"stages": np.array([json.dumps({"retries": 3})]), "filtered": np.zeros(1), "failures": np.array([""])}
-    export_read(tried)
+    tried = {"index": np.zeros(1), "filtered": np.zeros(1), "failures": pack_failures([[]])}
+    export_read({**tried, "counters": pack_counters(Counters(retries=3), 1)})
     total = Counter[str]()
     for batch in batches:
-        total.update({name: value for name, value in stages_of(batch).items() if name != "ended_at"})
+        total.update(counters_of(batch).as_dict())
     filtered = sum(int(batch["filtered"].sum()) for batch in batches)
     assert filtered > 0
     wanted = {

@@ -8,9 +8,9 @@ import pytest
 
 from streaming import storage
 from streaming.catalog import Catalog
-from streaming.delivery.exported_metrics import stages_of
 from streaming.plan import TilePlan
 from streaming.plan.universe import Universe
+from streaming.reading.batch import counters_of
 from streaming.reading.hsv_rule import HsvRule
 from streaming.reading.reader import ReaderOptions, TileReader
 from streaming.storage.staging import Staging
@@ -46,8 +46,8 @@ def downloads(catalog: Catalog, universe: Universe, folder: Path, num_windows: i
     for window in range(num_windows):
         readers = [TileReader(plan, catalog, options) for _ in range(2)]
         batches = np.split(np.arange(window * WINDOW, (window + 1) * WINDOW), 8)
-        taken = [stages_of(readers[i % 2]({"index": batch})) for i, batch in enumerate(batches)]
-        fetched.append(int(sum(entry["staged_misses"] for entry in taken)))
+        taken = [counters_of(readers[i % 2]({"index": batch})) for i, batch in enumerate(batches)]
+        fetched.append(int(sum(entry.staged_misses for entry in taken)))
     return fetched
 
 

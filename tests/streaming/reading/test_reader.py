@@ -1,6 +1,5 @@
 """From a slide's bytes to a batch: OpenSlide is the oracle for pixels."""
 
-import json
 import os
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from streaming.catalog.tissue import tissue_grid, window_fraction
 from streaming.delivery.failures import FailureBudget
 from streaming.errors import SlideError, StorageError, StreamError
 from streaming.plan import TilePlan
+from streaming.reading.batch import counters_of, failures_of, pack_failures
 from streaming.reading.hsv_rule import HsvRule
 from streaming.reading.reader import ReaderOptions, TileReader
 from streaming.slide import open_slide
@@ -185,16 +185,16 @@ def test_tiles_of_an_unreadable_slide_are_replaced_alike_every_time_and_recorded
     one, two = read(catalog), read(catalog)
     assert np.array_equal(one["tile"], two["tile"])
     assert 1 not in one["slide"]
-    failed = [json.loads(text) for text in one["failures"] if text]
+    failed = failures_of(one)
     assert failed
-    assert {slide for entries in failed for slide, _ in entries} == {str(copies[1])}
+    assert {failure.slide for failure in failed} == {str(copies[1])}
     budget = FailureBudget(max_share=0.01)
     with pytest.raises(StreamError, match=str(copies[1])):
         budget.add(one)
     tolerant = FailureBudget(max_share=0.9)
     tolerant.add(one)
     # A slide counts once an index, however often it was tried for it.
-    assert tolerant.failed == sum(len(dict(entries)) for entries in failed)
+    assert tolerant.failed == len({(failure.index, failure.slide) for failure in failed})
 
 
 def test_tiles_that_the_hsv_rule_turns_down_are_replaced_and_counted_apart(catalog: str) -> None:
@@ -202,7 +202,7 @@ def test_tiles_that_the_hsv_rule_turns_down_are_replaced_and_counted_apart(catal
     strict = read(loaded, rule=HsvRule(min_share=0.95))
     assert strict["filtered"].sum() > 0
     assert all(HsvRule(min_share=0.95).accepts(tile) for tile in strict["tile"])
-    assert not any(strict["failures"])
+    assert not failures_of(strict)
     kept = strict["filtered"] == 0
     loose = read(loaded, rule=HsvRule(min_share=0))
     assert np.array_equal(strict["tile"][kept], loose["tile"][kept])
@@ -210,8 +210,8 @@ def test_tiles_that_the_hsv_rule_turns_down_are_replaced_and_counted_apart(catal
 
 def test_a_single_bad_tile_stops_nothing_and_a_share_past_the_limit_does() -> None:
     def batch(failures: int) -> dict:
-        texts = np.array([json.dumps([["a.svs", "broken"]])] * failures + [""] * (32 - failures))
-        return {"index": np.arange(32), "filtered": np.zeros(32, int), "failures": texts}
+        column = pack_failures([[("a.svs", "broken")]] * failures + [[]] * (32 - failures))
+        return {"index": np.arange(32), "filtered": np.zeros(32, int), "failures": column}
 
     budget = FailureBudget(max_share=0.01)
     budget.add(batch(1))
@@ -226,8 +226,8 @@ def test_a_batch_tells_what_it_took_and_a_reader_the_sum(catalog: str) -> None:
     plan = TilePlan(loaded, mpp={0.25: 1, 1.5: 1}, size=64)
     reader = TileReader(plan, loaded, ReaderOptions(hsv_rule=HsvRule(min_share=0.9)))
     batches = [reader({"index": np.arange(at, at + 16)}) for at in (0, 16)]
-    told = [json.loads(batch["stages"][0]) for batch in batches]
-    assert not any(text for batch in batches for text in batch["stages"][1:])
+    told = [counters_of(batch).as_dict() for batch in batches]
+    assert not any(row for batch in batches for row in batch["counters"][1:])
     for name, total in reader.counters().items():
         assert total == pytest.approx(sum(entry[name] for entry in told), abs=1e-5), name
     stages = ["plan_s", "open_s", "request_s", "fetch_s", "decode_s", "assemble_s", "resample_s", "filter_s"]

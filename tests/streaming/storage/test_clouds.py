@@ -24,6 +24,7 @@ from streaming.catalog.build import find_slides, inspect
 from streaming.catalog.catalog import merge, part_of, write
 from streaming.errors import StorageError
 from streaming.plan import TilePlan
+from streaming.reading.batch import failures_of
 from streaming.reading.reader import ReaderOptions, TileReader
 from streaming.slide import open_slide
 from streaming.storage import clients, cloud_settings
@@ -104,7 +105,7 @@ def assert_serves_a_catalog(root: str, slides: list[Path], options: Options, tmp
     assert set(batch["slide"]) == set(range(len(slides)))
     for tile, slide, x, y, mpp in zip(*(batch[k] for k in ("tile", "slide", "x", "y", "mpp")), strict=True):
         assert np.array_equal(tile, local[slide].read_tile(int(x), int(y), float(mpp), 64))
-    assert not any(batch["failures"])
+    assert not failures_of(batch)
 
 
 def assert_versions_and_errors(root: str, options: Options) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from streaming.catalog.build import find_slides
-from streaming.reading.reader import Batch
+from streaming.reading.batch import Batch
 from streaming.synthetic.drawing import SyntheticSlide, TissueClass, tissue_classes
 from tests.trainer.publish.test_export import SMALL
 from trainer.cli import main
