@@ -7,6 +7,8 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
+from streaming.plan.decisions import Decision
+
 Indices = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
@@ -23,11 +25,11 @@ def mix64(values: Words) -> Words:
     return z ^ (z >> np.uint64(31))
 
 
-def hashed(seed: int, *words: Indices) -> Words:
-    """64 random bits for each row of words, int64 that broadcast to (n,)."""
+def hashed(seed: int, *words: Indices | Decision) -> Words:
+    """64 random bits for each row of words: a decision, and int64 that broadcast to (n,)."""
     state = mix64(np.array([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64) + _GOLDEN)
     for word in words:
-        state = mix64((state ^ mix64(word.astype(np.uint64) + _GOLDEN)) + _GOLDEN)
+        state = mix64((state ^ mix64(np.atleast_1d(word).astype(np.uint64) + _GOLDEN)) + _GOLDEN)
     return state
 
 
@@ -36,9 +38,9 @@ def unit(bits: Words) -> NDArray[np.float64]:
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def uniform(seed: int, index: Indices, counter: Indices, decision: int) -> NDArray[np.float64]:
+def uniform(seed: int, index: Indices, counter: Indices, decision: Decision) -> NDArray[np.float64]:
     """Independent uniform numbers in [0, 1), float64 (n,), by hashing (seed, index, counter, decision)."""
-    return unit(hashed(seed, index, counter, np.array([decision], dtype=np.int64)))
+    return unit(hashed(seed, index, counter, decision))
 
 
 def evenly(start: Words, step: Indices) -> NDArray[np.float64]:

@@ -6,8 +6,8 @@ architecture). Every random number is a hash of (seed, index, attempt, what it d
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from streaming.catalog.tissue import CELL_UM, window_fraction
 from streaming.catalog.tissue_map import CHUNK, padded
 from streaming.errors import ConfigError, PlanError
 from streaming.plan.counter_random import Indices, uniform
+from streaming.plan.decisions import Decision
 from streaming.plan.slide_choice import MAX_TRIES, Choice, SlideChooser
 from streaming.plan.universe import ShuffleQuality, Universe, shuffle_quality
 
@@ -25,10 +26,6 @@ DEFAULT_MPP: Mapping[float, float] = {0.25: 1, 0.5: 1, 1.0: 1, 2.0: 1}
 
 # So many tiles are drawn at once: bounds what is mapped of a large catalog's tissue, some 50 KB a tile.
 _MAX_DRAW = 2048
-
-# What a random number decides; new decisions get new numbers, so that old plans stay what they were. 0 to 2 are
-# `streaming.plan.slide_choice`'s.
-_CELL, _CELL_X, _CELL_Y, _OFFSET_X, _OFFSET_Y = range(3, 8)
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,21 @@ class TileSpecs:
 
     def __len__(self) -> int:
         return len(self.index)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Drawn places as columns (n,): slides, level-0 corners, and whether enough tissue lies there."""
+
+    slide: NDArray[np.int32]
+    x: NDArray[np.int64]
+    y: NDArray[np.int64]
+    on_tissue: NDArray[np.bool_]
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Places]) -> _Places:
+        """Places one after another; at least one part."""
+        return cls(*(np.concatenate([getattr(part, entry.name) for part in parts]) for entry in fields(cls)))
 
 
 class TilePlan:
@@ -93,7 +105,7 @@ class TilePlan:
         self.min_tissue = min_tissue
         self._slides, self._tissue = catalog.slides(), catalog.tissue
         self._slide_mpp = catalog.column("mpp")
-        self._extent_limit = np.stack([catalog.column("width"), catalog.column("height")])
+        self._width, self._height = catalog.column("width"), catalog.column("height")
         self._rows = catalog.column("tissue_rows").astype(np.int64)
         self._columns = catalog.column("tissue_columns").astype(np.int64)
         self._start, self._total = catalog.column("tissue_offset"), catalog.column("tissue_total")
@@ -162,14 +174,9 @@ class TilePlan:
         slide, x, y = np.zeros(len(index), np.int32), np.zeros(len(index), np.int64), np.zeros(len(index), np.int64)
         pending = np.arange(len(index))
         for trial in range(MAX_TRIES):
-            enough = np.zeros(len(pending), dtype=np.bool_)
-            for first in range(0, len(pending), _MAX_DRAW):
-                part = slice(first, first + _MAX_DRAW)
-                at = pending[part]
-                drawn = self._draw(choice[at], attempt[at], trial)
-                slide[at], x[at], y[at], enough[part] = drawn
-                self._tissue.release()
-            pending = pending[~enough]
+            found = self._draw(choice[pending], attempt[pending], trial)
+            slide[pending], x[pending], y[pending] = found.slide, found.x, found.y
+            pending = pending[~found.on_tissue]
             if not len(pending):
                 return TileSpecs(index, attempt, slide, x, y, self._mpp_values[choice.mpp_row], self.size)
         mpp = self._mpp_values[choice.mpp_row[pending[0]]]
@@ -178,43 +185,57 @@ class TilePlan:
             f"lower data.min_tissue or take {mpp} out of data.mpp"
         )
 
-    def _draw(
-        self, choice: Choice, attempt: NDArray[np.int32], trial: int
-    ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-        """Slides and corners of one draw, and which of them lie on enough tissue."""
+    def _draw(self, choice: Choice, attempt: NDArray[np.int32], trial: int) -> _Places:
+        """One draw of places, in parts that bound what is mapped of the catalog's tissue."""
+        found: list[_Places] = []
+        for first in range(0, max(1, len(attempt)), _MAX_DRAW):
+            part = np.arange(first, min(first + _MAX_DRAW, len(attempt)))
+            found.append(self._draw_part(choice[part], attempt[part], trial))
+            self._tissue.release()
+        return found[0] if len(found) == 1 else _Places.joined(found)
+
+    def _draw_part(self, choice: Choice, attempt: NDArray[np.int32], trial: int) -> _Places:
         counter = attempt.astype(np.int64) * MAX_TRIES + trial
 
-        def number(decision: int) -> NDArray[np.float64]:
+        def number(decision: Decision) -> NDArray[np.float64]:
             return uniform(self._chooser.place_seed, choice.key, counter, decision)
 
         slide, tile_mpp = self._chooser.slides(choice, attempt, trial), self._mpp_values[choice.mpp_row]
-        cell = self._drawn_cell(slide, number(_CELL))
-        cell_px = CELL_UM / self._slide_mpp[slide]
-        extent = self.size * tile_mpp / self._slide_mpp[slide]
+        cell = self._drawn_cell(slide, number(Decision.CELL))
+        column, row = cell % self._columns[slide], cell // self._columns[slide]
+        x_cells, y_cells = column + number(Decision.CELL_X), row + number(Decision.CELL_Y)
+        x = self._corner(slide, tile_mpp, self._width[slide], x_cells, number(Decision.OFFSET_X))
+        y = self._corner(slide, tile_mpp, self._height[slide], y_cells, number(Decision.OFFSET_Y))
+        return _Places(slide, x, y, self._tissue_share(slide, x, y, choice.mpp_row) >= self.min_tissue)
+
+    def _corner(
+        self,
+        slide: NDArray[np.int32],
+        tile_mpp: NDArray[np.float64],
+        length: NDArray[np.int64],
+        point_cells: NDArray[np.float64],
+        offset: NDArray[np.float64],
+    ) -> NDArray[np.int64]:
+        """Level-0 pixels at which tiles begin along one axis, int64 (n,); length is the slides' along it.
+
+        A tile lies around a point on tissue, which is given in cells of the tissue grid: anywhere, by `offset` from 0
+        to 1, that keeps the point in the tile and the tile on the slide. So places are drawn in proportion to their
+        tissue, and none piles up at the slide's edges.
+        """
+        slide_mpp = self._slide_mpp[slide]
+        extent = self.size * tile_mpp / slide_mpp
+        last, point = np.floor(length - extent), point_cells * (CELL_UM / slide_mpp)
+        low, high = np.clip(point - extent, 0, last), np.clip(point, 0, last)
+        drawn = np.floor(low + offset * (high - low)).astype(np.int64)
         # Corners are whole pixels of the tile: then a JPEG block can be decoded at 1/2, 1/4 or 1/8.
-        whole = np.maximum(1, np.rint(tile_mpp / self._slide_mpp[slide])).astype(np.int64)
-        # A point on tissue, then a tile around it, anywhere that keeps the point in the tile and the tile on the slide:
-        # places are drawn in proportion to their tissue, and none piles up at the slide's edges.
-        corner: list[NDArray[np.int64]] = []
-        for axis, (position, inside, offset) in enumerate(
-            [
-                (cell % self._columns[slide], _CELL_X, _OFFSET_X),
-                (cell // self._columns[slide], _CELL_Y, _OFFSET_Y),
-            ]
-        ):
-            last = np.floor(self._extent_limit[axis, slide] - extent)
-            point = (position + number(inside)) * cell_px
-            low, high = np.clip(point - extent, 0, last), np.clip(point, 0, last)
-            drawn = np.floor(low + number(offset) * (high - low)).astype(np.int64)
-            corner.append(drawn - drawn % whole)
-        x, y = corner
-        return slide, x, y, self._tissue_share(slide, x, y, choice.mpp_row) >= self.min_tissue
+        return drawn - drawn % np.maximum(1, np.rint(tile_mpp / slide_mpp)).astype(np.int64)
 
     def _drawn_cell(self, slide: NDArray[np.int32], number: NDArray[np.float64]) -> Indices:
-        """A cell of each slide's grid, as likely as it has tissue."""
+        """A cell of each slide's tissue grid, as likely as it has tissue."""
         sums, start = self._tissue.sums, self._start[slide]
         wanted = sums[start // CHUNK] + (number * self._total[slide]).astype(np.int64)
-        # The last chunk that begins at or before it. `searchsorted` would look all over the file, each look some pages.
+        # By bisection among the slide's own chunks, the last one whose sum is not above `wanted`. `searchsorted` would
+        # look all over the file of all slides, and bring in a page or more with each look.
         chunk, behind = start // CHUNK, (start + self._padded[slide]) // CHUNK
         for _ in range(self._bisections):
             middle = (chunk + behind) // 2

@@ -1,4 +1,4 @@
-"""Which slide and magnification each sample index draws, before a place on the slide: the plan's first half."""
+"""Which slide and magnification each sample index draws; where on the slide comes after (`streaming.plan.plan`)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from streaming.catalog import Catalog
 from streaming.errors import ConfigError, PlanError
 from streaming.plan.counter_random import Indices, evenly, hashed, text_keys, uniform
+from streaming.plan.decisions import Decision
 from streaming.plan.universe import Universe, block_quotas, chosen_slides, dealt, exhaustive, patient_ids, window_shares
 
 # A draw that lands on too little tissue is drawn again: on the same slide first, so that slides with ragged tissue are
@@ -24,11 +25,8 @@ _OWN_TRIES, _OWN_ATTEMPTS = 32, 4
 # Then it is one of its window's slides; if these can't be read either, of any.
 _WINDOW_ATTEMPTS = 16
 
-# What a random number decides; `streaming.plan` has those from 3 on. The last ones are of small universes.
-_MPP, _COHORT, _SLIDE = range(3)
-_TILE, _MAGNIFICATION = 50, 51
-
-_NONE = np.zeros(1, dtype=np.int64)
+# The counter of decisions that an index takes once, however often its place is drawn again.
+_ONCE = np.zeros(1, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -137,12 +135,13 @@ class SlideChooser:
         """What indices, int64 (n,), draw."""
         if self._universe.draws_tiles:
             return self._choose_tiles(index)
-        mpp_row = np.searchsorted(self._mpp_cumulative, uniform(self._seed, index, _NONE, _MPP), side="right")
+        number = uniform(self._seed, index, _ONCE, Decision.MAGNIFICATION)
+        mpp_row = np.searchsorted(self._mpp_cumulative, number, side="right")
         cohort = self._drawn_cohort(index, self._cohort_cumulative[mpp_row])
         return Choice(index, mpp_row, cohort, None, None)
 
     def _drawn_cohort(self, index: Indices, cumulative: NDArray[np.float64]) -> Indices:
-        return (uniform(self._seed, index, _NONE, _COHORT)[:, None] >= cumulative).sum(axis=1)
+        return (uniform(self._seed, index, _ONCE, Decision.COHORT)[:, None] >= cumulative).sum(axis=1)
 
     def _choose_tiles(self, index: Indices) -> Choice:
         num_tiles, window = self._universe.tiles_per_slide, None
@@ -151,20 +150,20 @@ class SlideChooser:
             position, tile = at // num_tiles, at % num_tiles
         else:
             cohort = self._drawn_cohort(index, self._stratum_cumulative)
-            number = uniform(self._seed, index, _NONE, _SLIDE)
+            number = uniform(self._seed, index, _ONCE, Decision.SLIDE)
             if self._universe.window is None:
                 position = (number * self._stratum_size[cohort]).astype(np.int64)
             else:
                 window = index // self._universe.window
                 position = self._dealt(window, number, cohort)
-            tile = (uniform(self._seed, index, _NONE, _TILE) * (num_tiles or 1)).astype(np.int64)
+            tile = (uniform(self._seed, index, _ONCE, Decision.TILE) * (num_tiles or 1)).astype(np.int64)
         own = self._stratum[self._stratum_start[cohort] + position]
         if num_tiles is None:
-            key, number = index, uniform(self._seed, index, _NONE, _MPP)
+            key, number = index, uniform(self._seed, index, _ONCE, Decision.MAGNIFICATION)
         else:
             of_slide = self._slide_key[own]
             key = hashed(self._universe.seed, of_slide, tile).astype(np.int64)
-            number = evenly(hashed(self._universe.seed, np.array([_MAGNIFICATION]), of_slide), tile)
+            number = evenly(hashed(self._universe.seed, Decision.MAGNIFICATION_OF_TILE, of_slide), tile)
         mpp_row = (number[:, None] >= self._slide_mpp[own]).sum(axis=1)
         return Choice(key, mpp_row, cohort, own, window)
 
@@ -175,7 +174,7 @@ class SlideChooser:
     def slides(self, choice: Choice, attempt: NDArray[np.int32], trial: int) -> NDArray[np.int32]:
         """The slides of one draw, rows of the catalog, int32 (n,)."""
         counter = attempt.astype(np.int64) * MAX_TRIES + trial // TRIES_PER_SLIDE
-        number = uniform(self.place_seed, choice.key, counter, _SLIDE)
+        number = uniform(self.place_seed, choice.key, counter, Decision.SLIDE)
         pool = choice.mpp_row * self._cohort_cumulative.shape[1] + choice.cohort
         slide = self._pool[self._pool_start[pool] + (number * self._pool_size[pool]).astype(np.int64)]
         if choice.own is None:

@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 
 from streaming.errors import ConfigError
 from streaming.plan.counter_random import Indices, hashed, permuted, text_keys
+from streaming.plan.decisions import Decision
 
-# What a number of this module is for; those of `streaming.plan` count from 0.
-_PATIENT, _BLOCK, _EPOCH, _DEAL = range(100, 104)
 _MAX_BLOCK = 10_000
 
 
@@ -73,7 +72,7 @@ def chosen_slides(slides: Sequence[str], patients: Sequence[str | None], share: 
     # A patient's place must not depend on who else is in the catalog.
     names = np.empty(len(counts), dtype=object)
     names[ids] = [_name(slide, patient) for slide, patient in zip(slides, patients, strict=True)]
-    keys = hashed(seed, np.array([_PATIENT]), text_keys([str(name) for name in names]))
+    keys = hashed(seed, Decision.PATIENT, text_keys([str(name) for name in names]))
     order = np.argsort(keys, kind="stable")
     wanted = share * len(slides) * (1 - 1e-12)
     taken = np.concatenate([[0], np.cumsum(counts[order])[:-1]]) < wanted
@@ -119,11 +118,11 @@ def exhaustive(index: Indices, quotas: Indices, sizes: Indices, seed: int) -> tu
     starts = np.concatenate([[0], np.cumsum(quotas)])
     block, place = index // block_size, index % block_size
     if block_size > 1:
-        place = permuted(place, block_size, hashed(seed, np.array([_BLOCK]), block))
+        place = permuted(place, block_size, hashed(seed, Decision.BLOCK_ORDER, block))
     stratum = np.searchsorted(starts, place, side="right") - 1
     count = block * quotas[stratum] + place - starts[stratum]
     size = sizes[stratum]
-    key = hashed(seed, np.array([_EPOCH]), stratum, count // size)
+    key = hashed(seed, Decision.EPOCH_ORDER, stratum, count // size)
     return stratum, permuted(count % size, size, key)
 
 
@@ -147,7 +146,7 @@ def dealt(window: Indices, slot: Indices, stratum: Indices, shares: Indices, siz
     A stratum's slides are dealt to the windows one after the other in a random order, then anew in another.
     """
     count, size = window * shares[stratum] + slot, sizes[stratum]
-    return permuted(count % size, size, hashed(seed, np.array([_DEAL]), stratum, count // size))
+    return permuted(count % size, size, hashed(seed, Decision.WINDOW_DEAL, stratum, count // size))
 
 
 @dataclass(frozen=True, kw_only=True)

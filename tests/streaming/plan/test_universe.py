@@ -1,5 +1,6 @@
 """Which tiles a run may draw, and in what order."""
 
+import hashlib
 import json
 import pickle
 import tempfile
@@ -113,6 +114,26 @@ def test_without_replacement_each_tile_comes_once_an_epoch(
     found = tiles(exhaustive, one_epoch)
     assert len(set(found)) == 24 * num
     assert set(Counter(slide for slide, *_ in found).values()) == {num}
+
+
+@pytest.mark.parametrize(
+    ("universe", "digest"),
+    [
+        ({}, "320b3ab8c3b163e013edb98f99cf7660b2b5b450fbf3ae01efc4569c57cc2b18"),
+        (
+            {"slides": 0.5, "tiles_per_slide": 7, "replacement": False},
+            "6a144ea959c51d0be094e92b685f2273e47a4bf0ee0a9efcc973543feb3f659d",
+        ),
+        ({"window": 64, "window_slides": 4}, "8a87e9e2808fbd76fbbe78514cb417f4c95bd2ba4bbc0eea44391b48c8666696"),
+    ],
+)
+def test_known_universes_give_known_tiles_in_every_version(universe: dict, digest: str) -> None:
+    found = hashlib.sha256()
+    for attempt in (0, 5):
+        specs = plan(3, cohorts=COHORTS, **universe).specs(np.arange(1000), np.full(1000, attempt, np.int32))
+        for column in (specs.slide, specs.x, specs.y, specs.mpp):
+            found.update(column.tobytes())
+    assert found.hexdigest() == digest
 
 
 def test_epochs_have_orders_of_their_own_and_the_same_tiles() -> None:
