@@ -26,8 +26,9 @@ from streaming import cluster, storage
 from streaming.catalog.build import find_slides
 from streaming.synthetic.drawing import SyntheticSlide
 from streaming.synthetic.svs import write_slide
-from trainer.embed.job import EmbedOptions, Job, embed, rows_of
+from trainer.embed.job import Job, embed, rows_of
 from trainer.embed.model import load_model
+from trainer.embed.options import EmbedOptions
 from trainer.run import checkpoints
 from trainer.run.config import read_config
 from trainer.run.fit import make_module

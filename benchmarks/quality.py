@@ -29,8 +29,9 @@ from streaming.synthetic.svs import write_slide
 from trainer.embed.model import Model, load_model, model_of
 from trainer.evaluate.annotations import TileGrid
 from trainer.evaluate.datasets import read_dataset
+from trainer.evaluate.options import EvaluateOptions
 from trainer.evaluate.scores import Score
-from trainer.evaluate.scoring import EvaluateOptions, evaluate_model
+from trainer.evaluate.scoring import evaluate_model
 from trainer.run.config import Config, read_config
 from trainer.run.fit import make_module
 from trainer.run.train import train

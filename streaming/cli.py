@@ -1,113 +1,43 @@
-"""The commands that need no model: `tilestream catalog`, `stream`, `bench`, `doctor` and `capacity`."""
+"""The commands that need no model: `tilestream catalog`, `stream`, `bench` and `doctor`."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from streaming import storage
+from streaming.command_line import (
+    add_command,
+    add_options,
+    add_storage_options,
+    named_weights,
+    out,
+    pair,
+    read_options,
+    storage_options,
+    weights,
+)
+from streaming.delivery.chain import Readers
 from streaming.errors import ConfigError
+from streaming.plan.plan import DEFAULT_MPP
+from streaming.plan.universe import Universe
+from streaming.reading.reader import ReaderOptions
 from streaming.storage.staging import Staging
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from streaming.catalog import Catalog
     from streaming.delivery.stream import TileStream
     from streaming.plan import TilePlan
-
-Command = Callable[[Namespace], None]
-
-
-class OneLineParser(ArgumentParser):
-    """A parser that says what is wrong in one line and exits 2."""
-
-    def error(self, message: str) -> NoReturn:
-        """Prints the line; `--help` shows the rest."""
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
-def out(line: str = "") -> None:
-    """A line of a command's result."""
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
-
-
-def add_command(commands: Any, name: str, what: str, example: str, run: Command) -> ArgumentParser:
-    """A subcommand with the options that all have."""
-    parser: ArgumentParser = commands.add_parser(
-        name,
-        help=what,
-        description=what[0].upper() + what[1:] + ".",
-        epilog=f"example:\n{example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--verbose", action="store_true", help="tracebacks, and what the workers print")
-    parser.set_defaults(run=run)
-    return parser
-
-
-def add_storage_options(parser: ArgumentParser) -> None:
-    """Options for remote storage and the copies of remote slides."""
-    parser.add_argument(
-        "--storage",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="an fsspec option (endpoint_url, key, secret, region, anon, …); else the usual environment variables",
-    )
-
-
-def storage_options(args: Namespace) -> dict[str, Any]:
-    """The storage options of a command line.
-
-    Raises:
-        ConfigError: one is not KEY=VALUE.
-    """
-    options: dict[str, Any] = {}
-    for text in args.storage:
-        key, separator, value = str(text).partition("=")
-        if not separator or not key:
-            raise ConfigError(f"--storage {text}; it is KEY=VALUE, for example endpoint_url=http://127.0.0.1:9000")
-        options[key] = {"true": True, "false": False}.get(value.lower(), value)
-    return options
-
-
-def pair(text: str) -> tuple[int, int]:
-    """`A:B` as two integers."""
-    first, separator, second = text.partition(":")
-    try:
-        if not separator:
-            raise ValueError
-        return int(first), int(second)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers A:B") from None
-
-
-def weights(text: str) -> dict[float, float]:
-    """`0.25,0.5` (equal weights) or `0.25=2,0.5=1` as a mapping."""
-    try:
-        return {float(key): value for key, value in named_weights(text).items()}
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not µm/px values such as 0.25,0.5 or 0.25=2,0.5=1") from None
-
-
-def named_weights(text: str) -> dict[str, float]:
-    """`a,b` (equal weights) or `a=2,b=1` as a mapping."""
-    parts = [part.partition("=") for part in text.split(",")]
-    return {key: float(value) if separator else 1.0 for key, separator, value in parts}
 
 
 def add_catalog(commands: Any) -> None:
@@ -167,66 +97,59 @@ def add_stream(commands: Any) -> None:
     parser.add_argument("--steps", type=pair, default=(0, 100), metavar="A:B", help="steps A to B-1 (0:100)")
     parser.add_argument("--batch", type=int, default=256, metavar="G", help="tiles of a step, over all ranks (256)")
     parser.add_argument("--ranks", type=int, default=1, metavar="W", help="consumers that share the batch (1)")
-    parser.add_argument("--readers", type=pair, default=(1, 2), metavar="MIN:MAX", help="reader actors (1:2)")
+    count = {"flag": "--readers", "metavar": "MIN:MAX"}
+    add_options(parser, Readers, only=("count", "segment_blocks"), count=count, segment_blocks={"metavar": "N"})
+    in_flight = {"flag": "--in-flight", "metavar": "N"}
+    add_options(parser, ReaderOptions, only=("requests_in_flight",), requests_in_flight=in_flight)
     parser.add_argument("--seed", type=int, default=0, help="seed of the plan (0)")
-    parser.add_argument("--mpp", type=weights, metavar="LIST", help="µm/px, with weights if wanted (0.25,0.5,1,2)")
+    mpp = ",".join(f"{value:g}" for value in DEFAULT_MPP)
+    parser.add_argument("--mpp", type=weights, metavar="LIST", help=f"µm/px, with weights if wanted ({mpp})")
     parser.add_argument("--size", type=int, default=256, help="side of a tile in px (256)")
     parser.add_argument(
-        "--max-failed-share", type=float, default=0.01, help="unreadable tiles that are put up with (0.01)"
+        "--max-failed-share",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="unreadable tiles that are put up with (0.01)",
     )
-    parser.add_argument("--segment-blocks", type=int, default=2000, metavar="N", help="batches planned at once (2000)")
     parser.add_argument("--log", metavar="URI", help="folder for failures.parquet, the tiles that could not be read")
     parser.add_argument("--digest", action="store_true", help="print a SHA-256 of each step's tiles in index order")
-    parser.add_argument("--in-flight", type=int, default=32, metavar="N", help="requests of a reader under way (32)")
     parser.add_argument("--dry-run", action="store_true", help="read nothing; print how well the steps are mixed")
-    _add_universe(parser)
-    add_storage_options(parser)
-
-
-def _add_universe(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("which tiles may be drawn (all of all slides)")
-    group.add_argument("--slides", type=float, default=1.0, metavar="SHARE", help="share of the slides, by patient (1)")
-    group.add_argument("--tiles-per-slide", type=int, metavar="K", help="distinct tiles of each slide")
-    group.add_argument("--no-replacement", action="store_true", help="each of those once before any comes again")
-    group.add_argument("--universe-seed", type=int, default=0, metavar="SEED", help="which slides and tiles (0)")
-    group.add_argument("--cohorts", type=named_weights, metavar="LIST", help="cohorts and weights: a=2,b=1")
-    group.add_argument("--window", type=int, metavar="TILES", help="tiles in a row that come from few slides")
-    group.add_argument("--window-slides", type=int, default=64, metavar="N", help="how many these are (64)")
-
-
-def _plan(args: Namespace, catalog: Catalog) -> TilePlan:
-    from streaming.plan import TilePlan
-    from streaming.plan.plan import DEFAULT_MPP
-    from streaming.plan.universe import Universe
-
-    universe = Universe(
-        slides=args.slides,
-        tiles_per_slide=args.tiles_per_slide,
-        replacement=not args.no_replacement,
-        seed=args.universe_seed,
-        window=args.window,
-        window_slides=args.window_slides,
+    add_options(
+        group,
+        Universe,
+        slides={"metavar": "SHARE"},
+        tiles_per_slide={"metavar": "K"},
+        replacement={"help": "each of those once before any comes again"},
+        seed={"flag": "--universe-seed"},
+        window={"metavar": "TILES"},
+        window_slides={"metavar": "N"},
     )
-    return TilePlan(catalog, args.seed, args.mpp or DEFAULT_MPP, args.size, cohorts=args.cohorts, universe=universe)
+    group.add_argument("--cohorts", type=named_weights, metavar="LIST", help="cohorts and weights: a=2,b=1")
+    add_storage_options(parser)
 
 
 def run_stream(args: Namespace) -> None:
     """Pulls the steps and prints a digest a step, then the rate, where the time went and how well it was mixed."""
     from streaming.catalog import Catalog
     from streaming.delivery.stream import BatchShape, TileStream, check_steps
-    from streaming.reading.reader import ReaderOptions
+    from streaming.plan import TilePlan
 
     options = storage_options(args)
     shape = BatchShape(args.batch, args.ranks)
     check_steps(*args.steps)
     catalog = Catalog.load(args.catalog, options)
-    plan = _plan(args, catalog)
+    universe = read_options(args, Universe)
+    plan = TilePlan(catalog, args.seed, args.mpp or DEFAULT_MPP, args.size, cohorts=args.cohorts, universe=universe)
     if args.dry_run:
         _print_mix(plan, [plan.slides_of(index) for index in _some_batches(args.steps, args.batch)], args.batch)
         return
-    reader = ReaderOptions(storage_options=options, requests_in_flight=args.in_flight)
-    stream = TileStream(catalog, plan, shape, reader=reader, readers=args.readers, segment_blocks=args.segment_blocks)
-    _pull(stream, args)
+    reader, readers = read_options(args, ReaderOptions, storage_options=options), read_options(args, Readers)
+    stream = TileStream(
+        catalog, plan, shape, reader=reader, readers=readers.count, segment_blocks=readers.segment_blocks
+    )
+    _pull(stream, readers.count[1], args)
 
 
 def _some_batches(steps: tuple[int, int], batch: int) -> list[NDArray[np.int64]]:
@@ -243,7 +166,7 @@ def _print_mix(plan: TilePlan, batches: list[NDArray[np.int32]], batch: int) -> 
     out(f"mix: {plan.shuffle_quality(batches).line()}")
 
 
-def _pull(stream: TileStream, args: Namespace) -> None:
+def _pull(stream: TileStream, most_readers: int, args: Namespace) -> None:
     """Takes the steps' tiles, and tells what it saw."""
     import numpy as np
     from rich.console import Console
@@ -257,7 +180,7 @@ def _pull(stream: TileStream, args: Namespace) -> None:
 
     first, last = args.steps
     steps = iter(stream.steps(first, last))
-    cluster.connect(args.readers[1] + 1, verbose=args.verbose)
+    cluster.connect(most_readers + 1, verbose=args.verbose)
     log = FailureLog(args.log, storage_options(args)) if args.log else None
     budget, use, drawn = FailureBudget(args.max_failed_share), TimeUse(), list[Any]()
     started = first_at = time.perf_counter()

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
 import warnings
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from typing import Any, TypeVar
+from typing import Any
 
-from streaming.cli import OneLineParser, add_bench, add_catalog, add_command, add_doctor, add_stream, out
-from streaming.errors import ConfigError, TilestreamError, root_cause
-from streaming.operate.capacity import Capacity
-from trainer.configs import presets
-from trainer.model_commands import add_embed, add_evaluate, add_export, add_lazyslide, add_picture, add_scoring, scoring
-
-Number = TypeVar("Number")
+from streaming.cli import add_bench, add_catalog, add_doctor, add_stream
+from streaming.command_line import OneLineParser, add_command
+from streaming.errors import TilestreamError, root_cause
+from trainer.model_commands import add_embed, add_evaluate, add_export, add_lazyslide, add_picture
+from trainer.training_commands import add_capacity, add_sweep, add_train
 
 
 def add_demo(commands: Any) -> None:
@@ -39,185 +34,6 @@ def run_demo_command(args: Namespace) -> None:
     from trainer.demo import run_demo
 
     run_demo(args.out, steps=args.steps)
-
-
-def add_train(commands: Any) -> None:
-    """`tilestream train`."""
-    parser = add_command(
-        commands,
-        "train",
-        "train DINOv2 on tiles streamed from slides; a run found in run.out goes on",
-        "  tilestream train vits14 --data.catalog s3://bucket/catalog --run.out s3://bucket/runs/a --train.ranks 4\n"
-        "  tilestream train debug --data.catalog catalog --debug",
-        run_train,
-    )
-    parser.usage = "tilestream train CONFIG [--section.key value ...] [--dry-run] [--debug] [--fields] [--print_config]"
-    parser.add_argument("config", metavar="CONFIG", nargs="?", help=f"a YAML file or a preset: {', '.join(presets())}")
-    parser.add_argument("--debug", action="store_true", help="reader and trainer in this one process, for a debugger")
-    parser.add_argument("--force", action="store_true", help="go on with a run by another recipe than it began with")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be trained and what it needs, and leave")
-    parser.add_argument("--fields", action="store_true", help="list all fields of the configuration and leave")
-    parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and leave")
-    parser.set_defaults(takes_overrides=True)
-
-
-def run_train(args: Namespace) -> None:
-    """Trains, and says where the checkpoint lies."""
-    from trainer.run.config import config_parser, read_config
-
-    if args.fields:
-        return config_parser().print_help()
-    if args.config is None:
-        raise ConfigError(f"no CONFIG given; name a YAML file or a preset: {', '.join(presets())}")
-    config = read_config(args.config, args.overrides)
-    if args.print_config:
-        return out(config.to_yaml().rstrip())
-    from trainer.evaluate.knn_watch import KnnWatch
-
-    if args.dry_run:
-        from trainer.run.dry_run import describe
-
-        for line in describe(config, KnnWatch):
-            out(line)
-        return None
-    from trainer.run.train import train
-
-    result = train(config, KnnWatch, debug=args.debug, verbose=args.verbose, force=args.force)
-    for line in result.summary:
-        sys.stderr.write(line + "\n")
-    out(f"trained steps {result.start} to {result.steps}: {result.checkpoint}")
-    if result.steps < config.train.steps:
-        sys.stderr.write(f"stopped before step {config.train.steps}; start the same command again to go on\n")
-        sys.exit(143)
-
-
-def add_sweep(commands: Any) -> None:
-    """`tilestream sweep`."""
-    parser = add_command(
-        commands,
-        "sweep",
-        "train on growing parts of the data, score each run, draw the curves; a sweep found in --out goes on",
-        "  tilestream sweep vits14 --data.catalog s3://bucket/catalog --evaluate tiles.csv --out s3://bucket/sweep \\\n"
-        "      --slides 0.01,0.1,1.0 --tiles-per-slide 100,1000,inf",
-        run_sweep,
-    )
-    parser.usage = "tilestream sweep CONFIG --evaluate DATASET --out URI [options] [--section.key value ...]"
-    parser.add_argument("config", metavar="CONFIG", help=f"a YAML file or a preset: {', '.join(presets())}")
-    parser.add_argument("--evaluate", required=True, metavar="DATASET", help="labelled tiles, as for `evaluate`")
-    parser.add_argument("--out", required=True, metavar="URI", help="folder of the runs, sweep.parquet and sweep.png")
-    parser.add_argument("--slides", default="0.01,0.1,1.0", metavar="SHARES", help="of the slides (0.01,0.1,1.0)")
-    parser.add_argument(
-        "--tiles-per-slide", default="100,1000,inf", metavar="N", help="distinct tiles of each (100,1000,inf)"
-    )
-    parser.add_argument("--seeds", default="", metavar="N", help="a run each, e.g. 0,1,2 (run.seed)")
-    parser.add_argument("--debug", action="store_true", help="reader and trainer in this one process, for a debugger")
-    add_scoring(parser)
-    parser.set_defaults(takes_overrides=True)
-
-
-def run_sweep(args: Namespace) -> None:
-    """Trains and scores the grid, and prints a line a score."""
-    from trainer.run.config import read_config
-    from trainer.sweep import PICTURE, TABLE, grid, score_lines, sweep
-
-    config = read_config(args.config, args.overrides)
-    shares = numbers("--slides", args.slides, float)
-    bounds = numbers("--tiles-per-slide", args.tiles_per_slide, lambda text: None if text == "inf" else int(text))
-    cells = grid(shares, bounds, numbers("--seeds", args.seeds, int), config)
-    rows = sweep(config, cells, args.evaluate, args.out, scoring(args), debug=args.debug, tell=tell)
-    if rows is None:
-        sys.stderr.write("stopped; start the same command again to go on\n")
-        sys.exit(143)
-    for line in score_lines(rows):
-        out(line)
-    out(f"{args.out}: {TABLE}, {PICTURE}")
-
-
-def numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
-    """Numbers between commas.
-
-    Raises:
-        ConfigError: one of them is none.
-    """
-    try:
-        return [kind(part.strip()) for part in text.split(",") if part.strip()]
-    except ValueError as error:
-        raise ConfigError(f"{option} {text!r}: give numbers between commas ({error})") from error
-
-
-def tell(line: str) -> None:
-    """A line of progress."""
-    sys.stderr.write(f"{line}\n")
-
-
-def add_capacity(commands: Any) -> None:
-    """`tilestream capacity`."""
-    parser = add_command(
-        commands,
-        "capacity",
-        "readers, nodes, requests, bytes and costs that it takes to feed some GPUs",
-        "  tilestream capacity vits14 --gpus 64 --tiles-per-second-per-gpu 40 --latency-ms 30 --prices prices.yaml",
-        run_capacity,
-    )
-    parser.usage = "tilestream capacity CONFIG --gpus N --tiles-per-second-per-gpu R [--section.key value ...]"
-    parser.add_argument("config", metavar="CONFIG", help=f"a YAML file or a preset: {', '.join(presets())}")
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs, one rank each")
-    parser.add_argument("--tiles-per-second-per-gpu", type=float, required=True, metavar="R", help="what one trains on")
-    parser.add_argument("--latency-ms", type=float, default=30, help="of one GET to its first byte (30)")
-    parser.add_argument("--requests-in-flight", type=int, default=32, help="of one reader (32)")
-    parser.add_argument(
-        "--costs", metavar="JSON", help="measured costs of a tile; `tilestream bench scale` writes them"
-    )
-    parser.add_argument("--prices", metavar="YAML", help="price list; deploy/prices.yaml is an example")
-    parser.add_argument("--json", action="store_true", help="print all numbers for a machine")
-    parser.set_defaults(takes_overrides=True)
-
-
-def run_capacity(args: Namespace) -> None:
-    """Prints what is needed, the first limit, and the bill."""
-    from streaming.operate.capacity import StageCosts, Surroundings, costs_of_size, plan_capacity, read_costs
-    from streaming.operate.prices import bill, read_prices
-    from trainer.run.config import read_config
-
-    config = read_config(args.config, args.overrides)
-    prices = read_prices(args.prices) if args.prices else None
-    around = Surroundings(latency_s=args.latency_ms / 1e3, requests_in_flight=args.requests_in_flight)
-    if prices:
-        node = {"node_cores": prices.reader_node_cores, "node_nbytes_s": prices.reader_node_gbit_s / 8 * 1e9}
-        around = replace(around, **node)
-    capacity = plan_capacity(
-        costs_of_size(read_costs(args.costs) if args.costs else StageCosts(), config.data.tile_size),
-        gpus=args.gpus,
-        tiles_per_second_per_gpu=args.tiles_per_second_per_gpu,
-        micro_batch=config.train.shape.micro,
-        around=around,
-    )
-    costs = bill(capacity, args.gpus, prices) if prices else []
-    if args.json:
-        numbers = {**asdict(capacity), "holds": capacity.holds, "costs": [asdict(cost) for cost in costs]}
-        return out(json.dumps(numbers, indent=2))
-    for line in capacity_lines(capacity, around.node_cores):
-        out(line)
-    if prices:
-        out(f"{'costs, ' + prices.currency:<27}{'an hour':>12}{'1M tiles':>12}")
-        for cost in costs:
-            out(f"  {cost.what:<25}{cost.an_hour:>12,.2f}{cost.a_million_tiles:>12,.3f}")
-    out(capacity.sentence())
-
-
-def capacity_lines(capacity: Capacity, node_cores: int) -> list[str]:
-    """The numbers as a table, one a line."""
-    rows = {
-        "tiles/s": f"{capacity.tiles_s:,.0f}",
-        "readers": f"{capacity.readers:,} of {capacity.reader_tiles_s:,.0f} tiles/s, bound by {capacity.reader_bound}",
-        "reader nodes": f"{capacity.reader_nodes:,} of {node_cores} cores",
-        "GETs/s": f"{capacity.requests_s:,.0f}",
-        "bytes out of the storage": f"{capacity.nbytes_s / 1e9:,.2f} GB/s",
-        "pixels to the trainers": f"{capacity.network_nbytes_s / 1e9:,.2f} GB/s",
-        "object store, reader node": f"at least {capacity.reader_store_nbytes / 1e9:,.2f} GB",
-        "object store, each rank": f"at least {capacity.rank_store_nbytes / 1e9:,.2f} GB",
-    }
-    return [f"{name:<27}{value}" for name, value in rows.items()]
 
 
 def build_parser() -> ArgumentParser:

@@ -19,7 +19,8 @@ from streaming.catalog.build import build_catalog
 from streaming.errors import ConfigError
 from streaming.synthetic.drawing import SyntheticSlide
 from streaming.synthetic.svs import write_slide
-from trainer.embed.job import EmbedOptions, embed
+from trainer.embed.job import embed
+from trainer.embed.options import EmbedOptions
 from trainer.run.config import read_config
 from trainer.run.metrics_log import METRICS
 from trainer.run.train import train

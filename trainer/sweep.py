@@ -16,7 +16,8 @@ from streaming.catalog import Catalog
 from streaming.errors import ConfigError
 from streaming.plan import TilePlan
 from trainer.evaluate.knn_watch import KnnWatch
-from trainer.evaluate.scoring import SCORES_JSON, EvaluateOptions, evaluate, labelled
+from trainer.evaluate.options import EvaluateOptions
+from trainer.evaluate.scoring import SCORES_JSON, evaluate, labelled
 from trainer.run.config import Config
 from trainer.run.data import load_catalog, make_plan
 from trainer.run.fit import check_model

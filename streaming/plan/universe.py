@@ -32,7 +32,7 @@ class Universe:
     replacement: bool = True
     """whether a tile may come again before all others came; false needs `tiles_per_slide`"""
     seed: int = 0
-    """decides which slides and tiles; runs of other `run.seed` draw from the same ones"""
+    """decides which slides and tiles, whatever the seed of the run"""
     window: int | None = None
     """tiles in a row that come from few slides, so that each staged slide is fetched once; none: from all slides"""
     window_slides: int = 64

@@ -15,8 +15,9 @@ from streaming.catalog.build import find_slides
 from tests.processes import TILESTREAM, kill_tree, wait_for
 from tests.trainer.publish.test_export import saved
 from trainer.embed.files import Embedded
-from trainer.embed.job import EmbedOptions, EmbedReport, Job, embed, rows_of
+from trainer.embed.job import EmbedReport, Job, embed, rows_of
 from trainer.embed.model import Embedder, load_model, resolve
+from trainer.embed.options import EmbedOptions
 
 pytestmark = pytest.mark.slow
 # 0.25 µm/px at level 0, where 128 px make a tile. Of a slide's 90 tiles or so none fills a batch.

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Protocol, cast, get_args
 
 import h5py
 import numpy as np
@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 
 from streaming import storage
 from streaming.errors import ConfigError
-from trainer.embed.model import Precision, Token
+from trainer.embed.options import Format, Precision, Token
 
-Format = Literal["parquet", "h5"]
 Array = NDArray[Any]
 
 REJECTED = "rejected.parquet"

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePosixPath
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -26,61 +26,15 @@ from streaming.catalog.build import Rejected, find_slides
 from streaming.errors import ConfigError, SlideError
 from streaming.progress import ProgressLine
 from streaming.reading.batch import Batch
-from trainer.embed.files import REJECTED, SUFFIXES, Embedded, Format, open_writer
-from trainer.embed.model import Embedder, Precision, Token, load_model, resolve
-from trainer.embed.tiling import Geometry, Grid, GridPlan, GridReader
+from trainer.embed.files import REJECTED, SUFFIXES, Embedded, open_writer
+from trainer.embed.model import Embedder, load_model, resolve
+from trainer.embed.options import EmbedOptions
+from trainer.embed.tiling import Geometry, GridPlan, GridReader
 
 # Notes of finished slides, for formats whose files bear the slide's name alone.
 DONE = ".done"
 # Bytes that the driver gathers before it writes them: small pieces make slow files.
 _PIECE = 32 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbedOptions:
-    """Which tiles are embedded, and how."""
-
-    mpp: float = 0.5
-    """µm/px of the tiles"""
-    size: int = 256
-    """side of a tile in px; resized to what the backbone's patches divide"""
-    min_tissue: float = 0.4
-    """share of a tile's area that must be tissue"""
-    token: Token = "cls"
-    """class token, mean patch token, or one after the other"""
-    tokens: bool = False
-    """whether all patch tokens are kept too, as float16"""
-    format: Format = "parquet"
-    """parquet, or h5: HDF5 as CLAM and TRIDENT lay it out"""
-    precision: Precision = "32"
-    """32, or bf16: products in bfloat16"""
-    batch: int = 64
-    """tiles that the model sees at once"""
-    readers: tuple[int, int] = (1, 2)
-    """least and most reader actors"""
-    models: int = 1
-    """actors that hold the model"""
-    model_cpus: int = 1
-    """CPU slots, and threads, of each of them"""
-    gpu: bool = False
-    """whether each of them takes a GPU"""
-    slide_mpp: float | None = None
-    """µm/px at level 0 of slides whose metadata has none"""
-
-    def __post_init__(self) -> None:
-        if not self.mpp > 0 or min(self.size, self.batch, self.models, self.model_cpus) < 1:
-            numbers = f"mpp {self.mpp}, size {self.size}, batch {self.batch}, models {self.models}"
-            raise ConfigError(f"{numbers}, model_cpus {self.model_cpus}: all above 0")
-        if not 0 < self.min_tissue <= 1:
-            raise ConfigError(f"min_tissue is {self.min_tissue}; it is a share above 0 and up to 1")
-        for name, kind in (("token", Token), ("format", Format), ("precision", Precision)):
-            if getattr(self, name) not in get_args(kind):
-                raise ConfigError(f"{name} {getattr(self, name)!r}; take one of {', '.join(get_args(kind))}")
-
-    @property
-    def grid(self) -> Grid:
-        """Which tiles."""
-        return Grid(mpp=self.mpp, size=self.size, min_tissue=self.min_tissue, slide_mpp=self.slide_mpp)
 
 
 @dataclass(frozen=True)

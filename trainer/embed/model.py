@@ -8,7 +8,7 @@ import json
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import timm
@@ -20,14 +20,13 @@ from torch import Tensor, nn
 
 from streaming import storage
 from streaming.errors import CheckpointError
+from trainer.embed.options import Precision, Token
 from trainer.recipe.augment import Augmentation
 from trainer.recipe.backbone import Backbone, Tokens
 from trainer.recipe.network import build_backbone
 from trainer.run import checkpoints
 from trainer.run.config import Config
 
-Token = Literal["cls", "patch", "cls+patch"]
-Precision = Literal["32", "bf16"]
 _EXPORTED = ("config.json", "model.safetensors")
 
 

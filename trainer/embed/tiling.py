@@ -21,20 +21,7 @@ from streaming.reading.slide_pool import SlidePool
 from streaming.slide import Slide, open_slide
 from streaming.slide.resample import Pixels
 from streaming.storage.staging import Staging
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """Which tiles of a slide."""
-
-    mpp: float
-    """µm/px of the tiles"""
-    size: int
-    """side of a tile in px"""
-    min_tissue: float
-    """share of a tile's area that must be tissue"""
-    slide_mpp: float | None
-    """µm/px at level 0 of slides whose metadata has none"""
+from trainer.embed.options import Grid
 
 
 def tissue_tiles(slide: Inspected, mpp: float, size: int, min_tissue: float) -> NDArray[np.int64]:

@@ -29,7 +29,8 @@ def watched(config: Config) -> Samples:
         ConfigError: they can't be scored by kNN, or are more than `watch.knn_tiles`.
         SlideError, StorageError: they can't be read.
     """
-    from trainer.evaluate.scoring import EvaluateOptions, labelled
+    from trainer.evaluate.options import EvaluateOptions
+    from trainer.evaluate.scoring import labelled
 
     watch, options = config.watch, EvaluateOptions(tasks=("knn",), k=config.watch.knn_k)
     assert watch.knn_dataset is not None, "there is a dataset"
@@ -47,7 +48,7 @@ class KnnWatch:
 
     def __init__(self, config: Config, rank: int, num_ranks: int) -> None:
         from trainer.evaluate.features import TileFiles
-        from trainer.evaluate.scoring import EvaluateOptions
+        from trainer.evaluate.options import EvaluateOptions
         from trainer.evaluate.splits import make_folds
 
         self._samples = samples = watched(config)

@@ -14,11 +14,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
+from trainer.evaluate.options import PROBE_STEPS
+
 Ints = NDArray[np.int64]
 Embeddings = NDArray[np.float32]
 
-PROBE_STEPS = 12_500
-"""arXiv 2404.15217, as kaiko's eva has it"""
 _PROBE_LR = 3e-4
 _PROBE_BATCH = 256
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,61 +16,19 @@ import torch
 from streaming import storage
 from streaming.errors import ConfigError
 from streaming.progress import ProgressLine
-from trainer.embed.model import Model, Token, load_model
+from trainer.embed.model import Model, load_model
 from trainer.evaluate import dense, mil, probes, quality
 from trainer.evaluate.annotations import Target, TileGrid
 from trainer.evaluate.datasets import Samples, read_dataset
 from trainer.evaluate.features import extracted
+from trainer.evaluate.options import EvaluateOptions, Task
 from trainer.evaluate.probes import Embeddings, Ints
 from trainer.evaluate.scores import Score, balanced_accuracy
 from trainer.evaluate.splits import Fold, make_folds
 
-Task = Literal["knn", "linear", "logistic", "quality", "slide", "segmentation", "detection"]
-TASKS: tuple[Task, ...] = get_args(Task)
 _OF_TILES: tuple[Task, ...] = ("knn", "linear", "logistic", "quality")
 SCORES = "scores.parquet"
 SCORES_JSON = "scores.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
-    """What is scored, and how."""
-
-    tasks: tuple[Task, ...] = ()
-    """none: those that the dataset's kind has by default"""
-    token: Token | None = None
-    """what an embedding is: cls, patch (mean) or cls+patch; none: cls, or what an exported model says"""
-    k: int = 20
-    """neighbours of kNN, purity and robustness index"""
-    steps: int = probes.PROBE_STEPS
-    """steps of the linear probe"""
-    epochs: int = 20
-    """passes that attention MIL takes over the slides, and decoders of patch tokens over the tiles"""
-    radius: float = 12.0
-    """px of a tile within which a point counts as found"""
-    folds: int = 5
-    """parts of the cross-validation where the dataset has no split"""
-    seed: int = 0
-    """of folds, probes and resamples"""
-    batch: int = 64
-    """tiles that the model sees at once"""
-    resize: int | None = None
-    """side in px that tiles are resized to; none: as they are"""
-    grid: TileGrid = field(default_factory=TileGrid)
-    """how annotated slides are cut into tiles"""
-    gpu: bool = False
-    """whether the model runs on a GPU"""
-
-    def __post_init__(self) -> None:
-        if unknown := [task for task in self.tasks if task not in TASKS]:
-            raise ConfigError(f"task {unknown[0]!r}; take some of {', '.join(TASKS)}")
-        for name in ("k", "steps", "epochs", "batch", "resize"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
-        if not self.radius > 0:
-            raise ConfigError(f"radius is {self.radius}; it must be above 0")
-        if self.folds < 2:
-            raise ConfigError(f"folds is {self.folds}; it must be at least 2")
 
 
 def evaluate(

@@ -10,9 +10,8 @@ import json
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import timm
 import torch
@@ -24,39 +23,16 @@ from torch import Tensor
 
 from streaming import storage
 from streaming.errors import ConfigError
-from trainer.embed.model import Token, load_backbone
+from trainer.embed.model import load_backbone
+from trainer.embed.options import Token
 from trainer.publish.kaiko_eva import eva_config, eva_name
 from trainer.publish.model_card import model_card
+from trainer.publish.options import ExportOptions
 from trainer.recipe.backbone import Backbone, timm_options
 from trainer.run import checkpoints
 from trainer.run.config import Config
 
-Layout = Literal["timm", "transformers"]
 FILES = re.compile(r"README\.md|(preprocessor_)?config\.json|model\.safetensors|eva-.*\.yaml")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions:
-    """What an export says of the model."""
-
-    layout: Layout = "timm"
-    """timm's keys (fused qkv), or transformers' Dinov2 (separate query, key, value)"""
-    token: Token = "cls"
-    """how an embedding is made: class token, mean patch token, or one after the other"""
-    license: str = "other"
-    """licence of the weights, an SPDX name"""
-    name: str = "tilestream-model"
-    """name of the model in its card"""
-    eva: tuple[str, ...] = ()
-    """kaiko's eva: configurations of tasks that are to be written for this model"""
-
-    def __post_init__(self) -> None:
-        if self.layout not in get_args(Layout):
-            raise ConfigError(f"layout {self.layout!r}; take one of {', '.join(get_args(Layout))}")
-        if self.token not in get_args(Token):
-            raise ConfigError(f"token {self.token!r}; take one of {', '.join(get_args(Token))}")
-        if self.eva and self.layout != "timm":
-            raise ConfigError("eva loads timm's layout; take --layout timm for --eva")
 
 
 def export(

@@ -16,7 +16,7 @@ import yaml
 
 from streaming import storage
 from streaming.errors import ConfigError
-from trainer.embed.model import Token
+from trainer.embed.options import Token
 
 _REGISTRY = "eva.vision.models.ModelFromRegistry"
 

@@ -7,7 +7,7 @@ import html
 import io
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +18,9 @@ from sklearn.manifold import TSNE
 from streaming import storage
 from streaming.errors import ConfigError
 from trainer.embed.files import SlideEmbeddings
+from trainer.show.options import Method
 from trainer.show.pictures import Floats, tile_pixels
 
-Method = Literal["tsne", "pca"]
 _THUMBNAIL_PX = 64
 _SPRITE_COLUMNS = 32
 _REDUCED_TO = 50  # dimensions that t-SNE starts from, as its authors do

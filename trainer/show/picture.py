@@ -3,47 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 from streaming import storage
-from streaming.errors import ConfigError
 from trainer.embed.files import SlideEmbeddings, find_embeddings, read_embeddings
 from trainer.show import embedding_map, pictures
-
-Kind = Literal["heatmap", "tokens", "neighbours", "map", "geojson"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PictureOptions:
-    """Which picture, and how."""
-
-    kind: Kind
-    """heatmap, tokens, geojson: a file a slide; neighbours, map: one of all slides"""
-    dataset: str | None = None
-    """labelled tiles that teach a class, as `tilestream evaluate` takes them"""
-    name: str | None = None
-    """that class"""
-    queries: int = 6
-    """query tiles of a gallery"""
-    k: int = 8
-    """neighbours of each"""
-    across: bool = False
-    """whether neighbours come from other slides alone"""
-    method: embedding_map.Method = "tsne"
-    """how a map is made"""
-    most: int = 2000
-    """tiles on a map"""
-    seed: int = 0
-    """of what is drawn at random"""
-
-    def __post_init__(self) -> None:
-        if (self.dataset is None) != (self.name is None):
-            raise ConfigError("--dataset and --class go together: labelled tiles, and the class that is scored")
-        if self.kind == "heatmap" and self.dataset is None:
-            raise ConfigError("a heatmap shows the score of a class; give --dataset LABELLED-TILES --class NAME")
-        if min(self.queries, self.k, self.most) < 1:
-            raise ConfigError(f"queries {self.queries}, k {self.k}, most {self.most}: all at least 1")
+from trainer.show.options import PictureOptions
 
 
 def draw(

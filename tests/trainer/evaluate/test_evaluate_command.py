@@ -15,9 +15,11 @@ from trainer.cli import main
 from trainer.embed.model import Embedder, load_model
 from trainer.evaluate.datasets import Region, Tile
 from trainer.evaluate.features import extracted
+from trainer.evaluate.options import EvaluateOptions
 from trainer.evaluate.scores import Score
-from trainer.evaluate.scoring import EvaluateOptions, evaluate
-from trainer.publish.export import ExportOptions, export
+from trainer.evaluate.scoring import evaluate
+from trainer.publish.export import export
+from trainer.publish.options import ExportOptions
 
 Table = Callable[..., str]
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from streaming.errors import CheckpointError, ConfigError
 from trainer.embed.model import Embedder, load_backbone
-from trainer.publish.export import ExportOptions, export
+from trainer.publish.export import export
+from trainer.publish.options import ExportOptions
 from trainer.run import checkpoints
 from trainer.run.config import Config, read_config
 from trainer.run.fit import make_module

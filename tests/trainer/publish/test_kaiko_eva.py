@@ -7,7 +7,8 @@ import yaml
 
 from streaming.errors import ConfigError
 from tests.trainer.publish.test_export import saved
-from trainer.publish.export import ExportOptions, export
+from trainer.publish.export import export
+from trainer.publish.options import ExportOptions
 
 TASK = """
 output: logs/${oc.env:MODEL_NAME, dino_vits16}/bach

@@ -9,7 +9,7 @@ import pytest
 from tests.trainer.show.test_pictures import embed_here, run
 from trainer.cli import main
 from trainer.embed.files import find_embeddings
-from trainer.embed.job import EmbedOptions
+from trainer.embed.options import EmbedOptions
 
 __all__ = ["run"]
 HERE = importlib.util.find_spec("wsidata") is not None

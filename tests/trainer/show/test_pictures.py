@@ -21,8 +21,9 @@ from streaming.synthetic.drawing import SyntheticSlide, TissueClass, tissue_clas
 from tests.trainer.publish.test_export import SMALL
 from trainer.cli import main
 from trainer.embed.files import SlideEmbeddings, find_embeddings, read_embeddings
-from trainer.embed.job import EmbedOptions, Job, Modeller
+from trainer.embed.job import Job, Modeller
 from trainer.embed.model import load_model, resolve
+from trainer.embed.options import EmbedOptions
 from trainer.embed.tiling import GridPlan, GridReader
 from trainer.run import checkpoints
 from trainer.run.config import read_config

@@ -1,0 +1,194 @@
+"""What all commands are made of: parsers that complain in one line, and options made from dataclasses.
+
+A command's settings are a frozen dataclass, which has each default and, in the string under a field, what it is:
+`add_options` makes options of the fields, `read_options` the dataclass of what was parsed. jsonargparse, which reads a
+training's configuration, does this only by other rules: `--min_tissue` for `--min-tissue`, `--gpu true` for `--gpu`,
+`[1, 2]` for `1:2`; and its parsers can't leave `--section.key value` to another one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import docstring_parser
+
+from streaming.errors import ConfigError
+
+Command = Callable[[Namespace], None]
+Section = TypeVar("Section")
+
+
+class OneLineParser(ArgumentParser):
+    """A parser that says what is wrong in one line and exits 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the line; `--help` shows the rest."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def out(line: str = "") -> None:
+    """A line of a command's result."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def add_command(commands: Any, name: str, what: str, example: str, run: Command) -> ArgumentParser:
+    """A subcommand with the options that all have."""
+    parser: ArgumentParser = commands.add_parser(
+        name,
+        help=what,
+        description=what[0].upper() + what[1:] + ".",
+        epilog=f"example:\n{example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--verbose", action="store_true", help="tracebacks, and what the workers print")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_options(
+    parser: Any, section: type[Any], *, only: Sequence[str] | None = None, **changes: Mapping[str, Any]
+) -> None:
+    """An option for each field of a dataclass, or for those named in `only`.
+
+    A field without default becomes a positional argument. A flag of a field that is true by default is `--no-…`. Fields
+    that hold dataclasses or dictionaries get none. `changes` has, by field, what is to differ: `flag`, the option's
+    name, and whatever `add_argument` takes.
+
+    Args:
+        parser: a parser, or a group of its arguments.
+        section: a dataclass with a docstring under each field.
+        only: names of fields.
+        changes: by name of a field.
+    """
+    kinds = get_type_hints(section)
+    meanings = _meanings(section)
+    for field in fields(section):
+        if only is not None and field.name not in only:
+            continue
+        made = _argument(kinds[field.name], field, meanings.get(field.name, ""))
+        if made is None:
+            continue
+        made |= changes.get(field.name, {})
+        dest, flag = _dest(section, field), made.pop("flag")
+        if field.default is MISSING and field.default_factory is MISSING:
+            del made["default"]
+            parser.add_argument(dest, **{**made, "metavar": made["metavar"] or field.name.upper()})
+        else:
+            parser.add_argument(flag, dest=dest, **made)
+
+
+def read_options(args: Namespace, section: type[Section], **given: Any) -> Section:
+    """The dataclass of the options that `add_options` made; `given` are fields that are no options.
+
+    Raises:
+        ConfigError: values that the dataclass refuses.
+    """
+    parsed = {
+        field.name: getattr(args, _dest(section, field))
+        for field in fields(section)  # pyright: ignore[reportArgumentType] — a dataclass
+        if hasattr(args, _dest(section, field))
+    }
+    lists_as_tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in parsed.items()}
+    return section(**lists_as_tuples, **given)
+
+
+def _dest(section: type[Any], field: Field[Any]) -> str:
+    """Where the parsed value is held: two dataclasses of one command may have fields of one name."""
+    return f"{section.__name__}.{field.name}"
+
+
+@cache
+def _meanings(section: type[Any]) -> dict[str, str]:
+    """The strings under a dataclass's fields, each in one line, as argparse wants its help."""
+    found = docstring_parser.parse_from_object(section).params
+    return {param.arg_name: " ".join((param.description or "").replace("%", "%%").split()) for param in found}
+
+
+def _argument(kind: Any, field: Field[Any], meaning: str) -> dict[str, Any] | None:
+    """What `add_argument` is given for a field, with its `flag`; None for what no option can hold."""
+    default: Any = None if field.default is MISSING else field.default
+    flag = f"--{field.name.replace('_', '-')}"
+    if kind is bool:
+        what = meaning.removeprefix("whether ")
+        if default:
+            return {"flag": flag.replace("--", "--no-", 1), "action": "store_false", "default": True, "help": what}
+        return {"flag": flag, "action": "store_true", "default": False, "help": what}
+    made = {"flag": flag, "default": default, "metavar": field.name.upper()}
+    told = "" if default in (None, ()) else f" ({_text(default)})"
+    made["help"] = meaning + told
+    if get_origin(kind) in (Union, UnionType):
+        (kind,) = (part for part in get_args(kind) if part is not NoneType)
+    if get_origin(kind) is Literal:
+        return made | {"choices": get_args(kind), "metavar": None}
+    if kind == tuple[int, int]:
+        return made | {"type": pair, "metavar": "A:B"}
+    if get_origin(kind) is tuple:
+        return made | {"action": "append", "default": list(default or ()), "help": f"{meaning}; may be repeated"}
+    return made | {"type": kind} if kind in (int, float, str) else None
+
+
+def _text(default: Any) -> str:
+    """A default as one would type it."""
+    if isinstance(default, tuple):
+        return ":".join(map(str, default))  # pyright: ignore[reportUnknownArgumentType]
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def add_storage_options(parser: ArgumentParser) -> None:
+    """Options for remote storage and the copies of remote slides."""
+    parser.add_argument(
+        "--storage",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="an fsspec option (endpoint_url, key, secret, region, anon, …); else the usual environment variables",
+    )
+
+
+def storage_options(args: Namespace) -> dict[str, Any]:
+    """The storage options of a command line.
+
+    Raises:
+        ConfigError: one is not KEY=VALUE.
+    """
+    options: dict[str, Any] = {}
+    for text in args.storage:
+        key, separator, value = str(text).partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--storage {text}; it is KEY=VALUE, for example endpoint_url=http://127.0.0.1:9000")
+        options[key] = {"true": True, "false": False}.get(value.lower(), value)
+    return options
+
+
+def pair(text: str) -> tuple[int, int]:
+    """`A:B` as two integers."""
+    first, separator, second = text.partition(":")
+    try:
+        if not separator:
+            raise ValueError
+        return int(first), int(second)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers A:B") from None
+
+
+def weights(text: str) -> dict[float, float]:
+    """`0.25,0.5` (equal weights) or `0.25=2,0.5=1` as a mapping."""
+    try:
+        return {float(key): value for key, value in named_weights(text).items()}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not µm/px values such as 0.25,0.5 or 0.25=2,0.5=1") from None
+
+
+def named_weights(text: str) -> dict[str, float]:
+    """`a,b` (equal weights) or `a=2,b=1` as a mapping."""
+    parts = [part.partition("=") for part in text.split(",")]
+    return {key: float(value) if separator else 1.0 for key, separator, value in parts}

@@ -1,0 +1,76 @@
+"""What is embedded, and how: the options of `tilestream embed`.
+
+Apart from the code that obeys them, so that the command line can read them without importing torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from streaming.errors import ConfigError
+
+Token = Literal["cls", "patch", "cls+patch"]
+Precision = Literal["32", "bf16"]
+Format = Literal["parquet", "h5"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Which tiles of a slide."""
+
+    mpp: float
+    """µm/px of the tiles"""
+    size: int
+    """side of a tile in px"""
+    min_tissue: float
+    """share of a tile's area that must be tissue"""
+    slide_mpp: float | None
+    """µm/px at level 0 of slides whose metadata has none"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedOptions:
+    """Which tiles are embedded, and how."""
+
+    mpp: float = 0.5
+    """µm/px of the tiles"""
+    size: int = 256
+    """side of a tile in px; resized to what the backbone's patches divide"""
+    min_tissue: float = 0.4
+    """share of a tile's area that must be tissue"""
+    token: Token = "cls"
+    """class token, mean patch token, or one after the other"""
+    tokens: bool = False
+    """whether all patch tokens are kept too (float16), for segmentation"""
+    format: Format = "parquet"
+    """h5: HDF5 as CLAM and TRIDENT lay it out"""
+    precision: Precision = "32"
+    """bf16: products in bfloat16"""
+    batch: int = 64
+    """tiles that the model sees at once"""
+    readers: tuple[int, int] = (1, 2)
+    """least and most reader actors"""
+    models: int = 1
+    """actors that hold the model"""
+    model_cpus: int = 1
+    """CPU slots and threads of each"""
+    gpu: bool = False
+    """whether each takes a GPU"""
+    slide_mpp: float | None = None
+    """µm/px at level 0 of slides whose metadata has none"""
+
+    def __post_init__(self) -> None:
+        if not self.mpp > 0 or min(self.size, self.batch, self.models, self.model_cpus) < 1:
+            numbers = f"mpp {self.mpp}, size {self.size}, batch {self.batch}, models {self.models}"
+            raise ConfigError(f"{numbers}, model_cpus {self.model_cpus}: all above 0")
+        if not 0 < self.min_tissue <= 1:
+            raise ConfigError(f"min_tissue is {self.min_tissue}; it is a share above 0 and up to 1")
+        for name, kind in (("token", Token), ("format", Format), ("precision", Precision)):
+            if getattr(self, name) not in get_args(kind):
+                raise ConfigError(f"{name} {getattr(self, name)!r}; take one of {', '.join(get_args(kind))}")
+
+    @property
+    def grid(self) -> Grid:
+        """Which tiles."""
+        return Grid(mpp=self.mpp, size=self.size, min_tissue=self.min_tissue, slide_mpp=self.slide_mpp)

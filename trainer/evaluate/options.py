@@ -1,0 +1,60 @@
+"""What is scored, and how: the options of `tilestream evaluate`.
+
+Apart from the code that obeys them, so that the command line can read them without importing torch or scikit-learn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from streaming.errors import ConfigError
+from trainer.embed.options import Token
+from trainer.evaluate.annotations import TileGrid
+
+Task = Literal["knn", "linear", "logistic", "quality", "slide", "segmentation", "detection"]
+TASKS: tuple[Task, ...] = get_args(Task)
+
+PROBE_STEPS = 12_500
+"""arXiv 2404.15217, as kaiko's eva has it"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """What is scored, and how."""
+
+    tasks: tuple[Task, ...] = ()
+    """knn, linear, logistic, quality; slide; segmentation; detection; none: those that suit the dataset"""
+    token: Token | None = None
+    """class token, mean patch token, or both; none: cls, or what an exported model says"""
+    k: int = 20
+    """neighbours of kNN, purity and robustness index"""
+    steps: int = PROBE_STEPS
+    """steps of the linear probe"""
+    epochs: int = 20
+    """passes that attention MIL takes over the slides, and decoders over the tiles"""
+    radius: float = 12.0
+    """px of a tile within which a point counts as found"""
+    folds: int = 5
+    """parts of the cross-validation, where there is no split"""
+    seed: int = 0
+    """of folds, probes and resamples"""
+    batch: int = 64
+    """tiles that the model sees at once"""
+    resize: int | None = None
+    """side in px that tiles are resized to; none: as they are"""
+    grid: TileGrid = field(default_factory=TileGrid)
+    """how annotated slides are cut into tiles"""
+    gpu: bool = False
+    """whether the model runs on a GPU"""
+
+    def __post_init__(self) -> None:
+        if unknown := [task for task in self.tasks if task not in TASKS]:
+            raise ConfigError(f"task {unknown[0]!r}; take some of {', '.join(TASKS)}")
+        for name in ("k", "steps", "epochs", "batch", "resize"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if not self.radius > 0:
+            raise ConfigError(f"radius is {self.radius}; it must be above 0")
+        if self.folds < 2:
+            raise ConfigError(f"folds is {self.folds}; it must be at least 2")
