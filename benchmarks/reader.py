@@ -26,7 +26,7 @@ from streaming.plan import TilePlan
 from streaming.reading.hsv_rule import HsvRule
 from streaming.reading.reader import ReaderOptions
 from streaming.slide import Slide, codecs, open_slide
-from streaming.slide.block_index import open_index
+from streaming.slide.index_files import open_index
 from streaming.storage.ranges import read_range
 
 MPPS = (0.25, 0.5, 1.0, 2.0)
@@ -37,7 +37,7 @@ _tile = np.empty((SIZE, SIZE, 3), np.uint8)
 
 
 def _read(slide: Slide, x: int, y: int, mpp: float) -> None:
-    slide.begin_tile(x, y, mpp, SIZE)(_tile)
+    slide.begin_tile(x, y, mpp, SIZE).fill(_tile)
 
 
 def cpu_ms(reads: Sequence[Callable[[], object]]) -> float:

@@ -1,13 +1,11 @@
 """Where a reader's time goes: seconds by stage, and what was asked of the storage.
 
-Counting must cost nothing: each thread adds to counters of its own, without locks, and whoever began them adds them up.
+Whoever does a piece of work is handed the counters that it counts into. Counting must cost nothing, so there are no
+locks: counters belong to one thread, and whoever shares work out among threads adds theirs up.
 """
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Generator
 from dataclasses import asdict, dataclass, fields
 
 
@@ -60,25 +58,5 @@ class Counters:
 
 _NAMES = [entry.name for entry in fields(Counters)]
 
-
-class _Mine(threading.local):
-    def __init__(self) -> None:
-        self.counters = Counters()
-
-
-_mine = _Mine()
-
-
-def mine() -> Counters:
-    """What this thread counts into at the moment."""
-    return _mine.counters
-
-
-@contextlib.contextmanager
-def counting() -> Generator[Counters]:
-    """Lets this thread count into fresh counters until the block ends."""
-    before, _mine.counters = _mine.counters, Counters()
-    try:
-        yield _mine.counters
-    finally:
-        _mine.counters = before
+UNCOUNTED = Counters()
+"""Where those count who were handed no counters: nobody reads them."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,8 +12,9 @@ import numpy as np
 
 from streaming import storage
 from streaming.catalog import Catalog
+from streaming.counters import UNCOUNTED, Counters
 from streaming.errors import SlideError
-from streaming.slide import Slide
+from streaming.slide import PendingTile, Slide
 from streaming.slide.resample import Pixels
 from streaming.storage.staging import Staging
 
@@ -28,24 +28,33 @@ class OddSlide:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._slide, name)
 
-    def begin_tile(self, x: int, y: int, mpp: float, size: int) -> Callable[[Pixels], None]:
-        begun = self._slide.begin_tile(x, y, mpp, size)
-
-        def finish(out: Pixels) -> None:
-            time.sleep(self._delay_s)
-            if (x, y) in self._deadly:
-                if not self._sign:
-                    raise SlideError(f"{self._slide}: tile at {x}, {y} is refused")
-                # To this thread, as a fault of its own would: another one's handler would let it go on reading.
-                signal.pthread_kill(threading.get_ident(), self._sign)
-            begun(out)
-
-        return finish
+    def begin_tile(self, x: int, y: int, mpp: float, size: int, count: Counters = UNCOUNTED) -> OddTile:
+        return OddTile(self, x, y, self._slide.begin_tile(x, y, mpp, size, count=count))
 
     def read_tile(self, x: int, y: int, mpp: float, size: int) -> Pixels:
         tile = np.empty((size, size, 3), np.uint8)
-        self.begin_tile(x, y, mpp, size)(tile)
+        self.begin_tile(x, y, mpp, size).fill(tile)
         return tile
+
+    def befall(self, x: int, y: int) -> None:
+        time.sleep(self._delay_s)
+        if (x, y) in self._deadly:
+            if not self._sign:
+                raise SlideError(f"{self._slide}: tile at {x}, {y} is refused")
+            # To this thread, as a fault of its own would: another one's handler would let it go on reading.
+            signal.pthread_kill(threading.get_ident(), self._sign)
+
+
+@dataclass(frozen=True)
+class OddTile:
+    slide: OddSlide
+    x: int
+    y: int
+    tile: PendingTile
+
+    def fill(self, out: Pixels) -> None:
+        self.slide.befall(self.x, self.y)
+        self.tile.fill(out)
 
 
 @dataclass(frozen=True)
@@ -58,5 +67,11 @@ class OddCatalog(Catalog):
     def of(cls, catalog: Catalog, **oddities: Any) -> OddCatalog:
         return cls(**{part.name: getattr(catalog, part.name) for part in fields(Catalog)}, **oddities)
 
-    def open_slide(self, row: int, storage_options: storage.StorageOptions | None, staging: Staging) -> Any:
-        return OddSlide(super().open_slide(row, storage_options, staging), self.delay_s, self.deadly, self.sign)
+    def open_slide(
+        self,
+        row: int,
+        storage_options: storage.StorageOptions | None,
+        staging: Staging,
+        count: Counters = UNCOUNTED,
+    ) -> Any:
+        return OddSlide(super().open_slide(row, storage_options, staging, count), self.delay_s, self.deadly, self.sign)

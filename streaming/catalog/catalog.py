@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from streaming import storage
 from streaming.catalog.tissue import CELL_UM, TissueGrid
 from streaming.catalog.tissue_map import Cells, TissueMap, file_nbytes, padded, write_tissue
+from streaming.counters import UNCOUNTED, Counters
 from streaming.errors import CatalogError
 from streaming.slide import Slide, open_slide
-from streaming.slide.block_index import open_index, open_staged_index
+from streaming.slide.index_files import open_index, open_staged_index
 from streaming.storage.staging import Staging
 
 if TYPE_CHECKING:
@@ -287,8 +288,16 @@ class Catalog:
         cells = self.tissue.cells[entry.tissue_offset : entry.tissue_offset + shape[0] * shape[1]]
         return TissueGrid(fraction=cells.reshape(shape), threshold=entry.tissue_threshold)
 
-    def open_slide(self, row: int, storage_options: storage.StorageOptions | None, staging: Staging) -> Slide:
+    def open_slide(
+        self,
+        row: int,
+        storage_options: storage.StorageOptions | None,
+        staging: Staging,
+        count: Counters = UNCOUNTED,
+    ) -> Slide:
         """The slide of a row, by its block index if it has one; an index that lies remote is staged first.
+
+        What that takes is added to `count`.
 
         Raises:
             SlideError: it can't be opened, or is not the version that was catalogued.
@@ -303,9 +312,10 @@ class Catalog:
                 index = open_index(uri)
             else:
                 # Its name tells its content, so there is nothing to ask of the storage before.
-                index = open_staged_index(storage.ObjectInfo(uri, index_nbytes, name), storage_options, staging)
+                entry = storage.ObjectInfo(uri, index_nbytes, name)
+                index = open_staged_index(entry, storage_options, staging, count)
         info = storage.ObjectInfo(slide, size, version)
-        return open_slide(slide, storage_options, mpp=mpp, index=index, expected=info, staging=staging)
+        return open_slide(slide, storage_options, mpp=mpp, index=index, expected=info, staging=staging, count=count)
 
     def to_arrow(self) -> pa.Table:
         """One row a slide, the metadata spread into columns."""

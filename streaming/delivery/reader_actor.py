@@ -21,7 +21,7 @@ from streaming.delivery.pulses import PULSE_S, Pulse
 from streaming.plan import TilePlan
 from streaming.reading.batch import ARROW_TYPES, Batch
 from streaming.reading.reader import ReaderOptions, TileReader
-from streaming.storage.ranges import oldest_request
+from streaming.storage.connections import CONNECTIONS
 
 _ANSWER_S = 60.0
 
@@ -55,7 +55,7 @@ class ReaderActor:
     def __call__(self, batch: Batch) -> pa.Table:
         """Reads a batch of indices; a row a tile, with `TileReader`'s columns."""
         with self._at_work(int(batch["index"][0])) as deaths:
-            tiles = self._read(batch, careful=deaths > 0)
+            tiles = self._read(batch, isolated=deaths > 0)
         export_read(tiles)
         return block_of(tiles)
 
@@ -77,7 +77,7 @@ class ReaderActor:
 
     def _beat(self, chain: ActorHandle[Any]) -> None:
         while True:
-            now, busy, request = time.monotonic(), dict(self._busy), oldest_request()
+            now, busy, request = time.monotonic(), dict(self._busy), CONNECTIONS.oldest_request()
             index = min(busy, key=lambda first: busy[first]) if busy else None
             pulse = Pulse(
                 self._node,

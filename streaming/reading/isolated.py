@@ -1,10 +1,11 @@
-"""Reading with care: tiles in a process apart, so that one that crashes its decoder costs itself alone."""
+"""Tiles read in a process apart, so that one that crashes its decoder costs itself alone."""
 
 from __future__ import annotations
 
 import pickle
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -14,8 +15,9 @@ from ray.cloudpickle import cloudpickle
 
 from streaming import storage
 from streaming.catalog import Catalog
+from streaming.counters import UNCOUNTED, Counters
 from streaming.errors import SlideError, StorageError, StreamError
-from streaming.slide import Slide
+from streaming.slide import PendingTile, Slide
 from streaming.slide.resample import Pixels
 from streaming.storage.staging import Staging
 
@@ -24,46 +26,48 @@ _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
 _MAX_KILLS = 3
 
 
-class CarefulPool:
-    """What `SlidePool` does, in a process of its own; another one is started when a tile has crashed it."""
+class IsolatedPool:
+    """What `SlidePool` does, in a process of its own; another one is started when a tile has crashed it.
+
+    What happens there is not counted.
+    """
 
     def __init__(self, catalog: Catalog, storage_options: dict[str, Any], staging: Staging) -> None:
         self._slides = catalog.slides()
         self._content = cloudpickle.dumps((catalog, storage_options, staging))
         self._process: SpawnProcess | None = None
 
-    def open_all(self, keys: Iterable[int]) -> None:
+    def open_all(self, keys: Iterable[int], count: Counters = UNCOUNTED) -> None:
         """Nothing: slides are opened where they are read."""
 
-    def begin_tile(self, key: int, x: int, y: int, mpp: float, size: int) -> Callable[[Pixels], None]:
-        """A tile of the catalog's row `key` that is read when the answer is called; it fills uint8 (size, size, 3).
+    def begin_tile(self, key: int, x: int, y: int, mpp: float, size: int, count: Counters = UNCOUNTED) -> PendingTile:
+        """A tile of the catalog's row `key`; it is read when it is filled."""
+        del count
+        return _IsolatedTile(self, key, x, y, mpp, size)
 
-        Raises (the answer):
+    def read(self, key: int, x: int, y: int, mpp: float, size: int) -> Pixels:
+        """A tile of the catalog's row `key`, uint8 (size, size, 3), read in the process apart.
+
+        Raises:
             SlideError, StorageError: it can't be read, or crashes the process that reads it.
             StreamError: that process is killed from outside, again and again.
         """
-
-        def finish(out: Pixels) -> None:
-            for _ in range(_MAX_KILLS):
-                answer = self._ask((key, x, y, mpp, size))
-                if isinstance(answer, Exception):
-                    raise answer
-                if isinstance(answer, int):
-                    if answer in _FROM_OUTSIDE:
-                        continue
-                    what = signal.Signals(-answer).name if answer < 0 else f"exit status {answer}"
-                    raise SlideError(
-                        f"{self._slides[key]}: tile at {x}, {y} of {mpp} µm/px crashes its decoder ({what}); "
-                        "compare the slide with its source"
-                    )
-                out[:] = answer
-                return
-            raise StreamError(
-                f"{self._slides[key]}: the process that reads its tile at {x}, {y} was killed {_MAX_KILLS} times; "
-                "is the node short of memory?"
-            )
-
-        return finish
+        for _ in range(_MAX_KILLS):
+            answer = self._ask((key, x, y, mpp, size))
+            if isinstance(answer, Exception):
+                raise answer
+            if not isinstance(answer, int):
+                return answer
+            if answer not in _FROM_OUTSIDE:
+                what = signal.Signals(-answer).name if answer < 0 else f"exit status {answer}"
+                raise SlideError(
+                    f"{self._slides[key]}: tile at {x}, {y} of {mpp} µm/px crashes its decoder ({what}); "
+                    "compare the slide with its source"
+                )
+        raise StreamError(
+            f"{self._slides[key]}: the process that reads its tile at {x}, {y} was killed {_MAX_KILLS} times; "
+            "is the node short of memory?"
+        )
 
     def close(self) -> None:
         """Ends the process."""
@@ -91,6 +95,21 @@ class CarefulPool:
         process.start()
         other.close()
         return process
+
+
+@dataclass(frozen=True, slots=True)
+class _IsolatedTile:
+    """A tile that is still to be read; what `streaming.slide.PendingTile` describes."""
+
+    pool: IsolatedPool
+    key: int
+    x: int
+    y: int
+    mpp: float
+    size: int
+
+    def fill(self, out: Pixels) -> None:
+        out[:] = self.pool.read(self.key, self.x, self.y, self.mpp, self.size)
 
 
 def _serve(connection: Connection, content: bytes) -> None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass, field
-from functools import partial
 from time import perf_counter, time
 from typing import Any
 
@@ -18,20 +17,22 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from streaming import counters, storage
+from streaming import storage
 from streaming.catalog import Catalog
-from streaming.counters import Counters, counting
+from streaming.counters import Counters
 from streaming.errors import ConfigError, SlideError, StorageError, StreamError
 from streaming.plan import TilePlan
 from streaming.plan.plan import TileSpecs
 from streaming.reading.batch import Batch, pack_counters, pack_failures
 from streaming.reading.hsv_rule import HsvRule
-from streaming.reading.isolated import CarefulPool
+from streaming.reading.isolated import IsolatedPool
 from streaming.reading.slide_pool import SlidePool
-from streaming.slide import Slide
+from streaming.slide import PendingTile, Slide
 from streaming.slide.resample import Pixels
-from streaming.storage import ranges
+from streaming.storage.connections import CONNECTIONS
 from streaming.storage.staging import Staging
+
+Unreadable = SlideError | StorageError
 
 # A tile is replaced this often before the run is told that hardly anything passes: at 80 % rejected tiles, once in
 # 10^24 samples.
@@ -73,7 +74,7 @@ class TileReader:
         self._plan: TilePlan = ray.get(plan) if isinstance(plan, ray.ObjectRef) else plan
         self._catalog: Catalog = ray.get(catalog) if isinstance(catalog, ray.ObjectRef) else catalog
         self._options = options
-        ranges.keep_in_flight(options.requests_in_flight)
+        CONNECTIONS.keep_in_flight(options.requests_in_flight)
         self._pool: SlidePool[int] = SlidePool(self._open)
         self._totals, self._lock = Counters(), threading.Lock()
 
@@ -82,25 +83,26 @@ class TileReader:
         with self._lock:
             return self._totals.as_dict()
 
-    def _open(self, row: int) -> Slide:
+    def _open(self, row: int, count: Counters) -> Slide:
         options = self._options
-        return storage.PATIENT(self._catalog.open_slide, row, options.storage_options, options.staging)
+        return storage.PATIENT(self._catalog.open_slide, row, options.storage_options, options.staging, count)
 
-    def __call__(self, batch: Batch, *, careful: bool = False) -> Batch:
+    def __call__(self, batch: Batch, *, isolated: bool = False) -> Batch:
         """Reads the tiles of `batch["index"]`, int64 (n,).
 
         Returns columns of n rows: `tile` uint8 (n, size, size, 3), `index`, `slide` (row of the catalog), `x`, `y`
         (level-0 pixels), `mpp`, `filtered` (tiles of this index turned down by the HSV rule), `ended_at` (when the
         batch was read, seconds since the epoch), `failures` and `counters` (see `streaming.reading.batch`). With
-        `careful`, tiles are read in a process apart, and one that crashes it has failed.
+        `isolated`, tiles are read in a process apart, and one that crashes it has failed.
 
         Raises:
             StreamError: hardly any tile passes.
         """
         index = np.asarray(batch["index"], dtype=np.int64)
-        with counting() as counted, self._slides(careful) as pool:
+        counted = Counters()
+        with self._slides(isolated) as pool:
             started = perf_counter()
-            columns = self._read(index, pool)
+            columns = self._read(index, pool, counted)
             counted.total_s = perf_counter() - started
             counted.tiles = len(index)
         with self._lock:
@@ -109,16 +111,16 @@ class TileReader:
         return {**columns, "ended_at": ended_at, "counters": pack_counters(counted, len(index))}
 
     @contextlib.contextmanager
-    def _slides(self, careful: bool) -> Generator[SlidePool[int] | CarefulPool]:
-        if not careful:
+    def _slides(self, isolated: bool) -> Generator[SlidePool[int] | IsolatedPool]:
+        if not isolated:
             yield self._pool
             return
-        pool = CarefulPool(self._catalog, self._options.storage_options, self._options.staging)
+        pool = IsolatedPool(self._catalog, self._options.storage_options, self._options.staging)
         with contextlib.closing(pool):
             yield pool
 
-    def _read(self, index: NDArray[np.int64], pool: SlidePool[int] | CarefulPool) -> Batch:
-        count, n, size = counters.mine(), len(index), self._plan.size
+    def _read(self, index: NDArray[np.int64], pool: SlidePool[int] | IsolatedPool, count: Counters) -> Batch:
+        n, size = len(index), self._plan.size
         tiles = np.empty((n, size, size, 3), dtype=np.uint8)
         columns: Batch = {
             "index": index,
@@ -136,7 +138,7 @@ class TileReader:
             count.plan_s += perf_counter() - started
             for name in ("slide", "x", "y", "mpp"):
                 columns[name][pending] = getattr(specs, name)
-            failed = self._read_specs(specs, pool, tiles, pending)
+            failed = self._read_specs(specs, pool, tiles, pending, count)
             for i, error in failed.items():
                 if error is None:
                     columns["filtered"][pending[i]] += 1
@@ -153,20 +155,23 @@ class TileReader:
         )
 
     def _read_specs(
-        self, specs: TileSpecs, pool: SlidePool[int] | CarefulPool, tiles: Pixels, rows: NDArray[np.int64]
-    ) -> dict[int, SlideError | StorageError | None]:
+        self,
+        specs: TileSpecs,
+        pool: SlidePool[int] | IsolatedPool,
+        tiles: Pixels,
+        rows: NDArray[np.int64],
+        count: Counters,
+    ) -> dict[int, Unreadable | None]:
         """Reads specs into rows of `tiles`; tells which are to be replaced: why, or None where the HSV rule says so."""
-        count = counters.mine()
         # All requests go out before the first block is decoded: storage works while this decodes.
-        pool.open_all(np.unique(specs.slide).tolist())
+        pool.open_all(np.unique(specs.slide).tolist(), count)
         started = perf_counter()
-        begun = [_begin(pool, specs, i) for i in range(len(specs))]
+        begun = [_begin(pool, specs, i, count) for i in range(len(specs))]
         count.request_s += perf_counter() - started
-        failed: dict[int, SlideError | StorageError | None] = {}
+        failed: dict[int, Unreadable | None] = {}
         for i, row in enumerate(rows.tolist()):
-            try:
-                begun[i](tiles[row])
-            except (SlideError, StorageError) as error:
+            error = _fill(begun[i], tiles[row])
+            if error is not None:
                 failed[i] = error
                 continue
             started = perf_counter()
@@ -176,13 +181,21 @@ class TileReader:
         return failed
 
 
-def _begin(pool: SlidePool[int] | CarefulPool, specs: TileSpecs, i: int) -> Callable[[Pixels], None]:
-    """Asks for a tile's bytes; what is wrong is told by the answer."""
+def _begin(pool: SlidePool[int] | IsolatedPool, specs: TileSpecs, i: int, count: Counters) -> PendingTile | Unreadable:
+    """Asks for a tile's bytes, or tells why it can't be asked for."""
+    x, y, mpp = int(specs.x[i]), int(specs.y[i]), float(specs.mpp[i])
     try:
-        return pool.begin_tile(int(specs.slide[i]), int(specs.x[i]), int(specs.y[i]), float(specs.mpp[i]), specs.size)
+        return pool.begin_tile(int(specs.slide[i]), x, y, mpp, specs.size, count)
     except (SlideError, StorageError) as error:
-        return partial(_fail, error)
+        return error
 
 
-def _fail(error: Exception, _: Pixels) -> None:
-    raise error
+def _fill(begun: PendingTile | Unreadable, out: Pixels) -> Unreadable | None:
+    """Waits for a tile; tells why it can't be read, be it known since it was asked for."""
+    if isinstance(begun, Exception):
+        return begun
+    try:
+        begun.fill(out)
+    except (SlideError, StorageError) as error:
+        return error
+    return None

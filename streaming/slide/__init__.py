@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 from streaming import storage
+from streaming.counters import UNCOUNTED, Counters
 from streaming.errors import SlideError
 from streaming.slide import block_index, geometry
 from streaming.slide.block_index import BlockIndex
@@ -22,6 +22,19 @@ SLIDE_SUFFIXES = (
     *(".svs", ".tif", ".tiff", ".ndpi", ".scn", ".bif", ".svslide", ".czi"),
     *MULTI_FILE_SUFFIXES,
 )
+
+
+class PendingTile(Protocol):
+    """A tile whose bytes were asked for."""
+
+    def fill(self, out: Pixels) -> None:
+        """Waits for them and makes them the tile's pixels, uint8 (size, size, 3).
+
+        Raises:
+            SlideError: the slide is broken there, or has changed.
+            StorageError: the storage can't be reached.
+        """
+        ...
 
 
 class Slide(Protocol):
@@ -44,8 +57,10 @@ class Slide(Protocol):
         """Pixels of one level as uint8 (h, w, 3); location in level-0 pixels, size in the level's."""
         ...
 
-    def begin_tile(self, x: int, y: int, mpp: float, size: int, *, exact: bool = False) -> Callable[[Pixels], None]:
-        """Asks for a tile's bytes; calling the answer waits for them and fills uint8 (size, size, 3)."""
+    def begin_tile(
+        self, x: int, y: int, mpp: float, size: int, *, exact: bool = False, count: Counters = UNCOUNTED
+    ) -> PendingTile:
+        """Asks for the bytes of a tile as `read_tile` describes it; what it takes is added to `count`."""
         ...
 
     def read_tile(self, x: int, y: int, mpp: float, size: int, *, exact: bool = False) -> Pixels:
@@ -65,12 +80,14 @@ def open_slide(
     index: BlockIndex | None = None,
     expected: storage.ObjectInfo | None = None,
     staging: Staging | None = None,
+    count: Counters = UNCOUNTED,
 ) -> Slide:
     """Opens a whole-slide image by file path, s3://, gs://, az:// or http(s)://.
 
     Tiled TIFFs (SVS, Philips, OME, generic) are read block by block where they lie; other formats go through OpenSlide,
     remote ones on a copy in `staging`. mpp (µm/px at level 0) serves where the metadata has none. With a block index
-    the slide's tags are not read at all. With `expected`, a slide of another size or version is refused.
+    the slide's tags are not read at all. With `expected`, a slide of another size or version is refused. What opening
+    takes is added to `count`.
 
     Raises:
         SlideError: it is no slide, is broken, or is not the version that was expected.
@@ -85,11 +102,11 @@ def open_slide(
     if expected is not None and (info.size, info.version) != (expected.size, expected.version):
         raise SlideError(f"{uri}: changed since it was catalogued; run `tilestream catalog` on it again")
     ranges = None if is_multi_file(uri) else open_ranges(uri, storage_options)
-    tiff = read_tiff(uri, ranges) if ranges is not None else None
+    tiff = read_tiff(uri, ranges, count) if ranges is not None else None
     if ranges is None or tiff is None:
-        return open_staged(files, storage_options, mpp, staging or Staging())
+        return open_staged(files, storage_options, mpp, staging or Staging(), count)
     packed = block_index.pack(tiff, ranges.tag, geometry.plausible_mpp(uri, tiff.mpp))
     return BlockSlide(uri, ranges, block_index.unpack(packed), mpp, packed)
 
 
-__all__ = ["SLIDE_SUFFIXES", "Slide", "Staging", "open_slide"]
+__all__ = ["SLIDE_SUFFIXES", "PendingTile", "Slide", "Staging", "open_slide"]

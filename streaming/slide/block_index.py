@@ -5,60 +5,97 @@
 A table is records of 64 blocks in the grid's order: the offset of the first as uint64, then the blocks' lengths, then
 the gaps before each, both in as few bytes as the level needs (scanners write blocks one after the other: no gaps, two
 or three bytes of length, so some 2.2 to 3.2 bytes a block; blocks in no order take up to 8 bytes of gap more). One
-block's place costs one small read, which the page cache shares between all processes of a node.
+block's place costs one small read, which the page cache shares between all processes of a node. `index_files` is where
+those bytes come from.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from typing import Any
+from functools import lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streaming import storage
+from streaming.counters import UNCOUNTED, Counters
 from streaming.errors import CatalogError
 from streaming.slide.codecs import BlockFormat
-from streaming.slide.tiff import BlockLevel, TiffSlide
-from streaming.storage.staging import Staging
+from streaming.slide.tiff import TiffSlide
+from streaming.slide.tiff_blocks import BlockLevel
 
 _MAGIC = b"tilestream blocks 1\n"
 _BODY = len(_MAGIC) + 8
 _RECORD = 64
 
+_MIN_HEAD = 4096  # read at first; most headers are shorter
+
 Ints = NDArray[np.int64]
-ReadBytes = Callable[[int, int], bytes]
+
+
+class IndexBytes(Protocol):
+    """The content of a block index, wherever it lies. Safe to use from several threads."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        ...
+
+    def read(self, offset: int, size: int, count: Counters = UNCOUNTED) -> bytes:
+        """That many bytes from an offset on; fewer only where the content ends.
+
+        Raises:
+            CatalogError: there is no such file.
+            StorageError: it lies remote and can't be fetched.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _InMemory:
+    content: bytes
+    name: str = "the index"
+
+    def read(self, offset: int, size: int, count: Counters = UNCOUNTED) -> bytes:
+        del count  # it costs nothing
+        return self.content[offset : offset + size]
 
 
 @dataclass(frozen=True, slots=True)
 class IndexedLevel:
-    """A level as a grid of blocks; width, height in its own pixels. `places` knows where they lie."""
+    """A level as a grid of blocks; width, height in its own pixels. Its table is read where `places` needs it."""
 
     width: int
     height: int
     form: BlockFormat
+    index: IndexBytes = field(repr=False, compare=False)
     at: int
-    """Where its table begins in the index."""
+    """where its table begins in the index"""
     length_bytes: int
+    """bytes that the table spends on a block's length"""
     gap_bytes: int
-    read: ReadBytes = field(repr=False, compare=False)
+    """bytes that it spends on the gap before a block"""
 
     @property
     def columns(self) -> int:
         """Blocks in a row."""
         return -(-self.width // self.form.width)
 
-    def places(self, first: int, last: int) -> tuple[list[int], list[int]]:
-        """Offsets and lengths of the blocks first to last (row by row, both included)."""
+    def places(self, first: int, last: int, count: Counters = UNCOUNTED) -> tuple[list[int], list[int]]:
+        """Offsets and lengths of the blocks first to last (row by row, both included).
+
+        Raises:
+            CatalogError: the index is missing or cut off.
+            StorageError: it lies remote and can't be fetched.
+        """
         wide, gap_wide = self.length_bytes, self.gap_bytes
         size = 8 + _RECORD * (wide + gap_wide)
         begin, end = first // _RECORD, last // _RECORD + 1
-        raw = self.read(self.at + begin * size, (end - begin) * size)
+        raw = self.index.read(self.at + begin * size, (end - begin) * size, count)
+        if len(raw) != (end - begin) * size:
+            raise CatalogError(f"{self.index.name}: the block index is cut off; build the catalog anew")
         offsets: list[int] = []
         lengths: list[int] = []
         # Plain integers: for the two or three blocks that a tile wants in a row, arrays cost three times as much.
@@ -117,80 +154,27 @@ def pack(slide: TiffSlide, tag: str, mpp: float | None) -> bytes:
 
 def unpack(content: bytes) -> BlockIndex:
     """An index from its content, which stays in memory."""
-    return _index("the index", content, lambda offset, size: content[offset : offset + size])
+    return read_index(_InMemory(content))
 
 
-def open_index(path: str) -> BlockIndex:
-    """An index by its local path; its tables stay on disk.
+def read_index(index: IndexBytes, count: Counters = UNCOUNTED) -> BlockIndex:
+    """An index from its header; its tables stay where they are.
 
     Raises:
         CatalogError: it is missing or damaged.
+        StorageError: it lies remote and can't be fetched.
     """
-    return _open_index(path, partial(_pread, path))
-
-
-def open_staged_index(info: storage.ObjectInfo, options: storage.StorageOptions | None, staging: Staging) -> BlockIndex:
-    """An index that lies remote, by a staged copy, which is staged again whenever it was evicted.
-
-    Raises:
-        CatalogError: it is damaged.
-        StorageError: it can't be staged.
-    """
-    path = staging.fetch(info, options)
-
-    def read(offset: int, size: int) -> bytes:
-        try:
-            return _bytes_at(path, offset, size)
-        except FileNotFoundError:
-            return staging.use(info, options, lambda path: _bytes_at(path, offset, size))
-
-    return _open_index(path, read)
-
-
-def _open_index(path: str, read: ReadBytes) -> BlockIndex:
-    start = read(0, 4096)
-    end = _header_end(path, start)
-    if end > len(start):
-        start += read(len(start), end - len(start))
-    return _index(path, start, partial(_read, path, read))
-
-
-def _pread(path: str, offset: int, size: int) -> bytes:
-    try:
-        return _bytes_at(path, offset, size)
-    except OSError as error:
-        raise CatalogError(f"{path}: can't read this block index ({error.strerror}); build the catalog anew") from error
-
-
-def _bytes_at(path: str, offset: int, size: int) -> bytes:
-    # Opened for each read: 12,000 slides would be 12,000 descriptors, and a memory map counts as resident.
-    file = os.open(path, os.O_RDONLY)
-    try:
-        return os.pread(file, size, offset)
-    finally:
-        os.close(file)
-
-
-def _read(path: str, read: ReadBytes, offset: int, size: int) -> bytes:
-    content = read(offset, size)
-    if len(content) != size:
-        raise CatalogError(f"{path}: the block index is cut off; build the catalog anew")
-    return content
-
-
-def _header_end(name: str, start: bytes) -> int:
+    start = index.read(0, _MIN_HEAD, count)
     if start[: len(_MAGIC)] != _MAGIC:
-        raise CatalogError(f"{name}: not a block index of this version; build the catalog anew")
-    return _BODY + int.from_bytes(start[len(_MAGIC) : _BODY], "little")
-
-
-def _index(name: str, start: bytes, read: ReadBytes) -> BlockIndex:
-    end = _header_end(name, start)
+        raise CatalogError(f"{index.name}: not a block index of this version; build the catalog anew")
+    end = _BODY + int.from_bytes(start[len(_MAGIC) : _BODY], "little")
+    if end > len(start):
+        start += index.read(len(start), end - len(start), count)
     try:
         header = json.loads(start[_BODY:end])
     except ValueError as error:
-        raise CatalogError(f"{name}: the block index is cut off; build the catalog anew") from error
-    levels = tuple(_level(entry, end, read) for entry in header["levels"])
+        raise CatalogError(f"{index.name}: the block index is cut off; build the catalog anew") from error
+    levels = tuple(_level(entry, end, index) for entry in header["levels"])
     return BlockIndex(header["tag"], header["vendor"], header["mpp"], levels)
 
 
@@ -200,16 +184,16 @@ def _form(codec: str, width: int, height: int, prefix: str, predictor: bool) -> 
     return BlockFormat(codec, width, height, base64.b64decode(prefix), predictor)
 
 
-def _level(entry: dict[str, Any], tables_at: int, read: ReadBytes) -> IndexedLevel:
+def _level(entry: dict[str, Any], tables_at: int, index: IndexBytes) -> IndexedLevel:
     width, height = entry["block"]
     return IndexedLevel(
         width=entry["size"][0],
         height=entry["size"][1],
         form=_form(entry["codec"], width, height, entry["prefix"], entry["predictor"]),
+        index=index,
         at=tables_at + entry["at"],
         length_bytes=entry["bytes"][0],
         gap_bytes=entry["bytes"][1],
-        read=read,
     )
 
 
@@ -245,7 +229,10 @@ def _number(raw: bytes, at: int, width: int) -> int:
 
 
 def _sum(raw: bytes, at: int, width: int, count: int) -> int:
-    """The sum of some numbers of `width` bytes: each of their bytes for itself, which needs no number taken apart."""
+    """The sum of `count` numbers of `width` bytes: of all lowest bytes, then of all second ones, and so on.
+
+    That is faster than to make the numbers one by one.
+    """
     return sum(sum(raw[at + place : at + count * width : width]) << 8 * place for place in range(width))
 
 

@@ -2,24 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 
-from streaming import counters
+from streaming.counters import UNCOUNTED, Counters
 from streaming.errors import SlideError
 from streaming.slide import geometry, resample
-from streaming.slide.block_index import BlockIndex
+from streaming.slide.block_index import BlockIndex, IndexedLevel
 from streaming.slide.codecs import decode
 from streaming.slide.geometry import LevelBox
 from streaming.slide.resample import Pixels
-from streaming.storage.ranges import Ranges, Span
+from streaming.storage.ranges import PendingBytes, Ranges
 
-# Neighbours in the file are fetched at once over a gap of this many bytes: word alignment, not another block.
+# Blocks that lie apart by no more bytes than this are fetched by one request: such gaps are alignment, not a block.
 _MAX_GAP = 64
 
-_Place = tuple[int, int, int]  # column of a block, its offset and length
+
+class _Run(NamedTuple):
+    """Blocks of a row of the grid that are neighbours in the file too: one request, [start, end), fetches them."""
+
+    row: int
+    start: int
+    end: int
+    blocks: list[tuple[int, int, int]]
+    """column, offset and length of each"""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingBox:
+    """A rectangle of a level whose blocks were asked for; what `streaming.slide.PendingTile` describes."""
+
+    uri: str
+    level: IndexedLevel
+    box: LevelBox
+    """may reach past the slide's edges"""
+    edges: tuple[int, int, int, int]
+    """left, top, right and bottom of the part of the box that lies on the slide, in the level's pixels"""
+    scale: int
+    """by how much its blocks are decoded smaller"""
+    runs: list[_Run]
+    coming: PendingBytes | None
+    """the bytes of the runs; None where the box lies outside the slide"""
+    is_covered: bool
+    """whether blocks cover all of the box"""
+    count: Counters
+
+    def fill(self, out: Pixels) -> None:
+        """Waits for the bytes and decodes them into uint8 (h, w, 3), to which the box is resampled if need be.
+
+        Raises:
+            SlideError: a block can't be read; names it.
+            StorageError: the storage can't be reached.
+        """
+        height, width = self.box.height // self.scale, self.box.width // self.scale
+        if out.shape[:2] == (height, width):
+            decode_box(self, out)
+            return
+        pixels = resample.scratch("box", height, width)
+        decode_box(self, pixels)
+        started = perf_counter()
+        resample.resize(pixels, out)
+        self.count.resample_s += perf_counter() - started
 
 
 class BlockSlide:
@@ -57,32 +103,23 @@ class BlockSlide:
         downsample = self.level_downsamples[level]
         box = LevelBox(level, round(location[0] / downsample), round(location[1] / downsample), *size)
         pixels = np.empty((size[1], size[0], 3), dtype=np.uint8)
-        self._begin_box(box)(pixels)
+        self._begin(box, 1, UNCOUNTED).fill(pixels)
         return pixels
 
-    def begin_tile(self, x: int, y: int, mpp: float, size: int, *, exact: bool = False) -> Callable[[Pixels], None]:
-        """Asks for a tile's bytes; calling the answer waits for them and fills uint8 (size, size, 3).
+    def begin_tile(
+        self, x: int, y: int, mpp: float, size: int, *, exact: bool = False, count: Counters = UNCOUNTED
+    ) -> PendingBox:
+        """Asks for a tile's bytes.
 
-        Raises (both):
-            SlideError, StorageError: as `read_region`.
+        Raises:
+            SlideError: it is no tile.
+            StorageError, CatalogError: the block index can't be read.
         """
         box = geometry.checked_tile_box(self.mpp, self.level_downsamples, x, y, mpp, size)
         level = self._levels[box.level]
         inside = min(box.x, box.y) >= 0 and box.x + box.width <= level.width and box.y + box.height <= level.height
         scale = geometry.decode_scale(box, size, level.form.scales) if inside and not exact else 1
-        fill = self._begin_box(box, scale)
-
-        def finish(out: Pixels) -> None:
-            if (box.width, box.height) == (size * scale, size * scale):
-                fill(out)
-                return
-            pixels = resample.scratch("box", box.height // scale, box.width // scale)
-            fill(pixels)
-            started = perf_counter()
-            resample.resize(pixels, out)
-            counters.mine().resample_s += perf_counter() - started
-
-        return finish
+        return self._begin(box, scale, count)
 
     def read_tile(self, x: int, y: int, mpp: float, size: int, *, exact: bool = False) -> Pixels:
         """A tile of uint8 (size, size, 3); x, y the level-0 pixel of its top-left corner, mpp its µm/px.
@@ -90,63 +127,70 @@ class BlockSlide:
         JPEG is decoded at 1/2, 1/4 or 1/8 where that fits; `exact` decodes in full.
         """
         tile = np.empty((size, size, 3), dtype=np.uint8)
-        self.begin_tile(x, y, mpp, size, exact=exact)(tile)
+        self.begin_tile(x, y, mpp, size, exact=exact).fill(tile)
         return tile
 
-    def _begin_box(self, box: LevelBox, scale: int = 1) -> Callable[[Pixels], None]:
-        """Asks for the blocks of a rectangle; the answer fills uint8 (h / scale, w / scale, 3)."""
+    def _begin(self, box: LevelBox, scale: int, count: Counters) -> PendingBox:
+        """Asks for the blocks of a rectangle."""
         level = self._levels[box.level]
-        wide, high = level.form.width, level.form.height
-        left, top = max(box.x, 0), max(box.y, 0)
-        right, bottom = min(box.x + box.width, level.width), min(box.y + box.height, level.height)
+        edges = left, top, right, bottom = (
+            max(box.x, 0),
+            max(box.y, 0),
+            min(box.x + box.width, level.width),
+            min(box.y + box.height, level.height),
+        )
         if left >= right or top >= bottom:
-            return lambda out: out.fill(0)
-        whole = (left, top, right - left, bottom - top) == (box.x, box.y, box.width, box.height)
-        first, last = left // wide, (right - 1) // wide
-        spans: list[Span] = []
-        wanted: list[tuple[int, list[_Place]]] = []
-        for row in range(top // high, (bottom - 1) // high + 1):
-            offsets, nbytes = level.places(row * level.columns + first, row * level.columns + last)
-            whole = whole and all(nbytes)
-            for start, end, blocks in _merged(offsets, nbytes, first):
-                spans.append((start, end))
-                wanted.append((row, blocks))
-        begun = self._ranges.begin(spans)
-
-        def fill(out: Pixels) -> None:
-            if not whole:
-                out.fill(0)  # black past the slide and where a block is empty, as OpenSlide
-            count, at = counters.mine(), perf_counter()
-            contents = begun()
-            before, at = at, perf_counter()
-            count.fetch_s += at - before
-            for (row, blocks), (start, _), content in zip(wanted, spans, contents, strict=True):
-                y0, y1 = max(top, row * high), min(bottom, row * high + high)
-                for column, offset, nbytes in blocks:
-                    x0, x1 = max(left, column * wide), min(right, column * wide + wide)
-                    try:
-                        compressed = content[offset - start : offset - start + nbytes]
-                        block = decode(compressed, level.form, scale, y1 - row * high)
-                    except (ValueError, RuntimeError, MemoryError) as error:
-                        raise self._broken(box.level, row * level.columns + column, error) from error
-                    before, at = at, perf_counter()
-                    count.decode_s += at - before
-                    rows, columns = _scaled(y0, y1, box.y, scale), _scaled(x0, x1, box.x, scale)
-                    out[rows, columns] = block[
-                        _scaled(y0, y1, row * high, scale), _scaled(x0, x1, column * wide, scale)
-                    ]
-                    before, at = at, perf_counter()
-                    count.assemble_s += at - before
-                count.blocks += len(blocks)
-
-        return fill
-
-    def _broken(self, level: int, block: int, error: Exception) -> SlideError:
-        reason = " ".join(str(error).split())
-        return SlideError(f"{self.uri}: level {level}, block {block}: {reason}; compare the slide with its source")
+            return PendingBox(self.uri, level, box, edges, scale, [], None, False, count)
+        is_covered = (left, top, right - left, bottom - top) == (box.x, box.y, box.width, box.height)
+        first, last = left // level.form.width, (right - 1) // level.form.width
+        runs: list[_Run] = []
+        for row in range(top // level.form.height, (bottom - 1) // level.form.height + 1):
+            offsets, nbytes = level.places(row * level.columns + first, row * level.columns + last, count)
+            is_covered = is_covered and all(nbytes)
+            runs += _runs(row, first, offsets, nbytes)
+        coming = self._ranges.begin([(run.start, run.end) for run in runs], count)
+        return PendingBox(self.uri, level, box, edges, scale, runs, coming, is_covered, count)
 
     def close(self) -> None:
         """Holds nothing open."""
+
+
+def decode_box(pending: PendingBox, out: Pixels) -> None:
+    """Waits for the blocks of a box and decodes them into uint8 (h / scale, w / scale, 3).
+
+    Raises:
+        SlideError, StorageError: as `PendingBox.fill`.
+    """
+    if not pending.is_covered:
+        out.fill(0)  # black past the slide and where a block is empty, as OpenSlide
+    if pending.coming is None:
+        return
+    level, box, scale, count = pending.level, pending.box, pending.scale, pending.count
+    wide, high = level.form.width, level.form.height
+    left, top, right, bottom = pending.edges
+    at = perf_counter()
+    contents = pending.coming.wait()
+    before, at = at, perf_counter()
+    count.fetch_s += at - before
+    for run, content in zip(pending.runs, contents, strict=True):
+        y0, y1 = max(top, run.row * high), min(bottom, run.row * high + high)
+        for column, offset, nbytes in run.blocks:
+            x0, x1 = max(left, column * wide), min(right, column * wide + wide)
+            try:
+                compressed = content[offset - run.start : offset - run.start + nbytes]
+                block = decode(compressed, level.form, scale, y1 - run.row * high)
+            except (ValueError, RuntimeError, MemoryError) as error:
+                reason, number = " ".join(str(error).split()), run.row * level.columns + column
+                raise SlideError(
+                    f"{pending.uri}: level {box.level}, block {number}: {reason}; compare the slide with its source"
+                ) from error
+            before, at = at, perf_counter()
+            count.decode_s += at - before
+            rows, columns = _scaled(y0, y1, box.y, scale), _scaled(x0, x1, box.x, scale)
+            out[rows, columns] = block[_scaled(y0, y1, run.row * high, scale), _scaled(x0, x1, column * wide, scale)]
+            before, at = at, perf_counter()
+            count.assemble_s += at - before
+        count.blocks += len(run.blocks)
 
 
 def _scaled(start: int, stop: int, origin: int, scale: int) -> slice:
@@ -154,15 +198,15 @@ def _scaled(start: int, stop: int, origin: int, scale: int) -> slice:
     return slice((start - origin) // scale, -((origin - stop) // scale))
 
 
-def _merged(offsets: list[int], nbytes: list[int], first: int) -> list[tuple[int, int, list[_Place]]]:
-    """Spans [start, end) to fetch, each with its blocks (column, offset, length); empty blocks are in none."""
-    spans: list[tuple[int, int, list[_Place]]] = []
+def _runs(row: int, first: int, offsets: list[int], nbytes: list[int]) -> list[_Run]:
+    """The blocks of a row from column `first` on as few runs; empty blocks are in none."""
+    runs: list[_Run] = []
     for column, (offset, size) in enumerate(zip(offsets, nbytes, strict=True), start=first):
         if not size:
             continue
-        if spans and 0 <= offset - spans[-1][1] <= _MAX_GAP:
-            start, _, blocks = spans[-1]
-            spans[-1] = (start, offset + size, [*blocks, (column, offset, size)])
+        if runs and 0 <= offset - runs[-1].end <= _MAX_GAP:
+            last = runs[-1]
+            runs[-1] = _Run(row, last.start, offset + size, [*last.blocks, (column, offset, size)])
         else:
-            spans.append((offset, offset + size, [(column, offset, size)]))
-    return spans
+            runs.append(_Run(row, offset, offset + size, [(column, offset, size)]))
+    return runs

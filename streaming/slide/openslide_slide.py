@@ -14,9 +14,11 @@ from typing import TypeVar
 import numpy as np
 import openslide
 
-from streaming import counters, storage
+from streaming import storage
+from streaming.counters import UNCOUNTED, Counters
 from streaming.errors import SlideError, StorageError
 from streaming.slide import geometry, resample
+from streaming.slide.geometry import LevelBox
 from streaming.slide.multi_file import as_one
 from streaming.slide.resample import Pixels
 from streaming.storage.staging import TRIES, Staging
@@ -81,10 +83,16 @@ class OpenSlideSlide:
     backend = "openslide"
     packed_index: bytes | None = None
 
-    def __init__(self, uri: str, opener: Callable[[], _Opened], mpp: float | None = None) -> None:
+    def __init__(
+        self,
+        uri: str,
+        opener: Callable[[Counters], _Opened],
+        mpp: float | None = None,
+        count: Counters = UNCOUNTED,
+    ) -> None:
         self.uri = uri
         self._opener = opener
-        self._opened = opener()
+        self._opened = opener(count)
         handle = self._opened.handle
         self.level_dimensions: tuple[tuple[int, int], ...] = handle.level_dimensions
         self.level_downsamples: tuple[float, ...] = handle.level_downsamples
@@ -104,6 +112,9 @@ class OpenSlideSlide:
 
     def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Pixels:
         """Pixels of one level as uint8 (h, w, 3); location in level-0 pixels; black outside the slide, as OpenSlide."""
+        return self._read(location, level, size, UNCOUNTED)
+
+    def _read(self, location: tuple[int, int], level: int, size: tuple[int, int], count: Counters) -> Pixels:
         geometry.check_region(self.uri, len(self.level_dimensions), level, size)
         for _ in range(TRIES):
             opened = self._opened
@@ -112,32 +123,41 @@ class OpenSlideSlide:
             except (openslide.OpenSlideError, ctypes.ArgumentError, ValueError) as error:
                 if not opened.is_gone():
                     raise SlideError(f"{self.uri}: level {level}, region {location} {size}: {error}") from error
-                self._opened = self._opener()
+                self._opened = self._opener(count)
             else:
                 return np.asarray(region, dtype=np.uint8)[:, :, :3]
         raise StorageError(f"{self.uri}: its staged copy is evicted again and again; raise staging_gb")
 
-    def begin_tile(self, x: int, y: int, mpp: float, size: int, *, exact: bool = False) -> Callable[[Pixels], None]:
-        """A tile that is read when the answer is called; it fills uint8 (size, size, 3)."""
+    def begin_tile(
+        self, x: int, y: int, mpp: float, size: int, *, exact: bool = False, count: Counters = UNCOUNTED
+    ) -> PendingRead:
+        """Notes which box of which level the tile is; it is read when it is filled.
+
+        Raises:
+            SlideError: it is no tile.
+        """
         del exact  # OpenSlide always is
         box = geometry.checked_tile_box(self.mpp, self.level_downsamples, x, y, mpp, size)
-        downsample = self.level_downsamples[box.level]
+        return PendingRead(self, box, count)
+
+    def read_box(self, box: LevelBox, out: Pixels, count: Counters) -> None:
+        """A rectangle of a level, resampled to uint8 (h, w, 3).
+
+        Raises:
+            SlideError, StorageError: it can't be read.
+        """
+        downsample, started = self.level_downsamples[box.level], time.perf_counter()
         location = (round(box.x * downsample), round(box.y * downsample))
-
-        def finish(out: Pixels) -> None:
-            count, started = counters.mine(), time.perf_counter()
-            pixels = self.read_region(location, box.level, (box.width, box.height))
-            decoded = time.perf_counter()
-            resample.resize(pixels, out)
-            count.decode_s += decoded - started
-            count.resample_s += time.perf_counter() - decoded
-
-        return finish
+        pixels = self._read(location, box.level, (box.width, box.height), count)
+        decoded = time.perf_counter()
+        resample.resize(pixels, out)
+        count.decode_s += decoded - started
+        count.resample_s += time.perf_counter() - decoded
 
     def read_tile(self, x: int, y: int, mpp: float, size: int, *, exact: bool = False) -> Pixels:
         """A tile of uint8 (size, size, 3); x, y the level-0 pixel of its top-left corner, mpp its µm/px."""
         tile = np.empty((size, size, 3), dtype=np.uint8)
-        self.begin_tile(x, y, mpp, size, exact=exact)(tile)
+        self.begin_tile(x, y, mpp, size, exact=exact).fill(tile)
         return tile
 
     def close(self) -> None:
@@ -145,11 +165,29 @@ class OpenSlideSlide:
         self._opened.handle.close()
 
 
+@dataclass(frozen=True, slots=True)
+class PendingRead:
+    """A rectangle of a level that is still to be read; what `streaming.slide.PendingTile` describes."""
+
+    slide: OpenSlideSlide
+    box: LevelBox
+    count: Counters
+
+    def fill(self, out: Pixels) -> None:
+        """Reads it into uint8 (h, w, 3), resampled to that size.
+
+        Raises:
+            SlideError, StorageError: it can't be read.
+        """
+        self.slide.read_box(self.box, out, self.count)
+
+
 def open_staged(
     files: Sequence[storage.ObjectInfo],
     options: storage.StorageOptions | None,
     mpp: float | None,
     staging: Staging,
+    count: Counters = UNCOUNTED,
 ) -> OpenSlideSlide:
     """Opens a slide, of which `files` are all files and the first the main one, through OpenSlide.
 
@@ -161,6 +199,9 @@ def open_staged(
     """
     uri = files[0].uri
     if storage.is_local(uri):
-        return OpenSlideSlide(uri, lambda: _Opened(_open(uri, storage.local_path(uri))), mpp)
-    opener = partial(staging.use, as_one(files), options, partial(_open_copy, uri), files)
-    return OpenSlideSlide(uri, opener, mpp)
+        return OpenSlideSlide(uri, lambda _: _Opened(_open(uri, storage.local_path(uri))), mpp)
+
+    def open_copy(count: Counters) -> _Opened:
+        return staging.use(as_one(files), options, partial(_open_copy, uri), files, count)
+
+    return OpenSlideSlide(uri, open_copy, mpp, count)

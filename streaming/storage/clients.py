@@ -3,7 +3,7 @@
 A URI is a local path or anything fsspec knows (`s3://`, `gs://`, `az://`, `http(s)://`, …). `storage_options` are
 fsspec's, plus `region` for S3 and `timeout_s` for one request; what they leave open comes from the usual environment
 variables (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT_URL`, …; Azure's and Google's in
-`clouds`). An HTTP server takes `headers` alone.
+`cloud_settings`). An HTTP server takes `headers` alone.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _S3, _GCS, _AZURE, _HTTP = ("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss")
 # A wrong endpoint should be told within seconds, not after botocore's minute-long default timeouts and retries.
 _S3_CONFIG = {"connect_timeout": 5, "retries": {"mode": "standard", "max_attempts": 5}}
 
-
-# A request of which nothing has come for so long is sent anew, on another connection; `timeout_s` sets it.
+# The default of `timeout_s`. In obstore it bounds a whole answer, from connecting to the last byte of the body, also
+# where bytes keep coming; in s3fs and adlfs it bounds the silence between two pieces of an answer.
 _TIMEOUT_S = 20
 
 
@@ -103,7 +103,7 @@ def store_environment() -> str:
 def object_store(bucket: str, storage_options: StorageOptions | None = None) -> ObjectStore:
     """The obstore store of a bucket, for ranged reads, with the same options and environment as `filesystem`'s.
 
-    It tries nothing again: `ranges` does, and counts it.
+    It sends no failed request again by itself: `ranges` does, and counts how often.
     """
     options = dict(storage_options or {})
     protocol, name = bucket.split("://", 1)

@@ -1,6 +1,6 @@
 """Files and objects by URI: listed, read, written whole or not at all, with errors of one line.
 
-`stores` tells what a URI and its `storage_options` may be.
+`clients` tells what a URI and its `storage_options` may be.
 """
 
 from __future__ import annotations

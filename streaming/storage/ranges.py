@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import re
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import obstore
 from obstore.exceptions import GenericError
-from obstore.store import ObjectStore
 
-from streaming import counters, storage
-from streaming.errors import SlideError, StorageError
+from streaming import storage
+from streaming.counters import UNCOUNTED, Counters
+from streaming.errors import SlideError
 from streaming.storage import clients
+from streaming.storage.connections import CONNECTIONS, Connections
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta  # there is none at run time
@@ -28,16 +26,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Span = tuple[int, int]  # [start, end) in bytes
 
-_in_flight = 32
-# So many ranges of a slide does one thread ask for, one after the other: a tile's are two, and to hand work from thread
-# to thread costs as much as the request.
-_A_TURN = 2
-# A whole object comes in parts of so many bytes, so many at once: so small that all requests of a reader end within the
-# time-out of one, on a line of 4 MB/s.
-_PART, _PARTS = 2**21, 8
+# How many ranges of a slide one thread asks for, one after the other. A tile's are two, and handing the second one to
+# another thread would cost as much CPU as its request.
+_SPANS_PER_THREAD = 2
 
-# Errors that obstore has no class for pass: throttling, a server's fault, a lost connection, another range than wanted.
-# But what else a server says of a request (4xx), it would say again.
+# Errors that obstore has no class for may pass: throttling, a server's fault, a lost connection, another range than
+# wanted. Not so most refusals (status 4xx): the server would say the same again.
 _LASTING = re.compile(r"status code: 4(?!08|29)\d\d")
 # The object may end before the range does: is it still the one that was opened?
 _OUT_OF_RANGE = re.compile(r"Requested \d+\.\.\d+, got|status code: 416")
@@ -48,19 +42,34 @@ def _passes(error: BaseException) -> bool:
     return isinstance(error, GenericError) and not _LASTING.search(str(error))
 
 
-# Not obstore's own retries: it does not tell of them, and throttling would look like slow storage.
+# obstore could send again by itself, but does not tell how often: throttling would look like slow storage.
 _PATIENT = storage.patient(_passes)
 
 
 def _patiently(ask: Callable[..., T], *arguments: Any) -> tuple[T, int]:
     """What a request brings, and how often it was sent again."""
     try:
-        return ask(*arguments), 0  # past tenacity: a tenth of a request's time
+        # The first time without tenacity, which would cost a tenth of a request's time.
+        return ask(*arguments), 0
     except GenericError as error:
         if not _passes(error):
             raise
     time.sleep(random.uniform(0, 0.1))
-    return _PATIENT(ask, *arguments), _PATIENT.statistics["attempt_number"]  # of this thread
+    # tenacity keeps its statistics by thread: these are of the call just made.
+    return _PATIENT(ask, *arguments), _PATIENT.statistics["attempt_number"]
+
+
+class PendingBytes(Protocol):
+    """Ranges of an object that were asked for."""
+
+    def wait(self) -> list[bytes]:
+        """The bytes of each range, as soon as they are there.
+
+        Raises:
+            StorageError: they can't be read.
+            SlideError: the object is not the one that was opened any more, or ends too early.
+        """
+        ...
 
 
 class Ranges(Protocol):
@@ -68,14 +77,10 @@ class Ranges(Protocol):
 
     size: int
     tag: str
+    """what tells its version: ETag, or size and time of modification"""
 
-    def begin(self, spans: Sequence[Span]) -> Callable[[], list[bytes]]:
-        """Asks for the bytes [start, end) of each span; the answer waits for them.
-
-        Raises (the answer):
-            StorageError: they can't be read.
-            SlideError: the object is not the one that was opened any more, or ends too early.
-        """
+    def begin(self, spans: Sequence[Span], count: Counters = UNCOUNTED) -> PendingBytes:
+        """Asks for the bytes [start, end) of each span."""
         ...
 
 
@@ -94,12 +99,17 @@ class LocalRanges:
             stat = os.stat(self._path)
         self.size, self.tag = stat.st_size, _same(uri, _file_tag(stat), tag)
 
-    def begin(self, spans: Sequence[Span]) -> Callable[[], list[bytes]]:
-        """Reads when the answer is called for: a page cache needs no company."""
-        _count(spans)
-        return lambda: self._read(spans)
+    def begin(self, spans: Sequence[Span], count: Counters = UNCOUNTED) -> PendingBytes:
+        """Notes what is wanted; it is read when it is waited for, as a local file needs no time to answer."""
+        _count(spans, count)
+        return _FileRead(self, spans)
 
-    def _read(self, spans: Sequence[Span]) -> list[bytes]:
+    def read(self, spans: Sequence[Span]) -> list[bytes]:
+        """The bytes of each span, read now.
+
+        Raises:
+            StorageError, SlideError: as `PendingBytes.wait`.
+        """
         with storage.storage_errors(self._uri):
             file = os.open(self._path, os.O_RDONLY)
             try:
@@ -109,40 +119,50 @@ class LocalRanges:
                 os.close(file)
 
 
+@dataclass(frozen=True, slots=True)
+class _FileRead:
+    """Ranges of a file that are still to be read."""
+
+    ranges: LocalRanges
+    spans: Sequence[Span]
+
+    def wait(self) -> list[bytes]:
+        return self.ranges.read(self.spans)
+
+
 class RemoteRanges:
     """Ranges of an object in a store that obstore knows."""
 
-    def __init__(self, uri: str, options: storage.StorageOptions | None = None, tag: str | None = None) -> None:
+    def __init__(
+        self,
+        uri: str,
+        options: storage.StorageOptions | None = None,
+        tag: str | None = None,
+        connections: Connections = CONNECTIONS,
+    ) -> None:
         """A tag binds it to that version of the object, without asking for it now.
 
         Raises:
             StorageError: the object can't be reached.
         """
-        self._uri = uri
-        self._store, self._path = _store(uri, options)
+        self._uri, self._connections = uri, connections
+        self._store, self._path = connections.store(uri, options)
         self.size, self.tag = 0, tag or ""
         if not tag:
             with storage.storage_errors(uri):
                 meta, _ = _patiently(obstore.head, self._store, self._path)
             self.size, self.tag = meta["size"], _object_tag(meta)
 
-    def begin(self, spans: Sequence[Span]) -> Callable[[], list[bytes]]:
+    def begin(self, spans: Sequence[Span], count: Counters = UNCOUNTED) -> PendingBytes:
         """Sends the requests at once, or as soon as others have come back."""
-        _count(spans)
-        pool = _requests()
-        answers = [pool.submit(self._read, spans[at : at + _A_TURN]) for at in range(0, len(spans), _A_TURN)]
-
-        def wait() -> list[bytes]:
-            results = [answer.result() for answer in answers]
-            counters.mine().retries += sum(retries for _, retries in results)
-            return [content for contents, _ in results for content in contents]
-
-        return wait
+        _count(spans, count)
+        shares = [spans[at : at + _SPANS_PER_THREAD] for at in range(0, len(spans), _SPANS_PER_THREAD)]
+        return _Requests([self._connections.submit(self._uri, self._read, share) for share in shares], count)
 
     def _read(self, spans: Sequence[Span]) -> tuple[list[bytes], int]:
-        """The bytes, and how often requests were sent again: the thread that waits for them counts that."""
+        """The bytes, and how often requests were sent again: counters belong to the thread that waits for them."""
         contents, retries = list[bytes](), 0
-        with storage.storage_errors(self._uri), _under_way(self._uri):
+        with storage.storage_errors(self._uri):
             for start, end in spans:
                 content, again = _patiently(self._get, start, end)
                 contents.append(content)
@@ -160,6 +180,19 @@ class RemoteRanges:
         return _whole(self._uri, answer.bytes().to_bytes(), start, end)
 
 
+@dataclass(frozen=True, slots=True)
+class _Requests:
+    """Requests under way, each for some of the ranges, in their order."""
+
+    answers: Sequence[Future[tuple[list[bytes], int]]]
+    count: Counters
+
+    def wait(self) -> list[bytes]:
+        results = [answer.result() for answer in self.answers]
+        self.count.retries += sum(retries for _, retries in results)
+        return [content for contents, _ in results for content in contents]
+
+
 def open_ranges(uri: str, options: storage.StorageOptions | None = None, tag: str | None = None) -> Ranges | None:
     """The ranges of an object, bound to a version by its tag; None where only fsspec knows the store.
 
@@ -172,49 +205,16 @@ def open_ranges(uri: str, options: storage.StorageOptions | None = None, tag: st
     return RemoteRanges(uri, options, tag) if clients.has_ranges(uri) else None
 
 
-def read_range(ranges: Ranges, start: int, end: int) -> bytes:
+def read_range(ranges: Ranges, start: int, end: int, count: Counters = UNCOUNTED) -> bytes:
     """The bytes [start, end) of an object.
 
     Raises:
-        StorageError, SlideError: as `Ranges.begin`.
+        StorageError, SlideError: as `PendingBytes.wait`.
     """
-    return ranges.begin([(start, end)])()[0]
+    return ranges.begin([(start, end)], count).wait()[0]
 
 
-def download(info: storage.ObjectInfo, path: str, options: storage.StorageOptions | None = None) -> None:
-    """Copies an object to a local file, whole or not at all: in parts, some at once, all of one version.
-
-    Raises:
-        StorageError: it can't be read, there is no room, or it has another size than expected.
-        SlideError: it changes meanwhile.
-    """
-    with storage.storage_errors(info.uri), storage.whole_file(path) as temporary:
-        ranges = open_ranges(info.uri, options)
-        if ranges is None:
-            fs, remote = clients.filesystem(info.uri, options)
-            fs.get_file(remote, temporary)
-            size = os.path.getsize(temporary)
-        else:
-            size = ranges.size
-        if size != info.size:
-            raise StorageError(f"{info.uri}: has {size:,} of {info.size:,} bytes; try again, or upload it anew")
-        if ranges is not None:
-            _write_parts(ranges, temporary)
-
-
-def _write_parts(ranges: Ranges, path: str) -> None:
-    coming = deque[Callable[[], list[bytes]]]()
-    with open(path, "wb") as file:
-        for start in range(0, ranges.size, _PART):
-            coming.append(ranges.begin([(start, min(start + _PART, ranges.size))]))
-            if len(coming) > _PARTS:
-                file.writelines(coming.popleft()())
-        for answer in coming:
-            file.writelines(answer())
-
-
-def _count(spans: Sequence[Span]) -> None:
-    count = counters.mine()
+def _count(spans: Sequence[Span], count: Counters) -> None:
     count.requests += len(spans)
     count.nbytes += sum(end - start for start, end in spans)
 
@@ -243,88 +243,3 @@ def _whole(uri: str, content: bytes, start: int, end: int) -> bytes:
             "the upload was cut off? compare the size with the source"
         )
     return content
-
-
-def keep_in_flight(requests: int) -> None:
-    """Sets how many requests this process keeps under way."""
-    global _in_flight
-    if requests != _in_flight:
-        _in_flight = requests
-        _requests.cache_clear()  # those under way in the former threads come to their end
-
-
-@lru_cache(maxsize=1)
-def _requests() -> ThreadPoolExecutor:
-    """This process's requests under way. obstore lets go of the interpreter while it waits."""
-    return ThreadPoolExecutor(_in_flight, thread_name_prefix="ranges")
-
-
-_asked: dict[int, tuple[str, float]] = {}
-
-
-@contextlib.contextmanager
-def _under_way(uri: str) -> Generator[None]:
-    """A request, while its thread waits for it."""
-    _asked[threading.get_ident()] = uri, time.monotonic()
-    try:
-        yield
-    finally:
-        del _asked[threading.get_ident()]
-
-
-def oldest_request() -> tuple[str, float] | None:
-    """Address and start (as time.monotonic) of this process's request that has been under way for longest."""
-    return min(list(_asked.values()), key=lambda entry: entry[1], default=None)
-
-
-_stores: dict[tuple[str, str], ObjectStore] = {}
-
-
-def _store(uri: str, options: storage.StorageOptions | None) -> tuple[ObjectStore, str]:
-    """One store a bucket and set of options: it holds the connections."""
-    root, path = clients.split_bucket(uri)
-    key = (root, repr(sorted((options or {}).items(), key=str)) + clients.store_environment())
-    if key not in _stores:
-        with storage.storage_errors(uri):
-            _stores[key] = clients.object_store(root, options)
-    return _stores[key], path
-
-
-class RangeFile:
-    """A read-only seekable file over ranges, for parsers: what lies near is fetched with what is asked for.
-
-    Pages of 64 KiB are kept, a hundred at most.
-    """
-
-    _PAGE = 2**16
-
-    def __init__(self, ranges: Ranges) -> None:
-        self._ranges, self._at = ranges, 0
-        self._page = lru_cache(maxsize=100)(self._fetch)
-
-    def _fetch(self, page: int) -> bytes:
-        start = page * self._PAGE
-        return read_range(self._ranges, start, min(start + self._PAGE, self._ranges.size))
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        """As io's."""
-        self._at = max(0, offset + (0, self._at, self._ranges.size)[whence])
-        return self._at
-
-    def tell(self) -> int:
-        """As io's."""
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        """As io's: fewer bytes at the end."""
-        end = self._ranges.size if size < 0 else min(self._at + size, self._ranges.size)
-        if end <= self._at:
-            return b""
-        first, last = self._at // self._PAGE, (end - 1) // self._PAGE
-        if last - first > 8:
-            content = read_range(self._ranges, self._at, end)
-        else:
-            pages = b"".join(self._page(page) for page in range(first, last + 1))
-            content = pages[self._at - first * self._PAGE : end - first * self._PAGE]
-        self._at = end
-        return content

@@ -15,15 +15,16 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from filelock import FileLock
 
-from streaming import counters, storage
+from streaming import storage
+from streaming.counters import UNCOUNTED, Counters
 from streaming.errors import NodeError, SlideError, StorageError
-from streaming.storage.ranges import download
+from streaming.storage.download import download
 
 T = TypeVar("T")
 
@@ -33,11 +34,16 @@ TRIES = 3
 _DEAD_S = 3600
 
 
+def default_folder() -> str:
+    """Where copies lie unless told otherwise: `TILESTREAM_STAGING`, else below the system's temporary folder."""
+    return os.environ.get("TILESTREAM_STAGING", os.path.join(tempfile.gettempdir(), "tilestream-staging"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Staging:
     """Where copies of remote slides lie, and how much disk they may take together."""
 
-    folder: str = os.environ.get("TILESTREAM_STAGING", os.path.join(tempfile.gettempdir(), "tilestream-staging"))
+    folder: str = field(default_factory=default_folder)
     max_bytes: int = 100 * 2**30
 
     def fetch(
@@ -45,6 +51,7 @@ class Staging:
         info: storage.ObjectInfo,
         options: storage.StorageOptions | None,
         files: Sequence[storage.ObjectInfo] = (),
+        count: Counters = UNCOUNTED,
     ) -> str:
         """The local path of an object's copy, downloaded unless it is there.
 
@@ -61,16 +68,16 @@ class Staging:
         Path(self.folder).mkdir(parents=True, exist_ok=True)
         with FileLock(f"{entry}.lock"):
             if path.exists():
-                counters.mine().staged_hits += 1
+                count.staged_hits += 1
                 # Another process may evict it at any moment: whoever opens it finds out.
                 with contextlib.suppress(FileNotFoundError):
                     os.utime(path)
             else:
-                counters.mine().staged_misses += 1
+                count.staged_misses += 1
                 self._make_room(info)
                 shutil.rmtree(entry, ignore_errors=True)
                 try:
-                    _download_all(entry, info, files, options)
+                    _download_all(entry, info, files, options, count)
                 except StorageError as error:
                     cause = error.__cause__
                     if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
@@ -84,6 +91,7 @@ class Staging:
         options: storage.StorageOptions | None,
         read: Callable[[str], T],
         files: Sequence[storage.ObjectInfo] = (),
+        count: Counters = UNCOUNTED,
     ) -> T:
         """What `read` makes of the copy's path; it raises FileNotFoundError where the copy was evicted meanwhile.
 
@@ -92,7 +100,7 @@ class Staging:
         """
         for _ in range(TRIES):
             with contextlib.suppress(FileNotFoundError):
-                return read(self.fetch(info, options, files))
+                return read(self.fetch(info, options, files, count))
         raise StorageError(f"{info.uri}: its staged copy is evicted again and again; raise staging_gb")
 
     def _make_room(self, info: storage.ObjectInfo) -> None:
@@ -145,11 +153,12 @@ def _download_all(
     info: storage.ObjectInfo,
     files: Sequence[storage.ObjectInfo],
     options: storage.StorageOptions | None,
+    count: Counters,
 ) -> None:
     part = Path(f"{entry}.part-{uuid.uuid4().hex[:8]}")
     try:
         for file in files or [info]:
-            download(file, str(part / storage.relative_name(file, info)), options)
+            download(file, str(part / storage.relative_name(file, info)), options, count)
         for file in files:
             if storage.stat(file.uri, options) != file:
                 raise SlideError(f"{file.uri}: changed while it was copied; run `tilestream catalog` on it again")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,11 @@ from streaming import storage
 from streaming.catalog.build import Rejected, inspect
 from streaming.catalog.catalog import Inspected
 from streaming.catalog.tissue import CELL_UM, window_fraction
+from streaming.counters import Counters
 from streaming.errors import SlideError, StorageError
 from streaming.reading.batch import Batch
 from streaming.reading.slide_pool import SlidePool
-from streaming.slide import Slide, open_slide
-from streaming.slide.resample import Pixels
+from streaming.slide import PendingTile, Slide, open_slide
 from streaming.storage.staging import Staging
 from trainer.embed.options import Grid
 
@@ -95,10 +95,10 @@ class GridReader:
         self._slides, self._grid, self._storage_options = slides, grid, storage_options
         self._pool: SlidePool[int] = SlidePool(self._open)
 
-    def _open(self, number: int) -> Slide:
+    def _open(self, number: int, count: Counters) -> Slide:
         info = self._slides[number]
         mpp = self._grid.slide_mpp
-        return storage.PATIENT(open_slide, info.uri, self._storage_options, mpp=mpp, expected=info)
+        return storage.PATIENT(open_slide, info.uri, self._storage_options, mpp=mpp, expected=info, count=count)
 
     def __call__(self, batch: Batch) -> Batch:
         """The rows of a plan with `tile` uint8 (n, size, size, 3), black where there is a reason."""
@@ -107,7 +107,7 @@ class GridReader:
         reasons = batch["reason"].astype(object)
         wanted = np.flatnonzero(reasons == "")
         self._pool.open_all(np.unique(batch["slide"][wanted]).tolist())
-        begun: list[tuple[int, Callable[[Pixels], None]]] = []
+        begun: list[tuple[int, PendingTile]] = []
         # All requests go out before the first block is decoded.
         for i in wanted.tolist():
             try:
@@ -115,9 +115,9 @@ class GridReader:
                 begun.append((i, self._pool.begin_tile(*place, self._grid.mpp, size)))
             except (SlideError, StorageError) as error:
                 reasons[i] = str(error)
-        for i, finish in begun:
+        for i, tile in begun:
             try:
-                finish(tiles[i])
+                tile.fill(tiles[i])
             except (SlideError, StorageError) as error:
                 reasons[i] = str(error)
         return {**batch, "tile": tiles, "reason": reasons}

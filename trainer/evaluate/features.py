@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streaming import storage
+from streaming.counters import Counters
 from streaming.errors import SlideError
 from streaming.reading.slide_pool import SlidePool
 from streaming.slide import Slide, open_slide
@@ -39,9 +40,9 @@ class TileFiles:
         self._options, self._size = options, size
         self._pool: SlidePool[tuple[str, float, float | None]] = SlidePool(self._open)
 
-    def _open(self, key: tuple[str, float, float | None]) -> Slide:
+    def _open(self, key: tuple[str, float, float | None], count: Counters) -> Slide:
         uri, wanted, mpp = key
-        slide = open_slide(uri, self._options, mpp=mpp)
+        slide = open_slide(uri, self._options, mpp=mpp, count=count)
         checked_mpp(uri, slide.mpp, wanted)
         return slide
 
@@ -58,7 +59,7 @@ class TileFiles:
         else:
             pixels = np.empty((region.size, region.size, 3), dtype=np.uint8)
             key = (tile.uri, region.mpp, region.slide_mpp)
-            self._pool.begin_tile(key, region.x, region.y, region.mpp, region.size)(pixels)
+            self._pool.begin_tile(key, region.x, region.y, region.mpp, region.size).fill(pixels)
         if self._size is None or pixels.shape[:2] == (self._size, self._size):
             return pixels
         resized = np.empty((self._size, self._size, 3), dtype=np.uint8)

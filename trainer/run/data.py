@@ -13,7 +13,7 @@ from streaming.plan.plan import DEFAULT_MPP
 from streaming.plan.universe import Universe
 from streaming.reading.hsv_rule import HsvRule
 from streaming.reading.reader import ReaderOptions
-from streaming.storage.staging import Staging
+from streaming.storage.staging import Staging, default_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class DataConfig:
     """micro-batches that Ray Data plans at once; a run is a chain of such segments"""
     stall_s: float | None = 900.0
     """seconds that a rank waits for a batch before the run stops and says why; none: for ever"""
-    staging: str = Staging.folder
+    staging: str = field(default_factory=default_folder)
     """local folder for copies of remote slides"""
     staging_gb: float = 100.0
     """disk that those copies may take, in GiB"""

@@ -1,4 +1,4 @@
-"""Reading with care: a tile that kills the process that reads it costs itself alone."""
+"""Reading in a process apart: a tile that kills the process that reads it costs itself alone."""
 
 import signal
 
@@ -22,7 +22,7 @@ def test_a_deadly_tile_is_replaced_and_all_others_are_what_they_were(catalog: st
     refusing = OddCatalog.of(loaded, deadly=deadly, sign=0)
     wanted = TileReader(plan, refusing, ReaderOptions())({"index": index})
     odd = OddCatalog.of(loaded, deadly=deadly)
-    got = TileReader(plan, odd, ReaderOptions())({"index": index}, careful=True)
+    got = TileReader(plan, odd, ReaderOptions())({"index": index}, isolated=True)
     for name in ("tile", "slide", "x", "y", "filtered"):
         assert np.array_equal(got[name], wanted[name])
     (failure,) = failures_of(got)
@@ -36,4 +36,4 @@ def test_a_process_that_is_killed_from_outside_is_no_fault_of_the_tile(catalog: 
     deadly = frozenset({(plan[0].x, plan[0].y)})
     odd = OddCatalog.of(loaded, deadly=deadly, sign=signal.SIGKILL)
     with pytest.raises(StreamError, match="was killed 3 times; is the node short of memory"):
-        TileReader(plan, odd, ReaderOptions())({"index": np.arange(2)}, careful=True)
+        TileReader(plan, odd, ReaderOptions())({"index": np.arange(2)}, isolated=True)

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from streaming.errors import CatalogError
 from streaming.slide import open_slide
-from streaming.slide.block_index import open_index, pack, unpack
+from streaming.slide.block_index import pack, unpack
 from streaming.slide.codecs import BlockFormat
-from streaming.slide.tiff import BlockLevel, TiffSlide
+from streaming.slide.index_files import open_index
+from streaming.slide.tiff import TiffSlide
+from streaming.slide.tiff_blocks import BlockLevel
 
 
 def level(offsets: np.ndarray, nbytes: np.ndarray, columns: int) -> BlockLevel:

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from streaming import storage
-from streaming.counters import counting
+from streaming.counters import Counters
 from streaming.errors import SlideError, StorageError
-from streaming.storage.ranges import LocalRanges, RangeFile, RemoteRanges, download, open_ranges, read_range
+from streaming.storage.download import download
+from streaming.storage.range_file import RangeFile
+from streaming.storage.ranges import LocalRanges, RemoteRanges, open_ranges, read_range
 from tests.faulty_server import FaultyServer, in_turn
 
 CONTENT = bytes(range(256)) * 1000
@@ -81,7 +83,7 @@ def test_an_object_that_became_shorter_is_told_as_another_version(server: Faulty
 
 def test_many_ranges_are_under_way_at_once(server: FaultyServer) -> None:
     answers = [of_s3(server).begin([(at + i, at + i + 100) for i in (0, 100, 200)]) for at in range(0, 20_100, 300)]
-    assert b"".join(part for answer in answers for part in answer()) == CONTENT[:20_100]
+    assert b"".join(part for answer in answers for part in answer.wait()) == CONTENT[:20_100]
 
 
 def test_plain_http_is_read_too_and_what_only_fsspec_knows_is_left_to_it(server: FaultyServer) -> None:
@@ -119,8 +121,8 @@ def test_a_download_is_the_object_whatever_befalls_its_parts(
     server.source = np.random.default_rng(0).bytes(20 * 2**20 + 7)
     info = storage.stat(f"{server.url}/a.svs")
     server.mood = in_turn(moods)
-    with counting() as counted:
-        download(info, str(tmp_path / "copy"))
+    counted = Counters()
+    download(info, str(tmp_path / "copy"), count=counted)
     assert (tmp_path / "copy").read_bytes() == server.source
     assert (counted.requests, counted.nbytes, counted.retries) == (11, info.size, server.num_faults)
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]

@@ -1,0 +1,122 @@
+"""The blocks of one page of a tiled TIFF: where they lie, how they are compressed, whether they are decoded here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import cast
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+
+from streaming.counters import Counters
+from streaming.errors import SlideError
+from streaming.slide.codecs import CODECS, BlockFormat, decodes_jpeg2000, jpeg_prefix
+from streaming.storage.ranges import Ranges, read_range
+
+_RGB, _YCBCR = 2, 6
+_MAX_BLOCK_PX = 2**24
+_JPEG2000_HEAD = 512  # bytes of a block that hold its image's size and components
+
+
+@dataclass(frozen=True)
+class BlockLevel:
+    """A level as a grid of compressed blocks, row after row.
+
+    width, height in the level's pixels; offsets and nbytes int64 (rows · columns,): where each block lies in the file.
+    A block of 0 bytes is empty.
+    """
+
+    width: int
+    height: int
+    form: BlockFormat
+    offsets: NDArray[np.int64] = field(repr=False)
+    nbytes: NDArray[np.int64] = field(repr=False)
+
+
+def blocks_of(
+    uri: str, level: int, page: tifffile.TiffPage, size: tuple[int, int], file_nbytes: int
+) -> BlockLevel | None:
+    """A page's blocks, None where they are not plain 8-bit RGB in a codec of ours.
+
+    What a tag must be in any TIFF is checked first: OpenSlide 4.0.1 aborts the process where it can't allocate.
+    """
+    width, height = page.tilewidth, page.tilelength
+    if not 0 < width * height <= _MAX_BLOCK_PX or min(size) < 1:
+        raise SlideError(
+            f"{uri}: level {level}: blocks of {width} × {height} px for {size}; compare it with its source"
+        )
+    columns, rows = -(-page.imagewidth // width), -(-page.imagelength // height)
+    offsets, nbytes = np.array(page.dataoffsets, np.int64), np.array(page.databytecounts, np.int64)
+    num_planes = page.samplesperpixel if page.planarconfig == 2 else 1
+    if not len(offsets) == len(nbytes) == rows * columns * num_planes * page.imagedepth:
+        raise SlideError(
+            f"{uri}: level {level}: {len(offsets):,} offsets and {len(nbytes):,} lengths for {rows * columns:,} blocks"
+            "; compare it with its source"
+        )
+    _check_places(uri, level, offsets, nbytes, file_nbytes)
+    plain = page.samplesperpixel == 3 and page.bitspersample == 8 and page.planarconfig == 1 and page.imagedepth == 1
+    codec = CODECS.get(int(page.compression))
+    photometric = int(page.photometric)  # type: ignore[arg-type]
+    if not plain or page.fillorder != 1 or codec is None or int(page.predictor) not in (1, 2):
+        return None
+    if codec == "JPEG" and photometric not in (_RGB, _YCBCR):
+        return None
+    if codec not in ("JPEG", "JP2K_YCBCR", "JP2K_RGB") and photometric != _RGB:
+        return None
+    tables = cast(object, page.jpegtables or b"")
+    if not isinstance(tables, bytes):
+        raise SlideError(f"{uri}: level {level}: its JPEG tables are no bytes; compare it with its source")
+    # Philips cuts its levels off its blocks: what lies past the picture is never read.
+    kept = (np.arange(-(-size[1] // height))[:, None] * columns + np.arange(-(-size[0] // width))).ravel()
+    offsets, nbytes = offsets[kept], nbytes[kept]
+    prefix = jpeg_prefix(tables, rgb=photometric == _RGB) if codec == "JPEG" else b""
+    form = BlockFormat(codec, width, height, prefix, int(page.predictor) == 2)
+    return BlockLevel(*size, form, offsets, nbytes)
+
+
+def are_decoded(level: BlockLevel, ranges: Ranges, count: Counters) -> bool:
+    """Whether a level's blocks are decoded here.
+
+    For JPEG 2000 its first block is looked at: only there stand the components and their subsampling.
+    """
+    used = np.flatnonzero(level.nbytes)
+    if not level.form.codec.startswith("JP2K") or not len(used):
+        return True
+    start, nbytes = int(level.offsets[used[0]]), int(level.nbytes[used[0]])
+    return decodes_jpeg2000(read_range(ranges, start, start + min(nbytes, _JPEG2000_HEAD), count), level.form.codec)
+
+
+def check_block_size(uri: str, page: tifffile.TiffPage) -> None:
+    """Refuses blocks that are none.
+
+    Raises:
+        SlideError: they have no pixels, or too many. OpenSlide 4.0.1 aborts the process where it can't allocate one.
+    """
+    if page.is_tiled and not 0 < page.tilewidth * page.tilelength <= _MAX_BLOCK_PX:
+        raise SlideError(
+            f"{uri}: blocks of {page.tilewidth:,} × {page.tilelength:,} px in directory {page.index}; "
+            "compare it with its source"
+        )
+
+
+def _check_places(
+    uri: str, level: int, offsets: NDArray[np.int64], nbytes: NDArray[np.int64], file_nbytes: int
+) -> None:
+    """Blocks must lie within the file and be apart; the same bytes for several blocks are fine, and so is none."""
+    wrong = (nbytes < 0) | (offsets < 0) | (nbytes > file_nbytes) | (offsets > file_nbytes - nbytes)
+    if wrong.any():
+        block = int(wrong.argmax())
+        raise SlideError(
+            f"{uri}: level {level}, block {block}: {nbytes[block]:,} bytes at {offsets[block]:,} of a file of "
+            f"{file_nbytes:,}; the upload was cut off? compare the size with the source"
+        )
+    places = np.unique(np.stack((offsets, nbytes), axis=1)[nbytes > 0], axis=0)
+    overlap = places[1:, 0] < places[:-1].sum(axis=1)
+    if overlap.any():
+        at = int(overlap.argmax())
+        block = int(np.flatnonzero(offsets == places[at + 1, 0])[0])
+        raise SlideError(
+            f"{uri}: level {level}, block {block}: its bytes from {places[at + 1, 0]:,} on belong to another block too"
+            "; compare it with its source"
+        )

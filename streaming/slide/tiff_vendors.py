@@ -1,0 +1,126 @@
+"""What scanners' metadata say of a tiled TIFF: which of its pages are levels, how large they are, and their mpp."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from xml.etree import ElementTree
+
+import tifffile
+
+_XMP, _NDPI_FORMAT = 700, 65420
+_UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0}  # TIFF's ResolutionUnit: inch, cm
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """The levels of a slide as its metadata have them, the finest first; unchecked."""
+
+    vendor: str
+    mpp: tuple[float, ...]
+    """µm/px at level 0, of x and y or of both; empty where the metadata have none"""
+    pages: list[tifffile.TiffPage]
+    sizes: list[tuple[int, int]]
+    """width and height of each level's picture in its pixels"""
+    paints_empty_blocks: bool = False
+    """whether OpenSlide paints blocks without content from other levels"""
+
+
+def pyramid_of(pages: Sequence[tifffile.TiffPage]) -> Pyramid | None:
+    """The levels among all pages of a tiled TIFF; None where only OpenSlide makes sense of them."""
+    first = pages[0]
+    description, software = first.description or "", str(first.tags.valueof(305) or "")
+    if description.startswith("Aperio"):
+        return _aperio(pages, description)
+    if software.startswith("Philips"):
+        return _philips(pages, description)
+    if "<OME" in description[:2000]:
+        return _ome(first, description)
+    # Formats whose blocks overlap or are of several pictures: only OpenSlide knows how they lie.
+    if _NDPI_FORMAT in first.tags or _XMP in first.tags or "leica" in description or "MedScan" in software:
+        return None
+    return _generic(pages)
+
+
+def _aperio(pages: Sequence[tifffile.TiffPage], description: str) -> Pyramid:
+    """Aperio SVS: all tiled pages are levels (thumbnail, label and macro are not tiled); mpp in the description."""
+    levels = [page for page in pages if page.is_tiled]
+    found = re.search(r"\|\s*MPP\s*=\s*([0-9.eE+-]+)", description)
+    mpp = (float(found[1]),) if found else ()
+    return Pyramid("aperio", mpp, levels, _sizes(levels), paints_empty_blocks=True)
+
+
+def _philips(pages: Sequence[tifffile.TiffPage], description: str) -> Pyramid | None:
+    """Philips TIFF: all tiled pages are levels; its XML has the pixel spacing of each."""
+    levels, spacings = [page for page in pages if page.is_tiled], _philips_spacings(description)
+    if len(spacings) < len(levels):
+        return None
+    # Philips' tags count whole blocks; the spacing tells how much of a level is picture.
+    width, height = levels[0].imagewidth, levels[0].imagelength
+    factors = [round(spacing[0] / spacings[0][0]) for spacing in spacings[: len(levels)]]
+    return Pyramid("philips", spacings[0], levels, [(width // factor, height // factor) for factor in factors])
+
+
+def _ome(first: tifffile.TiffPage, description: str) -> Pyramid:
+    """OME-TIFF: further levels are the first page's SubIFDs; mpp in the XML."""
+    levels = [first, *(page for page in first.pages or () if isinstance(page, tifffile.TiffPage))]
+    return Pyramid("ome", _ome_mpp(description), levels, _sizes(levels))
+
+
+def _generic(pages: Sequence[tifffile.TiffPage]) -> Pyramid:
+    """Any other tiled TIFF: further levels are marked as reduced pictures; mpp by the resolution tags."""
+    levels = [page for page in pages if page.is_tiled and (page is pages[0] or page.subfiletype & 1)]
+    return Pyramid("generic-tiff", _resolution_mpp(pages[0]), levels, _sizes(levels))
+
+
+def _sizes(levels: Sequence[tifffile.TiffPage]) -> list[tuple[int, int]]:
+    return [(page.imagewidth, page.imagelength) for page in levels]
+
+
+def _resolution_mpp(page: tifffile.TiffPage) -> tuple[float, ...]:
+    unit = _UM_PER_UNIT.get(int(page.tags.valueof(296) or 2))
+    found: list[float] = []
+    for code in (282, 283):
+        value = page.tags.valueof(code)
+        if unit and value and value[0] and value[1]:
+            found.append(unit * value[1] / value[0])
+    return tuple(found)
+
+
+def _xml(text: str) -> ElementTree.Element | None:
+    # No slide needs entities of its own, and nested ones are a known bomb.
+    if "<!ENTITY" in text:
+        return None
+    try:
+        return ElementTree.fromstring(text.strip().strip("\0"))
+    except ElementTree.ParseError:
+        return None
+
+
+def _philips_spacings(description: str) -> list[tuple[float, ...]]:
+    """(x, y) in µm/px of each level."""
+    root = _xml(description)
+    if root is None:
+        return []
+    found: list[tuple[float, ...]] = []
+    for entry in root.iter("DataObject"):
+        if entry.get("ObjectType") == "PixelDataRepresentation":
+            for attribute in entry.findall("Attribute"):
+                if attribute.get("Name") == "DICOM_PIXEL_SPACING":
+                    row, column = (float(part) * 1000 for part in (attribute.text or "").replace('"', "").split())
+                    found.append((column, row))
+    return sorted(found)
+
+
+def _ome_mpp(description: str) -> tuple[float, ...]:
+    root = _xml(description)
+    pixels = next((e for e in root.iter() if e.tag.endswith("}Pixels")), None) if root is not None else None
+    if pixels is None:
+        return ()
+    found: list[float] = []
+    for axis in "XY":
+        value, unit = pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm")
+        if value and unit in ("µm", "um", "mm", "nm"):
+            found.append(float(value) * {"mm": 1000.0, "nm": 0.001}.get(unit, 1.0))
+    return tuple(found)

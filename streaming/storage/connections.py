@@ -1,0 +1,74 @@
+"""What a process has open to its object stores: one store a bucket, and the threads that wait for answers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+from obstore.store import ObjectStore
+
+from streaming.storage import clients
+from streaming.storage.clients import StorageOptions
+from streaming.storage.objects import storage_errors
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Connections:
+    """The stores that were asked for so far, and a bounded number of requests under way to all of them together.
+
+    A process has one, `CONNECTIONS`, from its start to its end: connections, credentials and the bound on requests are
+    shared by all slides that it reads. Safe to use from several threads.
+    """
+
+    def __init__(self, in_flight: int = 32) -> None:
+        self._stores: dict[tuple[str, str], ObjectStore] = {}
+        self._in_flight = in_flight
+        # A thread a request: obstore lets go of the interpreter while it waits.
+        self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix="ranges")
+        self._under_way: dict[int, tuple[str, float]] = {}
+        """by the thread that waits: address, and start as time.monotonic"""
+
+    def keep_in_flight(self, requests: int) -> None:
+        """Sets how many requests are kept under way at once."""
+        if requests != self._in_flight:
+            self._in_flight = requests
+            # Not shut down: what was handed to the former threads comes to its end there.
+            self._threads = ThreadPoolExecutor(requests, thread_name_prefix="ranges")
+
+    def store(self, uri: str, options: StorageOptions | None) -> tuple[ObjectStore, str]:
+        """The store of a URI, which holds the connections to its bucket, and the path within.
+
+        Raises:
+            StorageError: the options make no sense, or there are no credentials.
+        """
+        root, path = clients.split_bucket(uri)
+        key = (root, repr(sorted((options or {}).items(), key=str)) + clients.store_environment())
+        if key not in self._stores:
+            with storage_errors(uri):
+                self._stores[key] = clients.object_store(root, options)
+        return self._stores[key], path
+
+    def submit(self, uri: str, send: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Calls `send`, which asks for something at that address, as soon as one of the threads is free."""
+        return self._threads.submit(self._run, uri, send, *args, **kwargs)
+
+    def _run(self, uri: str, send: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        thread = threading.get_ident()
+        self._under_way[thread] = uri, time.monotonic()
+        try:
+            return send(*args, **kwargs)
+        finally:
+            del self._under_way[thread]
+
+    def oldest_request(self) -> tuple[str, float] | None:
+        """Address and start (as time.monotonic) of the request that has been under way for longest."""
+        return min(list(self._under_way.values()), key=lambda entry: entry[1], default=None)
+
+
+CONNECTIONS = Connections()
+"""This process's."""
