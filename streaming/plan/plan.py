@@ -1,7 +1,7 @@
 """The plan: sample index → tile, a pure function of (catalog, seed, mix, index).
 
-No state, no I/O, no pass over the data: that is what makes a stream shuffled, resumable and elastic (README,
-architecture). Every random number is a hash of (seed, index, attempt, what it decides).
+No state, no I/O, no pass over the data: that is what makes a stream shuffled, resumable and elastic
+(`streaming/README.md`). Every random number is a hash of (seed, index, attempt, what it decides).
 """
 
 from __future__ import annotations
