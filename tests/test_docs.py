@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from streaming import cluster
 from streaming.slide import SLIDE_SUFFIXES
 from streaming.synthetic.drawing import SyntheticSlide, TissueClass, tissue_classes
 from streaming.synthetic.svs import write_slide
@@ -100,6 +101,7 @@ def _of_language(language: str) -> list[Block]:
 @pytest.fixture
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with all that the pages take for granted: slides, tables of them, a task of eva."""
+    cluster.connect(8)  # before: where another test started Ray, its workers have another folder too
     monkeypatch.chdir(tmp_path)
     made = [SyntheticSlide(width=3072, height=2304, patient=patient) for patient in range(4)]
     folder, more = tmp_path / STAND_INS["/data/slides"], tmp_path / STAND_INS["s3://bucket"] / "more-slides"
