@@ -1,9 +1,11 @@
 """Crops and colour on the device, for a whole batch at once, as a pure function of (seed, sample index, view).
 
-What is drawn stands here, what is done with it in `pixels.py`. The order: crop, resize, flips and quarter turn; with
+What is drawn stands here, what is done with it in `image_ops.py`. The order: crop, resize, flips and quarter turn; with
 some probability stain jitter (HED), stain transfer (Reinhard), colour jitter, always in the order brightness, contrast,
 saturation, hue; grey; blur; solarise; normalise.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
@@ -32,9 +34,9 @@ class Crops(NamedTuple):
     """Normalised float32 crops of B samples, view first."""
 
     global_: Tensor
-    """(2, B, 3, g, g)."""
+    """(2, B, 3, g, g)"""
     local: Tensor
-    """(L, B, 3, l, l)."""
+    """(L, B, 3, l, l)"""
 
 
 class Parameters(NamedTuple):
@@ -50,9 +52,9 @@ class Parameters(NamedTuple):
     hflip: Tensor
     vflip: Tensor
     turns: Tensor
-    """Quarter turns, counter-clockwise, after the flips."""
+    """quarter turns, counter-clockwise, after the flips"""
     jitter: Tensor
-    """Whether the colours are jittered; where not, the next four change nothing."""
+    """whether the colours are jittered; where not, the next four change nothing"""
     brightness: Tensor
     contrast: Tensor
     saturation: Tensor
@@ -60,19 +62,19 @@ class Parameters(NamedTuple):
     grey: Tensor
     blur: Tensor
     sigma: Tensor
-    """Standard deviation of the blur in pixels of the crop."""
+    """standard deviation of the blur in pixels of the crop"""
     solarise: Tensor
     stain: Tensor
-    """Whether the stains are jittered; where not, the next two change nothing."""
+    """whether the stains are jittered; where not, the next two change nothing"""
     stain_scale: Tensor
-    """Factor of each stain's optical density."""
+    """factor of each stain's optical density"""
     stain_shift: Tensor
-    """What is added to it."""
+    """what is added to it"""
     reinhard: Tensor
     lab_mean: Tensor
-    """Mean of L, a, b that the crop gets."""
+    """mean of L, a, b that the crop gets"""
     lab_std: Tensor
-    """Standard deviation of L, a, b that the crop gets."""
+    """standard deviation of L, a, b that the crop gets"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,70 +82,70 @@ class Augmentation:
     """DINOv2's multi-crop augmentation, with vertical flips and quarter turns for tissue, which has no up."""
 
     global_size: int = 224
-    """Side of a global crop in pixels."""
+    """side of a global crop in pixels"""
     local_size: int = 98
-    """Side of a local crop in pixels."""
+    """side of a local crop in pixels"""
     num_local: int = 8
-    """Local crops of each tile."""
+    """local crops of each tile"""
     global_scale: tuple[float, float] = (0.32, 1.0)
-    """Lowest and highest share of the tile's area in a global crop."""
+    """lowest and highest share of the tile's area in a global crop"""
     local_scale: tuple[float, float] = (0.05, 0.32)
-    """Lowest and highest share of the tile's area in a local crop."""
+    """lowest and highest share of the tile's area in a local crop"""
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    """Lowest and highest width/height of a crop before it is resized to a square."""
+    """lowest and highest width/height of a crop before it is resized to a square"""
     ect: bool = False
-    """Extended-context translation instead of scale and aspect: crops near native size, anywhere in a larger tile (of
-    392 px in Virchow2, arXiv 2408.00738)."""
+    """extended-context translation instead of scale and aspect: crops near native size, anywhere in a larger tile (of
+    392 px in Virchow2, arXiv 2408.00738)"""
     ect_scale: tuple[float, float] = (0.9, 1.1)
-    """Lowest and highest side of such a crop, in sides of what it is resized to."""
+    """lowest and highest side of such a crop, in sides of what it is resized to"""
     ect_aspect: tuple[float, float] = (0.95, 1.05)
-    """Lowest and highest width/height of such a crop."""
+    """lowest and highest width/height of such a crop"""
     hflip_prob: float = 0.5
-    """Probability of a horizontal flip."""
+    """probability of a horizontal flip"""
     vflip_prob: float = 0.5
-    """Probability of a vertical flip."""
+    """probability of a vertical flip"""
     quarter_turns: bool = True
-    """Whether crops are turned by 0, 90, 180 or 270 degrees, equally often."""
+    """whether crops are turned by 0, 90, 180 or 270 degrees, equally often"""
     hed_prob: float = 0.0
-    """Probability of stain jitter: haematoxylin, eosin and DAB get their density scaled and shifted, each by itself."""
+    """probability of stain jitter: haematoxylin, eosin and DAB get their density scaled and shifted, each by itself"""
     hed_sigma: float = 0.05
-    """Factor within 1 ± this, shift within ± this, in natural-log optical density (arXiv 1902.06543: 0.05 light, 0.2
-    strong; scikit-image's unit is 13.8 of ours)."""
+    """factor within 1 ± this, shift within ± this, in natural-log optical density (arXiv 1902.06543: 0.05 light, 0.2
+    strong; scikit-image's unit is 13.8 of ours)"""
     reinhard_prob: float = 0.0
-    """Probability of stain transfer: the crop gets a random mean and deviation in CIELAB (as RandStainNA)."""
+    """probability of stain transfer: the crop gets a random mean and deviation in CIELAB (as RandStainNA)"""
     reinhard_mean: tuple[float, float, float] = (68.0, 18.0, -10.0)
-    """Middle of the means of L, a, b; ours, typical of H&E."""
+    """middle of the means of L, a, b; ours, typical of H&E"""
     reinhard_mean_spread: tuple[float, float, float] = (10.0, 6.0, 5.0)
-    """Means are within the middle ± this."""
+    """means are within the middle ± this"""
     reinhard_std: tuple[float, float, float] = (13.0, 7.0, 5.0)
-    """Middle of the deviations of L, a, b; ours, typical of H&E."""
+    """middle of the deviations of L, a, b; ours, typical of H&E"""
     reinhard_std_spread: tuple[float, float, float] = (4.0, 2.5, 2.0)
-    """Deviations are within the middle ± this."""
+    """deviations are within the middle ± this"""
     jitter_prob: float = 0.8
-    """Probability of the colour jitter, all four parts together."""
+    """probability of the colour jitter, all four parts together"""
     brightness: float = 0.4
-    """Brightness factor is within 1 ± this."""
+    """brightness factor is within 1 ± this"""
     contrast: float = 0.4
-    """Contrast factor is within 1 ± this."""
+    """contrast factor is within 1 ± this"""
     saturation: float = 0.2
-    """Saturation factor is within 1 ± this."""
+    """saturation factor is within 1 ± this"""
     hue: float = 0.1
-    """Hue shift is within ± this, in full turns."""
+    """hue shift is within ± this, in full turns"""
     grey_prob: float = 0.2
-    """Probability of losing the colour."""
+    """probability of losing the colour"""
     blur_probs: tuple[float, float, float] = (0.0, 0.9, 0.5)
-    """Probability of the blur on the first global, second global and local crops; the reference states 1, 0.1, 0.5
-    but inverts it, and its released weights were trained so."""
+    """probability of the blur on the first global, second global and local crops; the reference states 1, 0.1, 0.5
+    but inverts it, and its released weights were trained so"""
     blur_kernel: int = 9
-    """Taps of the blur, odd."""
+    """taps of the blur, odd"""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Lowest and highest standard deviation of the blur in pixels of the crop."""
+    """lowest and highest standard deviation of the blur in pixels of the crop"""
     solarise_prob: float = 0.0
-    """Probability that the second global crop has its bright half inverted (0.2 in DINOv2; Virchow2G dropped it)."""
+    """probability that the second global crop has its bright half inverted (0.2 in DINOv2; Virchow2G dropped it)"""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Mean of red, green, blue (of 0..1) that is subtracted."""
+    """mean of red, green, blue (of 0..1) that is subtracted"""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Standard deviation of red, green, blue (of 0..1) that is divided by."""
+    """standard deviation of red, green, blue (of 0..1) that is divided by"""
 
     def __post_init__(self) -> None:
         value = vars(self)
@@ -249,56 +251,71 @@ class Augmentation:
         view = torch.arange(views.start, views.stop, device=index.device)[:, None]
         draws = torch.arange(_NUM_DRAWS, device=index.device)
         numbers = uniform(seed, index[:, None], view[..., None], draws)  # (V, B, draws)
-
-        def u(draw: int) -> Tensor:
-            return numbers[..., draw]
-
-        jittered = u(_JITTER) < self.jitter_prob
-
-        def jitter(low: float, high: float, neutral: float, draw: int) -> Tensor:
-            return torch.where(jittered, low + (high - low) * u(draw), neutral)
-
-        def factor(width: float, draw: int) -> Tensor:
-            return jitter(max(1 - width, 0.0), 1 + width, 1.0, draw)
-
-        def channels(middle: Sequence[float], spread: Sequence[float], draw: int) -> Tensor:
-            three = numbers[..., draw : draw + 3]
-            centre, width = (torch.tensor(value, device=index.device) for value in (middle, spread))
-            return centre + width * (2 * three - 1)
-
-        if self.ect:
-            side_px = self.global_size if views.start < NUM_GLOBAL else self.local_size
-            height, width = self._near_native(u(_ECT_SCALE), u(_ECT_ASPECT), tile_px, side_px)
-        else:
-            areas, aspects = (numbers[..., first : first + _ATTEMPTS] for first in (_AREA, _ASPECT))
-            height, width = _box(areas, aspects, tile_px, scale, self.aspect)
-        stained = u(_HED) < self.hed_prob
-        strength = (self.hed_sigma,) * 3
+        height, width = self._draw_size(numbers, views, tile_px, scale)
         blur_probs = torch.tensor([self.blur_probs[min(v, NUM_GLOBAL)] for v in views], device=index.device)
         return Parameters(
-            top=(u(_TOP) * (tile_px - height + 1)).long(),
-            left=(u(_LEFT) * (tile_px - width + 1)).long(),
+            top=(numbers[..., _TOP] * (tile_px - height + 1)).long(),
+            left=(numbers[..., _LEFT] * (tile_px - width + 1)).long(),
             height=height,
             width=width,
-            hflip=u(_HFLIP) < self.hflip_prob,
-            vflip=u(_VFLIP) < self.vflip_prob,
-            turns=(4 * u(_TURN)).long() * self.quarter_turns,
-            jitter=jittered,
-            brightness=factor(self.brightness, _BRIGHTNESS),
-            contrast=factor(self.contrast, _CONTRAST),
-            saturation=factor(self.saturation, _SATURATION),
-            hue=jitter(-self.hue, self.hue, 0.0, _HUE),
-            grey=u(_GREY) < self.grey_prob,
-            blur=u(_BLUR) < blur_probs[:, None],
-            sigma=self.blur_sigma[0] + (self.blur_sigma[1] - self.blur_sigma[0]) * u(_SIGMA),
-            solarise=(u(_SOLARISE) < self.solarise_prob) & (view == NUM_GLOBAL - 1),
-            stain=stained,
-            stain_scale=torch.where(stained[..., None], channels((1.0,) * 3, strength, _HED_SCALE), 1.0),
-            stain_shift=torch.where(stained[..., None], channels((0.0,) * 3, strength, _HED_SHIFT), 0.0),
-            reinhard=u(_REINHARD) < self.reinhard_prob,
-            lab_mean=channels(self.reinhard_mean, self.reinhard_mean_spread, _LAB_MEAN),
-            lab_std=channels(self.reinhard_std, self.reinhard_std_spread, _LAB_STD),
+            hflip=numbers[..., _HFLIP] < self.hflip_prob,
+            vflip=numbers[..., _VFLIP] < self.vflip_prob,
+            turns=(4 * numbers[..., _TURN]).long() * self.quarter_turns,
+            grey=numbers[..., _GREY] < self.grey_prob,
+            blur=numbers[..., _BLUR] < blur_probs[:, None],
+            sigma=_between(*self.blur_sigma, numbers[..., _SIGMA]),
+            solarise=(numbers[..., _SOLARISE] < self.solarise_prob) & (view == NUM_GLOBAL - 1),
+            **self._draw_jitter(numbers),
+            **self._draw_stains(numbers),
         )
+
+    def _draw_size(
+        self, numbers: Tensor, views: range, tile_px: int, scale: tuple[float, float]
+    ) -> tuple[Tensor, Tensor]:
+        """Height and width in pixels of the tile, int64 (V, B), from uniform numbers (V, B, draws)."""
+        if self.ect:
+            side_px = self.global_size if views.start < NUM_GLOBAL else self.local_size
+            return self._near_native(numbers[..., _ECT_SCALE], numbers[..., _ECT_ASPECT], tile_px, side_px)
+        areas, aspects = (numbers[..., first : first + _ATTEMPTS] for first in (_AREA, _ASPECT))
+        return _box(areas, aspects, tile_px, scale, self.aspect)
+
+    def _draw_jitter(self, numbers: Tensor) -> dict[str, Tensor]:
+        """The fields of `Parameters` that jitter the colours, from uniform numbers (V, B, draws)."""
+        jittered = numbers[..., _JITTER] < self.jitter_prob
+
+        def within(low: float, high: float, neutral: float, draw: int) -> Tensor:
+            return torch.where(jittered, _between(low, high, numbers[..., draw]), neutral)
+
+        def factor(width: float, draw: int) -> Tensor:
+            return within(max(1 - width, 0.0), 1 + width, 1.0, draw)
+
+        return {
+            "jitter": jittered,
+            "brightness": factor(self.brightness, _BRIGHTNESS),
+            "contrast": factor(self.contrast, _CONTRAST),
+            "saturation": factor(self.saturation, _SATURATION),
+            "hue": within(-self.hue, self.hue, 0.0, _HUE),
+        }
+
+    def _draw_stains(self, numbers: Tensor) -> dict[str, Tensor]:
+        """The fields of `Parameters` that jitter and transfer stains, from uniform numbers (V, B, draws)."""
+        stained = numbers[..., _HED] < self.hed_prob
+
+        def three(middle: Sequence[float], spread: Sequence[float], draw: int) -> Tensor:
+            centre, width = (torch.tensor(value, device=numbers.device) for value in (middle, spread))
+            return centre + width * (2 * numbers[..., draw : draw + 3] - 1)
+
+        def jitter(neutral: float, draw: int) -> Tensor:
+            return torch.where(stained[..., None], three((neutral,) * 3, (self.hed_sigma,) * 3, draw), neutral)
+
+        return {
+            "stain": stained,
+            "stain_scale": jitter(1.0, _HED_SCALE),
+            "stain_shift": jitter(0.0, _HED_SHIFT),
+            "reinhard": numbers[..., _REINHARD] < self.reinhard_prob,
+            "lab_mean": three(self.reinhard_mean, self.reinhard_mean_spread, _LAB_MEAN),
+            "lab_std": three(self.reinhard_std, self.reinhard_std_spread, _LAB_STD),
+        }
 
     def _near_native(self, area: Tensor, aspect: Tensor, tile_px: int, side_px: int) -> tuple[Tensor, Tensor]:
         """Height and width in pixels, int64 (V, B), of crops near side_px, at most the tile, from uniform (V, B)."""

@@ -4,6 +4,8 @@ Crops of several sizes go through in one pass: norms, projections and MLP see th
 runs once per size. Each size alone (timm's own form) gives the same tokens and gradients.
 """
 
+from __future__ import annotations
+
 import difflib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, cast
@@ -24,9 +26,9 @@ class Tokens(NamedTuple):
     """What a backbone makes of B crops of N patches, after the final norm."""
 
     cls: Tensor
-    """Class tokens (B, D)."""
+    """class tokens (B, D)"""
     patches: Tensor
-    """Patch tokens (B, N, D), row by row."""
+    """patch tokens (B, N, D), row by row"""
 
 
 class CropBlock(vision_transformer.Block):

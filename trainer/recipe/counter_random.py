@@ -5,6 +5,8 @@ a restart. `view` numbers the crops of a sample (0 and 1 global, then local); `d
 1,000 belong to the augmentation, the others to the masks.
 """
 
+from __future__ import annotations
+
 from torch import Tensor
 
 _STEP = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: splitmix64's increment

@@ -1,5 +1,7 @@
 """The projection head of DINO and iBOT: features to cosines with learned prototypes."""
 
+from __future__ import annotations
+
 from itertools import pairwise
 
 import torch.nn.functional as F

@@ -5,6 +5,8 @@ scikit-image's for one sample, and none looks at another sample. Those that say 
 new memory for each step costs a CPU more than the arithmetic.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -37,9 +39,9 @@ class Taps(NamedTuple):
     """For each of a picture's rows to be made, the rows it is a weighted sum of, and their weights."""
 
     position: Tensor
-    """int64 (…, rows, taps)."""
+    """int64 (…, rows, taps)"""
     weight: Tensor
-    """float32 (…, rows, taps)."""
+    """float32 (…, rows, taps)"""
 
 
 def _weighted_rows(table: Tensor, position: Tensor, weight: Tensor) -> Tensor:

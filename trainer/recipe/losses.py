@@ -8,6 +8,8 @@ Libraries looked at: lightly 1.6 centres its DINO and iBOT targets by the mean a
 KoLeo, equal in value, neither floors the distance nor sees other ranks; none has the KDE regulariser.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,7 +62,7 @@ class LossConfig:
             )
 
 
-def _over_ranks(x: Tensor, op: "dist.ReduceOp.RedOpType" = dist.ReduceOp.SUM) -> Tensor:
+def _over_ranks(x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(x, op=op)
     return x

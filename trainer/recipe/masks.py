@@ -7,6 +7,8 @@ samples, which are a property of the index alone: each group holds every ratio o
 `group_size` divide the micro-batch, and every micro-batch of every rank has the same number of masked tokens.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 
@@ -25,17 +27,17 @@ class Masking:
     """How global crops are masked; defaults are DINOv2's."""
 
     group_size: int
-    """Consecutive samples among which the mask ratios are dealt out; a divisor of the micro-batch."""
+    """consecutive samples among which the mask ratios are dealt out; a divisor of the micro-batch"""
     masked_share: float = 0.5
-    """Share of the global crops that are masked at all."""
+    """share of the global crops that are masked at all"""
     ratio: tuple[float, float] = (0.1, 0.5)
-    """Lowest and highest share of a masked crop's patches that are hidden."""
+    """lowest and highest share of a masked crop's patches that are hidden"""
     min_block: int = 4
-    """Patches of the smallest block."""
+    """patches of the smallest block"""
     max_block_share: float = 0.5
-    """Share of the grid that the largest block may cover."""
+    """share of the grid that the largest block may cover"""
     min_aspect: float = 0.3
-    """Lowest height/width of a block; the highest is its inverse."""
+    """lowest height/width of a block; the highest is its inverse"""
 
     def __post_init__(self) -> None:
         wrong = [

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from trainer.recipe.backbone import Backbone, create_backbone
+from trainer.recipe.free_field import FREE
 from trainer.recipe.heads import DINOHead
 
 
@@ -41,7 +42,7 @@ class ModelConfig:
     """width of that head's output; none: num_prototypes"""
     ibot_bottleneck: int | None = None
     """width before its prototypes; none: head_bottleneck"""
-    init: str | None = None
+    init: str | None = field(default=None, metadata=FREE)
     """weights to start from: a checkpoint of ours (student, teacher and heads), a file of DINOv2 weights in timm's
     naming (.safetensors, .pth), or a name of timm's hub such as vit_small_patch14_dinov2.lvd142m; none: random"""
 

@@ -3,6 +3,8 @@
 Steps are optimiser steps, never micro-steps: accumulation must not speed a schedule up.
 """
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -61,7 +63,7 @@ class OptimConfig:
     warmup_steps: int = 100
     """steps of linear learning-rate warm-up"""
     beta2: float = 0.999
-    """AdamW's second momentum"""
+    """adamW's second momentum"""
     weight_decay: float = 0.04
     """weight decay at the start"""
     weight_decay_end: float = 0.4

@@ -12,11 +12,11 @@ class Wishes(NamedTuple):
     """What some rank asks all ranks to do after a step."""
 
     stop: bool = False
-    """Save and leave: the run was told to end."""
+    """save and leave: the run was told to end"""
     save: bool = False
-    """Save: the time has come."""
+    """save: the time has come"""
     look: bool = False
-    """Look together whether a machine is about to go."""
+    """look together whether a machine is about to go"""
 
 
 class Agreement:

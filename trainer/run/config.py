@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, NamedTuple, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -13,6 +14,7 @@ from streaming import storage
 from streaming.errors import ConfigError
 from trainer.configs import preset_text, presets
 from trainer.recipe.augment import Augmentation
+from trainer.recipe.free_field import FREE
 from trainer.recipe.losses import LossConfig
 from trainer.recipe.masks import Masking
 from trainer.recipe.network import ModelConfig
@@ -35,7 +37,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    watch: WatchConfig = field(default_factory=WatchConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig, metadata=FREE)
 
     def __post_init__(self) -> None:
         if self.optim.warmup_steps > self.train.steps:
@@ -59,6 +61,34 @@ class Config:
     def to_yaml(self) -> str:
         """The resolved configuration, as a file that `tilestream train` takes."""
         return yaml.safe_dump(plain(asdict(self)), sort_keys=False)
+
+
+class Leaf(NamedTuple):
+    """A field of the configuration that is no section."""
+
+    key: str
+    """as `--section.key` has it"""
+    kind: Any
+    """its type"""
+    is_free: bool
+    """whether it, or a section that it is in, may change from one start of a run to the next"""
+
+
+def leaves(section: type[Any] = Config, prefix: str = "", *, is_free: bool = False) -> Iterator[Leaf]:
+    """The fields of a section and of those within it."""
+    kinds = get_type_hints(section)
+    for entry in fields(section):
+        key, kind, free = prefix + entry.name, kinds[entry.name], is_free or bool(entry.metadata.get("free"))
+        if is_dataclass(kind):
+            yield from leaves(cast("type[Any]", kind), f"{key}.", is_free=free)
+        else:
+            yield Leaf(key, kind, free)
+
+
+# Keys of the fields that hold dictionaries (weights, options, labels), whose keys are no fields.
+_DICT_FIELDS = frozenset(
+    leaf.key for leaf in leaves() if dict in (get_origin(part) for part in (leaf.kind, *get_args(leaf.kind)))
+)
 
 
 def plain(value: Any) -> Any:
@@ -124,23 +154,13 @@ def parse_config(values: dict[str, Any], overrides: list[str], source: str = "co
 
 
 def _leaf_keys(values: dict[str, Any], prefix: str = "") -> list[str]:
-    """Keys of the fields that values sets; dictionaries that are a field's value (weights, options) are not entered."""
+    """Keys of the fields that values sets; dictionaries that are a field's value are not entered."""
     keys: list[str] = []
     for name, value in values.items():
         key = f"{prefix}{name}"
         is_section = isinstance(value, dict) and key not in _DICT_FIELDS
         keys += _leaf_keys(value, f"{key}.") if is_section else [key]
     return keys
-
-
-_DICT_FIELDS = {
-    "data.mpp",
-    "data.cohorts",
-    "data.storage_options",
-    "data.reader_labels",
-    "train.rank_labels",
-    "train.rank_resources",
-}
 
 
 def _check_key(key: str, keys: list[str], source: str) -> None:

@@ -14,15 +14,16 @@ from streaming.plan.universe import Universe
 from streaming.reading.hsv_rule import HsvRule
 from streaming.reading.reader import ReaderOptions
 from streaming.storage.staging import Staging, default_folder
+from trainer.recipe.free_field import FREE
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which tiles."""
 
-    catalog: str | None = None
+    catalog: str | None = field(default=None, metadata=FREE)
     """folder or URI that `tilestream catalog` wrote"""
-    storage_options: dict[str, Any] = field(default_factory=dict)
+    storage_options: dict[str, Any] = field(default_factory=dict, metadata=FREE)
     """fsspec's options for all remote URIs of the run; empty: the usual environment variables"""
     mpp: dict[float, float] = field(default_factory=lambda: dict(DEFAULT_MPP))
     """weight of each magnification in µm/px"""
@@ -38,23 +39,23 @@ class DataConfig:
     """which part of the catalog's tiles may be drawn, and in what order"""
     hsv_rule: HsvRule = field(default_factory=HsvRule)
     """filter on a tile's pixels"""
-    max_failed_share: float = 0.01
+    max_failed_share: float = field(default=0.01, metadata=FREE)
     """share of unreadable tiles past which the run stops"""
-    readers: tuple[int, int] = (1, 2)
+    readers: tuple[int, int] = field(default=(1, 2), metadata=FREE)
     """least and most reader actors"""
-    reader_cpus: float = 1.0
+    reader_cpus: float = field(default=1.0, metadata=FREE)
     """CPU slots of a reader actor"""
-    requests_in_flight: int = 32
+    requests_in_flight: int = field(default=32, metadata=FREE)
     """requests to the storage that a reader keeps under way"""
-    reader_labels: dict[str, str] = field(default_factory=dict)
+    reader_labels: dict[str, str] = field(default_factory=dict, metadata=FREE)
     """labels of the nodes that readers run on; empty: any node"""
-    segment_blocks: int = 2000
+    segment_blocks: int = field(default=2000, metadata=FREE)
     """micro-batches that Ray Data plans at once; a run is a chain of such segments"""
-    stall_s: float | None = 900.0
+    stall_s: float | None = field(default=900.0, metadata=FREE)
     """seconds that a rank waits for a batch before the run stops and says why; none: for ever"""
-    staging: str = field(default_factory=default_folder)
+    staging: str = field(default_factory=default_folder, metadata=FREE)
     """local folder for copies of remote slides"""
-    staging_gb: float = 100.0
+    staging_gb: float = field(default=100.0, metadata=FREE)
     """disk that those copies may take, in GiB"""
 
     def __post_init__(self) -> None:

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from streaming.delivery.stream import BatchShape
+from trainer.recipe.free_field import FREE
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Where a run lives."""
 
-    out: str = "runs/default"
+    out: str = field(default="runs/default", metadata=FREE)
     """folder or URI of the run: checkpoints, metrics, the resolved configuration; a run found there is resumed"""
     seed: int = 0
     """decides the tiles, the crops, the masks and the initial weights"""
@@ -33,35 +34,35 @@ class TrainConfig:
     """optimiser steps of the whole run"""
     batch: int = 64
     """tiles of an optimiser step, over all ranks and accumulation rounds"""
-    ranks: int = 1
+    ranks: int = field(default=1, metadata=FREE)
     """trainer workers"""
     accumulate: int = 1
     """rounds of gradient accumulation within a step"""
-    gpu: bool = False
+    gpu: bool = field(default=False, metadata=FREE)
     """whether each rank takes a GPU"""
-    rank_cpus: float = 1.0
+    rank_cpus: float = field(default=1.0, metadata=FREE)
     """CPU slots of a rank"""
-    rank_resources: dict[str, float] = field(default_factory=dict)
+    rank_resources: dict[str, float] = field(default_factory=dict, metadata=FREE)
     """what else a rank takes of its node: Ray's resources by name, such as another maker's accelerator"""
-    rank_labels: dict[str, str] = field(default_factory=dict)
+    rank_labels: dict[str, str] = field(default_factory=dict, metadata=FREE)
     """labels of the nodes that ranks run on; empty: any node"""
     precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
     """32-true; bf16-mixed: weights in float32, products in bfloat16; bf16-true: all in bfloat16"""
-    strategy: Literal["ddp", "fsdp"] = "ddp"
+    strategy: Literal["ddp", "fsdp"] = field(default="ddp", metadata=FREE)
     """ddp: each rank holds the model; fsdp: each holds its share of weights, gradients, moments and teacher (FSDP2)"""
-    compile: bool = False
+    compile: bool = field(default=False, metadata=FREE)
     """whether torch.compile is run on the blocks"""
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = field(default=False, metadata=FREE)
     """whether the backward pass computes the blocks' activations anew instead of keeping them"""
-    log_every: int = 10
+    log_every: int = field(default=10, metadata=FREE)
     """steps between two rows of the metrics"""
-    checkpoint_every: int = 500
+    checkpoint_every: int = field(default=500, metadata=FREE)
     """steps between two checkpoints"""
-    checkpoint_minutes: float | None = 30.0
+    checkpoint_minutes: float | None = field(default=30.0, metadata=FREE)
     """minutes after which a checkpoint is due besides; none: only by steps"""
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = field(default=3, metadata=FREE)
     """newest checkpoints that are kept"""
-    max_restarts: int = 3
+    max_restarts: int = field(default=3, metadata=FREE)
     """how often Ray Train starts the workers again from the last checkpoint when one is lost"""
 
     def __post_init__(self) -> None:

@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 from streaming.errors import CheckpointError
 from trainer.run import checkpoints
-from trainer.run.config import Config, plain
-from trainer.run.guard import WatchConfig
-
-# What may change from one start of a run to the next without changing what is trained.
-FREE_FIELDS = {
-    "run": ("out",),
-    "data": (
-        *("catalog", "storage_options", "max_failed_share", "readers", "reader_cpus", "reader_labels"),
-        *("segment_blocks", "stall_s", "staging", "staging_gb", "requests_in_flight"),
-    ),
-    "model": ("init",),
-    "train": (
-        *("ranks", "gpu", "rank_cpus", "rank_labels", "rank_resources", "strategy"),
-        *("compile", "activation_checkpointing"),
-        *("log_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "max_restarts"),
-    ),
-    "watch": tuple(entry.name for entry in fields(WatchConfig)),
-}
-
+from trainer.run.config import Config, leaves, plain
 
 # What no force can change: another model's weights don't fit, another batch's next index lies within a step.
 _FIXED = ("model.", "train.batch", "augment.global_size")
@@ -34,12 +16,8 @@ _FIXED = ("model.", "train.batch", "augment.global_size")
 def recipe_changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
     """Fields of the recipe that differ, with both values: those that may be forced, and those that can't be."""
     was, becomes = _flat(plain(asdict(before))), _flat(plain(asdict(now)))
-    free = {f"{section}.{name}" for section, names in FREE_FIELDS.items() for name in names}
-    changed = [
-        key
-        for key in becomes | was
-        if was.get(key) != becomes.get(key) and not any(f"{key}.".startswith(f"{name}.") for name in free)
-    ]
+    free = tuple(f"{leaf.key}." for leaf in leaves() if leaf.is_free)
+    changed = [key for key in becomes | was if was.get(key) != becomes.get(key) and not f"{key}.".startswith(free)]
     fixed = [key for key in changed if key.startswith(_FIXED) and key != "model.drop_path"]
     told = {key: f"{key} {was.get(key)} (now {becomes.get(key)})" for key in changed}
     return [told[key] for key in changed if key not in fixed], [told[key] for key in fixed]

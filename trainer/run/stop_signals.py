@@ -17,11 +17,11 @@ class Signals:
     """What reaches a rank from outside."""
 
     stop: Callable[[], bool] = lambda: False
-    """Whether this rank was told to save and leave."""
+    """whether this rank was told to save and leave"""
     leaving: Callable[[], bool] = lambda: False
-    """Whether a machine of the run is about to go; asked of all ranks at once."""
+    """whether a machine of the run is about to go; asked of all ranks at once"""
     begin: Callable[[], None] = lambda: None
-    """Called when training begins: Lightning has set handlers of its own by then, which would end it without saving."""
+    """called when training begins: Lightning has set handlers of its own by then, which would end it without saving"""
 
 
 class Termination(threading.Event):

@@ -7,9 +7,10 @@ import yaml
 
 from streaming.errors import ConfigError
 from trainer.configs import presets
-from trainer.run.config import Config, parse_config, read_config
+from trainer.run.config import Config, leaves, parse_config, read_config
 from trainer.run.execution import TrainConfig
-from trainer.run.resuming import FREE_FIELDS, recipe_changes
+from trainer.run.guard import WatchConfig
+from trainer.run.resuming import recipe_changes
 
 
 @pytest.mark.parametrize("preset", presets())
@@ -110,9 +111,27 @@ def test_only_what_changes_the_training_counts_as_another_recipe() -> None:
     assert fixed == ["model.head_hidden 512 (now 256)"]
 
 
-def test_every_free_field_exists() -> None:
-    fields = asdict(Config())
-    missing = [
-        f"{section}.{name}" for section, names in FREE_FIELDS.items() for name in names if name not in fields[section]
-    ]
-    assert not missing
+def test_the_fields_that_are_free_are_those_that_do_not_change_what_is_trained() -> None:
+    free = {leaf.key for leaf in leaves() if leaf.is_free}
+    assert free == {
+        "run.out",
+        *(f"data.{name}" for name in ("catalog", "storage_options", "max_failed_share", "readers", "reader_cpus")),
+        *(f"data.{name}" for name in ("reader_labels", "segment_blocks", "stall_s", "staging", "staging_gb")),
+        "data.requests_in_flight",
+        "model.init",
+        *(f"train.{name}" for name in ("ranks", "gpu", "rank_cpus", "rank_labels", "rank_resources", "strategy")),
+        *(f"train.{name}" for name in ("compile", "activation_checkpointing", "log_every", "checkpoint_every")),
+        *(f"train.{name}" for name in ("checkpoint_minutes", "keep_checkpoints", "max_restarts")),
+        *(f"watch.{name}" for name in asdict(WatchConfig())),
+    }
+
+
+def test_dictionaries_of_any_section_take_keys_of_their_own() -> None:
+    values = {
+        "data": {"mpp": {0.5: 1}, "cohorts": {"a": 2}, "storage_options": {"anon": True}, "reader_labels": {"b": "c"}},
+        "train": {"rank_labels": {"d": "e"}, "rank_resources": {"f": 1.0}},
+    }
+    config = parse_config(values, [])
+    for section, entries in values.items():
+        for name, value in entries.items():
+            assert getattr(getattr(config, section), name) == value
