@@ -24,8 +24,9 @@ import pyarrow as pa
 
 from benchmarks.table import TURNS, machine
 from streaming.catalog import Catalog
-from streaming.catalog.catalog import BLOCKS, SCHEMA, SlideRow, write
+from streaming.catalog.schema import BLOCKS, SCHEMA, SlideRow
 from streaming.catalog.tissue_map import Cells
+from streaming.catalog.writing import write
 from streaming.counters import UNCOUNTED, Counters
 from streaming.plan import TilePlan
 from streaming.slide.block_index import pack

@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from streaming import storage
 from streaming.catalog import Catalog
-from streaming.catalog.build import Rejected, inspect
-from streaming.catalog.catalog import merge, part_of, write
+from streaming.catalog.inspection import Rejected, inspect
+from streaming.catalog.writing import merge, part_of, write
 from streaming.plan import TilePlan
 from streaming.storage.staging import Staging
 from streaming.synthetic.drawing import SyntheticSlide

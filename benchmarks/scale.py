@@ -25,8 +25,8 @@ from benchmarks.latency_server import serve
 from benchmarks.reader import made_slides
 from streaming import cluster, storage
 from streaming.catalog import Catalog
-from streaming.catalog.build import inspect
-from streaming.catalog.catalog import Inspected, merge, part_of, write
+from streaming.catalog.inspection import Inspected, inspect
+from streaming.catalog.writing import merge, part_of, write
 from streaming.delivery.stream import BatchShape, TileStream
 from streaming.delivery.time_use import TimeUse
 from streaming.operate.capacity import Capacity, StageCosts, Surroundings, one_machine_rate, plan_capacity

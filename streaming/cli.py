@@ -63,7 +63,7 @@ def add_catalog(commands: Any) -> None:
 def run_catalog(args: Namespace) -> None:
     """Builds the catalog and says what became of the slides."""
     from streaming.catalog.build import build_catalog
-    from streaming.catalog.catalog import REJECTED
+    from streaming.catalog.schema import REJECTED
 
     report = build_catalog(
         args.slides,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
-from streaming.catalog.build import inspect
-from streaming.catalog.catalog import merge, part_of, write
+from streaming.catalog.inspection import inspect
+from streaming.catalog.writing import merge, part_of, write
 from streaming.storage import stat
 from streaming.storage.staging import Staging
 from streaming.synthetic.drawing import SyntheticSlide

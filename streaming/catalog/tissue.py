@@ -1,7 +1,7 @@
-"""Where the tissue lies on a slide, and which tiles show tissue.
+"""Where the tissue lies on a slide: a grid of cells, and the share of a window that is tissue.
 
-The grid answers before anything is read (Otsu on saturation of a thumbnail at 8 µm/px); the HSV rule looks at the
-pixels of a tile that was read.
+The tissue grid answers before a tile is read (Otsu on saturation of a thumbnail at 8 µm/px); the HSV rule
+(`streaming.reading.hsv_rule`) looks at the pixels of a tile that was read.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ def tissue_grid(slide: Slide) -> TissueGrid:
     Raises:
         SlideError: the slide has no mpp or can't be decoded.
     """
-    return grid_of_thumbnail(thumbnail(slide))
+    return tissue_of_thumbnail(thumbnail(slide))
 
 
-def grid_of_thumbnail(image: Pixels) -> TissueGrid:
+def tissue_of_thumbnail(image: Pixels) -> TissueGrid:
     """The tissue grid of a thumbnail at 8 µm/px, uint8 (h, w, 3); what lies past the slide's edge is background."""
     saturation = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)[:, :, 1]
     otsu, _ = cv2.threshold(saturation, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
@@ -103,9 +103,9 @@ def window_fraction(
 ) -> NDArray[np.float64]:
     """Share of each square window's area that is tissue, float64 (n,), for windows on many slides at once.
 
-    fraction holds the grids of all slides flat, row after row; window i lies on the grid of rows[i] × columns[i] cells
-    that begins at start[i]. top, left and extent are in cells and may be fractional; what lies off the grid counts as
-    background.
+    fraction holds the tissue grids of all slides flat, row after row; window i lies on the one of rows[i] × columns[i]
+    cells that begins at start[i]. top, left and extent are in cells and may be fractional; what lies off the grid
+    counts as background.
     """
     span = np.arange(int(np.ceil(extent)) + 1)[:, None]
     row, column = np.floor(top).astype(np.int64) + span, np.floor(left).astype(np.int64) + span
@@ -117,6 +117,7 @@ def window_fraction(
     column = np.clip(column, 0, columns - 1)
     total = np.zeros(len(start), dtype=np.float64)
     for cover, begin in zip(row_cover, row_start, strict=True):
-        # Summed along the first axis, one after the other: the same to the last bit on every machine.
+        # Of two windows or more NumPy adds the rows of (span, n) one after the other, on every machine alike. A window
+        # alone is a single column, which it adds in pairs: the last bit of its share may then be another.
         total += cover * (column_cover * fraction[begin + column]).sum(axis=0)
     return total / (255 * extent * extent)

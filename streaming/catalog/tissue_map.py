@@ -2,8 +2,8 @@
 
     magic, number of chunks, zeros up to 64 bytes │ cells │ running sums
 
-The cells are the slides' grids one after another: uint8 tissue fractions, row by row, each grid filled up with zeros
-to whole chunks of 64. The running sums are int64: sum i is of all cells before chunk i. So a cell is drawn in
+The cells are the slides' tissue grids one after another: uint8 tissue fractions, row by row, each grid filled up with
+zeros to whole chunks of 64. The running sums are int64: sum i is of all cells before chunk i. So a cell is drawn in
 proportion to its tissue by a search in the sums, and nothing is counted when the file is opened.
 """
 
@@ -26,15 +26,15 @@ CHUNK = 64
 _MAGIC = b"tilestream tissue 1\n"
 _HEADER = 64
 
-# Mapped pages count as resident until they are let go of: a draw brings in some 100 KB, as the kernel maps what lies
-# around. Below this size there is nothing to win.
+# Mapped pages count as the process's memory until they are let go of, and each draw brings in some 100 KB of them,
+# since the kernel maps what lies around. In a file below this size there is nothing to win by letting go.
 _LARGE = 2**26
 
 Cells = NDArray[np.uint8]
 
 
 def padded(num_cells: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many cells grids of so many take in the file, int64 (n,)."""
+    """How many cells of the file a tissue grid of so many cells takes, int64 (n,)."""
     return -(-num_cells // CHUNK) * CHUNK
 
 
@@ -43,12 +43,12 @@ def file_nbytes(num_cells: int) -> int:
     return _HEADER + num_cells + (num_cells // CHUNK + 1) * 8
 
 
-def write_tissue(file: BinaryIO, grids: Iterable[Cells]) -> None:
-    """Writes grids, uint8 (rows, columns), in their order."""
+def write_tissue(file: BinaryIO, tissue: Iterable[Cells]) -> None:
+    """Writes the cells of tissue grids, uint8 (rows, columns), in their order."""
     file.seek(_HEADER)
     sums = [np.zeros(1, np.int64)]
-    for grid in grids:
-        cells = np.pad(grid.ravel(), (0, -grid.size % CHUNK)).reshape(-1, CHUNK)
+    for of_slide in tissue:
+        cells = np.pad(of_slide.ravel(), (0, -of_slide.size % CHUNK)).reshape(-1, CHUNK)
         sums.append(cells.sum(axis=1, dtype=np.int64))
         file.write(cells.data)
     running = np.cumsum(np.concatenate(sums))
@@ -113,7 +113,7 @@ class TissueMap:
 
     def _open(self) -> tuple[mmap.mmap, Cells, NDArray[np.int64]]:
         uri = self._info.uri
-        # Its name tells its content, so there is nothing to ask of the storage before.
+        # Its name tells its content, so the storage need not be asked for its version.
         path = storage.local_path(uri) if storage.is_local(uri) else self._staging.fetch(self._info, self._options)
         try:
             with open(path, "rb") as file:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from streaming import cluster
-from streaming.catalog.build import find_slides
+from streaming.catalog.sources import find_slides
 from tests.processes import TILESTREAM, kill_tree, wait_for
 from tests.trainer.publish.test_export import saved
 from trainer.embed.files import Embedded

@@ -22,7 +22,8 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataIterator
 
 from streaming import cluster, storage
-from streaming.catalog.build import Rejected, find_slides
+from streaming.catalog.inspection import Rejected
+from streaming.catalog.sources import find_slides
 from streaming.errors import ConfigError, SlideError
 from streaming.progress import ProgressLine
 from streaming.reading.batch import Batch

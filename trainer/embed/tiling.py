@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streaming import storage
-from streaming.catalog.build import Rejected, inspect
-from streaming.catalog.catalog import Inspected
+from streaming.catalog.inspection import Inspected, Rejected, inspect
 from streaming.catalog.tissue import CELL_UM, window_fraction
 from streaming.counters import Counters
 from streaming.errors import SlideError, StorageError
@@ -33,7 +32,7 @@ def tissue_tiles(slide: Inspected, mpp: float, size: int, min_tissue: float) -> 
     corners = np.stack([a.ravel() for a in np.meshgrid(xs, ys)], axis=1)
     cell_px, zeros = CELL_UM / row.mpp, np.zeros(len(corners), dtype=np.int64)
     share = window_fraction(
-        slide.grid.fraction.ravel(),
+        slide.tissue.fraction.ravel(),
         zeros,
         zeros + row.tissue_rows,
         zeros + row.tissue_columns,

@@ -20,7 +20,7 @@ from sklearn.decomposition import PCA
 
 from streaming import storage
 from streaming.catalog import Catalog
-from streaming.catalog.catalog import SlideRow
+from streaming.catalog.schema import SlideRow
 from streaming.catalog.tissue import CELL_UM, thumbnail
 from streaming.reading.reader import TileReader
 from streaming.slide import open_slide
@@ -137,7 +137,7 @@ def _slides(catalog: Catalog, config: Config, most: int = 8) -> str:
         row = catalog[number]
         image = _thumbnail(row, config).astype(np.float64)
         cell = image.shape[1] * CELL_UM / (row.width * row.mpp)  # a cell's side in pixels of the picture
-        enough = catalog.grid(number).fraction >= 255 * config.data.min_tissue
+        enough = catalog.tissue_grid(number).fraction >= 255 * config.data.min_tissue
         ys, xs = ((np.arange(n) / cell).astype(int) for n in image.shape[:2])
         inside = enough[np.ix_(ys.clip(max=enough.shape[0] - 1), xs.clip(max=enough.shape[1] - 1))]
         image[inside] = 0.88 * image[inside] + 0.12 * _TINT

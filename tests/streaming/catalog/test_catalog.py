@@ -12,7 +12,8 @@ import tifffile
 
 from streaming import storage
 from streaming.catalog import Catalog, build
-from streaming.catalog.build import build_catalog, read_metadata
+from streaming.catalog.build import build_catalog
+from streaming.catalog.metadata_csv import read_metadata
 from streaming.errors import CatalogError, ConfigError
 from streaming.plan import TilePlan
 from streaming.reading.reader import ReaderOptions, TileReader

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from streaming import storage
 from streaming.catalog import Catalog
-from streaming.catalog.catalog import Inspected, SlideRow, merge, part_of, write
+from streaming.catalog.inspection import Inspected
+from streaming.catalog.schema import SlideRow
 from streaming.catalog.tissue import TissueGrid
 from streaming.catalog.tissue_map import TissueMap, file_nbytes, write_tissue
+from streaming.catalog.writing import merge, part_of, write
 from streaming.errors import CatalogError
 from streaming.plan import TilePlan
 from streaming.storage.staging import Staging
@@ -52,15 +54,15 @@ def test_grids_come_back_one_after_the_other_with_the_sums_of_whole_chunks(
     tmp_path_factory: pytest.TempPathFactory, shapes: list[tuple[int, int]]
 ) -> None:
     path = tmp_path_factory.mktemp("map") / "tissue"
-    grids = [noise(i, *shape) for i, shape in enumerate(shapes)]
+    tissue = [noise(i, *shape) for i, shape in enumerate(shapes)]
     with open(path, "wb") as file:
-        write_tissue(file, grids)
+        write_tissue(file, tissue)
     found = TissueMap(storage.ObjectInfo(str(path), path.stat().st_size, ""))
     assert path.stat().st_size == file_nbytes(len(found.cells))
     at = 0
-    for grid in grids:
-        assert np.array_equal(found.cells[at : at + grid.size], grid.ravel())
-        at += -(-grid.size // 64) * 64
+    for cells in tissue:
+        assert np.array_equal(found.cells[at : at + cells.size], cells.ravel())
+        at += -(-cells.size // 64) * 64
     assert at == len(found.cells)
     assert np.array_equal(found.sums, [found.cells[:end].sum(dtype=int) for end in range(0, at + 1, 64)])
 
@@ -73,11 +75,11 @@ def test_a_plan_and_a_catalog_cross_processes_without_their_tissue(tmp_path: Pat
     index = np.arange(3000)
     before = plan.specs(index)
     pickled = pickle.dumps((plan, catalog))
-    assert len(pickled) < 200 * 1000  # the grids are 200 × 10,000 bytes
+    assert len(pickled) < 200 * 1000  # the tissue is 200 × 10,000 bytes
     again, _ = pickle.loads(pickled)
     assert np.array_equal(again.specs(index).x, before.x)
     assert "tissue_fraction" not in catalog.to_arrow().column_names
-    assert np.array_equal(catalog.grid(7).fraction, noise(7))
+    assert np.array_equal(catalog.tissue_grid(7).fraction, noise(7))
 
 
 def test_a_remote_catalog_gives_the_same_tiles_by_one_staged_copy(s3_bucket: str, tmp_path: Path) -> None:
@@ -113,7 +115,7 @@ def test_a_catalog_that_is_extended_keeps_the_tissue_it_had_and_serves_those_who
     for catalog, seeds in ((first, (0, 1)), (second, (0, None, 3))):
         for row, seed in enumerate(seeds):
             wanted = noise(2, 7, 9) if seed is None else noise(seed)
-            assert np.array_equal(pickle.loads(pickle.dumps(catalog)).grid(row).fraction, wanted)
+            assert np.array_equal(pickle.loads(pickle.dumps(catalog)).tissue_grid(row).fraction, wanted)
     write(out, *merge([second.table], second.tissue), None)  # the same again
     assert len(list(tmp_path.glob("tissue-*"))) == 1
     assert Catalog.load(out).fingerprint == second.fingerprint

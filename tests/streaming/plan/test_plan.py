@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming.catalog import Catalog
-from streaming.catalog.catalog import Inspected, SlideRow, merge, part_of, write
+from streaming.catalog.inspection import Inspected
+from streaming.catalog.schema import SlideRow
 from streaming.catalog.tissue import TissueGrid
+from streaming.catalog.writing import merge, part_of, write
 from streaming.errors import ConfigError, PlanError
 from streaming.plan import TilePlan
 
@@ -63,15 +65,15 @@ CATALOG = catalog()
 
 
 def brute_share(found: Inspected, x: int, y: int, mpp: float, size: int) -> float:
-    """Tissue share of a tile on a grid of points, without the plan's geometry."""
-    slide, grid = found.row, found.grid.fraction
+    """Tissue share of a tile on a lattice of points, without the plan's geometry."""
+    slide, cells = found.row, found.tissue.fraction
     extent = size * mpp / slide.mpp
     at = (np.arange(400) + 0.5) / 400 * extent
     cell = CELL_UM / slide.mpp
     rows = ((y + at) / cell).astype(int)
     columns = ((x + at) / cell).astype(int)
     padded = np.zeros((200, 200))
-    padded[: grid.shape[0], : grid.shape[1]] = grid
+    padded[: cells.shape[0], : cells.shape[1]] = cells
     return float(padded[np.ix_(rows, columns)].mean() / 255)
 
 
@@ -164,6 +166,7 @@ def test_a_negative_index_is_refused() -> None:
         TilePlan(CATALOG)[-1]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([0.25, 0.2527, 0.4986]))
 def test_corners_are_whole_pixels_of_the_tile_so_that_blocks_can_be_decoded_smaller(start: int, mpp: float) -> None:
     plan = TilePlan(catalog([row("a", mpp, 0)]))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming.catalog import Catalog
-from streaming.catalog.catalog import merge, part_of, write
+from streaming.catalog.writing import merge, part_of, write
 from streaming.errors import ConfigError, PlanError
 from streaming.plan import TilePlan
 from streaming.plan.universe import Universe, block_quotas, chosen_slides, shuffle_quality

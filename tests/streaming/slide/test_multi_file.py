@@ -11,7 +11,7 @@ from pydicom.uid import generate_uid
 
 from streaming import storage
 from streaming.catalog import Catalog
-from streaming.catalog.build import find_slides
+from streaming.catalog.sources import find_slides
 from streaming.errors import SlideError, StorageError
 from streaming.slide import open_slide
 from streaming.slide.multi_file import as_one, members

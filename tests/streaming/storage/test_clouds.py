@@ -20,8 +20,9 @@ import pytest
 from benchmarks.latency_server import serve
 from streaming import storage
 from streaming.catalog import Catalog
-from streaming.catalog.build import find_slides, inspect
-from streaming.catalog.catalog import merge, part_of, write
+from streaming.catalog.inspection import inspect
+from streaming.catalog.sources import find_slides
+from streaming.catalog.writing import merge, part_of, write
 from streaming.errors import StorageError
 from streaming.plan import TilePlan
 from streaming.reading.batch import failures_of

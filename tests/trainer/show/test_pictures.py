@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from streaming.catalog.build import find_slides
+from streaming.catalog.sources import find_slides
 from streaming.reading.batch import Batch
 from streaming.synthetic.drawing import SyntheticSlide, TissueClass, tissue_classes
 from tests.trainer.publish.test_export import SMALL

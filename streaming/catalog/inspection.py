@@ -1,0 +1,92 @@
+"""Looking at one slide for the catalog: its row, its tissue and its block index, or why it can't be used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from streaming import storage
+from streaming.catalog import schema
+from streaming.catalog.schema import SlideRow
+from streaming.catalog.tissue import TissueGrid, tissue_grid
+from streaming.errors import SlideError, StorageError
+from streaming.slide import Slide, open_slide
+from streaming.storage.staging import Staging
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What was found out about a slide, before it is in a catalog."""
+
+    row: SlideRow
+    tissue: TissueGrid
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A slide that can't be used, and why."""
+
+    slide: str
+    size: int
+    version: str
+    reason: str
+
+
+def inspect(
+    info: storage.ObjectInfo,
+    mpp: float | None,
+    options: storage.StorageOptions | None,
+    staging: Staging,
+    out: str | None = None,
+) -> Inspected | Rejected:
+    """A slide's row and tissue, or why it has none; mpp stands in where the metadata has none.
+
+    Its block index is written to the catalog at `out`.
+    """
+    try:
+        slide = storage.PATIENT(open_slide, info.uri, options, mpp=mpp, expected=info, staging=staging)
+        try:
+            tissue = tissue_grid(slide)
+            if not tissue.fraction.any():
+                return Rejected(info.uri, info.size, info.version, "no tissue found")
+            if slide.packed_index and out is not None:
+                uri = storage.join(out, schema.BLOCKS, index_name(info))
+                storage.PATIENT(storage.write_bytes, uri, slide.packed_index, options)
+            return Inspected(describe(slide, info, tissue), tissue)
+        finally:
+            slide.close()
+    except (SlideError, StorageError) as error:
+        return Rejected(info.uri, info.size, info.version, str(error).removeprefix(f"{info.uri}: "))
+
+
+def describe(slide: Slide, info: storage.ObjectInfo, tissue: TissueGrid) -> SlideRow:
+    """The catalog's row for an open slide with a known mpp."""
+    assert slide.mpp is not None, "a slide without mpp has no tissue grid"
+    levels = [
+        {"width": width, "height": height, "downsample": downsample, "compression": compression}
+        for (width, height), downsample, compression in zip(
+            slide.level_dimensions, slide.level_downsamples, slide.level_compressions(), strict=True
+        )
+    ]
+    rows, columns = tissue.fraction.shape
+    return SlideRow(
+        slide=info.uri,
+        size=info.size,
+        version=info.version,
+        vendor=slide.vendor,
+        mpp=slide.mpp,
+        width=slide.level_dimensions[0][0],
+        height=slide.level_dimensions[0][1],
+        levels=levels,
+        backend=slide.backend,
+        index=index_name(info) if slide.packed_index else None,
+        index_nbytes=len(slide.packed_index or b""),
+        tissue_rows=rows,
+        tissue_columns=columns,
+        tissue_threshold=tissue.threshold,
+        tissue_mm2=tissue.area_mm2,
+    )
+
+
+def index_name(info: storage.ObjectInfo) -> str:
+    """The file of a slide's block index: its name, and a digest of its address and version."""
+    return f"{storage.name_of(info.uri)}-{info.digest[:16]}"
