@@ -99,6 +99,8 @@ def spans(text: str) -> list[str]:
 
 def troubles(page: str, text: str) -> Iterator[str]:
     """What a page says that is not so, each with its place."""
+    if len(re.findall(r"^\s*(?:```|~~~)", text, re.MULTILINE)) != 2 * len(blocks(page, text)):
+        yield f"{page}: a block that is indented or not closed, which nothing here reads"
     for block in blocks(page, text):
         yield from (f"{page}:{block.line}: {trouble}" for trouble in _of_block(block))
     for span in spans(text):
