@@ -27,7 +27,7 @@ STAND_INS = {"/data/slides": "slides", "s3://bucket": "bucket"}
 # Appended to the commands, so that seconds are enough; of an option that is given twice the last one counts.
 _TINY = (
     *("--train.steps", "2", "--train.batch", "4", "--optim.warmup_steps", "1"),
-    *("--model.head_hidden", "16", "--model.num_prototypes", "32"),
+    *("--model.head_hidden", "16", "--model.num_prototypes", "32", "--augment.num_local", "1"),
 )
 SMALLER = {
     "stream": ("--steps", "0:2", "--batch", "8"),
