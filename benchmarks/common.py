@@ -29,7 +29,7 @@ from streaming.catalog.inspection import Rejected, inspect
 from streaming.catalog.writing import merge, part_of, write
 from streaming.plan import TilePlan
 from streaming.storage.staging import Staging
-from streaming.synthetic.drawing import SyntheticSlide
+from streaming.synthetic.layout import SyntheticSlide
 from streaming.synthetic.svs import write_slide
 
 SIZE, BATCH = 256, 128

@@ -37,7 +37,7 @@ from benchmarks.common import made_catalog
 from benchmarks.table import machine
 from streaming import cluster, storage
 from streaming.delivery.stream import BatchShape, step_digest
-from streaming.synthetic.drawing import SyntheticSlide
+from streaming.synthetic.layout import SyntheticSlide
 from streaming.synthetic.svs import write_slide
 from tests.processes import TILESTREAM, kill_tree
 from trainer.run import checkpoints

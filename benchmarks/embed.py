@@ -24,7 +24,7 @@ import psutil
 from benchmarks.table import TURNS, Line, arguments, line, report
 from streaming import cluster, storage
 from streaming.catalog.sources import find_slides
-from streaming.synthetic.drawing import SyntheticSlide
+from streaming.synthetic.layout import SyntheticSlide
 from streaming.synthetic.svs import write_slide
 from trainer.embed.job import Job, embed, rows_of
 from trainer.embed.model import load_model

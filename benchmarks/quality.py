@@ -24,7 +24,7 @@ from benchmarks.common import made_catalog
 from benchmarks.table import machine
 from streaming import storage
 from streaming.errors import TrainingError
-from streaming.synthetic.drawing import SyntheticSlide, TissueClass, tissue_classes
+from streaming.synthetic.layout import SyntheticSlide, TissueClass, tissue_classes
 from streaming.synthetic.svs import write_slide
 from trainer.embed.model import Model, load_model, model_of
 from trainer.evaluate.annotations import TileGrid

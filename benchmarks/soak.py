@@ -26,7 +26,7 @@ from streaming import cluster
 from streaming.catalog import Catalog
 from streaming.delivery.stream import BatchShape, TileStream
 from streaming.plan import TilePlan
-from streaming.synthetic.drawing import SyntheticSlide
+from streaming.synthetic.layout import SyntheticSlide
 from streaming.synthetic.svs import write_slide
 
 KINDS = {"driver": "", "chain": "ray::Chain", "coordinators": "ray::SplitCoordinator", "readers": "ReaderActor"}

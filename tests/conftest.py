@@ -14,7 +14,7 @@ from streaming.catalog.inspection import inspect
 from streaming.catalog.writing import merge, part_of, write
 from streaming.storage import stat
 from streaming.storage.staging import Staging
-from streaming.synthetic.drawing import SyntheticSlide
+from streaming.synthetic.layout import SyntheticSlide
 from streaming.synthetic.svs import write_slide
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from streaming import cluster
 from streaming.slide import SLIDE_SUFFIXES
-from streaming.synthetic.drawing import SyntheticSlide, TissueClass, tissue_classes
+from streaming.synthetic.layout import SyntheticSlide, TissueClass, tissue_classes
 from streaming.synthetic.svs import write_slide
 from tests.pages import PAGES, ROOT, Block, benchmarks, blocks, commands, troubles
 from tests.trainer.publish.test_kaiko_eva import TASK

@@ -17,7 +17,8 @@ import cv2
 import imagecodecs
 import numpy as np
 
-from streaming.synthetic.drawing import SyntheticSlide, pixels
+from streaming.synthetic.drawing import pixels
+from streaming.synthetic.layout import SyntheticSlide
 
 Compression = Literal["jpeg", "jpeg-rgb", "jp2k-ycbcr", "jp2k-rgb", "lzw", "deflate", "none"]
 Vendor = Literal["aperio", "generic", "ome", "philips"]

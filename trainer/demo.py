@@ -17,7 +17,7 @@ from rich.console import Console
 from streaming import cluster, storage
 from streaming.catalog.build import build_catalog
 from streaming.errors import ConfigError
-from streaming.synthetic.drawing import SyntheticSlide
+from streaming.synthetic.layout import SyntheticSlide
 from streaming.synthetic.svs import write_slide
 from trainer.embed.job import embed
 from trainer.embed.options import EmbedOptions

@@ -56,7 +56,7 @@ class SlidePool(Generic[Key]):
         if error is not None:
             if isinstance(error, StorageError):
                 self.forget(key)  # it may be reached later
-            # Another one each time: raised again and again, the same would gather tracebacks without end.
+            # A copy: one error raised again and again would gather tracebacks without end.
             raise type(error)(*error.args)
         slide = opened.result()
         if slide.backend == "openslide":

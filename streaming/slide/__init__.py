@@ -95,7 +95,7 @@ def open_slide(
     """
     if index is not None:
         ranges = open_ranges(uri, storage_options, index.tag)
-        assert ranges is not None, "an index is made of ranges"
+        assert ranges is not None, "only slides whose ranges can be read have an index"
         return BlockSlide(uri, ranges, index, mpp)
     files = members(uri, storage_options)
     info = as_one(files)

@@ -14,8 +14,9 @@ from streaming.slide.resample import Pixels, scratch
 
 _SOI, _APP0, _APP14 = b"\xff\xd8", b"\xff\xe0", b"\xff\xee"
 
-# libjpeg's first complaint about a JPEG that was told to be less high than it is, if all before was sound: it tells the
-# first of several, and sees what is left over only after the last row.
+# What libjpeg warns of where a JPEG goes on after the last row that its header tells of, and nothing else is wrong. It
+# tells only the first thing that is wrong, and sees what is left over only after the last row: if rows before that are
+# damaged, the text is another one.
 _ONLY_LEFT_OVER = re.compile("extraneous bytes before marker 0xd9$")
 
 # TIFF's compression tag → name: Adobe TIFF 6.0 and its supplements; 33003 and 33005 are Aperio's.
@@ -76,7 +77,7 @@ def _decode_jpeg(block: bytes, form: BlockFormat, scale: int, rows: int) -> Pixe
     if block[:2] != _SOI:
         raise ValueError("it does not begin as a JPEG")
     start = 2
-    # A block's own colour markers would speak against the TIFF's.
+    # A block's own colour markers are left out: they may contradict those of the prefix.
     while block[start : start + 2] in (_APP0, _APP14):
         start += 2 + int.from_bytes(block[start + 2 : start + 4])
     whole = form.prefix + block[start:]
@@ -85,10 +86,10 @@ def _decode_jpeg(block: bytes, form: BlockFormat, scale: int, rows: int) -> Pixe
     # Before a byte is allocated for it: a header can claim 65,535 × 65,535 px.
     if (height, width) != (form.height, form.width):
         raise ValueError(f"it is of {width} × {height} px, not {form.width} × {form.height}")
-    # Chroma is interpolated with the next row's; sixteen rows are decoded at once.
+    # One more row at each scale than wanted, as chroma is interpolated between rows; libjpeg decodes sixteen at once.
     enough = -(-(rows + 2 * scale) // 16) * 16
     if can_end_early and enough < form.height:
-        # Told that it is less high, decoding ends there; most of the work is reading its codes.
+        # With a smaller height in its header, decoding ends there: reading the codes below would be most of the work.
         shorter = bytearray(whole)
         shorter[frame + 5 : frame + 7] = enough.to_bytes(2)
         out = scratch("block", enough // scale, form.width // scale)
@@ -98,6 +99,7 @@ def _decode_jpeg(block: bytes, form: BlockFormat, scale: int, rows: int) -> Pixe
         except ValueError as error:
             if _ONLY_LEFT_OVER.search(str(error)):
                 return out
+            # The block is damaged: decoded whole, it is refused, or given as far as the damage shows.
     out = scratch("block", form.height // scale, form.width // scale)
     _decode_into(whole, out, scale)
     return out
@@ -155,7 +157,8 @@ class _Jpeg2000Size:
         return tuple((across, down) for _, across, down in self.components)
 
 
-# (1, 1) is converted here; OpenJPEG's own conversion, which imagecodecs calls unasked, knows the others.
+# Chroma that is not subsampled is converted to RGB here. Where it is, OpenJPEG converts by itself within imagecodecs,
+# but only for these two subsamplings.
 _WHOLE, _SUBSAMPLED = ((1, 1),) * 3, (((1, 1), (2, 1), (2, 1)), ((1, 1), (2, 2), (2, 2)))
 
 
@@ -175,7 +178,7 @@ def decodes_jpeg2000(start: bytes, codec: str) -> bool:
     try:
         size = _jpeg2000_size(start)
     except ValueError:
-        return True  # told with its place when it is read
+        return True  # reading it will tell what is wrong, and where
     known = (_WHOLE, *_SUBSAMPLED) if codec == "JP2K_YCBCR" else (_WHOLE,)
     return size.is_eight_bit and size.subsampling in known
 

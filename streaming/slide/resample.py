@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]
 
+# Memory by thread and purpose, kept from call to call. It carries nothing from one call to the next but its pages.
 _buffers = threading.local()
 
 

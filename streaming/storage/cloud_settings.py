@@ -130,7 +130,7 @@ def _gcs_token(options: Options) -> Any:
     """Path or content of a credentials file, "anon", or one of gcsfs's searches; None for the usual search."""
     names = ("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH", "GOOGLE_APPLICATION_CREDENTIALS")
     token = options.get("token") or _first(os.environ, names)
-    # A search for credentials asks machines of Google's, which a server of another's does not want.
+    # With an endpoint of one's own there is nothing to search for: that would ask Google's servers for credentials.
     return token or ("anon" if _gcs_endpoint(options) else None)
 
 

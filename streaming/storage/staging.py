@@ -114,12 +114,12 @@ class Staging:
             over = info.size - shutil.disk_usage(self.folder).free
             excess = max(sum(nbytes for _, nbytes, _ in entries) + info.size - self.max_bytes, over)
             for used_at, nbytes, entry in entries:
-                # A download under way is another process's; one that died leaves its folder to age.
+                # A part is another process's download under way; nothing is added any more if that process died.
                 part = ".part-" in entry
                 dead = ".gone-" in entry or (part and time.time() - used_at > _DEAD_S)
                 if not dead and (part or excess <= 0):
                     continue
-                # At once, so that nobody finds a part of it. Whoever has a file open keeps reading it.
+                # Renamed first, so that nobody finds a part of it. Whoever has a file of it open keeps reading that.
                 gone = f"{entry}.gone-{uuid.uuid4().hex[:8]}"
                 os.rename(entry, gone)
                 shutil.rmtree(gone, ignore_errors=True)

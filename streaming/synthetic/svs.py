@@ -10,7 +10,8 @@ import cv2
 import numpy as np
 import tifffile
 
-from streaming.synthetic.drawing import CHUNK, Pixels, SyntheticSlide, pixels
+from streaming.synthetic.drawing import CHUNK, pixels
+from streaming.synthetic.layout import Pixels, SyntheticSlide
 
 cv: Any = cv2  # its stubs know neither dtypes nor optional maps
 

@@ -17,7 +17,7 @@ from streaming.catalog.metadata_csv import read_metadata
 from streaming.errors import CatalogError, ConfigError
 from streaming.plan import TilePlan
 from streaming.reading.reader import ReaderOptions, TileReader
-from streaming.synthetic.drawing import SyntheticSlide
+from streaming.synthetic.layout import SyntheticSlide
 from streaming.synthetic.svs import write_slide
 
 pytestmark = pytest.mark.slow

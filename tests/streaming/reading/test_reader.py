@@ -21,7 +21,7 @@ from streaming.reading.hsv_rule import HsvRule
 from streaming.reading.reader import ReaderOptions, TileReader
 from streaming.slide import open_slide
 from streaming.storage.staging import Staging
-from streaming.synthetic.drawing import SyntheticSlide, tissue_classes
+from streaming.synthetic.layout import SyntheticSlide, tissue_classes
 from streaming.synthetic.svs import write_slide
 from tests.conftest import write_catalog
 from tests.tiff_files import TiffSlide, write_tiff

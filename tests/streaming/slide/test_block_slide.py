@@ -13,13 +13,12 @@ import cv2
 import numpy as np
 import openslide
 import pytest
-import simplejpeg
 import tifffile
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from streaming.slide import Slide, codecs, open_slide
-from streaming.synthetic.drawing import SyntheticSlide
+from streaming.slide import Slide, open_slide
+from streaming.synthetic.layout import SyntheticSlide
 from streaming.synthetic.svs import write_slide
 from tests.tiff_files import TiffSlide, level_pixels, write_tiff
 
@@ -333,58 +332,3 @@ def test_tiles_of_a_slide_with_an_odd_mpp_are_resampled_from_the_exact_box(odd_m
     for _ in range(8):
         x, y = (int(rng.integers(0, side - extent)) for side in slide.level_dimensions[0])
         assert_same_tile(odd_mpp, slide, x, y, wanted_mpp, size)
-
-
-def outcome(read: Callable[[], np.ndarray]) -> np.ndarray | str:
-    try:
-        return read().copy()
-    except ValueError as error:
-        return str(error)
-
-
-@st.composite
-def jpeg_blocks(draw) -> tuple[bytes, codecs.BlockFormat, np.random.Generator]:
-    """A JPEG of noisy or smooth content with any subsampling, one scan or several, restart markers or none."""
-    rng = np.random.default_rng(draw(st.integers(0, 999)))
-    width, height = 16 * draw(st.integers(1, 12)), 16 * draw(st.integers(2, 16))
-    coarse = rng.integers(0, 256, (height // 8, width // 8, 3)).astype(np.uint8)
-    content = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
-    options = [
-        *(cv2.IMWRITE_JPEG_SAMPLING_FACTOR, draw(st.sampled_from([0x111111, 0x211111, 0x121111, 0x221111, 0x411111]))),
-        *(cv2.IMWRITE_JPEG_QUALITY, draw(st.integers(30, 95))),
-        *(cv2.IMWRITE_JPEG_PROGRESSIVE, draw(st.sampled_from([0, 0, 0, 1]))),
-        *(cv2.IMWRITE_JPEG_RST_INTERVAL, draw(st.sampled_from([0, 0, 0, 5]))),
-    ]
-    block = cv2.imencode(".jpg", content, options)[1].tobytes()
-    return block, codecs.BlockFormat("JPEG", width, height, codecs.jpeg_prefix(b"", rgb=False)), rng
-
-
-@PROPERTY
-@given(jpeg_blocks(), st.data())
-def test_the_first_rows_of_a_block_are_those_of_the_whole(made, data: st.DataObject) -> None:
-    block, form, _ = made
-    scale, rows = data.draw(st.sampled_from([1, 2, 4, 8])), data.draw(st.integers(1, form.height))
-    whole = codecs.decode(block, form, scale).copy()
-    wanted = -(-rows // scale)
-    np.testing.assert_array_equal(codecs.decode(block, form, scale, rows)[:wanted], whole[:wanted])
-
-
-@PROPERTY
-@given(jpeg_blocks(), st.data())
-def test_the_first_rows_of_a_damaged_block_are_an_error_or_those_of_the_whole_as_far_as_its_damage_shows(
-    made, data: st.DataObject
-) -> None:
-    block, form, rng = made
-    rows = data.draw(st.integers(1, form.height // 2))
-    start = block.index(b"\xff\xda") + 14
-    at = data.draw(st.integers(start, len(block)))
-    # Codes of ones alone are none; random bytes hit markers, ends and lengths too.
-    junk = data.draw(st.sampled_from([b"\xff\x00" * 16, rng.bytes(40), b"\xff\xd9", b""]))
-    damaged = block[:at] + junk + block[at + len(junk) :] if junk else block[:at]
-    whole = outcome(lambda: codecs.decode(damaged, form))
-    part = outcome(lambda: codecs.decode(damaged, form, 1, rows))
-    if not isinstance(whole, str):
-        assert not isinstance(part, str)
-    if not isinstance(part, str):
-        reference = simplejpeg.decode_jpeg(form.prefix + damaged[2:], strict=False)
-        np.testing.assert_array_equal(part[:rows], reference[:rows])

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming.synthetic import svs
-from streaming.synthetic.drawing import SyntheticSlide, TissueClass, pixels, tissue_classes
+from streaming.synthetic.drawing import pixels
+from streaming.synthetic.layout import SyntheticSlide, TissueClass, tissue_classes
 from streaming.synthetic.svs import write_slide
 
 SMALL = SyntheticSlide(width=1100, height=780)

@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 
 from streaming.catalog.sources import find_slides
 from streaming.reading.batch import Batch
-from streaming.synthetic.drawing import SyntheticSlide, TissueClass, tissue_classes
+from streaming.synthetic.layout import SyntheticSlide, TissueClass, tissue_classes
 from tests.trainer.publish.test_export import SMALL
 from trainer.cli import main
 from trainer.embed.files import SlideEmbeddings, find_embeddings, read_embeddings
