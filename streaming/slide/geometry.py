@@ -9,12 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
-from numpy.typing import NDArray
-
 from streaming.errors import SlideError
-
-Pixels = NDArray[np.uint8]
 
 # Downsamples are ratios of rounded dimensions (4443/2221 = 2.0005) and scanners' mpp vary in the third digit: a level
 # this little coarser than asked still counts as fine enough.

@@ -28,9 +28,9 @@ from streaming.storage.download import download
 
 T = TypeVar("T")
 
-# A copy that is evicted as often as this while it is being read has too small a cache.
+# How often a copy is staged anew that is evicted before it was read; after that, the cache is told to be too small.
 TRIES = 3
-# So long after its last byte a download's process is taken for dead.
+# A download to which nothing was added for so long is taken for one whose process died.
 _DEAD_S = 3600
 
 
