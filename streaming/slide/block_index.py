@@ -26,7 +26,7 @@ from streaming.slide.codecs import BlockFormat
 from streaming.slide.tiff import TiffSlide
 from streaming.slide.tiff_blocks import BlockLevel
 
-_MAGIC = b"tilestream blocks 1\n"
+_MAGIC = b"tilestream blocks 2\n"
 _BODY = len(_MAGIC) + 8
 _RECORD = 64
 
@@ -142,6 +142,7 @@ def pack(slide: TiffSlide, tag: str, mpp: float | None) -> bytes:
                 "codec": form.codec,
                 "prefix": base64.b64encode(form.prefix).decode(),
                 "predictor": form.predictor,
+                "halvings": form.halvings,
                 "at": at,
                 "bytes": [length_bytes, gap_bytes],
             }
@@ -179,9 +180,9 @@ def read_index(index: IndexBytes, count: Counters = UNCOUNTED) -> BlockIndex:
 
 
 @lru_cache(maxsize=1024)
-def _form(codec: str, width: int, height: int, prefix: str, predictor: bool) -> BlockFormat:
+def _form(codec: str, width: int, height: int, prefix: str, predictor: bool, halvings: int) -> BlockFormat:
     """One for all levels and slides of a kind: thousands are open at once, each with half a kilobyte of tables."""
-    return BlockFormat(codec, width, height, base64.b64decode(prefix), predictor)
+    return BlockFormat(codec, width, height, base64.b64decode(prefix), predictor, halvings)
 
 
 def _level(entry: dict[str, Any], tables_at: int, index: IndexBytes) -> IndexedLevel:
@@ -189,7 +190,7 @@ def _level(entry: dict[str, Any], tables_at: int, index: IndexBytes) -> IndexedL
     return IndexedLevel(
         width=entry["size"][0],
         height=entry["size"][1],
-        form=_form(entry["codec"], width, height, entry["prefix"], entry["predictor"]),
+        form=_form(entry["codec"], width, height, entry["prefix"], entry["predictor"], entry["halvings"]),
         index=index,
         at=tables_at + entry["at"],
         length_bytes=entry["bytes"][0],

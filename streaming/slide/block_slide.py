@@ -118,13 +118,13 @@ class BlockSlide:
         box = geometry.checked_tile_box(self.mpp, self.level_downsamples, x, y, mpp, size)
         level = self._levels[box.level]
         inside = min(box.x, box.y) >= 0 and box.x + box.width <= level.width and box.y + box.height <= level.height
-        scale = geometry.decode_scale(box, size, level.form.scales) if inside and not exact else 1
+        scale = geometry.decode_scale(box, size, level.form.scales_for(box.width / size)) if inside and not exact else 1
         return self._begin(box, scale, count)
 
     def read_tile(self, x: int, y: int, mpp: float, size: int, *, exact: bool = False) -> Pixels:
         """A tile of uint8 (size, size, 3); x, y the level-0 pixel of its top-left corner, mpp its µm/px.
 
-        JPEG is decoded at 1/2, 1/4 or 1/8 where that fits; `exact` decodes in full.
+        JPEG and JPEG 2000 are decoded at 1/2, 1/4 or 1/8 where that fits; `exact` decodes in full.
         """
         tile = np.empty((size, size, 3), dtype=np.uint8)
         self.begin_tile(x, y, mpp, size, exact=exact).fill(tile)
@@ -191,6 +191,9 @@ def decode_box(pending: PendingBox, out: Pixels) -> None:
             before, at = at, perf_counter()
             count.assemble_s += at - before
         count.blocks += len(run.blocks)
+    if scale > 1 and level.form.is_jpeg2000:
+        resample.centre(out, scale)
+        count.assemble_s += perf_counter() - at
 
 
 def _scaled(start: int, stop: int, origin: int, scale: int) -> slice:

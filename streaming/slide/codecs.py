@@ -1,4 +1,4 @@
-"""Bytes of one compressed block → pixels, JPEG also at 1/2, 1/4 and 1/8 of its size."""
+"""Bytes of one compressed block → pixels, JPEG and JPEG 2000 also at 1/2, 1/4 and 1/8 of its size."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import imagecodecs
 import numpy as np
 import simplejpeg
 
+from streaming.slide.jpeg2000 import decode_jpeg2000
 from streaming.slide.resample import Pixels, scratch
 
 _SOI, _APP0, _APP14 = b"\xff\xd8", b"\xff\xe0", b"\xff\xee"
@@ -21,6 +22,7 @@ _ONLY_LEFT_OVER = re.compile("extraneous bytes before marker 0xd9$")
 
 # TIFF's compression tag → name: Adobe TIFF 6.0 and its supplements; 33003 and 33005 are Aperio's.
 CODECS = {1: "NONE", 5: "LZW", 7: "JPEG", 8: "DEFLATE", 32946: "DEFLATE", 33003: "JP2K_YCBCR", 33005: "JP2K_RGB"}
+_JPEG2000 = ("JP2K_YCBCR", "JP2K_RGB")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class BlockFormat:
     """How the blocks of a level are compressed; width and height of a block in the level's pixels.
 
     prefix stands before what follows a JPEG block's start marker: colour transform and shared tables. predictor: rows
-    hold differences of neighbouring pixels.
+    hold differences of neighbouring pixels. halvings: how often a JPEG 2000 block can be decoded at half its size.
     """
 
     codec: str
@@ -36,13 +38,30 @@ class BlockFormat:
     height: int
     prefix: bytes = field(default=b"", repr=False)
     predictor: bool = False
+    halvings: int = 0
+
+    @property
+    def is_jpeg2000(self) -> bool:
+        """Whether its blocks are JPEG 2000, of whatever kind."""
+        return self.codec in _JPEG2000
 
     @property
     def scales(self) -> tuple[int, ...]:
         """By how much a block can be decoded smaller, the most first."""
-        if self.codec != "JPEG":
-            return (1,)
-        return (8, 4, 2, 1) if self.width % 8 == self.height % 8 == 0 else (1,)
+        if self.codec == "JPEG":
+            return (8, 4, 2, 1) if self.width % 8 == self.height % 8 == 0 else (1,)
+        most = 2 ** min(3, self.halvings)
+        return tuple(s for s in (8, 4, 2, 1) if s <= most and self.width % s == self.height % s == 0)
+
+    def scales_for(self, reduction: float) -> tuple[int, ...]:
+        """Those of `scales` that are fit for pixels which are reduced so much in all.
+
+        A wavelet's low pass is no average: at 1/4 and 1/8 it comes within 28 dB of one on a TCGA slide's fullest
+        blocks, at 1/2 within 36 dB. So with JPEG 2000 the last halving is an average where there is more than one.
+        """
+        if not self.is_jpeg2000:
+            return self.scales
+        return tuple(scale for scale in self.scales if scale <= 2 or 2 * scale <= reduction)
 
 
 def jpeg_prefix(tables: bytes, *, rgb: bool) -> bytes:
@@ -66,8 +85,11 @@ def decode(block: bytes, form: BlockFormat, scale: int = 1, rows: int | None = N
     """
     if form.codec == "JPEG":
         return _decode_jpeg(block, form, scale, form.height if rows is None else rows)
-    pixels = _decode_jpeg2000(block, form) if form.codec.startswith("JP2K") else _decode_plain(block, form)
-    wanted = (form.height, form.width, 3)
+    if form.is_jpeg2000:
+        pixels = decode_jpeg2000(block, (form.width, form.height), scale, ycbcr=form.codec == "JP2K_YCBCR")
+    else:
+        pixels = _decode_plain(block, form)
+    wanted = (form.height // scale, form.width // scale, 3)
     if pixels.shape != wanted or pixels.dtype != np.uint8:
         raise ValueError(f"it holds {pixels.shape} of {pixels.dtype}, not {wanted} of uint8")
     return cast(Pixels, pixels)
@@ -135,69 +157,6 @@ def _frame(jpeg: bytes) -> tuple[int, bool]:
         can_end_early &= kind != 0xDD
         at += 2 + int.from_bytes(jpeg[at + 2 : at + 4])
     raise ValueError("it has no frame and scan")
-
-
-@dataclass(frozen=True)
-class _Jpeg2000Size:
-    """What a JPEG 2000 codestream says of its image, before anything is allocated (SIZ: ISO/IEC 15444-1, A.5.1)."""
-
-    width: int
-    height: int
-    components: tuple[tuple[int, int, int], ...]
-    """of each: 8-bit code of its depth (7: unsigned 8 bits), px of the image per sample across and down"""
-
-    @property
-    def is_eight_bit(self) -> bool:
-        """Whether it has three components of 8 bits."""
-        return len(self.components) == 3 and all(depth == 7 for depth, _, _ in self.components)
-
-    @property
-    def subsampling(self) -> tuple[tuple[int, int], ...]:
-        """Of the three components: px of the image per sample across and down."""
-        return tuple((across, down) for _, across, down in self.components)
-
-
-# Chroma that is not subsampled is converted to RGB here. Where it is, OpenJPEG converts by itself within imagecodecs,
-# but only for these two subsamplings.
-_WHOLE, _SUBSAMPLED = ((1, 1),) * 3, (((1, 1), (2, 1), (2, 1)), ((1, 1), (2, 2), (2, 2)))
-
-
-def _jpeg2000_size(block: bytes) -> _Jpeg2000Size:
-    at = block.find(b"\xff\x51", 0, 200)
-    count = int.from_bytes(block[at + 38 : at + 40])
-    if at < 0 or len(block) < at + 40 + 3 * count:
-        raise ValueError("it is no JPEG 2000 image")
-    right, bottom, left, top = (int.from_bytes(block[at + 6 + 4 * i : at + 10 + 4 * i]) for i in range(4))
-    each = block[at + 40 : at + 40 + 3 * count]
-    components = tuple((each[i], each[i + 1], each[i + 2]) for i in range(0, len(each), 3))
-    return _Jpeg2000Size(right - left, bottom - top, components)
-
-
-def decodes_jpeg2000(start: bytes, codec: str) -> bool:
-    """Whether blocks of a JPEG 2000 codec that begin so are decoded here: their components, depth and subsampling."""
-    try:
-        size = _jpeg2000_size(start)
-    except ValueError:
-        return True  # reading it will tell what is wrong, and where
-    known = (_WHOLE, *_SUBSAMPLED) if codec == "JP2K_YCBCR" else (_WHOLE,)
-    return size.is_eight_bit and size.subsampling in known
-
-
-def _decode_jpeg2000(block: bytes, form: BlockFormat) -> Any:
-    size = _jpeg2000_size(block)
-    if (size.width, size.height) != (form.width, form.height):
-        raise ValueError(f"it is of {size.width} × {size.height} px, not {form.width} × {form.height}")
-    if not decodes_jpeg2000(block, form.codec):
-        raise ValueError(f"it has components (depth, subsampling) {size.components}, which are not decoded here")
-    pixels = imagecodecs.jpeg2k_decode(block)
-    return _rgb_of_ycbcr(pixels) if form.codec == "JP2K_YCBCR" and size.subsampling == _WHOLE else pixels
-
-
-def _rgb_of_ycbcr(pixels: Pixels) -> Pixels:
-    """BT.601 full range, as JFIF has it: what OpenSlide makes of Aperio's 33003."""
-    y, cb, cr = (pixels[..., i].astype(np.float32) - (0, 128, 128)[i] for i in range(3))
-    rgb = np.stack((y + 1.402 * cr, y - 0.34414 * cb - 0.71414 * cr, y + 1.772 * cb), axis=-1)
-    return np.clip(rgb, 0, 255).astype(np.uint8)
 
 
 def _decode_plain(block: bytes, form: BlockFormat) -> Any:

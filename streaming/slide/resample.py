@@ -10,6 +10,11 @@ from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]
 
+# By scale: what the sample before, itself and the two after it weigh at its middle, in 64ths, so that sums of products
+# are exact in float32 and the bytes the same on any machine. Of those that move a slope by (scale - 1) / (2 * scale),
+# the nearest to what least squares give for averages of TCGA's and luna's blocks by OpenJPEG's 9/7 wavelet.
+_TO_THE_MIDDLE = {2: (-7, 58, 17, -4), 4: (-9, 52, 27, -6), 8: (-8, 46, 32, -6)}
+
 # Memory by thread and purpose, kept from call to call. It carries nothing from one call to the next but its pages.
 _buffers = threading.local()
 
@@ -37,3 +42,17 @@ def resize(pixels: Pixels, out: Pixels) -> None:
     how = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
     resized = cv2.resize(pixels, (width, height), dst=out, interpolation=how)
     assert np.shares_memory(resized, out), "out is contiguous uint8"
+
+
+def centre(pixels: Pixels, scale: int) -> None:
+    """Moves samples of uint8 (h, w, 3), each at the first of scale × scale pixels, to the middle of those; in place.
+
+    A wavelet's low pass leaves them there, half a pixel and more up and left of where an average lies. Moved, they are
+    8 dB nearer to one at 1/2 on a TCGA slide's fullest blocks. Past the edges pixels repeat.
+    """
+    before = scratch("before", *pixels.shape[:2])
+    before[:] = pixels
+    weights = np.array(_TO_THE_MIDDLE[scale], np.float32) / 64
+    both = np.outer(weights, weights)  # OpenCV is slower with one after the other
+    moved = cv2.filter2D(before, -1, both, dst=pixels, anchor=(1, 1), borderType=cv2.BORDER_REPLICATE)
+    assert np.shares_memory(moved, pixels), "pixels are contiguous uint8"

@@ -12,7 +12,7 @@ import tifffile
 
 from streaming.counters import UNCOUNTED, Counters
 from streaming.errors import SlideError, StorageError
-from streaming.slide.tiff_blocks import BlockLevel, are_decoded, blocks_of, check_block_size
+from streaming.slide.tiff_blocks import BlockLevel, blocks_of, check_block_size, looked_into
 from streaming.slide.tiff_vendors import pyramid_of
 from streaming.storage.range_file import RangeFile
 from streaming.storage.ranges import Ranges, read_range
@@ -58,10 +58,11 @@ def _slide(uri: str, tiff: tifffile.TiffFile, ranges: Ranges, count: Counters) -
     levels: list[BlockLevel] = []
     for number, (page, size) in enumerate(zip(pyramid.pages, pyramid.sizes, strict=True)):
         level = blocks_of(uri, number, page, size, ranges.size)
-        if level is not None:
-            levels.append(level)
-    painted = pyramid.paints_empty_blocks and len(levels) > 1 and any((level.nbytes == 0).any() for level in levels)
-    if len(levels) < len(pyramid.pages) or painted or not all(are_decoded(level, ranges, count) for level in levels):
+        level = level and looked_into(level, ranges, count)
+        if level is None:
+            return None
+        levels.append(level)
+    if pyramid.paints_empty_blocks and len(levels) > 1 and any((level.nbytes == 0).any() for level in levels):
         return None
     return TiffSlide(pyramid.vendor, pyramid.mpp, tuple(levels))
 

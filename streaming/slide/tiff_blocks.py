@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from streaming.counters import Counters
 from streaming.errors import SlideError
-from streaming.slide.codecs import CODECS, BlockFormat, decodes_jpeg2000, jpeg_prefix
+from streaming.slide.codecs import CODECS, BlockFormat, jpeg_prefix
+from streaming.slide.jpeg2000 import HEAD_NBYTES, read_header
 from streaming.storage.ranges import Ranges, read_range
 
 _RGB, _YCBCR = 2, 6
 _MAX_BLOCK_PX = 2**24
-_JPEG2000_HEAD = 512  # bytes of a block that hold its image's size and components
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,23 @@ def blocks_of(
     return BlockLevel(*size, form, offsets, nbytes)
 
 
-def are_decoded(level: BlockLevel, ranges: Ranges, count: Counters) -> bool:
-    """Whether a level's blocks are decoded here.
+def looked_into(level: BlockLevel, ranges: Ranges, count: Counters) -> BlockLevel | None:
+    """A level with what only its blocks tell, None where they are not decoded here.
 
-    For JPEG 2000 its first block is looked at: only there stand the components and their subsampling.
+    For JPEG 2000 its first block is looked at: there stand the components, their subsampling, and how often it can be
+    halved.
     """
     used = np.flatnonzero(level.nbytes)
-    if not level.form.codec.startswith("JP2K") or not len(used):
-        return True
+    if not level.form.is_jpeg2000 or not len(used):
+        return level
     start, nbytes = int(level.offsets[used[0]]), int(level.nbytes[used[0]])
-    return decodes_jpeg2000(read_range(ranges, start, start + min(nbytes, _JPEG2000_HEAD), count), level.form.codec)
+    try:
+        header = read_header(read_range(ranges, start, start + min(nbytes, HEAD_NBYTES), count))
+    except ValueError:
+        return level  # reading it will tell what is wrong, and where
+    if not header.is_decoded(ycbcr=level.form.codec == "JP2K_YCBCR"):
+        return None
+    return replace(level, form=replace(level.form, halvings=header.halvings))
 
 
 def check_block_size(uri: str, page: tifffile.TiffPage) -> None:

@@ -1,17 +1,20 @@
-"""Blocks to pixels: the first rows of a JPEG are those of the whole, and cost less."""
+"""Blocks to pixels: the first rows of a JPEG are those of the whole and cost less; JPEG 2000 is right at every size."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import cv2
+import imagecodecs
 import numpy as np
 import pytest
 import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from streaming.slide import codecs
+from streaming.slide import codecs, jpeg2000, resample
+from tests.tiff_files import TiffSlide, encode, level_pixels
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -92,3 +95,90 @@ def test_the_first_rows_of_a_sound_block_are_decoded_alone(
         codecs.decode(block, form, scale, rows)
     enough = [-(-(rows + 2 * scale) // 16) * 16 for rows in (1, 100, 200)]
     assert heights == [rows // scale for rows in (*enough, 256)]
+
+
+def jpeg2000_block(compression: str, subsampling: tuple[int, int], size: int = 256) -> tuple[np.ndarray, bytes]:
+    made = TiffSlide(width=size, height=size, block=(size, size), compression=compression, subsampling=subsampling)
+    content = level_pixels(made, 0)
+    return content, encode(made, content)
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("compression", "subsampling"),
+    [("jp2k-rgb", (1, 1)), ("jp2k-ycbcr", (1, 1)), ("jp2k-ycbcr", (2, 1)), ("jp2k-ycbcr", (2, 2))],
+)
+def test_jpeg_2000_at_a_smaller_size_is_the_average_of_its_pixels_in_their_colours(
+    compression, subsampling, scale: int
+) -> None:
+    content, block = jpeg2000_block(compression, subsampling)
+    halvings = jpeg2000.read_header(block).halvings
+    assert halvings >= 2
+    form = codecs.BlockFormat("JP2K_" + compression.removeprefix("jp2k-").upper(), 256, 256, halvings=halvings)
+    got = codecs.decode(block, form, scale).copy()
+    if scale > 1:
+        resample.centre(got, scale)
+    wanted = cv2.resize(content, (256 // scale, 256 // scale), interpolation=cv2.INTER_AREA)
+    assert got.shape == wanted.shape
+    # Chroma apart: a decoder that converts twice or not at all is off by tens of grey levels in some channel.
+    assert np.abs(got.mean(axis=(0, 1)) - wanted.mean(axis=(0, 1))).max() < 1
+    off = cv2.cvtColor(got, cv2.COLOR_RGB2GRAY).astype(float) - cv2.cvtColor(wanted, cv2.COLOR_RGB2GRAY)
+    assert 10 * np.log10(255**2 / np.mean(off**2)) > {1: 38, 2: 38, 4: 31}[scale]
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8])
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (40, 33)])
+def test_samples_are_moved_to_the_middle_of_what_they_stand_for(scale: int, size: tuple[int, int]) -> None:
+    # On a slope nothing but the place counts, however pixels are interpolated.
+    width, height = size
+    slope = 4 * np.arange(width)[None, :, None] + 2 * np.arange(height)[:, None, None] + np.zeros(3, int)
+    moved = slope.astype(np.uint8)
+    resample.centre(moved, scale)
+    shift = (scale - 1) / (2 * scale)
+    inside = np.s_[1 : max(1, height - 2), 1 : max(1, width - 2)]
+    assert np.abs(moved[inside] - (slope + 6 * shift)[inside]).max(initial=0) <= 0.5
+    flat = np.full((height, width, 3), 201, np.uint8)
+    resample.centre(flat, scale)
+    assert (flat == 201).all()
+
+
+def test_every_ycbcr_becomes_the_rgb_of_pillow_within_one_grey_level() -> None:
+    grid = np.arange(0, 256, 3, dtype=np.uint8)
+    pixels = np.stack(np.meshgrid(grid, grid, grid), axis=-1).reshape(-1, len(grid), 3)
+    wanted = np.asarray(Image.fromarray(pixels, "YCbCr").convert("RGB")).astype(int)
+    assert np.abs(jpeg2000._rgb_of_ycbcr(pixels) - wanted).max() <= 1
+
+
+def test_a_block_with_fewer_halvings_than_its_level_is_decoded_whole_and_averaged() -> None:
+    content, _ = jpeg2000_block("jp2k-rgb", (1, 1))
+    block = imagecodecs.jpeg2k_encode(content, level=0, codecformat="j2k", mct=True, resolutions=1)
+    assert jpeg2000.read_header(block).halvings == 0
+    got = codecs.decode(block, codecs.BlockFormat("JP2K_RGB", 256, 256, halvings=5), 4)
+    np.testing.assert_array_equal(got, cv2.resize(content, (64, 64), interpolation=cv2.INTER_AREA))
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+@pytest.mark.parametrize(
+    ("at", "lie", "told"),
+    [
+        (8, (65500).to_bytes(4), "of 65500 × 256 px"),
+        (24, (1).to_bytes(4), "65536 tiles"),
+        (24, (0).to_bytes(4), "0 tiles"),
+        (40, (4).to_bytes(2), "no JPEG 2000 image|components"),
+        (42, b"\x0f", "components"),
+    ],
+    ids=["width", "narrow tiles", "tiles of no pixels", "a fourth component", "16 bits"],
+)
+def test_a_header_that_lies_is_told_before_anything_is_allocated(
+    monkeypatch: pytest.MonkeyPatch, at: int, lie: bytes, told: str, scale: int
+) -> None:
+    _, block = jpeg2000_block("jp2k-rgb", (1, 1))
+    lying = bytearray(block)
+    lying[at : at + len(lie)] = lie
+    if told == "65536 tiles":
+        lying[28:32] = (1).to_bytes(4)
+    # Neither decoder is reached: their memory is not what is to save us.
+    for name in ("jpeg2k_decode", "Jpeg2KImageFile"):
+        monkeypatch.setattr(jpeg2000.imagecodecs if name == "jpeg2k_decode" else jpeg2000, name, None)
+    with pytest.raises(ValueError, match=told):
+        codecs.decode(bytes(lying), codecs.BlockFormat("JP2K_RGB", 256, 256, halvings=5), scale)
