@@ -23,7 +23,9 @@ from ray.train.torch import TorchTrainer
 
 from streaming import cluster, storage
 from streaming.catalog import Catalog
-from streaming.delivery.chain import Source, chained, start_chain
+from streaming.delivery.chain import start_chain
+from streaming.delivery.rank_batches import rank_batches
+from streaming.delivery.segments import Source
 from streaming.delivery.stream import torch_batches
 from streaming.errors import TilestreamError, root_cause
 from streaming.storage import clients
@@ -71,7 +73,7 @@ def _worker(loop: _Loop) -> None:
         "tuple[int, str | None, str]", ray.train.collective.broadcast_from_rank_zero(found)
     )
     read = partial(torch_batches, micro=config.train.shape.micro)
-    tiles = chained(loop.chain, loop.source, generation, rank, (start, config.train.steps), read)
+    tiles = rank_batches(loop.chain, loop.source, generation, rank, (start, config.train.steps), read)
     batches = StepBatches(tiles, start, config, lambda failures: loop.messages.put(Failed(generation, failures)))
     signals = Signals(
         stop=_order(loop.orders) if rank == 0 else lambda: False,
