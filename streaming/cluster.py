@@ -97,6 +97,6 @@ def quiet() -> None:
     for name in _QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     DataContext.get_current().enable_progress_bars = False
-    # Ray Data would wrap what a reader raises, and the wrapper loses its cause on the way between processes: then nobody
-    # could tell whose fault it is.
+    # Ray Data would wrap what a reader raises, and the wrapper loses its cause on the way between processes: then
+    # nobody could tell whose fault it is.
     DataContext.get_current().raise_original_map_exception = True

@@ -130,7 +130,7 @@ class TileStream:
                 for step in range(start, stop):
                     batches: list[Batch] = []
                     for _ in range(shape.accumulate):
-                        # All at once: Ray starts a segment when its last rank asks, so that the first would wait forever.
+                        # All ranks ask at once: Ray starts a segment when the last one has asked.
                         batches += list(pool.map(_next, ranks))
                     check_step(step, shape.batch, np.concatenate([batch["index"] for batch in batches]))
                     yield batches
