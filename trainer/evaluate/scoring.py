@@ -18,7 +18,7 @@ from streaming.errors import ConfigError
 from streaming.progress import ProgressLine
 from trainer.embed.model import Model, load_model
 from trainer.evaluate import dense, mil, probes, quality
-from trainer.evaluate.annotations import Target, TileGrid
+from trainer.evaluate.annotations import AnnotatedTiles, Target
 from trainer.evaluate.datasets import Samples, read_dataset
 from trainer.evaluate.features import extracted
 from trainer.evaluate.options import EvaluateOptions, Task
@@ -69,7 +69,7 @@ def labelled(dataset: str, options: EvaluateOptions, storage_options: dict[str, 
     """A dataset, checked for what `evaluate` refuses before it looks at a model; errors as there."""
     if options.gpu and not torch.cuda.is_available():
         raise ConfigError("no GPU is visible to PyTorch here; leave out --gpu")
-    samples = read_dataset(dataset, _grid(options), storage_options)
+    samples = read_dataset(dataset, _wanted(options), storage_options)
     _tasks(options, samples)
     make_folds(samples, options.folds, options.seed)
     return samples
@@ -132,8 +132,8 @@ def score_tiles(
     return scores
 
 
-def _grid(options: EvaluateOptions) -> TileGrid:
-    """The grid, with what the tasks want of annotations.
+def _wanted(options: EvaluateOptions) -> AnnotatedTiles:
+    """Which tiles of annotated slides, with what the tasks want of the annotations.
 
     Raises:
         ConfigError: they want different things.

@@ -26,7 +26,7 @@ from streaming.slide import open_slide
 from streaming.slide.resample import Pixels
 from trainer.embed.files import SlideEmbeddings
 from trainer.embed.model import load_model
-from trainer.evaluate.annotations import TileGrid
+from trainer.evaluate.annotations import AnnotatedTiles
 from trainer.evaluate.datasets import read_dataset
 from trainer.evaluate.features import extracted
 
@@ -49,7 +49,7 @@ def class_scores(
         TilestreamError: the dataset can't be read.
     """
     about = slides[0].about
-    samples = read_dataset(dataset, TileGrid(mpp=about.mpp, size=about.size), options)
+    samples = read_dataset(dataset, AnnotatedTiles(mpp=about.mpp, size=about.size), options)
     if samples.labels is None or name not in samples.classes:
         have = ", ".join(samples.classes) or "none"
         raise ConfigError(f"{dataset}: no tiles of class {name!r}; its classes: {have}")
@@ -82,7 +82,7 @@ def slide_thumbnail(
 
 def on_grid(slide: SlideEmbeddings, values: Floats) -> Floats:
     """Values (n, …) of tiles on the slide's grid (rows, columns, …), NaN where there is no tile."""
-    cells = slide.cells()
+    cells = slide.rows_and_columns()
     rows, columns = cells.max(axis=0) + 1
     grid = np.full((rows, columns, *values.shape[1:]), np.nan, dtype=np.float32)
     grid[cells[:, 0], cells[:, 1]] = values

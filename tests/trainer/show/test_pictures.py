@@ -21,10 +21,10 @@ from streaming.synthetic.layout import SyntheticSlide, TissueClass, tissue_class
 from tests.trainer.publish.test_export import SMALL
 from trainer.cli import main
 from trainer.embed.files import SlideEmbeddings, find_embeddings, read_embeddings
-from trainer.embed.job import Job, Modeller
+from trainer.embed.job import Job
 from trainer.embed.model import load_model, resolve
 from trainer.embed.options import EmbedOptions
-from trainer.embed.tiling import GridPlan, GridReader
+from trainer.embed.stages import EmbedTiles, PlaceTiles, ReadTiles
 from trainer.run import checkpoints
 from trainer.run.config import read_config
 from trainer.run.fit import make_module
@@ -84,18 +84,15 @@ def embed_here(run: str, slides: list[Path], out: Path, options: EmbedOptions) -
     """The embedding job without Ray: its own stages, one after the other."""
     found = resolve(run)
     job, infos = Job(found, load_model(found).digest, str(out), options, {}), find_slides(list(map(str, slides)), None)
-    plan, read, model = (
-        GridPlan(infos, options.grid, {}),
-        GridReader(infos, options.grid, {}),
-        Modeller(found, {}, options),
-    )
+    place, read = PlaceTiles(infos, options.tiles, {}), ReadTiles(infos, options.tiles, {})
+    model = EmbedTiles(found, {}, options.token, options.precision, tokens=options.tokens, gpu=options.gpu)
 
     def pieces(rows: Batch) -> Iterator[Batch]:
         for start in range(0, len(rows["x"]), 64):
             yield model(read({name: column[start : start + 64] for name, column in rows.items()}))
 
     for number, info in enumerate(infos):
-        job.write(info, pieces(plan({"id": np.array([number])})))
+        job.write(info, pieces(place({"id": np.array([number])})))
     return [read_embeddings(uri) for uri in find_embeddings([str(out)])]
 
 
