@@ -17,13 +17,15 @@ from streaming import storage
 from streaming.errors import ConfigError
 from streaming.progress import ProgressLine
 from trainer.embed.model import Model, load_model
-from trainer.evaluate import dense, mil, probes, quality
+from trainer.evaluate import mil, probes, quality
 from trainer.evaluate.annotations import AnnotatedTiles, Target
 from trainer.evaluate.datasets import Samples, read_dataset
+from trainer.evaluate.detection import score_detection
 from trainer.evaluate.features import extracted
 from trainer.evaluate.options import EvaluateOptions, Task
 from trainer.evaluate.probes import Embeddings, Ints
 from trainer.evaluate.scores import Score, balanced_accuracy
+from trainer.evaluate.segmentation import score_segmentation
 from trainer.evaluate.splits import Fold, make_folds
 
 _OF_TILES: tuple[Task, ...] = ("knn", "linear", "logistic", "quality")
@@ -95,9 +97,9 @@ def evaluate_model(
         ) as features,
     ):
         if samples.masks is not None:
-            return dense.score_segmentation(features, samples, folds, options.epochs, options.seed)
+            return score_segmentation(features, samples, folds, options.epochs, options.seed)
         if samples.points is not None:
-            return dense.score_detection(features, samples, folds, options.radius, options.epochs, options.seed)
+            return score_detection(features, samples, folds, options.radius, options.epochs, options.seed)
         return score_tiles(features.embeddings, samples, folds, tasks, options)
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from trainer.embed.tiling import Tiling, rows_and_columns, tile_extent
 
-SIDES = st.integers(1, 5000)
-EXTENTS = st.floats(16, 700)
+SIDES = st.integers(1, 600)
+EXTENTS = st.floats(16, 300)
 
 
 @given(SIDES, SIDES, EXTENTS)
