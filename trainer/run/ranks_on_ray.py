@@ -29,6 +29,7 @@ from streaming.delivery.segments import Source
 from streaming.delivery.stream import torch_batches
 from streaming.errors import TilestreamError, root_cause
 from streaming.storage import clients
+from trainer.run.after_step import ProbeKind
 from trainer.run.config import Config
 from trainer.run.data import make_stream
 from trainer.run.fit import Place, fit
@@ -36,7 +37,6 @@ from trainer.run.metrics_log import Failed, MetricsLog
 from trainer.run.resuming import resume_point
 from trainer.run.step_batches import StepBatches
 from trainer.run.stop_signals import Signals, passing_on, terminated
-from trainer.run.watch import ProbeKind
 
 RANK_ENVIRONMENT = {
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # crops of two sizes tear the GPU's memory into pieces
