@@ -33,7 +33,7 @@ from trainer.run import checkpoints
 from trainer.run.config import read_config
 from trainer.run.fit import make_module
 
-KINDS = {"readers": "GridReader", "model": "Modeller"}
+KINDS = {"readers": "ReadTiles", "model": "EmbedTiles"}
 
 # Seconds of wall clock and of CPU that the network alone takes for some batches.
 _ALONE = """

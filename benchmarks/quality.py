@@ -27,7 +27,7 @@ from streaming.errors import TrainingError
 from streaming.synthetic.layout import SyntheticSlide, TissueClass, tissue_classes
 from streaming.synthetic.svs import write_slide
 from trainer.embed.model import Model, load_model, model_of
-from trainer.evaluate.annotations import TileGrid
+from trainer.evaluate.annotations import AnnotatedTiles
 from trainer.evaluate.datasets import read_dataset
 from trainer.evaluate.options import EvaluateOptions
 from trainer.evaluate.scores import Score
@@ -105,7 +105,7 @@ def cpu_s_of_a_step(catalog: str) -> float:
 def scored(model: Model, dataset: str, probe_steps: int) -> list[Score]:
     """Linear probe, kNN, logistic regression and rank of a model on the made tiles."""
     options = EvaluateOptions(tasks=("linear", "knn", "logistic", "quality"), steps=probe_steps)
-    return evaluate_model(model, read_dataset(dataset, TileGrid()), options)
+    return evaluate_model(model, read_dataset(dataset, AnnotatedTiles()), options)
 
 
 def guard_fires(catalog: str) -> str | None:

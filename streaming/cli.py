@@ -25,7 +25,7 @@ from streaming.command_line import (
     storage_options,
     weights,
 )
-from streaming.delivery.chain import Readers
+from streaming.delivery.segments import Readers
 from streaming.errors import ConfigError
 from streaming.plan.plan import DEFAULT_MPP
 from streaming.plan.universe import Universe

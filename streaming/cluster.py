@@ -37,7 +37,8 @@ def connect(num_cpus: int, *, verbose: bool = False, ignore_sigterm: bool = Fals
             cores = max(num_cpus, os.cpu_count() or 1, 8)
             # A training has a dozen actors that hold no CPU slot; on two cores Ray would warn of them, on stdout.
             os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(cores, 8)))
-            # What is blocked here is blocked in what starts here; Ray does the same with SIGINT.
+            # A signal that this process blocks is blocked in the processes that it starts: so Ray's go on at a SIGTERM.
+            # (Ray itself keeps SIGINT from them in the same way.)
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if ignore_sigterm else ())
             try:
                 ray.init(
@@ -96,5 +97,6 @@ def quiet() -> None:
     for name in _QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     DataContext.get_current().enable_progress_bars = False
-    # Pickled, Ray Data's wrapper loses what it was raised from: whose fault it is.
+    # Ray Data would wrap what a reader raises, and the wrapper loses its cause on the way between processes: then
+    # nobody could tell whose fault it is.
     DataContext.get_current().raise_original_map_exception = True

@@ -19,6 +19,7 @@ from streaming.catalog.build import build_catalog
 from streaming.errors import ConfigError
 from streaming.synthetic.layout import SyntheticSlide
 from streaming.synthetic.svs import write_slide
+from trainer.embed.files import read_embeddings
 from trainer.embed.job import embed
 from trainer.embed.options import EmbedOptions
 from trainer.run.config import read_config
@@ -67,7 +68,7 @@ def run_demo(out: str, *, steps: int = 60, slide_px: tuple[int, int] = (8192, 61
             path,
             config=config,
             metrics=storage.read_table(storage.join(run, METRICS)),
-            embeddings=storage.read_table(report.files[0]),
+            embeddings=read_embeddings(report.files[0]),
             seconds=time.perf_counter() - started,
             checkpoint=result.checkpoint,
         )

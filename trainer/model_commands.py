@@ -8,7 +8,7 @@ from typing import Any
 
 from streaming.command_line import add_command, add_options, add_storage_options, out, read_options, storage_options
 from trainer.embed.options import EmbedOptions
-from trainer.evaluate.annotations import TileGrid
+from trainer.evaluate.annotations import AnnotatedTiles
 from trainer.evaluate.options import EvaluateOptions
 from trainer.publish.options import ExportOptions
 from trainer.show.options import PictureOptions
@@ -76,12 +76,12 @@ def add_scoring(parser: ArgumentParser) -> None:
     task = {"flag": "--task", "action": "store", "nargs": "+", "metavar": "TASK"}
     add_options(parser, EvaluateOptions, tasks=task, radius={"metavar": "PX"}, resize={"metavar": "PX"})
     group = parser.add_argument_group("how annotated slides are cut into tiles")
-    add_options(group, TileGrid, only=("mpp", "size", "slide_mpp"), slide_mpp={"metavar": "µm/px"})
+    add_options(group, AnnotatedTiles, only=("mpp", "size", "slide_mpp"), slide_mpp={"metavar": "µm/px"})
 
 
 def scoring(args: Namespace) -> EvaluateOptions:
     """The options that `add_scoring` asked for."""
-    return read_options(args, EvaluateOptions, grid=read_options(args, TileGrid))
+    return read_options(args, EvaluateOptions, grid=read_options(args, AnnotatedTiles))
 
 
 def run_evaluate(args: Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Data-scaling studies: a grid of runs on nested parts of the data, each one scored: `tilestream sweep`."""
+"""Data-scaling studies: runs on nested parts of the data, each one scored: `tilestream sweep`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import pyarrow as pa
 from streaming import storage
 from streaming.catalog import Catalog
 from streaming.errors import ConfigError
-from streaming.plan import TilePlan
 from trainer.evaluate.knn_watch import KnnWatch
 from trainer.evaluate.options import EvaluateOptions
 from trainer.evaluate.scoring import SCORES_JSON, evaluate, labelled
@@ -47,8 +46,8 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One run of the grid."""
+class PlannedRun:
+    """One run of a sweep."""
 
     share: float
     """of the slides, by patient"""
@@ -69,9 +68,9 @@ class Cell:
         return replace(config, run=run, data=replace(config.data, universe=universe))
 
 
-def grid(
+def planned_runs(
     shares: Sequence[float], tiles_per_slide: Sequence[int | None], seeds: Sequence[int], config: Config
-) -> list[Cell]:
+) -> list[PlannedRun]:
     """All combinations, the smallest data first, with `run.seed` where no seed is given.
 
     Raises:
@@ -81,22 +80,22 @@ def grid(
         if len(set(given)) < len(given):
             raise ConfigError(f"{what}: a value comes twice; give each once")
     bounds = sorted(tiles_per_slide, key=lambda bound: math.inf if bound is None else bound)
-    cells = [
-        Cell(share=share, tiles_per_slide=bound, seed=seed)
+    runs = [
+        PlannedRun(share=share, tiles_per_slide=bound, seed=seed)
         for share in sorted(shares)
         for bound in bounds
         for seed in seeds or [config.run.seed]
     ]
-    if not cells:
+    if not runs:
         raise ConfigError("--slides and --tiles-per-slide: give at least one value of each")
-    for cell in cells:
-        cell.of(config, "")  # the universe refuses what makes no sense
-    return cells
+    for run in runs:
+        run.of(config, "")  # the universe refuses what makes no sense
+    return runs
 
 
 def sweep(
     config: Config,
-    cells: Sequence[Cell],
+    runs: Sequence[PlannedRun],
     dataset: str,
     out: str,
     options: EvaluateOptions | None = None,
@@ -104,7 +103,7 @@ def sweep(
     debug: bool = False,
     tell: Callable[[str], None] = lambda _: None,
 ) -> list[Row] | None:
-    """Trains and scores every cell, and writes `sweep.parquet` and `sweep.png` to `out` when all are done.
+    """Trains and scores every run, and writes `sweep.parquet` and `sweep.png` to `out` when all are done.
 
     Returns the table's rows; None where a run was told to stop (SIGTERM) before its last step.
 
@@ -121,28 +120,17 @@ def sweep(
         raise ConfigError(f"{dataset}: labels whole slides, which are scored by `tilestream embed` first; label tiles")
     catalog = load_catalog(config.data)
     check_model(config, resumed=True)
-    sizes = {cell: _plan(cell.of(config, out), catalog).drawn_from for cell in cells}
+    # What is wrong with the last run's data is told before the first one trains.
+    sizes = {run: _drawn_from(run.of(config, out), catalog) for run in runs}
     rows: list[Row] = []
-    for number, cell in enumerate(cells, start=1):
-        slides, patients = sizes[cell]
-        tell(f"run {number} of {len(cells)}: {cell.name}: {slides} slides of {patients} patients")
-        own = cell.of(config, out)
-        result = train(own, KnnWatch, debug=debug)
+    for number, run in enumerate(runs, start=1):
+        slides, patients = sizes[run]
+        tell(f"run {number} of {len(runs)}: {run.name}: {slides} slides of {patients} patients")
+        result = train(run.of(config, out), KnnWatch, debug=debug)
         if result.steps < config.train.steps:
-            raise ConfigError(
-                f"{own.run.out}: stopped before step {config.train.steps}; start the sweep again to go on"
-            )
-        about = {
-            "run": cell.name,
-            "share": cell.share,
-            "slides": slides,
-            "patients": patients,
-            "tiles_per_slide": cell.tiles_per_slide,
-            "seed": cell.seed,
-            "steps": result.steps,
-            "tiles_seen": result.steps * config.train.batch,
-        }
-        scores = _scores(result.checkpoint, dataset, options, storage.join(own.run.out, "scores"), config)
+            return None
+        about = _about(run, sizes[run], result.steps, config.train.batch)
+        scores = _scores(result.checkpoint, dataset, options, storage.join(out, run.name, "scores"), config)
         rows += [about | score for score in scores]
     store = config.data.storage_options
     storage.write_table(storage.join(out, TABLE), pa.Table.from_pylist(rows, schema=_SCHEMA), store)
@@ -150,8 +138,24 @@ def sweep(
     return rows
 
 
-def _plan(config: Config, catalog: Catalog) -> TilePlan:
-    return make_plan(config.data, config.run.seed, catalog)
+def _drawn_from(config: Config, catalog: Catalog) -> tuple[int, int]:
+    """Slides and patients that a run draws its tiles from."""
+    return make_plan(config.data, config.run.seed, catalog).drawn_from
+
+
+def _about(run: PlannedRun, drawn_from: tuple[int, int], steps: int, batch: int) -> Row:
+    """The table's columns that tell of the run itself."""
+    slides, patients = drawn_from
+    return {
+        "run": run.name,
+        "share": run.share,
+        "slides": slides,
+        "patients": patients,
+        "tiles_per_slide": run.tiles_per_slide,
+        "seed": run.seed,
+        "steps": steps,
+        "tiles_seen": steps * batch,
+    }
 
 
 def _scores(source: str, dataset: str, options: EvaluateOptions, out: str, config: Config) -> list[Row]:

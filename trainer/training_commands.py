@@ -93,15 +93,15 @@ def add_sweep(commands: Any) -> None:
 
 
 def run_sweep(args: Namespace) -> None:
-    """Trains and scores the grid, and prints a line a score."""
+    """Trains and scores the runs, and prints a line a score."""
     from trainer.run.config import read_config
-    from trainer.sweep import PICTURE, TABLE, grid, score_lines, sweep
+    from trainer.sweep import PICTURE, TABLE, planned_runs, score_lines, sweep
 
     config = read_config(args.config, args.overrides)
     shares = numbers("--slides", args.slides, float)
     bounds = numbers("--tiles-per-slide", args.tiles_per_slide, lambda text: None if text == "inf" else int(text))
-    cells = grid(shares, bounds, numbers("--seeds", args.seeds, int), config)
-    rows = sweep(config, cells, args.evaluate, args.out, scoring(args), debug=args.debug, tell=tell)
+    runs = planned_runs(shares, bounds, numbers("--seeds", args.seeds, int), config)
+    rows = sweep(config, runs, args.evaluate, args.out, scoring(args), debug=args.debug, tell=tell)
     if rows is None:
         sys.stderr.write("stopped; start the same command again to go on\n")
         sys.exit(143)

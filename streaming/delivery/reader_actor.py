@@ -48,7 +48,8 @@ class ReaderActor:
         if chain is not None:
             threading.Thread(target=self._beat, args=(chain,), daemon=True, name="pulse").start()
         self._read = TileReader(plan, catalog, options)
-        # What was imported stays: looking through it again and again took a tenth of an actor's time.
+        # Imported modules are never garbage: that the collector went through them again and again took a tenth of an
+        # actor's time.
         gc.freeze()
         gc.set_threshold(50_000)
 
@@ -61,7 +62,7 @@ class ReaderActor:
 
     @contextlib.contextmanager
     def _at_work(self, first: int) -> Generator[int]:
-        """How often a process has died over the batch, the first time apart."""
+        """How many processes that were started again have died over the batch: the first one's death is not counted."""
         deaths, chain = 0, self._chain
         if chain is not None and self._again:
             with contextlib.suppress(RayError):

@@ -21,7 +21,9 @@ from ray.data import DataIterator, Dataset
 from ray.data.collate_fn import NumpyBatchCollateFn
 
 from streaming.catalog import Catalog
-from streaming.delivery.chain import Readers, Source, chained, start_chain
+from streaming.delivery.chain import start_chain
+from streaming.delivery.rank_batches import rank_batches
+from streaming.delivery.segments import Readers, Source
 from streaming.errors import ConfigError, StreamError
 from streaming.plan import TilePlan
 from streaming.reading.batch import Batch
@@ -62,7 +64,7 @@ class TileStream:
     """The tiles of a plan, in steps of a global batch, through Ray Data.
 
     readers is the least and the most reader actors; Ray Data adds them as the consumers ask for more. For the rest see
-    `chain.Readers`.
+    `segments.Readers`.
     """
 
     def __init__(
@@ -115,24 +117,25 @@ class TileStream:
 
         Raises:
             ConfigError: no step lies between start and stop.
-            StreamError: the stream stands still (see `chain.Readers.stall_s`), or hardly any tile passes.
+            StreamError: the stream stands still (see `segments.Readers.stall_s`), or hardly any tile passes.
         """
         check_steps(start, stop)
         shape, source = self.shape, self.source
-        link, generation = start_chain(source), uuid.uuid4().hex
+        chain, generation = start_chain(source), uuid.uuid4().hex
         read = partial(_numpy_batches, micro=shape.micro)
         try:
             with ThreadPoolExecutor(shape.ranks) as pool:
-                ranks = [chained(link, source, generation, rank, (start, stop), read) for rank in range(shape.ranks)]
+                span = start, stop
+                ranks = [rank_batches(chain, source, generation, rank, span, read) for rank in range(shape.ranks)]
                 for step in range(start, stop):
                     batches: list[Batch] = []
                     for _ in range(shape.accumulate):
-                        # The splits start together: asked for one after the other, the first would wait forever.
+                        # All ranks ask at once: Ray starts a segment when the last one has asked.
                         batches += list(pool.map(_next, ranks))
                     check_step(step, shape.batch, np.concatenate([batch["index"] for batch in batches]))
                     yield batches
         finally:
-            ray.kill(link)
+            ray.kill(chain)
 
 
 def check_steps(start: int, stop: int) -> None:

@@ -86,25 +86,37 @@ class TimeUse:
             "other": shares["other"],
         }
         worst = max(groups, key=lambda group: groups[group])
-        of_time = f"{groups[worst]:.0%} of reader time"
-        misses = f"{self.totals['staged_misses']:,.0f} copies downloaded"
-        again = self.totals["retries"] / max(1.0, self.totals["requests"])
-        storage = f"storage: {of_time} is waiting for bytes; add readers or raise `requests_in_flight`"
-        if again > _THROTTLED:
-            storage = (
-                f"storage: {of_time} is waiting for bytes, and {again:.0%} of requests were sent again, as when it "
-                "throttles; lower `requests_in_flight`, spread the slides over more prefixes, or have its limit raised"
-            )
-        return {
-            "storage": storage,
-            "opening": f"opening slides: {of_time} ({misses}); it passes once all are open; where slides are staged, "
-            "draw in windows (`universe.window`) or raise `staging_gb`",
-            "decoding": f"decoding: {of_time} is making pixels; add readers on more cores, or take mpp nearer the "
-            "slides' levels",
-            "filter": f"the HSV rule: {of_time}; add readers, or loosen `hsv_rule`",
-            "plan": f"the plan: {of_time} is drawing tiles; lower `min_tissue`, or take larger batches",
-            "other": f"Ray and Python: {of_time} is in no stage; give readers more cores, or take larger batches",
-        }[worst]
+        return self._remedy(worst, f"{groups[worst]:.0%} of reader time")
+
+    def _remedy(self, group: str, of_time: str) -> str:
+        """What to do about a group of stages that takes most of the readers' time."""
+        match group:
+            case "storage":
+                again = self.totals["retries"] / max(1.0, self.totals["requests"])
+                if again <= _THROTTLED:
+                    return f"storage: {of_time} is waiting for bytes; add readers or raise `requests_in_flight`"
+                return (
+                    f"storage: {of_time} is waiting for bytes, and {again:.0%} of requests were sent again, as when it "
+                    "throttles; lower `requests_in_flight`, spread the slides over more prefixes, or have its limit "
+                    "raised"
+                )
+            case "opening":
+                return (
+                    f"opening slides: {of_time} ({self.totals['staged_misses']:,.0f} copies downloaded); it passes "
+                    "once all are open; where slides are staged, draw in windows (`universe.window`) or raise "
+                    "`staging_gb`"
+                )
+            case "decoding":
+                return (
+                    f"decoding: {of_time} is making pixels; add readers on more cores, or take mpp nearer the slides' "
+                    "levels"
+                )
+            case "filter":
+                return f"the HSV rule: {of_time}; add readers, or loosen `hsv_rule`"
+            case "plan":
+                return f"the plan: {of_time} is drawing tiles; lower `min_tissue`, or take larger batches"
+            case _:
+                return f"Ray and Python: {of_time} is in no stage; give readers more cores, or take larger batches"
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """The closing table: stage, seconds, share of the readers' time, per tile."""

@@ -16,7 +16,7 @@ from tests.processes import TILESTREAM, kill_tree, wait_for
 from tests.trainer.publish.test_export import saved
 from trainer.embed.files import Embedded
 from trainer.embed.job import EmbedReport, Job, embed, rows_of
-from trainer.embed.model import Embedder, load_model, resolve
+from trainer.embed.model import load_model, resolve
 from trainer.embed.options import EmbedOptions
 
 pytestmark = pytest.mark.slow
@@ -75,7 +75,7 @@ def test_hdf5_is_read_by_clams_and_tridents_layout(report: EmbedReport, run: str
 
 
 def test_embeddings_are_the_models_of_openslides_pixels(report: EmbedReport, run: str, folder: Path) -> None:
-    embedder = Embedder(run, {}, "cls+patch", gpu=False)
+    model = load_model(run, "cls+patch")
     for path in report.files:
         with h5py.File(path) as file:
             features, coords = file["features"][:], file["coords"][:]
@@ -84,7 +84,7 @@ def test_embeddings_are_the_models_of_openslides_pixels(report: EmbedReport, run
             big = [slide.read_region(tuple(coords[i].tolist()), 0, (128, 128)).convert("RGB") for i in chosen]
         tiles = np.stack([np.asarray(image.reduce(2)) for image in big])
         # JPEG decoded at half its scale is not quite the mean of pixels: a grey value or so.
-        assert np.abs(embedder.embed(tiles) - features[chosen]).max() < 0.05 * np.abs(features).max()
+        assert np.abs(model.embed(tiles) - features[chosen]).max() < 0.05 * np.abs(features).max()
 
 
 def test_a_file_that_is_no_slide_is_rejected_and_the_others_are_embedded(

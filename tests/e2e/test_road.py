@@ -13,7 +13,7 @@ import pytest
 
 from streaming import open_slide, storage
 from tests.processes import SMALL, TILESTREAM, kill_tree, signal_tree, wait_for
-from trainer.embed.model import Embedder
+from trainer.embed.model import load_model
 from trainer.run import checkpoints
 
 pytestmark = pytest.mark.slow
@@ -64,7 +64,7 @@ def test_catalog_training_kill_resume_and_embedding_on_s3(s3_slides: str, s3_buc
     row = table.to_pylist()[-1]
     tile = open_slide(row["slide"]).read_tile(row["x"], row["y"], 1.0, 128)
     np.testing.assert_allclose(
-        Embedder(checkpoints.find(out), {}, "cls", gpu=False).embed(tile[None])[0], row["embedding"], atol=1e-5
+        load_model(checkpoints.find(out), "cls").embed(tile[None])[0], row["embedding"], atol=1e-5
     )
 
 

@@ -1,7 +1,10 @@
-"""A grid of runs on nested parts of the data, and its curves."""
+"""Runs on nested parts of the data, and its curves."""
 
 import io
 import math
+import os
+import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +13,11 @@ import pytest
 from PIL import Image
 
 from streaming import storage
+from tests.processes import wait_for
 from trainer.cli import main
 from trainer.run import checkpoints
 from trainer.run.config import read_config
-from trainer.sweep import curves, draw, grid
+from trainer.sweep import curves, draw, planned_runs
 
 SMALL = [
     *("--augment.global_size", "32", "--augment.local_size", "16", "--augment.num_local", "1"),
@@ -24,7 +28,7 @@ SMALL = [
 
 
 @pytest.mark.slow
-def test_a_grid_is_trained_on_nested_data_scored_drawn_and_not_done_twice(
+def test_a_sweep_is_trained_on_nested_data_scored_drawn_and_not_done_twice(
     catalog: str, coloured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "sweep"
@@ -55,6 +59,33 @@ def test_a_grid_is_trained_on_nested_data_scored_drawn_and_not_done_twice(
     assert pq.read_table(out / "sweep.parquet").to_pylist() == rows
 
 
+@pytest.mark.slow
+def test_a_sweep_that_gets_sigterm_leaves_with_143_and_goes_on_when_it_is_started_again(
+    catalog: str, coloured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, before = tmp_path / "sweep", signal.getsignal(signal.SIGTERM)
+    command = ["sweep", "debug", "--data.catalog", catalog, *SMALL, "--evaluate", str(coloured), "--out", str(out)]
+    command += ["--slides", "1", "--tiles-per-slide", "inf", "--task", "knn", "--k", "3", "--debug"]
+    command += ["--train.steps", "40"]
+    (run,) = planned_runs([1.0], [None], [], read_config("debug", []))
+    folder = str(out / run.name)
+
+    def terminate() -> None:
+        wait_for(lambda: signal.getsignal(signal.SIGTERM) is not before)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate, daemon=True).start()
+    with pytest.raises(SystemExit) as left:
+        main(command)
+    assert left.value.code == 143
+    assert "start the same command again to go on" in capsys.readouterr().err
+    (stopped,) = checkpoints.steps_of(folder)
+    assert stopped < 40
+    assert not list(out.glob("sweep.*")), "there is no table of half a sweep"
+    assert main(command) == 0
+    assert pq.read_table(out / "sweep.parquet")["steps"].to_pylist() == [40]
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
@@ -67,7 +98,7 @@ def test_a_grid_is_trained_on_nested_data_scored_drawn_and_not_done_twice(
         (["--data.mpp", "{0.01: 1}"], "0.01"),
     ],
 )
-def test_a_bad_grid_is_refused_before_anything_is_trained(
+def test_a_bad_sweep_is_refused_before_anything_is_trained(
     wrong: list[str], told: str, catalog: str, coloured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "sweep"
@@ -104,15 +135,15 @@ def test_curves_are_means_over_seeds_within_the_widest_of_their_intervals() -> N
     assert Image.open(io.BytesIO(draw(rows))).size[0] > 500
 
 
-def test_runs_of_a_grid_have_names_seeds_and_universes_of_their_own() -> None:
+def test_runs_of_a_sweep_have_names_seeds_and_universes_of_their_own() -> None:
     config = read_config("debug", ["--run.seed", "7"])
-    cells = grid([1.0, 0.01], [None, 100], [], config)
-    assert [cell.name for cell in cells] == [
+    runs = planned_runs([1.0, 0.01], [None, 100], [], config)
+    assert [run.name for run in runs] == [
         "slides-0.01_tiles-100_seed-7",
         "slides-0.01_tiles-inf_seed-7",
         "slides-1_tiles-100_seed-7",
         "slides-1_tiles-inf_seed-7",
     ]
-    own = cells[0].of(config, "out")
-    assert own.run.out == storage.join("out", cells[0].name)
+    own = runs[0].of(config, "out")
+    assert own.run.out == storage.join("out", runs[0].name)
     assert own.data.universe.seed == config.data.universe.seed, "all seeds draw from the same slides"

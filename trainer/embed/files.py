@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from streaming import storage
 from streaming.errors import ConfigError
 from trainer.embed.options import Format, Precision, Token
+from trainer.embed.tiling import rows_and_columns, tile_extent
 
 Array = NDArray[Any]
 
@@ -52,8 +53,13 @@ class Embedded:
 
     @property
     def extent(self) -> int:
-        """Side of a tile in level-0 px."""
-        return round(self.size * self.mpp / self.slide_mpp)
+        """Side of a tile in whole level-0 px."""
+        return round(self.exact_extent)
+
+    @property
+    def exact_extent(self) -> float:
+        """The same without rounding, by which the tiles are laid out."""
+        return tile_extent(self.size, self.mpp, self.slide_mpp)
 
     def to_json(self) -> str:
         """All of it."""
@@ -205,10 +211,9 @@ class SlideEmbeddings:
     tokens: NDArray[np.float16] | None
     """(n, rows, columns, D) where they were kept"""
 
-    def cells(self) -> NDArray[np.int64]:
-        """Row and column (n, 2) of each tile on the grid of its slide."""
-        extent = self.about.size * self.about.mpp / self.about.slide_mpp
-        return np.rint(self.corners[:, ::-1] / extent).astype(np.int64)
+    def rows_and_columns(self) -> NDArray[np.int64]:
+        """Row and column (n, 2) of each tile among its slide's."""
+        return rows_and_columns(self.corners, self.about.exact_extent)
 
 
 def find_embeddings(sources: Sequence[str], options: storage.StorageOptions | None = None) -> list[str]:

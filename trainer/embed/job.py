@@ -1,4 +1,4 @@
-"""Embeddings: the tissue tiles of slides on a grid, through a model, to one file a slide.
+"""Embeddings: the tissue tiles of slides through a model, to one file a slide.
 
 A batch of the model holds tiles of several slides where one has too few. Tiles stay in Ray's object store; the driver
 sees embeddings alone and appends them to the slide's file, so that its memory does not grow with a slide.
@@ -28,9 +28,9 @@ from streaming.errors import ConfigError, SlideError
 from streaming.progress import ProgressLine
 from streaming.reading.batch import Batch
 from trainer.embed.files import REJECTED, SUFFIXES, Embedded, open_writer
-from trainer.embed.model import Embedder, load_model, resolve
+from trainer.embed.model import load_model, resolve
 from trainer.embed.options import EmbedOptions
-from trainer.embed.tiling import Geometry, GridPlan, GridReader
+from trainer.embed.stages import EmbedTiles, PlaceTiles, ReadTiles, TiledSlide
 
 # Notes of finished slides, for formats whose files bear the slide's name alone.
 DONE = ".done"
@@ -47,24 +47,6 @@ class EmbedReport:
     tiles: int
     rejected: list[Rejected]
     files: list[str]
-
-
-class Modeller:
-    """The model behind batches of tiles; Ray Data keeps one in each actor."""
-
-    def __init__(self, source: str, storage_options: dict[str, Any], options: EmbedOptions) -> None:
-        self._model = Embedder(source, storage_options, options.token, options.gpu, options.precision).model
-        self._tokens = options.tokens
-
-    def __call__(self, batch: Batch) -> Batch:
-        """The rows with `embedding` float32 (and `tokens` float16) in place of `tile`, also where there is a reason."""
-        model, tiles = self._model, batch.pop("tile")
-        tokens = model.tokens(tiles)
-        made: Batch = {"embedding": model.embedding(tokens).cpu().numpy()}
-        if self._tokens:
-            side = model.side(tiles.shape[1]) // model.backbone.patch_size
-            made["tokens"] = tokens.patches.unflatten(1, (side, side)).half().cpu().numpy()
-        return {**batch, **made}
 
 
 def name_of(info: storage.ObjectInfo) -> str:
@@ -101,6 +83,18 @@ class Job:
         name = self.marked(info) if self.options.format == "parquet" else name_of(info)
         return storage.join(self.out, name + SUFFIXES[self.options.format])
 
+    def files(self, slides: Sequence[storage.ObjectInfo]) -> dict[str, str]:
+        """The file of each slide, by the slide's address.
+
+        Raises:
+            ConfigError: two slides would have the same one.
+        """
+        files = {info.uri: self.file(info) for info in slides}
+        twice = [name for name, count in Counter(files.values()).items() if count > 1]
+        if twice:
+            raise ConfigError(f"{twice[0]}: the file of several slides of one name; embed them to folders of their own")
+        return files
+
     def note(self, info: storage.ObjectInfo) -> str | None:
         """Where it is noted that a file is of just this version and these settings, unless its name tells."""
         return None if self.options.format == "parquet" else storage.join(self.out, DONE, self.marked(info))
@@ -116,15 +110,15 @@ class Job:
             or ((note := self.note(info)) is not None and storage.name_of(note) not in notes)
         ]
 
-    def about(self, info: storage.ObjectInfo, geometry: Geometry) -> Embedded:
+    def about(self, info: storage.ObjectInfo, found: TiledSlide) -> Embedded:
         """What a file says of its slide."""
         options = self.options
         return Embedded(
             slide=info.uri,
             name=name_of(info),
-            width=geometry.width,
-            height=geometry.height,
-            slide_mpp=geometry.mpp,
+            width=found.width,
+            height=found.height,
+            slide_mpp=found.mpp,
             mpp=options.mpp,
             size=options.size,
             token=options.token,
@@ -143,16 +137,16 @@ class Job:
         pieces, written = gathered(pieces), 0
         first = next(pieces)
         _refuse(first)
-        geometry = Geometry(**json.loads(first["note"][0]))
+        slide = TiledSlide(**json.loads(first["note"][0]))
         with (
             storage.written_file(partial(self.file, info), self.stores) as path,
-            open_writer(self.options.format, path, self.about(info, geometry)) as writer,
+            open_writer(self.options.format, path, self.about(info, slide)) as writer,
         ):
             for piece in itertools.chain([first], pieces):
                 _refuse(piece)
                 writer.append(np.stack([piece["x"], piece["y"]], axis=1), piece["embedding"], piece.get("tokens"))
                 written += len(piece["x"])
-            assert written == geometry.num_tiles, "each tile comes once"
+            assert written == slide.num_tiles, "each tile comes once"
         if note := self.note(info):
             storage.PATIENT(storage.write_bytes, note, self.settings.encode(), self.stores)
         return written
@@ -208,10 +202,7 @@ def embed(
     # What is wrong with the model is told before anything starts.
     job = Job(found, load_model(found, options=stores).digest, out, options, stores)
     slides = find_slides(sources, stores)
-    files = {info.uri: job.file(info) for info in slides}
-    twice = [name for name, count in Counter(files.values()).items() if count > 1]
-    if twice:
-        raise ConfigError(f"{twice[0]}: the file of several slides of one name; embed them to folders of their own")
+    files = job.files(slides)
     todo = job.undone(slides)
     tiles, rejected = _embed_all(job, todo, verbose=verbose) if todo else (0, [])
     if rejected:
@@ -262,16 +253,17 @@ def _pieces(job: Job, todo: Sequence[storage.ObjectInfo]) -> Iterator[Batch]:
 def rows_of(job: Job, todo: Sequence[storage.ObjectInfo]) -> DataIterator:
     """Slides → places, in blocks of one batch of the model whatever slide they are of → pixels → embeddings."""
     options = job.options
-    given = list(todo), options.grid, job.stores
+    slides = list(todo), options.tiles, job.stores
+    model = job.source, job.stores, options.token, options.precision
     # Ray's types know no callable classes.
-    plan, reader, modeller = cast(Any, GridPlan), cast(Any, GridReader), cast(Any, Modeller)
+    place_tiles, read_tiles, embed_tiles = cast(Any, PlaceTiles), cast(Any, ReadTiles), cast(Any, EmbedTiles)
     dataset = (
         ray.data.range(len(todo), override_num_blocks=len(todo))
-        .map_batches(plan(*given), batch_size=1, num_cpus=1, max_retries=3)
+        .map_batches(place_tiles(*slides), batch_size=1, num_cpus=1, max_retries=3)
         .repartition(target_num_rows_per_block=options.batch, strict=True)
         .map_batches(
-            reader,
-            fn_constructor_args=given,
+            read_tiles,
+            fn_constructor_args=slides,
             batch_size=options.batch,
             compute=ActorPoolStrategy(
                 min_size=options.readers[0],
@@ -283,8 +275,9 @@ def rows_of(job: Job, todo: Sequence[storage.ObjectInfo]) -> DataIterator:
             num_cpus=1,
         )
         .map_batches(
-            modeller,
-            fn_constructor_args=(job.source, job.stores, options),
+            embed_tiles,
+            fn_constructor_args=model,
+            fn_constructor_kwargs={"tokens": options.tokens, "gpu": options.gpu},
             batch_size=options.batch,
             compute=ActorPoolStrategy(size=options.models),
             num_cpus=options.model_cpus,

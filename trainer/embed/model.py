@@ -105,6 +105,10 @@ class Model:
         chosen = {"cls": [tokens.cls], "patch": [mean_patch], "cls+patch": [tokens.cls, mean_patch]}[self.token]
         return torch.cat(chosen, dim=1)
 
+    def embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Embeddings (n, `width`) of tiles uint8 (n, H, W, 3)."""
+        return self.embedding(self.tokens(tiles)).cpu().numpy()
+
 
 def load_backbone(uri: str, options: storage.StorageOptions | None = None) -> tuple[Config, Backbone]:
     """The teacher's backbone of a checkpoint (a run's folder, or one of its step folders), and its configuration.
@@ -208,25 +212,3 @@ def _of_timm(name: str, source: str, digest: str) -> Model:
     data = resolve_model_data_config(vit)
     mean, std = tuple(data["mean"]), tuple(data["std"])
     return Model(name=source, backbone=TimmTokens(vit).eval(), mean=mean, std=std, digest=digest)
-
-
-class Embedder:
-    """A model on its device; makes embeddings and token maps of batches of tiles.
-
-    Args:
-        source: what `load_model` takes.
-        storage_options: of the source's storage.
-        token: class token, mean patch token, or one after the other.
-        gpu: whether it runs on CUDA.
-        precision: `bf16` makes products in bfloat16.
-    """
-
-    def __init__(
-        self, source: str, storage_options: dict[str, Any], token: Token, gpu: bool, precision: Precision = "32"
-    ) -> None:
-        loaded = replace(load_model(source, token, storage_options), precision=precision)
-        self.model = loaded.on(torch.device("cuda" if gpu else "cpu"))
-
-    def embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Embeddings float32 (n, D), or (n, 2D) for class and patch token, of tiles uint8 (n, size, size, 3)."""
-        return self.model.embedding(self.model.tokens(tiles)).cpu().numpy()

@@ -16,8 +16,8 @@ Format = Literal["parquet", "h5"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
-    """Which tiles of a slide."""
+class TissueTiles:
+    """Which tiles of a slide are embedded."""
 
     mpp: float
     """µm/px of the tiles"""
@@ -71,6 +71,6 @@ class EmbedOptions:
                 raise ConfigError(f"{name} {getattr(self, name)!r}; take one of {', '.join(get_args(kind))}")
 
     @property
-    def grid(self) -> Grid:
+    def tiles(self) -> TissueTiles:
         """Which tiles."""
-        return Grid(mpp=self.mpp, size=self.size, min_tissue=self.min_tissue, slide_mpp=self.slide_mpp)
+        return TissueTiles(mpp=self.mpp, size=self.size, min_tissue=self.min_tissue, slide_mpp=self.slide_mpp)

@@ -1,35 +1,57 @@
-"""The tissue tiles of whole slides on a grid: where they lie, and their pixels; plain callables for Ray Data."""
+"""How a slide is cut into tiles: squares edge to edge from its top-left corner, and which of them lie on tissue."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streaming import storage
-from streaming.catalog.inspection import Inspected, Rejected, inspect
+from streaming.catalog.inspection import Inspected
 from streaming.catalog.tissue import CELL_UM, window_fraction
-from streaming.counters import Counters
-from streaming.errors import SlideError, StorageError
-from streaming.reading.batch import Batch
-from streaming.reading.slide_pool import SlidePool
-from streaming.slide import PendingTile, Slide, open_slide
-from streaming.storage.staging import Staging
-from trainer.embed.options import Grid
+
+Ints = NDArray[np.int64]
 
 
-def tissue_tiles(slide: Inspected, mpp: float, size: int, min_tissue: float) -> NDArray[np.int64]:
-    """Level-0 corners (n, 2) of the tiles on a regular grid from the top-left that lie on the slide and on tissue."""
+def tile_extent(size: int, mpp: float, slide_mpp: float) -> float:
+    """Side in level-0 px, rarely a whole number, of a tile of `size` px at `mpp` on a slide of `slide_mpp` µm/px."""
+    return size * mpp / slide_mpp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """Rows and columns of tiles, edge to edge from the top-left corner; a rest at the right or the bottom is in none.
+
+    A tile's corner is its place rounded down to a whole level-0 pixel, so that tiles of a fractional extent do not
+    drift away from their places.
+    """
+
+    rows: int
+    columns: int
+    extent: float
+    """side of a tile in level-0 px"""
+
+    @classmethod
+    def of(cls, width: int, height: int, extent: float) -> Tiling:
+        """The tiles that lie wholly on a slide of so many level-0 px; none where it is smaller than one."""
+        return cls(rows=math.floor(height / extent), columns=math.floor(width / extent), extent=extent)
+
+    def corners(self) -> Ints:
+        """Level-0 corners (x, y), (rows, columns, 2)."""
+        xs, ys = (np.floor(np.arange(n) * self.extent).astype(np.int64) for n in (self.columns, self.rows))
+        return np.stack(np.meshgrid(xs, ys), axis=-1)
+
+
+def rows_and_columns(corners: Ints, extent: float) -> Ints:
+    """Which row and column (n, 2) of their slide's tiling the tiles at level-0 corners (n, 2) are."""
+    return np.rint(corners[:, ::-1] / extent).astype(np.int64)
+
+
+def tissue_tiles(slide: Inspected, mpp: float, size: int, min_tissue: float) -> Ints:
+    """Level-0 corners (n, 2) of a slide's tiles, row by row, of which tissue covers at least that share."""
     row = slide.row
-    extent = size * mpp / row.mpp
-    xs = np.floor(np.arange(max(0, math.floor(row.width / extent))) * extent).astype(np.int64)
-    ys = np.floor(np.arange(max(0, math.floor(row.height / extent))) * extent).astype(np.int64)
-    corners = np.stack([a.ravel() for a in np.meshgrid(xs, ys)], axis=1)
+    corners = Tiling.of(row.width, row.height, tile_extent(size, mpp, row.mpp)).corners().reshape(-1, 2)
     cell_px, zeros = CELL_UM / row.mpp, np.zeros(len(corners), dtype=np.int64)
     share = window_fraction(
         slide.tissue.fraction.ravel(),
@@ -41,82 +63,3 @@ def tissue_tiles(slide: Inspected, mpp: float, size: int, min_tissue: float) -> 
         size * mpp / CELL_UM,
     )
     return corners[share >= min_tissue]
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What the first row of a slide's tiles tells of it; travels as JSON."""
-
-    width: int
-    """level-0 px"""
-    height: int
-    """level-0 px"""
-    mpp: float
-    """µm/px at level 0"""
-    num_tiles: int
-
-
-class GridPlan:
-    """Slides to the places of their tiles."""
-
-    def __init__(self, slides: Sequence[storage.ObjectInfo], grid: Grid, storage_options: dict[str, Any]) -> None:
-        self._slides, self._grid, self._storage_options = slides, grid, storage_options
-
-    def __call__(self, batch: Batch) -> Batch:
-        """One row a tile of the slide numbered `batch["id"]` (1,); one row with the reason for a slide without any.
-
-        Columns: `slide` (its number), `x`, `y` (level-0 px), `note` (in the first row `Geometry`), `reason`.
-        """
-        number, grid = int(batch["id"][0]), self._grid
-        slide = inspect(self._slides[number], grid.slide_mpp, self._storage_options, Staging())
-        corners, note, reason = np.zeros((1, 2), np.int64), "", ""
-        if isinstance(slide, Rejected):
-            reason = slide.reason
-        elif len(found := tissue_tiles(slide, grid.mpp, grid.size, grid.min_tissue)):
-            row = slide.row
-            corners, note = found, json.dumps(vars(Geometry(row.width, row.height, row.mpp, len(found))))
-        else:
-            reason = f"no {grid.size} px tile at {grid.mpp} µm/px has {grid.min_tissue:.0%} tissue"
-        rest = [""] * (len(corners) - 1)
-        return {
-            "slide": np.full(len(corners), number, np.int32),
-            "x": corners[:, 0],
-            "y": corners[:, 1],
-            "note": np.array([note, *rest], dtype=object),
-            "reason": np.array([reason, *rest], dtype=object),
-        }
-
-
-class GridReader:
-    """Places to pixels; safe to call from several threads."""
-
-    def __init__(self, slides: Sequence[storage.ObjectInfo], grid: Grid, storage_options: dict[str, Any]) -> None:
-        self._slides, self._grid, self._storage_options = slides, grid, storage_options
-        self._pool: SlidePool[int] = SlidePool(self._open)
-
-    def _open(self, number: int, count: Counters) -> Slide:
-        info = self._slides[number]
-        mpp = self._grid.slide_mpp
-        return storage.PATIENT(open_slide, info.uri, self._storage_options, mpp=mpp, expected=info, count=count)
-
-    def __call__(self, batch: Batch) -> Batch:
-        """The rows of a plan with `tile` uint8 (n, size, size, 3), black where there is a reason."""
-        size = self._grid.size
-        tiles = np.zeros((len(batch["slide"]), size, size, 3), dtype=np.uint8)
-        reasons = batch["reason"].astype(object)
-        wanted = np.flatnonzero(reasons == "")
-        self._pool.open_all(np.unique(batch["slide"][wanted]).tolist())
-        begun: list[tuple[int, PendingTile]] = []
-        # All requests go out before the first block is decoded.
-        for i in wanted.tolist():
-            try:
-                place = int(batch["slide"][i]), int(batch["x"][i]), int(batch["y"][i])
-                begun.append((i, self._pool.begin_tile(*place, self._grid.mpp, size)))
-            except (SlideError, StorageError) as error:
-                reasons[i] = str(error)
-        for i, tile in begun:
-            try:
-                tile.fill(tiles[i])
-            except (SlideError, StorageError) as error:
-                reasons[i] = str(error)
-        return {**batch, "tile": tiles, "reason": reasons}

@@ -7,7 +7,6 @@ any, it is unknown. `Ignore*` covers what shall not count. Coordinates are level
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +20,7 @@ from streaming import storage
 from streaming.errors import ConfigError, SlideError
 from streaming.slide import open_slide
 from streaming.slide.resample import Pixels
+from trainer.embed.tiling import Tiling, tile_extent
 from trainer.evaluate.image_files import read_image
 
 Target = Literal["class", "mask", "points"]
@@ -31,16 +31,16 @@ BACKGROUND = "background"
 _IGNORED = 255
 _REGION, _IGNORE = "Region*", "Ignore*"
 _MIN_INSIDE = 0.75  # share of a tile that shapes of its class must cover
-_CELLS = 64  # that a tile's side is divided into to measure such shares: cv2 paints half a cell beyond an edge
-_FINER = 4  # so much a mask is painted finer, for the same reason
+_CELLS = 64  # into which a tile's side is divided to measure such shares; fine, as cv2 paints half a cell too far
+_FINER = 4  # times as fine as the mask itself, for the same reason, are shapes painted before they are averaged down
 _MAX_UPSAMPLING = 1.25  # scanners' mpp vary (0.2527 for 0.25); beyond it, a slide does not have what is asked for
 _SHIFT = 4  # bits of sub-pixels of cv2's polygons
 _AREAS, _MARKS = ("Polygon", "MultiPolygon"), ("Point", "MultiPoint")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TileGrid:
-    """How annotated slides are cut into tiles."""
+class AnnotatedTiles:
+    """Which tiles of annotated slides become samples."""
 
     mpp: float = 0.5
     """µm/px of the tiles"""
@@ -152,13 +152,13 @@ def cut_tiles(
     place: str,
     annotation: Annotation,
     classes: Sequence[str],
-    grid: TileGrid,
+    wanted: AnnotatedTiles,
     target: Target,
     *,
     is_slide: bool,
     options: storage.StorageOptions | None = None,
 ) -> list[Cut]:
-    """The tiles of one slide on a regular grid from its top-left corner that the target says something of.
+    """The tiles of one slide, as `Tiling` lays them out, that the annotation tells the target of.
 
     For classes: those that shapes of one class cover by three quarters. For masks: those that touch a shape, or lie in
     a `Region*`. For points: those that lie in a `Region*`; where there is none, in the box around all points. An image
@@ -171,17 +171,16 @@ def cut_tiles(
     if not is_slide:
         height, width = read_image(place, options).shape[:2]
         return [_cut(annotation, classes, 0, 0, 1.0, max(width, height), 0, target)]
-    width, height, extent = _extent(place, grid, options)
-    columns, rows = math.floor(width / extent), math.floor(height / extent)
-    if not columns or not rows:
+    tiling = _tiling(place, wanted, options)
+    if not tiling.columns or not tiling.rows:
         return []
-    shares = np.stack([_shares(_of(annotation, name), extent, rows, columns) for name in classes])
-    labels = shares.argmax(axis=0)
-    chosen = _chosen(annotation, shares, extent, target)
+    shares = np.stack([_shares(_of(annotation, name), tiling) for name in classes])
+    chosen = _chosen(annotation, shares, tiling, target)
+    corners, labels = tiling.corners()[chosen], shares.argmax(axis=0)[chosen]
+    scale = wanted.size / tiling.extent
     return [
-        _cut(annotation, classes, x, y, grid.size / extent, grid.size, int(labels[row, column]), target)
-        for row, column in np.argwhere(chosen).tolist()
-        for x, y in [(math.floor(column * extent), math.floor(row * extent))]
+        _cut(annotation, classes, x, y, scale, wanted.size, label, target)
+        for (x, y), label in zip(corners.tolist(), labels.tolist(), strict=True)
     ]
 
 
@@ -198,24 +197,22 @@ def checked_mpp(place: str, mpp: float | None, wanted: float) -> float:
     return mpp
 
 
-def _extent(place: str, grid: TileGrid, options: storage.StorageOptions | None) -> tuple[int, int, float]:
-    """Width and height of a slide and the extent of a tile, all in level-0 px."""
-    slide = open_slide(place, options, mpp=grid.slide_mpp)
+def _tiling(place: str, wanted: AnnotatedTiles, options: storage.StorageOptions | None) -> Tiling:
+    slide = open_slide(place, options, mpp=wanted.slide_mpp)
     try:
         (width, height), mpp = slide.level_dimensions[0], slide.mpp
     finally:
         slide.close()
-    return width, height, grid.size * grid.mpp / checked_mpp(place, mpp, grid.mpp)
+    return Tiling.of(width, height, tile_extent(wanted.size, wanted.mpp, checked_mpp(place, mpp, wanted.mpp)))
 
 
 def _of(annotation: Annotation, name: str) -> list[Shape]:
     return [shape for shape in annotation.shapes if shape.name == name]
 
 
-def _chosen(annotation: Annotation, shares: NDArray[np.float64], extent: float, target: Target) -> NDArray[np.bool_]:
-    """Which tiles of the grid the target is known of."""
-    shape = shares.shape[1:]
-    inside = _shares(annotation.regions, extent, *shape) > 1 - 1e-9
+def _chosen(annotation: Annotation, shares: NDArray[np.float64], tiling: Tiling, target: Target) -> NDArray[np.bool_]:
+    """Which tiles (rows, columns) the target is known of, from the shares (K, rows, columns) that classes cover."""
+    inside = _shares(annotation.regions, tiling) > 1 - 1e-9
     if target == "class":
         return shares.max(axis=0) >= _MIN_INSIDE
     if target == "mask":
@@ -223,15 +220,18 @@ def _chosen(annotation: Annotation, shares: NDArray[np.float64], extent: float, 
     if annotation.regions:
         return inside
     points = np.concatenate([s.points for s in annotation.shapes if s.points is not None] or [np.zeros((0, 2))])
-    chosen = np.zeros(shape, dtype=bool)
+    chosen = np.zeros((tiling.rows, tiling.columns), dtype=bool)
     if len(points):
-        (left, top), (right, bottom) = (points.min(axis=0) // extent).astype(int), (points.max(0) // extent).astype(int)
+        # The points' own bounds, in tiles.
+        ends = points.min(axis=0), points.max(axis=0)
+        (left, top), (right, bottom) = ((end // tiling.extent).astype(int) for end in ends)
         chosen[top : bottom + 1, left : right + 1] = True
     return chosen
 
 
-def _shares(shapes: Sequence[Shape], extent: float, rows: int, columns: int) -> NDArray[np.float64]:
+def _shares(shapes: Sequence[Shape], tiling: Tiling) -> NDArray[np.float64]:
     """Share of each tile's area that shapes cover; (rows, columns)."""
+    rows, columns, extent = tiling.rows, tiling.columns, tiling.extent
     shares = np.zeros((rows, columns))
     for row in range(rows):  # a band of tiles at a time: the whole slide would take too much memory
         band = (0.0, row * extent, columns * extent, (row + 1) * extent)

@@ -17,7 +17,7 @@ from streaming import storage
 from streaming.errors import ConfigError
 from streaming.slide import SLIDE_SUFFIXES
 from streaming.slide.resample import Pixels
-from trainer.evaluate.annotations import Cut, TileGrid, class_names, cut_tiles, read_annotation
+from trainer.evaluate.annotations import AnnotatedTiles, Cut, class_names, cut_tiles, read_annotation
 
 Names = NDArray[np.str_]
 Row = dict[str, str]
@@ -79,14 +79,14 @@ class Samples:
         return None if names is None else np.unique(names, return_inverse=True)[1].astype(np.int64)
 
 
-def read_dataset(uri: str, grid: TileGrid, options: storage.StorageOptions | None = None) -> Samples:
+def read_dataset(uri: str, wanted: AnnotatedTiles, options: storage.StorageOptions | None = None) -> Samples:
     """The samples of a folder or a table; a table's columns say what it is.
 
     | columns | samples |
     |---|---|
     | path, label | images; with x, y, mpp, size squares of slides |
     | path, mask | images with masks of class indices, 255 where unknown |
-    | slide (or path), annotation | tiles of `grid` from QuPath's GeoJSON: by class, with masks and points |
+    | slide (or path), annotation | `wanted` tiles by QuPath's GeoJSON: by class, with masks and points |
     | slide, label | whole slides |
 
     `patient`, `slide`, `site` and `split` (train, val, test) may stand beside them. A folder is CLASS/image or
@@ -104,7 +104,7 @@ def read_dataset(uri: str, grid: TileGrid, options: storage.StorageOptions | Non
     columns = set(rows[0])
     base = uri.rpartition("/")[0]
     if "annotation" in columns and columns & {"path", "slide"}:
-        samples = _annotated(uri, base, rows, grid, options)
+        samples = _annotated(uri, base, rows, wanted, options)
     elif {"path", "mask"} <= columns:
         samples = _masked(uri, base, rows, options)
     elif "label" in columns and columns & {"path", "slide"}:
@@ -264,14 +264,14 @@ def read_mask(mask: str, height: int, width: int, options: storage.StorageOption
 
 
 def _annotated(
-    uri: str, base: str, rows: Sequence[Row], grid: TileGrid, options: storage.StorageOptions | None
+    uri: str, base: str, rows: Sequence[Row], wanted: AnnotatedTiles, options: storage.StorageOptions | None
 ) -> Samples:
     """Tiles of every row's annotation, which inherit the row's patient, site and split."""
     places = _places(base, _column(uri, rows, "path" if "path" in rows[0] else "slide"))
     files = _places(base, _column(uri, rows, "annotation"))
     found = [read_annotation(file, options) for file in files]
     has_points = any(shape.points is not None for one in found for shape in one.shapes)
-    target = grid.target or ("points" if has_points else "class")
+    target = wanted.target or ("points" if has_points else "class")
     classes = class_names(found, target)
     if len(classes) < (1 if target == "points" else 2):
         raise ConfigError(f"{uri}: its annotations have {len(classes)} class for this task; it needs two or more")
@@ -281,16 +281,16 @@ def _annotated(
         image = places[slide_of.index(False)]
         raise ConfigError(f"{image}: an image, whose annotation gives no label for the whole; take --task segmentation")
     for i, (place, annotation) in enumerate(zip(places, found, strict=True)):
-        own = cut_tiles(place, annotation, classes, grid, target, is_slide=slide_of[i], options=options)
+        own = cut_tiles(place, annotation, classes, wanted, target, is_slide=slide_of[i], options=options)
         if not own:
             raise ConfigError(
-                f"{place}: no tile of {grid.size} px at {grid.mpp:g} µm/px lies in the shapes of {files[i]}; "
+                f"{place}: no tile of {wanted.size} px at {wanted.mpp:g} µm/px lies in the shapes of {files[i]}; "
                 "take smaller tiles, or leave the slide out"
             )
         cuts += own
         of_row += [i] * len(own)
     tiles = [
-        Tile(uri=places[i], region=_region_of(one, grid) if slide_of[i] else None)
+        Tile(uri=places[i], region=_region_of(one, wanted) if slide_of[i] else None)
         for i, one in zip(of_row, cuts, strict=True)
     ]
     return Samples(
@@ -304,5 +304,5 @@ def _annotated(
     )
 
 
-def _region_of(one: Cut, grid: TileGrid) -> Region:
-    return Region(x=one.x, y=one.y, mpp=grid.mpp, size=grid.size, slide_mpp=grid.slide_mpp)
+def _region_of(one: Cut, wanted: AnnotatedTiles) -> Region:
+    return Region(x=one.x, y=one.y, mpp=wanted.mpp, size=wanted.size, slide_mpp=wanted.slide_mpp)

@@ -20,16 +20,13 @@ from streaming.errors import SlideError
 from streaming.reading.slide_pool import SlidePool
 from streaming.slide import Slide, open_slide
 from streaming.slide.resample import Pixels, resize
-from trainer.embed.model import Model, load_model, model_of
+from trainer.embed.model import Model
 from trainer.evaluate.annotations import checked_mpp
 from trainer.evaluate.datasets import Tile
 from trainer.evaluate.image_files import read_image
 
 _READERS = 8
 _AHEAD = 4
-
-
-__all__ = ["Features", "Model", "TileFiles", "extracted", "load_model", "model_of"]
 
 
 class TileFiles:
@@ -131,11 +128,11 @@ def extracted(
             side = (pixels.shape[1], pixels.shape[2])
             if patches:
                 patch = model.backbone.patch_size
-                grid = tokens.patches.unflatten(1, (max(1, side[0] // patch), max(1, side[1] // patch)))
+                own = tokens.patches.unflatten(1, (max(1, side[0] // patch), max(1, side[1] // patch)))
                 if held is None:
-                    shape, path = (len(tiles), *grid.shape[1:]), Path(folder, "patches.npy")
+                    shape, path = (len(tiles), *own.shape[1:]), Path(folder, "patches.npy")
                     held = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-                held[done : done + len(pixels)] = grid.half().cpu().numpy()
+                held[done : done + len(pixels)] = own.half().cpu().numpy()
             done += len(pixels)
             progress(done)
         yield Features(embeddings=np.concatenate(embeddings), patches=held, side=side)

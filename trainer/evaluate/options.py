@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from streaming.errors import ConfigError
 from trainer.embed.options import Token
-from trainer.evaluate.annotations import TileGrid
+from trainer.evaluate.annotations import AnnotatedTiles
 
 Task = Literal["knn", "linear", "logistic", "quality", "slide", "segmentation", "detection"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -43,8 +43,8 @@ class EvaluateOptions:
     """tiles that the model sees at once"""
     resize: int | None = None
     """side in px that tiles are resized to; none: as they are"""
-    grid: TileGrid = field(default_factory=TileGrid)
-    """how annotated slides are cut into tiles"""
+    grid: AnnotatedTiles = field(default_factory=AnnotatedTiles)
+    """which tiles of annotated slides"""
     gpu: bool = False
     """whether the model runs on a GPU"""
 

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
+from trainer.evaluate.neighbours import nearest
 from trainer.evaluate.options import PROBE_STEPS
 
 Ints = NDArray[np.int64]
@@ -24,15 +24,23 @@ _PROBE_BATCH = 256
 
 
 def nearest_neighbours(train: Embeddings, labels: Ints, test: Embeddings, k: int = 20) -> Ints:
-    """Classes (M,) by a vote of the k training embeddings (at most all) of the highest cosine similarity."""
-    classifier: Any = KNeighborsClassifier(min(k, len(train)), metric="cosine", algorithm="brute")
-    return classifier.fit(train, labels).predict(test)
+    """Classes (M,) by a vote of the k training embeddings (at most all) of the highest cosine similarity.
+
+    Of classes with as many votes, the first.
+    """
+    _, near = nearest(train, test, k)
+    votes = np.stack([(labels[near] == kind).sum(axis=1) for kind in range(labels.max() + 1)], axis=1)
+    return votes.argmax(axis=1)
+
+
+def fitted_logistic(train: Embeddings, labels: NDArray[Any]) -> Any:
+    """Logistic regression on standardised embeddings, L2 penalty with C = 1, fitted: a classifier of scikit-learn."""
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(train, labels)
 
 
 def logistic(train: Embeddings, labels: Ints, test: Embeddings) -> Ints:
-    """Classes (M,) by logistic regression on standardised embeddings, L2 penalty with C = 1."""
-    classifier: Any = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    return classifier.fit(train, labels).predict(test)
+    """Classes (M,) by `fitted_logistic`."""
+    return fitted_logistic(train, labels).predict(test)
 
 
 def linear_probe(

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.neighbors import NearestNeighbors
 
 from trainer.evaluate.datasets import Samples
+from trainer.evaluate.neighbours import nearest
 from trainer.evaluate.scores import Floats, Ints, Score, share
 from trainer.recipe import diagnostics
 
@@ -24,12 +24,6 @@ def rankme(embeddings: NDArray[np.float32], seed: int = 0) -> Score:
     return Score(task=TASK, metric="RankMe", value=value, low=np.nan, high=np.nan, n=len(chosen))
 
 
-def neighbours(embeddings: NDArray[np.float32], k: int) -> Ints:
-    """Indices (N, k) of the nearest others by cosine, nearest first."""
-    search: Any = NearestNeighbors(n_neighbors=min(k, len(embeddings) - 1), metric="cosine", algorithm="brute")
-    return search.fit(embeddings).kneighbors(return_distance=False)
-
-
 def neighbour_scores(embeddings: NDArray[np.float32], samples: Samples, k: int = 20, seed: int = 0) -> list[Score]:
     """Scores of the k nearest neighbours, as far as the samples tell what they need.
 
@@ -40,7 +34,7 @@ def neighbour_scores(embeddings: NDArray[np.float32], samples: Samples, k: int =
       the same site; 1: biology alone, 0: the site alone. arXiv 2501.18055, in the form of PathoROB (arXiv 2507.17845).
       Theirs are of subsets balanced over class and site; ours is of the tiles as given, so compare models on one set.
     """
-    near, groups = neighbours(embeddings, k), samples.groups
+    (_, near), groups = nearest(embeddings, None, k), samples.groups
     all_of = np.full(len(near), float(near.shape[1]))
     found: list[Score] = []
     named = {"class": samples.labels, "slide": samples.slides, "patient": samples.patients}
@@ -63,6 +57,7 @@ def _same(names: NDArray[Any], near: Ints) -> NDArray[np.bool_]:
 
 def _retrieval(embeddings: NDArray[np.float32], labels: Ints, groups: Ints, seed: int) -> Score:
     """Share of queries whose nearest tile of another group is of their class."""
+    # Not by `nearest`: its distances round off what tells two near-equal similarities apart.
     unit = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
     hits: Floats = np.zeros(len(labels))
     for group in np.unique(groups):

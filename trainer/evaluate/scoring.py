@@ -17,13 +17,15 @@ from streaming import storage
 from streaming.errors import ConfigError
 from streaming.progress import ProgressLine
 from trainer.embed.model import Model, load_model
-from trainer.evaluate import dense, mil, probes, quality
-from trainer.evaluate.annotations import Target, TileGrid
+from trainer.evaluate import mil, probes, quality
+from trainer.evaluate.annotations import AnnotatedTiles, Target
 from trainer.evaluate.datasets import Samples, read_dataset
+from trainer.evaluate.detection import score_detection
 from trainer.evaluate.features import extracted
 from trainer.evaluate.options import EvaluateOptions, Task
 from trainer.evaluate.probes import Embeddings, Ints
 from trainer.evaluate.scores import Score, balanced_accuracy
+from trainer.evaluate.segmentation import score_segmentation
 from trainer.evaluate.splits import Fold, make_folds
 
 _OF_TILES: tuple[Task, ...] = ("knn", "linear", "logistic", "quality")
@@ -69,7 +71,7 @@ def labelled(dataset: str, options: EvaluateOptions, storage_options: dict[str, 
     """A dataset, checked for what `evaluate` refuses before it looks at a model; errors as there."""
     if options.gpu and not torch.cuda.is_available():
         raise ConfigError("no GPU is visible to PyTorch here; leave out --gpu")
-    samples = read_dataset(dataset, _grid(options), storage_options)
+    samples = read_dataset(dataset, _wanted(options), storage_options)
     _tasks(options, samples)
     make_folds(samples, options.folds, options.seed)
     return samples
@@ -95,9 +97,9 @@ def evaluate_model(
         ) as features,
     ):
         if samples.masks is not None:
-            return dense.score_segmentation(features, samples, folds, options.epochs, options.seed)
+            return score_segmentation(features, samples, folds, options.epochs, options.seed)
         if samples.points is not None:
-            return dense.score_detection(features, samples, folds, options.radius, options.epochs, options.seed)
+            return score_detection(features, samples, folds, options.radius, options.epochs, options.seed)
         return score_tiles(features.embeddings, samples, folds, tasks, options)
 
 
@@ -132,8 +134,8 @@ def score_tiles(
     return scores
 
 
-def _grid(options: EvaluateOptions) -> TileGrid:
-    """The grid, with what the tasks want of annotations.
+def _wanted(options: EvaluateOptions) -> AnnotatedTiles:
+    """Which tiles of annotated slides, with what the tasks want of the annotations.
 
     Raises:
         ConfigError: they want different things.

@@ -35,7 +35,7 @@ class Masking:
     min_block: int = 4
     """patches of the smallest block"""
     max_block_share: float = 0.5
-    """share of the grid that the largest block may cover"""
+    """share of the patch grid that the largest block may cover"""
     min_aspect: float = 0.3
     """lowest height/width of a block; the highest is its inverse"""
 
@@ -66,17 +66,17 @@ class Masking:
         return [round(ratio * num_patches) for ratio in ratios] + [0] * (num_crops - num_masked)
 
 
-def block_masks(index: Tensor, grid: tuple[int, int], masking: Masking, seed: int) -> Tensor:
+def block_masks(index: Tensor, patch_grid: tuple[int, int], masking: Masking, seed: int) -> Tensor:
     """Masks of the two global crops of each sample, true where a patch is hidden from the student.
 
     index int64 (B,), best on the CPU: the number of rounds depends on the data, which a GPU would have to wait for.
-    grid: rows and columns of patches. Returns bool (2, B, rows·columns), view first, as the global crops are.
+    patch_grid: rows and columns of patches. Returns bool (2, B, rows·columns), view first, as the global crops are.
     Source: DINOv2's `collate_data_and_cast` and `MaskingGenerator`; random top-up to the exact count as its successor.
     """
     view = torch.arange(NUM_VIEWS, device=index.device)[:, None]
-    target = _deal(index, view, masking.tokens_per_crop(grid[0] * grid[1]), seed).flatten()
+    target = _deal(index, view, masking.tokens_per_crop(patch_grid[0] * patch_grid[1]), seed).flatten()
     crops = index.repeat(NUM_VIEWS), view.expand(-1, len(index)).flatten()
-    masks = _draw_blocks(*crops, target, grid, masking, seed)
+    masks = _draw_blocks(*crops, target, patch_grid, masking, seed)
     return _top_up(*crops, target, masks.flatten(1), seed).view(NUM_VIEWS, len(index), -1)
 
 
@@ -91,11 +91,11 @@ def _deal(index: Tensor, view: Tensor, tokens_per_crop: list[int], seed: int) ->
 
 
 def _draw_blocks(
-    index: Tensor, view: Tensor, target: Tensor, grid: tuple[int, int], masking: Masking, seed: int
+    index: Tensor, view: Tensor, target: Tensor, patch_grid: tuple[int, int], masking: Masking, seed: int
 ) -> Tensor:
     """Rectangles until a crop has no room for another one or ten in a row did not fit; bool (crops, rows, columns)."""
-    rows, columns = grid
-    y, x = (torch.arange(size, device=index.device) for size in grid)
+    rows, columns = patch_grid
+    y, x = (torch.arange(size, device=index.device) for size in patch_grid)
     masks = torch.zeros(len(index), rows, columns, dtype=torch.bool, device=index.device)
     misses = torch.zeros_like(target)
     largest = int(masking.max_block_share * rows * columns)

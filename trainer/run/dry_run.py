@@ -14,11 +14,11 @@ from streaming import storage
 from trainer.recipe.augment import NUM_GLOBAL
 from trainer.recipe.schedule import Schedules
 from trainer.run import starting_weights
+from trainer.run.after_step import ProbeKind
 from trainer.run.config import Config
 from trainer.run.data import load_catalog, make_plan
 from trainer.run.execution import TrainConfig
 from trainer.run.fit import check_model, make_module
-from trainer.run.watch import ProbeKind
 
 PICTURE = "schedules.png"
 _GIB = 2**30

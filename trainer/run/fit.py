@@ -14,6 +14,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from streaming.errors import ConfigError
 from trainer.recipe.module import DinoModule
 from trainer.run import starting_weights
+from trainer.run.after_step import AfterStep, ProbeKind
 from trainer.run.background_checkpoints import FolderCheckpointIO
 from trainer.run.config import Config
 from trainer.run.device_feed import DeviceFeed
@@ -21,7 +22,6 @@ from trainer.run.metrics_log import Report
 from trainer.run.step_batches import StepBatches
 from trainer.run.stop_signals import Signals
 from trainer.run.strategy import OneDevice, Replicas, Shards, autocast_precision, prepare
-from trainer.run.watch import ProbeKind, Watch
 
 
 def make_module(config: Config, *, resumed: bool = False) -> DinoModule:
@@ -96,7 +96,7 @@ def fit(
         max_steps=train.steps,
         precision=autocast_precision(train),  # type: ignore[arg-type]
         accumulate_grad_batches=train.accumulate,
-        callbacks=[Watch(config, batches, report, to_storage, signals, probe)],
+        callbacks=[AfterStep(config, batches, report, to_storage, signals, probe)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -23,10 +23,13 @@ from ray.train.torch import TorchTrainer
 
 from streaming import cluster, storage
 from streaming.catalog import Catalog
-from streaming.delivery.chain import Source, chained, start_chain
+from streaming.delivery.chain import start_chain
+from streaming.delivery.rank_batches import rank_batches
+from streaming.delivery.segments import Source
 from streaming.delivery.stream import torch_batches
 from streaming.errors import TilestreamError, root_cause
 from streaming.storage import clients
+from trainer.run.after_step import ProbeKind
 from trainer.run.config import Config
 from trainer.run.data import make_stream
 from trainer.run.fit import Place, fit
@@ -34,7 +37,6 @@ from trainer.run.metrics_log import Failed, MetricsLog
 from trainer.run.resuming import resume_point
 from trainer.run.step_batches import StepBatches
 from trainer.run.stop_signals import Signals, passing_on, terminated
-from trainer.run.watch import ProbeKind
 
 RANK_ENVIRONMENT = {
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # crops of two sizes tear the GPU's memory into pieces
@@ -71,7 +73,7 @@ def _worker(loop: _Loop) -> None:
         "tuple[int, str | None, str]", ray.train.collective.broadcast_from_rank_zero(found)
     )
     read = partial(torch_batches, micro=config.train.shape.micro)
-    tiles = chained(loop.chain, loop.source, generation, rank, (start, config.train.steps), read)
+    tiles = rank_batches(loop.chain, loop.source, generation, rank, (start, config.train.steps), read)
     batches = StepBatches(tiles, start, config, lambda failures: loop.messages.put(Failed(generation, failures)))
     signals = Signals(
         stop=_order(loop.orders) if rank == 0 else lambda: False,

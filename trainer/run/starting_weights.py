@@ -1,6 +1,6 @@
 """Weights to start from: published DINOv2 weights for the backbone, or a whole checkpoint of ours.
 
-Every tensor of a source must be used and every parameter filled; a position embedding of another grid is resized.
+Every tensor of a source must be used and every parameter filled; a position embedding of another patch grid is resized.
 Networks on torch's meta device are filled with shapes: of a source, only names and shapes are read then.
 """
 
@@ -184,7 +184,7 @@ def timm_names(weights: Mapping[str, Tensor]) -> Weights:
 
 
 def resize_positions(positions: Tensor, backbone: Backbone) -> Tensor:
-    """A position embedding (1, P + N, D) for the grid of a backbone's own crop size, bicubic.
+    """A position embedding (1, P + N, D) for the patch grid of a backbone's own crop size, bicubic.
 
     The way the released weights were used: antialiased where there are registers, else without, the scale computed for
     a grid that is 0.1 larger (`interpolate_offset` in DINOv2). Positions of another form are given back unchanged, for

@@ -10,6 +10,7 @@ import torch
 from streaming import cluster, storage
 from streaming.errors import ConfigError
 from trainer.run import checkpoints
+from trainer.run.after_step import ProbeKind
 from trainer.run.config import Config
 from trainer.run.data import load_catalog, make_plan, make_stream
 from trainer.run.execution import TrainConfig
@@ -19,7 +20,6 @@ from trainer.run.ranks_on_ray import fit_on_ray
 from trainer.run.resuming import resume_point
 from trainer.run.step_batches import StepBatches
 from trainer.run.stop_signals import Signals, terminated
-from trainer.run.watch import ProbeKind
 
 
 @dataclass(frozen=True)

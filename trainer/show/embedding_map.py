@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from streaming import storage
 from streaming.errors import ConfigError
 from trainer.embed.files import SlideEmbeddings
+from trainer.show.colours import Floats
 from trainer.show.options import Method
-from trainer.show.pictures import Floats, tile_pixels
+from trainer.show.page import jpeg_url, page
+from trainer.show.thumbnails import tile_pixels
 
 _THUMBNAIL_PX = 64
 _SPRITE_COLUMNS = 32
@@ -39,9 +38,7 @@ _COLOURS = (
 )
 
 _STYLE = """
-:root{color-scheme:light dark;--text:#1d2523;--soft:#63706c;--line:#dfe5e2;--back:#fbfcfb;--card:#fff}
-@media(prefers-color-scheme:dark){:root{--text:#e6ece9;--soft:#98a5a0;--line:#2c3532;--back:#121716;--card:#1a211f}}
-*{box-sizing:border-box}body{margin:0;background:var(--back);color:var(--text);font:14px/1.5 system-ui,sans-serif}
+body{font:14px/1.5 system-ui,sans-serif}
 header{padding:14px 20px 6px}h1{font-size:19px;margin:0}p{margin:2px 0;color:var(--soft)}
 #legend{display:flex;flex-wrap:wrap;gap:4px 14px;padding:4px 20px}
 #legend label{cursor:pointer;white-space:nowrap}
@@ -154,13 +151,34 @@ def map_page(
         SlideError, StorageError: a tile can't be read.
     """
     names = [slide.about.name for slide in slides] if groups is None else list(groups)
-    known = list(dict.fromkeys(names))
     every = [(i, j) for i, slide in enumerate(slides) for j in range(len(slide.features))]
     order = np.sort(np.random.default_rng(seed).permutation(len(every))[:most])
     chosen = [every[i] for i in order]
     vectors = np.stack([slides[i].features[j] for i, j in chosen]) if chosen else np.zeros((0, 1), np.float32)
-    places = in_plane(vectors, method, seed)
-    data: dict[str, Any] = {
+    data = _points(slides, names, chosen, in_plane(vectors, method, seed))
+    data["sprite"] = _sprite(tile_pixels(slides, chosen, _THUMBNAIL_PX, options))
+    about = slides[0].about
+    how = "t-SNE" if method == "tsne" else "principal components"
+    of = f"{len(chosen):,} of {len(every):,}" if len(chosen) < len(every) else f"{len(every):,}"
+    what = f"{of} tiles of {len(slides)} slides at {about.mpp:g} µm/px, {vectors.shape[1]} dimensions, by {how}"
+    return page(
+        "map of embeddings",
+        _STYLE,
+        f"<header><h1>Map of embeddings</h1><p>{html.escape(what)}. Model: {html.escape(about.model)}</p></header>"
+        f'<div id="legend">{_legend(data)}</div><canvas></canvas><div id="tip"><div></div><span></span></div>'
+        f"<script>const data = {_script_json(data)};{_SCRIPT}</script>",
+    )
+
+
+def _points(
+    slides: Sequence[SlideEmbeddings],
+    names: Sequence[str],
+    chosen: Sequence[tuple[int, int]],
+    places: NDArray[np.float64],
+) -> dict[str, Any]:
+    """What the script draws: places (n, 2) of tiles, each by its slide's number and its own, and the slides' groups."""
+    known = list(dict.fromkeys(names))
+    return {
         "x": places[:, 0].round(4).tolist(),
         "y": places[:, 1].round(4).tolist(),
         "group": [known.index(names[i]) for i, _ in chosen],
@@ -168,24 +186,14 @@ def map_page(
         "names": known,
         "colours": [_COLOURS[i % len(_COLOURS)] for i in range(len(known))],
         "columns": _SPRITE_COLUMNS,
-        "sprite": _sprite(tile_pixels(slides, chosen, _THUMBNAIL_PX, options)),
     }
-    about = slides[0].about
-    how = "t-SNE" if method == "tsne" else "principal components"
-    of = f"{len(chosen):,} of {len(every):,}" if len(chosen) < len(every) else f"{len(every):,}"
-    what = f"{of} tiles of {len(slides)} slides at {about.mpp:g} µm/px, {vectors.shape[1]} dimensions, by {how}"
-    legend = "".join(
+
+
+def _legend(data: dict[str, Any]) -> str:
+    return "".join(
         f'<label><input type="checkbox" checked><i style="background:{colour}"></i>{html.escape(name)}</label>'
-        for name, colour in zip(known, data["colours"], strict=True)
+        for name, colour in zip(data["names"], data["colours"], strict=True)
     )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>map of embeddings</title><style>{_STYLE}</style></head><body>"
-        f"<header><h1>Map of embeddings</h1><p>{html.escape(what)}. Model: {html.escape(about.model)}</p></header>"
-        f'<div id="legend">{legend}</div><canvas></canvas><div id="tip"><div></div><span></span></div>'
-        f"<script>const data = {_script_json(data)};{_SCRIPT}</script></body></html>"
-    ).encode()
 
 
 def _script_json(data: Any) -> str:
@@ -200,6 +208,4 @@ def _sprite(tiles: Sequence[NDArray[np.uint8]]) -> str:
     for i, tile in enumerate(tiles):
         row, column = (at * _THUMBNAIL_PX for at in divmod(i, _SPRITE_COLUMNS))
         sheet[row : row + _THUMBNAIL_PX, column : column + _THUMBNAIL_PX] = tile
-    buffer = io.BytesIO()
-    Image.fromarray(sheet).save(buffer, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return jpeg_url(sheet, 80)

@@ -6,8 +6,13 @@ from collections.abc import Iterator, Sequence
 
 from streaming import storage
 from trainer.embed.files import SlideEmbeddings, find_embeddings, read_embeddings
-from trainer.show import embedding_map, pictures
+from trainer.show.class_scores import class_scores
+from trainer.show.colours import Floats, principal_colours
+from trainer.show.embedding_map import map_page
+from trainer.show.gallery import gallery, neighbours
 from trainer.show.options import PictureOptions
+from trainer.show.overlays import heatmap, token_map
+from trainer.show.qupath import geojson
 
 
 def draw(
@@ -33,30 +38,28 @@ def draw(
 
 def _of_all(slides: list[SlideEmbeddings], options: PictureOptions, stores: storage.StorageOptions | None) -> bytes:
     if options.kind == "map":
-        return embedding_map.map_page(
-            slides, method=options.method, most=options.most, seed=options.seed, options=stores
-        )
-    rows = pictures.neighbours(slides, options.queries, options.k, seed=options.seed, across=options.across)
-    return pictures.gallery(slides, rows, stores)
+        return map_page(slides, method=options.method, most=options.most, seed=options.seed, options=stores)
+    rows = neighbours(slides, options.queries, options.k, seed=options.seed, across=options.across)
+    return gallery(slides, rows, stores)
 
 
 def _of_each(
     slides: list[SlideEmbeddings], options: PictureOptions, stores: storage.StorageOptions | None
 ) -> Iterator[bytes]:
     if options.kind == "tokens":
-        yield from pictures.token_map(slides, stores)
+        yield from token_map(slides, stores)
         return
-    scores: list[pictures.Floats] | None = None
+    scores: list[Floats] | None = None
     name = options.name or ""
     if options.dataset is not None:
-        scores = pictures.class_scores(slides, options.dataset, name, stores)
+        scores = class_scores(slides, options.dataset, name, stores)
     if options.kind == "heatmap" and scores is not None:
         for slide, score in zip(slides, scores, strict=True):
-            yield pictures.heatmap(slide, score, name, stores)
+            yield heatmap(slide, score, name, stores)
         return
-    colours = pictures.principal_colours([slide.features for slide in slides])
+    colours, _ = principal_colours([slide.features for slide in slides])
     for i, (slide, colour) in enumerate(zip(slides, colours, strict=True)):
         measured = {f"PC {part + 1}": colour[:, part] for part in range(3)}
         if scores is not None:
             measured[f"probability of {name}"] = scores[i]
-        yield pictures.geojson(slide, measured, colour)
+        yield geojson(slide, measured, colour)

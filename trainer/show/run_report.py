@@ -2,43 +2,37 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Sequence
 from typing import Any
 
-import cv2
 import matplotlib as mpl
 import numpy as np
 import pyarrow as pa
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image
-from sklearn.decomposition import PCA
 
 from streaming import storage
 from streaming.catalog import Catalog
-from streaming.catalog.schema import SlideRow
-from streaming.catalog.tissue import CELL_UM, thumbnail
+from streaming.catalog.tissue import CELL_UM
 from streaming.reading.reader import TileReader
-from streaming.slide import open_slide
 from streaming.slide.resample import Pixels
+from trainer.embed.files import SlideEmbeddings
 from trainer.recipe.masks import block_masks
 from trainer.recipe.network import build_backbone
 from trainer.run.config import Config
 from trainer.run.data import make_stream
+from trainer.show.colours import principal_colours
+from trainer.show.figures import svg
+from trainer.show.page import jpeg_url, page
+from trainer.show.thumbnails import shrunk, slide_thumbnail
 
 _TINT = np.array([20, 150, 110], dtype=np.float64)  # of tissue cells on a thumbnail
 _LINE_COLOURS = ("#1f8f6f", "#c2557a", "#4f78c4", "#c98a2b", "#7d68b8")
 _GREY = "#888888"  # legible on white and on black
 
 _STYLE = """
-:root{color-scheme:light dark;--text:#1d2523;--soft:#63706c;--line:#dfe5e2;--back:#fbfcfb;--card:#fff;--mark:#1f8f6f}
-@media(prefers-color-scheme:dark){
-:root{--text:#e6ece9;--soft:#98a5a0;--line:#2c3532;--back:#121716;--card:#1a211f;--mark:#4fc3a0}}
-*{box-sizing:border-box}body{margin:0;background:var(--back);color:var(--text);font:15px/1.55 system-ui,sans-serif}
 main{max-width:1120px;margin:0 auto;padding:32px 20px 64px}h1{font-size:28px;margin:0}
 h2{font-size:19px;margin:44px 0 4px}
 p{margin:4px 0 14px;color:var(--soft);max-width:76ch}img{max-width:100%;display:block;border-radius:6px}
@@ -56,11 +50,11 @@ details{margin-top:12px}summary{cursor:pointer}
 
 
 def write_report(
-    out: str, *, config: Config, metrics: pa.Table, embeddings: pa.Table, seconds: float, checkpoint: str
+    out: str, *, config: Config, metrics: pa.Table, embeddings: SlideEmbeddings, seconds: float, checkpoint: str
 ) -> None:
     """Writes the report of a run to a local file or URI.
 
-    metrics is the run's `metrics.parquet`, embeddings the table of one slide, seconds what all of it took.
+    metrics is the run's `metrics.parquet`, embeddings those of one slide, seconds what all of it took.
 
     Raises:
         TilestreamError: the catalog or its slides can't be read.
@@ -71,26 +65,16 @@ def write_report(
         _slides(catalog, config),
         *_tiles_and_crops(config, catalog),
         _curves(metrics, config),
-        _embedding_map(catalog, config, embeddings),
+        _embeddings(embeddings, config),
         _going_on(config),
     ]
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>tilestream report</title><style>{_STYLE}</style></head>"
-        f"<body><main>{''.join(sections)}</main></body></html>"
-    )
-    storage.write_bytes(out, page.encode(), config.data.storage_options)
-
-
-def _jpeg(pixels: Pixels, alt: str) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=84)
-    return f'<img alt="{html.escape(alt)}" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    content = page("tilestream report", _STYLE, f"<main>{''.join(sections)}</main>")
+    storage.write_bytes(out, content, config.data.storage_options)
 
 
 def _figure(pixels: Pixels, caption: str) -> str:
-    return f"<figure>{_jpeg(pixels, caption)}<figcaption>{html.escape(caption)}</figcaption></figure>"
+    text = html.escape(caption)
+    return f'<figure><img alt="{text}" src="{jpeg_url(pixels, 84)}"><figcaption>{text}</figcaption></figure>'
 
 
 def _section(title: str, text: str, body: str) -> str:
@@ -117,25 +101,12 @@ def _headline(config: Config, catalog: Catalog, metrics: pa.Table, seconds: floa
     return f'<h1>tilestream</h1><p>{html.escape(about)}</p><div class="numbers">{cards}</div>'
 
 
-def _fit(pixels: Pixels, width: int) -> Pixels:
-    height = max(1, round(pixels.shape[0] * width / pixels.shape[1]))
-    return np.asarray(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA), dtype=np.uint8)
-
-
-def _thumbnail(row: SlideRow, config: Config, width: int = 520) -> Pixels:
-    slide = open_slide(row.slide, config.data.storage_options, mpp=row.mpp, expected=row.info)
-    try:
-        return _fit(thumbnail(slide, max(0.5, row.width * row.mpp / (2 * width))), width)
-    finally:
-        slide.close()
-
-
 def _slides(catalog: Catalog, config: Config, most: int = 8) -> str:
     figures: list[str] = []
     patients = catalog.metadata("patient") if "patient" in catalog.metadata_columns else [None] * len(catalog)
     for number in range(min(most, len(catalog))):
         row = catalog[number]
-        image = _thumbnail(row, config).astype(np.float64)
+        image = slide_thumbnail(row.slide, row.mpp, 520, config.data.storage_options).astype(np.float64)
         cell = image.shape[1] * CELL_UM / (row.width * row.mpp)  # a cell's side in pixels of the picture
         enough = catalog.tissue_grid(number).fraction >= 255 * config.data.min_tissue
         ys, xs = ((np.arange(n) / cell).astype(int) for n in image.shape[:2])
@@ -157,7 +128,7 @@ def _mosaic(tiles: Sequence[Pixels], columns: int, side: int, gap: int = 3) -> P
     canvas = np.full((rows * (side + gap) - gap, columns * (side + gap) - gap, 3), 128, dtype=np.uint8)
     for i, tile in enumerate(tiles):
         top, left = i // columns * (side + gap), i % columns * (side + gap)
-        canvas[top : top + side, left : left + side] = _fit(tile, side)
+        canvas[top : top + side, left : left + side] = shrunk(tile, side, side)
     return canvas
 
 
@@ -181,8 +152,8 @@ def _crops(config: Config, tiles: Pixels, index: NDArray[np.int64]) -> str:
     augment, samples = config.augment, torch.from_numpy(index)
     crops = augment.multi_crop(torch.from_numpy(tiles), samples, config.run.seed)
     backbone = build_backbone(config.model, augment.global_size, drop_path=0.0)
-    grid = backbone.patch_grid(augment.global_size, augment.global_size)
-    masks = block_masks(samples, grid, config.mask, config.run.seed).numpy()
+    patch_grid = backbone.patch_grid(augment.global_size, augment.global_size)
+    masks = block_masks(samples, patch_grid, config.mask, config.run.seed).numpy()
     mean, std = (np.array(values) for values in (augment.mean, augment.std))
 
     def picture(crop: torch.Tensor) -> Pixels:
@@ -192,7 +163,7 @@ def _crops(config: Config, tiles: Pixels, index: NDArray[np.int64]) -> str:
     for i in range(len(tiles)):
         views = [picture(view) for view in crops.global_[:, i]]
         masked = int(masks[:, i].sum(axis=1).argmax())
-        hidden = np.kron(masks[masked, i].reshape(grid), np.ones((backbone.patch_size,) * 2)).astype(bool)
+        hidden = np.kron(masks[masked, i].reshape(patch_grid), np.ones((backbone.patch_size,) * 2)).astype(bool)
         student = views[masked].copy()
         student[hidden] = 128
         pictures = [tiles[i], *views, student, *(picture(view) for view in crops.local[:, i][:4])]
@@ -262,36 +233,25 @@ def _plot(
         # Above the axes: no place within them is free of lines in every run.
         labels = [str(line.get_label()) for line in handles]
         figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False, labelcolor=_GREY)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :].replace("<svg", '<svg style="width:100%;height:auto"', 1)
+        return svg(figure)
 
 
-def _embedding_map(catalog: Catalog, config: Config, embeddings: pa.Table) -> str:
-    row = catalog[catalog.slides().index(embeddings["slide"][0].as_py())]
-    vectors = np.array(embeddings["embedding"].to_pylist(), dtype=np.float64)
-    pca = PCA(n_components=min(3, *vectors.shape)).fit(vectors)
-    parts = pca.transform(vectors)
-    low, high = np.percentile(parts, [2, 98], axis=0)
-    colours = np.zeros((len(parts), 3), dtype=np.uint8)
-    colours[:, : parts.shape[1]] = ((parts - low) / np.maximum(high - low, 1e-12)).clip(0, 1) * 255
-    image = _thumbnail(row, config, 620)
+def _embeddings(slide: SlideEmbeddings, config: Config) -> str:
+    about, name = slide.about, storage.name_of(slide.about.slide)
+    (colours,), explained = principal_colours([slide.features])
+    image = slide_thumbnail(about.slide, about.slide_mpp, 620, config.data.storage_options)
     painted = image.copy()
-    scale = image.shape[1] / row.width
-    side = embeddings["size"][0].as_py() * embeddings["mpp"][0].as_py() / row.mpp
-    for x, y, colour in zip(embeddings["x"].to_numpy(), embeddings["y"].to_numpy(), colours, strict=True):
-        (top, left), (bottom, right) = ((round(float(v) * scale) for v in (y + d, x + d)) for d in (0, side))
-        painted[top:bottom, left:right] = colour
-    explained = pca.explained_variance_ratio_.sum()
-    caption = (
-        f"{len(vectors):,} tiles, {vectors.shape[1]} dimensions; {explained:.0%} of the variance in three components"
-    )
+    scale = image.shape[1] / about.width
+    for corner, colour in zip(slide.corners, colours, strict=True):
+        left, top, right, bottom = (round(float(v) * scale) for v in (*corner, *(corner + about.exact_extent)))
+        painted[top:bottom, left:right] = (colour * 255).astype(np.uint8)
+    num, width = slide.features.shape
+    caption = f"{num:,} tiles, {width} dimensions; {explained:.0%} of the variance in three components"
     text = (
-        f"The teacher's embedding of every tissue tile of {storage.name_of(row.slide)}; its three principal components "
+        f"The teacher's embedding of every tissue tile of {name}; its three principal components "
         "are red, green and blue. A small ViT after so few steps knows little more than colour and texture."
     )
-    figures = _figure(image, storage.name_of(row.slide)) + _figure(painted, caption)
+    figures = _figure(image, name) + _figure(painted, caption)
     return _section("Embeddings", text, f'<div class="row two">{figures}</div>')
 
 

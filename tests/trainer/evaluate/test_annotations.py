@@ -12,20 +12,20 @@ import pytest
 from streaming import open_slide
 from streaming.errors import ConfigError, SlideError
 from tests.qupath import feature, rectangle
-from trainer.evaluate.annotations import TileGrid
+from trainer.evaluate.annotations import AnnotatedTiles
 from trainer.evaluate.datasets import IGNORED, Samples, read_dataset
 
 Write = Callable[..., str]
-GRID = {"mpp": 0.5, "size": 128}
+TILES = {"mpp": 0.5, "size": 128}
 
 
 @pytest.fixture
 def annotated(slides: list[Path], geojson: Write, table: Write) -> Callable[..., Samples]:
     """Reads a dataset of one slide with some features."""
 
-    def read(features: list[dict[str, Any]], **grid: Any) -> Samples:
+    def read(features: list[dict[str, Any]], **wanted: Any) -> Samples:
         uri = table([{"slide": slides[0], "annotation": geojson(features), "patient": "p"}])
-        return read_dataset(uri, TileGrid(**{**GRID, **grid}))
+        return read_dataset(uri, AnnotatedTiles(**{**TILES, **wanted}))
 
     return read
 
@@ -129,7 +129,7 @@ def test_a_region_bounds_where_points_are_looked_for(annotated: Callable[..., Sa
 
 
 @pytest.mark.parametrize(
-    ("features", "grid", "error", "named"),
+    ("features", "wanted", "error", "named"),
     [
         ([feature(rectangle(0, 0, 9, 9), None)], {}, ConfigError, r"shape 1 \(Polygon\) has no class"),
         ([feature(rectangle(0, 0, 512, 512), "Tumor")], {}, ConfigError, "have 1 class for this task"),
@@ -148,16 +148,16 @@ def test_a_region_bounds_where_points_are_looked_for(annotated: Callable[..., Sa
     ],
 )
 def test_annotations_that_can_not_be_used_are_refused_by_name(
-    annotated: Callable[..., Samples], features: list[dict[str, Any]], grid: dict[str, Any], error: type, named: str
+    annotated: Callable[..., Samples], features: list[dict[str, Any]], wanted: dict[str, Any], error: type, named: str
 ) -> None:
     with pytest.raises(error, match=named):
-        annotated(features, **grid)
+        annotated(features, **wanted)
 
 
 def test_what_is_no_geojson_is_refused(table: Write, slides: list[Path], tmp_path: Path) -> None:
     (tmp_path / "a.geojson").write_text('{"type": "FeatureCollection", "features": [{"geometry": null}]}')
     with pytest.raises(ConfigError, match=r"a\.geojson: no GeoJSON as QuPath writes it"):
-        read_dataset(table([{"slide": slides[0], "annotation": tmp_path / "a.geojson"}]), TileGrid())
+        read_dataset(table([{"slide": slides[0], "annotation": tmp_path / "a.geojson"}]), AnnotatedTiles())
 
 
 def test_tiles_of_an_annotation_are_read_where_it_says(annotated: Callable[..., Samples], slides: list[Path]) -> None:

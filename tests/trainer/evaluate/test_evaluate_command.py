@@ -12,7 +12,7 @@ import timm
 
 from streaming import open_slide
 from trainer.cli import main
-from trainer.embed.model import Embedder, load_model
+from trainer.embed.model import load_model
 from trainer.evaluate.datasets import Region, Tile
 from trainer.evaluate.features import extracted
 from trainer.evaluate.options import EvaluateOptions
@@ -71,11 +71,11 @@ def test_embeddings_are_those_of_the_embedding_job(run_folder: str, slides: list
     with extracted(load_model(run_folder), tiles, patches=True, batch=2) as features:
         slide = open_slide(str(slides[0]))
         pixels = np.stack([slide.read_tile(x, y, 0.5, 40) for x, y in places])
-        embedder = Embedder(run_folder, {}, "cls", gpu=False)
-        np.testing.assert_allclose(features.embeddings, embedder.embed(pixels), atol=1e-5)
+        model = load_model(run_folder, "cls")
+        np.testing.assert_allclose(features.embeddings, model.embed(pixels), atol=1e-5)
         assert features.patches is not None
         assert features.patches.shape == (3, 2, 2, 192)
-        mean = Embedder(run_folder, {}, "patch", gpu=False).embed(pixels)
+        mean = load_model(run_folder, "patch").embed(pixels)
         np.testing.assert_allclose(features.patches.astype(np.float32).mean(axis=(1, 2)), mean, atol=2e-3)
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming.errors import ConfigError
-from trainer.evaluate.annotations import TileGrid
+from trainer.evaluate.annotations import AnnotatedTiles
 from trainer.evaluate.datasets import Samples, Tile, read_dataset
 from trainer.evaluate.splits import make_folds
 
@@ -48,19 +48,19 @@ def test_a_split_with_one_patient_or_slide_on_both_sides_is_refused(table: Table
         row["split"] = "test"
     uri = table(rows)
     with pytest.raises(ConfigError, match=rf"{kind} x2 is in test and in train \(1 such\)"):
-        make_folds(read_dataset(uri, TileGrid()))
+        make_folds(read_dataset(uri, AnnotatedTiles()))
 
 
 def test_a_file_on_both_sides_is_refused_where_nothing_else_is_known(table: Table) -> None:
     rows = [{"path": f"{i % 3}.png", "label": "ab"[i % 2], "split": ("train", "test")[i // 4]} for i in range(8)]
     with pytest.raises(ConfigError, match=r"file .*0\.png is in test and in train"):
-        make_folds(read_dataset(table(rows), TileGrid()))
+        make_folds(read_dataset(table(rows), AnnotatedTiles()))
 
 
 def test_a_given_split_is_scored_on_its_test_part(table: Table) -> None:
     parts = ["train"] * 4 + ["val"] * 2 + ["test"] * 2
     rows = [{"path": f"{i}.png", "label": "ab"[i % 2], "split": part} for i, part in enumerate(parts)]
-    (fold,) = make_folds(read_dataset(table(rows), TileGrid()))
+    (fold,) = make_folds(read_dataset(table(rows), AnnotatedTiles()))
     assert fold.train.tolist() == [0, 1, 2, 3]
     assert fold.test.tolist() == [6, 7]
 
@@ -75,11 +75,11 @@ def test_a_given_split_is_scored_on_its_test_part(table: Table) -> None:
 def test_too_few_patients_are_told_with_their_class(table: Table, rows: list[tuple[str, str]], named: str) -> None:
     uri = table([{"path": f"{i}.png", "label": a, "patient": b} for i, (a, b) in enumerate(rows)])
     with pytest.raises(ConfigError, match=named):
-        make_folds(read_dataset(uri, TileGrid()))
+        make_folds(read_dataset(uri, AnnotatedTiles()))
 
 
 def test_a_test_class_that_is_not_learnt_is_refused(table: Table) -> None:
     rows = [{"path": f"{i}.png", "label": name, "split": "train"} for i, name in enumerate("abac")]
     rows[3]["split"] = "test"
     with pytest.raises(ConfigError, match="class 'c' is to be scored, and not to be learnt from"):
-        make_folds(read_dataset(table(rows), TileGrid()))
+        make_folds(read_dataset(table(rows), AnnotatedTiles()))

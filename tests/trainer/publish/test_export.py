@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from streaming.errors import CheckpointError, ConfigError
-from trainer.embed.model import Embedder, load_backbone
+from trainer.embed.model import load_backbone, load_model
 from trainer.publish.export import export
 from trainer.publish.options import ExportOptions
 from trainer.run import checkpoints
@@ -83,9 +83,9 @@ def test_an_export_embeds_as_its_checkpoint(tmp_path: Path) -> None:
     run, out = saved(tmp_path / "run"), tmp_path / "export"
     export(run, str(out), ExportOptions(token="cls+patch"))
     tiles = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
-    ours = Embedder(checkpoints.find(run), {}, "cls+patch", gpu=False).embed(tiles)
-    np.testing.assert_allclose(Embedder(str(out), {}, "cls+patch", gpu=False).embed(tiles), ours, rtol=1e-5, atol=1e-5)
-    half = Embedder(run, {}, "cls+patch", gpu=False, precision="bf16").embed(tiles)
+    ours = load_model(checkpoints.find(run), "cls+patch").embed(tiles)
+    np.testing.assert_allclose(load_model(str(out), "cls+patch").embed(tiles), ours, rtol=1e-5, atol=1e-5)
+    half = replace(load_model(run, "cls+patch"), precision="bf16").embed(tiles)
     assert 1e-4 < np.abs(half - ours).max() / np.abs(ours).max() < 0.05
     model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     with torch.no_grad():

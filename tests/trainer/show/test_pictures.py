@@ -21,15 +21,18 @@ from streaming.synthetic.layout import SyntheticSlide, TissueClass, tissue_class
 from tests.trainer.publish.test_export import SMALL
 from trainer.cli import main
 from trainer.embed.files import SlideEmbeddings, find_embeddings, read_embeddings
-from trainer.embed.job import Job, Modeller
+from trainer.embed.job import Job
 from trainer.embed.model import load_model, resolve
 from trainer.embed.options import EmbedOptions
-from trainer.embed.tiling import GridPlan, GridReader
+from trainer.embed.stages import EmbedTiles, PlaceTiles, ReadTiles
 from trainer.run import checkpoints
 from trainer.run.config import read_config
 from trainer.run.fit import make_module
+from trainer.show.class_scores import class_scores
 from trainer.show.embedding_map import in_plane, map_page
-from trainer.show.pictures import class_scores, geojson, heatmap, neighbours, on_grid, token_map, token_mosaic
+from trainer.show.gallery import neighbours
+from trainer.show.overlays import heatmap, laid_out, token_map, token_mosaic
+from trainer.show.qupath import geojson
 
 # What QuPath 0.4 and later reads of GeoJSON (qupath.lib.io: PathObjectTypeAdapters, MeasurementListTypeAdapter).
 _POINT = {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
@@ -84,18 +87,15 @@ def embed_here(run: str, slides: list[Path], out: Path, options: EmbedOptions) -
     """The embedding job without Ray: its own stages, one after the other."""
     found = resolve(run)
     job, infos = Job(found, load_model(found).digest, str(out), options, {}), find_slides(list(map(str, slides)), None)
-    plan, read, model = (
-        GridPlan(infos, options.grid, {}),
-        GridReader(infos, options.grid, {}),
-        Modeller(found, {}, options),
-    )
+    place, read = PlaceTiles(infos, options.tiles, {}), ReadTiles(infos, options.tiles, {})
+    model = EmbedTiles(found, {}, options.token, options.precision, tokens=options.tokens, gpu=options.gpu)
 
     def pieces(rows: Batch) -> Iterator[Batch]:
         for start in range(0, len(rows["x"]), 64):
             yield model(read({name: column[start : start + 64] for name, column in rows.items()}))
 
     for number, info in enumerate(infos):
-        job.write(info, pieces(plan({"id": np.array([number])})))
+        job.write(info, pieces(place({"id": np.array([number])})))
     return [read_embeddings(uri) for uri in find_embeddings([str(out)])]
 
 
@@ -158,7 +158,7 @@ def test_a_token_lies_where_it_is_on_the_slide(embedded: list[SlideEmbeddings]) 
     # A colour that is a token's own place on the slide, in tokens.
     at = np.stack(np.meshgrid(np.arange(4), np.arange(4), indexing="ij"), axis=-1)
     places = slide.corners[:, ::-1][:, None, None] / 32 + at
-    mosaic = token_mosaic(on_grid(slide, np.concatenate([places, places[..., :1]], axis=-1)))
+    mosaic = token_mosaic(laid_out(slide, np.concatenate([places, places[..., :1]], axis=-1)))
     rows, columns = np.nonzero(np.isfinite(mosaic[..., 0]))
     assert len(rows) == 16 * len(slide.corners)
     assert np.array_equal(mosaic[rows, columns, :2], np.stack([rows, columns], axis=1))

@@ -49,7 +49,7 @@ class ProbeKind(Protocol):
         ...
 
 
-class Watch(Callback):
+class AfterStep(Callback):
     """After each step: its metrics to whoever listens, a checkpoint when one is due, an end when the run broke down."""
 
     def __init__(

@@ -1,0 +1,95 @@
+"""A segment of the stream: a Ray Data dataset of some steps, and where its tiles are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from ray.actor import ActorHandle
+from ray.data import ActorPoolStrategy, Dataset
+
+from streaming.catalog import Catalog
+from streaming.delivery.reader_actor import ReaderActor
+from streaming.errors import ConfigError
+from streaming.plan import TilePlan
+from streaming.reading.reader import ReaderOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Readers:
+    """Where tiles are read, and how a stream waits for them."""
+
+    count: tuple[int, int] = (1, 2)
+    """least and most reader actors; Ray Data adds them as the consumers ask for more"""
+    cpus: float = 1.0
+    """CPU slots of each"""
+    labels: dict[str, str] = field(default_factory=dict)
+    """labels of the nodes that they run on; empty: any node"""
+    segment_blocks: int = 2000
+    """micro-batches that Ray Data plans at once"""
+    stall_s: float | None = 900.0
+    """seconds that a rank waits for a batch before the run stops and says why; none: for ever"""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.count[0] <= self.count[1]:
+            raise ConfigError(f"readers {self.count}: give the least and the most, the least at least 1")
+        if self.segment_blocks < 1:
+            raise ConfigError(f"segment_blocks is {self.segment_blocks}; it must be at least 1")
+        if self.stall_s is not None and not self.stall_s > 0:
+            raise ConfigError(f"stall_s is {self.stall_s}; it must be above 0, or none for no limit")
+
+
+@dataclass(frozen=True)
+class Source:
+    """All that a segment's dataset is made of; plan and catalog are one copy a node, in shared memory."""
+
+    plan: ray.ObjectRef[TilePlan]
+    catalog: ray.ObjectRef[Catalog]
+    options: ReaderOptions
+    readers: Readers
+    batch: int
+    micro: int
+    ranks: int
+
+    @property
+    def segment_steps(self) -> int:
+        """Steps of a segment."""
+        return max(1, self.readers.segment_blocks * self.micro // self.batch)
+
+    @property
+    def segment_blocks(self) -> int:
+        """Micro-batches of a whole segment that one rank gets."""
+        return self.segment_steps * self.batch // (self.micro * self.ranks)
+
+    def dataset(self, start: int, stop: int, chain: ActorHandle[Any] | None = None) -> Dataset:
+        """The micro-batches of steps [start, stop), in order, one a block, with `TileReader`'s columns."""
+        least, most = self.readers.count
+        indices = np.arange(start * self.batch, stop * self.batch, dtype=np.int64).reshape(-1, self.micro)
+        # The indices are put into the object store here: `ray.data.range` would make them in tasks of its own, each of
+        # which costs Ray as much as a task that reads tiles.
+        blocks: list[Any] = [pa.table({"index": pa.array(row)}) for row in indices]
+        dataset = ray.data.from_blocks(blocks).map_batches(
+            ReaderActor,
+            fn_constructor_args=(self.plan, self.catalog, self.options, chain),
+            batch_size=self.micro,
+            compute=ActorPoolStrategy(
+                min_size=least,
+                max_size=most,
+                # While one batch is decoded, the other's bytes are on their way.
+                max_concurrent_calls_per_actor=2,
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=self.readers.cpus,
+        )
+        context = dataset.context
+        context.execution_options.preserve_order = True
+        context.execution_options.label_selector = dict(self.readers.labels)
+        # A micro-batch is a block whatever its size: Ray would cut those over 128 MiB.
+        context.target_max_block_size = None
+        # Ray would end a stream that nobody took from for half an hour, which is no fault: a trainer may validate.
+        context.execution_no_progress_timeout_s = -1
+        return dataset

@@ -1,0 +1,136 @@
+"""The stages that a slide's tiles pass through when it is embedded: places, pixels, embeddings.
+
+Plain callables from columns to columns, which Ray Data keeps in its tasks and actors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from streaming import storage
+from streaming.catalog.inspection import Rejected, inspect
+from streaming.counters import Counters
+from streaming.errors import SlideError, StorageError
+from streaming.reading.batch import Batch
+from streaming.reading.slide_pool import SlidePool
+from streaming.slide import PendingTile, Slide, open_slide
+from streaming.storage.staging import Staging
+from trainer.embed.model import load_model
+from trainer.embed.options import Precision, TissueTiles, Token
+from trainer.embed.tiling import tissue_tiles
+
+
+@dataclass(frozen=True)
+class TiledSlide:
+    """What the first row of a slide's tiles tells of the slide; travels as JSON."""
+
+    width: int
+    """level-0 px"""
+    height: int
+    """level-0 px"""
+    mpp: float
+    """µm/px at level 0"""
+    num_tiles: int
+
+
+class PlaceTiles:
+    """Slides to the places of their tiles."""
+
+    def __init__(
+        self, slides: Sequence[storage.ObjectInfo], wanted: TissueTiles, storage_options: dict[str, Any]
+    ) -> None:
+        self._slides, self._wanted, self._storage_options = slides, wanted, storage_options
+
+    def __call__(self, batch: Batch) -> Batch:
+        """One row a tile of the slide numbered `batch["id"]` (1,); one row with the reason for a slide without any.
+
+        Columns: `slide` (its number), `x`, `y` (level-0 px), `note` (in the first row `TiledSlide`), `reason`.
+        """
+        number, wanted = int(batch["id"][0]), self._wanted
+        slide = inspect(self._slides[number], wanted.slide_mpp, self._storage_options, Staging())
+        corners, note, reason = np.zeros((1, 2), np.int64), "", ""
+        if isinstance(slide, Rejected):
+            reason = slide.reason
+        elif len(found := tissue_tiles(slide, wanted.mpp, wanted.size, wanted.min_tissue)):
+            row = slide.row
+            corners, note = found, json.dumps(vars(TiledSlide(row.width, row.height, row.mpp, len(found))))
+        else:
+            reason = f"no {wanted.size} px tile at {wanted.mpp} µm/px has {wanted.min_tissue:.0%} tissue"
+        rest = [""] * (len(corners) - 1)
+        return {
+            "slide": np.full(len(corners), number, np.int32),
+            "x": corners[:, 0],
+            "y": corners[:, 1],
+            "note": np.array([note, *rest], dtype=object),
+            "reason": np.array([reason, *rest], dtype=object),
+        }
+
+
+class ReadTiles:
+    """Places to pixels; safe to call from several threads."""
+
+    def __init__(
+        self, slides: Sequence[storage.ObjectInfo], wanted: TissueTiles, storage_options: dict[str, Any]
+    ) -> None:
+        self._slides, self._wanted, self._storage_options = slides, wanted, storage_options
+        self._pool: SlidePool[int] = SlidePool(self._open)
+
+    def _open(self, number: int, count: Counters) -> Slide:
+        info = self._slides[number]
+        mpp = self._wanted.slide_mpp
+        return storage.PATIENT(open_slide, info.uri, self._storage_options, mpp=mpp, expected=info, count=count)
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The rows of `PlaceTiles` with `tile` uint8 (n, size, size, 3), black where there is a reason."""
+        size = self._wanted.size
+        tiles = np.zeros((len(batch["slide"]), size, size, 3), dtype=np.uint8)
+        reasons = batch["reason"].astype(object)
+        readable = np.flatnonzero(reasons == "")
+        self._pool.open_all(np.unique(batch["slide"][readable]).tolist())
+        begun: list[tuple[int, PendingTile]] = []
+        # All requests go out before the first block is decoded.
+        for i in readable.tolist():
+            try:
+                place = int(batch["slide"][i]), int(batch["x"][i]), int(batch["y"][i])
+                begun.append((i, self._pool.begin_tile(*place, self._wanted.mpp, size)))
+            except (SlideError, StorageError) as error:
+                reasons[i] = str(error)
+        for i, tile in begun:
+            try:
+                tile.fill(tiles[i])
+            except (SlideError, StorageError) as error:
+                reasons[i] = str(error)
+        return {**batch, "tile": tiles, "reason": reasons}
+
+
+class EmbedTiles:
+    """Pixels to embeddings, by a model that is loaded once."""
+
+    def __init__(
+        self,
+        source: str,
+        storage_options: dict[str, Any],
+        token: Token,
+        precision: Precision,
+        *,
+        tokens: bool,
+        gpu: bool,
+    ) -> None:
+        model = replace(load_model(source, token, storage_options), precision=precision)
+        self._model, self._tokens = model.on(torch.device("cuda" if gpu else "cpu")), tokens
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The rows with `embedding` float32 (and `tokens` float16) in place of `tile`, also where there is a reason."""
+        model, tiles = self._model, batch.pop("tile")
+        tokens = model.tokens(tiles)
+        made: Batch = {"embedding": model.embedding(tokens).cpu().numpy()}
+        if self._tokens:
+            side = model.side(tiles.shape[1]) // model.backbone.patch_size
+            made["tokens"] = tokens.patches.unflatten(1, (side, side)).half().cpu().numpy()
+        return {**batch, **made}
