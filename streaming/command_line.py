@@ -78,6 +78,8 @@ def add_options(
         if made is None:
             continue
         made |= changes.get(field.name, {})
+        if made.get("action") == "append":
+            made["help"] += "; may be repeated"
         dest, flag = _dest(section, field), made.pop("flag")
         if field.default is MISSING and field.default_factory is MISSING:
             del made["default"]
@@ -124,7 +126,8 @@ def _argument(kind: Any, field: Field[Any], meaning: str) -> dict[str, Any] | No
         return {"flag": flag, "action": "store_true", "default": False, "help": what}
     made = {"flag": flag, "default": default, "metavar": field.name.upper()}
     told = "" if default in (None, ()) else f" ({_text(default)})"
-    made["help"] = meaning + told
+    # What a configuration writes as `none`, a command line leaves out.
+    made["help"] = meaning.replace("; none: ", "; left out: ") + told
     if get_origin(kind) in (Union, UnionType):
         (kind,) = (part for part in get_args(kind) if part is not NoneType)
     if get_origin(kind) is Literal:
@@ -132,7 +135,7 @@ def _argument(kind: Any, field: Field[Any], meaning: str) -> dict[str, Any] | No
     if kind == tuple[int, int]:
         return made | {"type": pair, "metavar": "A:B"}
     if get_origin(kind) is tuple:
-        return made | {"action": "append", "default": list(default or ()), "help": f"{meaning}; may be repeated"}
+        return made | {"action": "append", "default": list(default or ())}
     return made | {"type": kind} if kind in (int, float, str) else None
 
 
@@ -184,11 +187,14 @@ def weights(text: str) -> dict[float, float]:
     """`0.25,0.5` (equal weights) or `0.25=2,0.5=1` as a mapping."""
     try:
         return {float(key): value for key, value in named_weights(text).items()}
-    except ValueError:
+    except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(f"{text!r} is not µm/px values such as 0.25,0.5 or 0.25=2,0.5=1") from None
 
 
 def named_weights(text: str) -> dict[str, float]:
     """`a,b` (equal weights) or `a=2,b=1` as a mapping."""
     parts = [part.partition("=") for part in text.split(",")]
-    return {key: float(value) if separator else 1.0 for key, separator, value in parts}
+    try:
+        return {key: float(value) if separator else 1.0 for key, separator, value in parts}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not names such as a,b or weights such as a=2,b=1") from None

@@ -58,5 +58,13 @@ class Counters:
 
 _NAMES = [entry.name for entry in fields(Counters)]
 
-UNCOUNTED = Counters()
-"""Where those count who were handed no counters: nobody reads them."""
+
+class _Uncounted(Counters):
+    """Counters that stay at 0, so that threads may share them."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, 0.0)
+
+
+UNCOUNTED = _Uncounted()
+"""Where those count who were handed no counters."""

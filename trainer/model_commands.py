@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from typing import Any
 
 from streaming.command_line import add_command, add_options, add_storage_options, out, read_options, storage_options
@@ -71,12 +71,11 @@ def add_evaluate(commands: Any) -> None:
     add_storage_options(parser)
 
 
-def add_scoring(parser: ArgumentParser) -> None:
-    """What decides how a model is scored."""
+def add_scoring(parser: Any) -> None:
+    """What decides how a model is scored; of a parser, or a group of its arguments."""
     task = {"flag": "--task", "action": "store", "nargs": "+", "metavar": "TASK"}
     add_options(parser, EvaluateOptions, tasks=task, radius={"metavar": "PX"}, resize={"metavar": "PX"})
-    group = parser.add_argument_group("how annotated slides are cut into tiles")
-    add_options(group, AnnotatedTiles, only=("mpp", "size", "slide_mpp"), slide_mpp={"metavar": "µm/px"})
+    add_options(parser, AnnotatedTiles, only=("mpp", "size", "slide_mpp"), slide_mpp={"metavar": "µm/px"})
 
 
 def scoring(args: Namespace) -> EvaluateOptions:

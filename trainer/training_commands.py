@@ -88,7 +88,7 @@ def add_sweep(commands: Any) -> None:
     )
     parser.add_argument("--seeds", default="", metavar="N", help="a run each, e.g. 0,1,2 (run.seed)")
     parser.add_argument("--debug", action="store_true", help="reader and trainer in this one process, for a debugger")
-    add_scoring(parser)
+    add_scoring(parser.add_argument_group("how each run is scored"))
     parser.set_defaults(takes_overrides=True)
 
 

@@ -109,10 +109,6 @@ class Chain:
         """Notes that it came to its end."""
         self._pulses.end(index)
 
-    def live_segments(self) -> list[int]:
-        """First steps of the segments that are not yet dropped."""
-        return sorted(self._segments)
-
 
 def start_chain(source: Source) -> ActorHandle[Any]:
     """The chain of a stream, on the driver's node. Its end is `ray.kill`."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from streaming import storage
-from streaming.errors import StreamError
+from streaming.errors import ConfigError, StreamError
 from streaming.reading.batch import Batch, Failure, failed_slides
 
 FAILURES = "failures.parquet"
@@ -116,6 +116,10 @@ class FailureBudget:
     failed: int = 0
     by_slide: Counter[str] = field(default_factory=Counter[str])
     reasons: dict[str, str] = field(default_factory=dict[str, str])
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_share <= 1:
+            raise ConfigError(f"the share of failed tiles is {self.max_share}; it is a share from 0 to 1")
 
     def add(self, batch: Batch) -> None:
         """Counts a batch of the reader's columns.

@@ -1,6 +1,6 @@
 """The stream: Ray Data carries the plan's tiles, step by step, to every rank.
 
-`range(first index, last index) → reader actors → streaming_split over the ranks`, in order and in blocks of one
+`indices → reader actors → streaming_split over the ranks`, in order and in blocks of one
 micro-batch, so that step s is the indices [s·G, (s+1)·G) of global batch G, whatever the number of ranks and readers,
 and however the run is cut into segments (`streaming/delivery/chain.py`).
 """

@@ -60,7 +60,7 @@ def test_the_help_is_what_stands_under_the_fields_with_their_defaults(capsys: py
     told = " ".join(capsys.readouterr().out.split())
     assert "--width LINE_WIDTH px of a line, 100 % (0.5)" in told
     assert "--colour {red,green} of what is drawn (red)" in told
-    assert "--most MOST lines; none: no bound --between A:B first and last (1:2)" in told
+    assert "--most MOST lines; left out: no bound --between A:B first and last (1:2)" in told
     assert "--names NAMES of lines; may be repeated" in told
     assert "--dashed lines are dashed --no-rounded corners are sharp" in told
     assert "--more" not in told

@@ -1,4 +1,4 @@
-"""A mark on fields of the configuration that may change from one start of a run to the next."""
+"""A mark on fields that decide nothing of what is trained."""
 
 from __future__ import annotations
 
@@ -6,5 +6,4 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 FREE: Mapping[str, bool] = MappingProxyType({"free": True})
-"""Metadata of a field, or of a whole section, that does not change what is trained. All others are the recipe: a run
-found with another one is not gone on with unless that is forced (`trainer.run.resuming`)."""
+"""Metadata of a field, or of a whole section, that may change without changing what is trained. All others count."""
