@@ -67,9 +67,12 @@ class FaultyServer(ThreadingHTTPServer):
     def next_mood(self) -> str:
         with self._lock:
             self.count += 1
-            mood = self.mood(self.count)
+            number = self.count
+        # A mood may hold one request up until it has seen another one.
+        mood = self.mood(number)
+        with self._lock:
             self.num_faults += bool(mood)
-            return mood
+        return mood
 
     def answer(
         self, command: str, path: str, headers: Mapping[str, str], content: bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -51,6 +52,9 @@ class OddTile:
     x: int
     y: int
     tile: PendingTile
+
+    def when_ready(self, call: Callable[[], object]) -> None:
+        self.tile.when_ready(call)
 
     def fill(self, out: Pixels) -> None:
         self.slide.befall(self.x, self.y)

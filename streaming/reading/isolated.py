@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
@@ -107,6 +107,9 @@ class _IsolatedTile:
     y: int
     mpp: float
     size: int
+
+    def when_ready(self, call: Callable[[], object]) -> None:
+        call()  # it is read when it is filled
 
     def fill(self, out: Pixels) -> None:
         out[:] = self.pool.read(self.key, self.x, self.y, self.mpp, self.size)

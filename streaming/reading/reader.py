@@ -15,28 +15,20 @@ from typing import Any
 
 import numpy as np
 import ray
-from numpy.typing import NDArray
 
 from streaming import storage
 from streaming.catalog import Catalog
 from streaming.counters import Counters
-from streaming.errors import ConfigError, SlideError, StorageError, StreamError
+from streaming.errors import ConfigError
 from streaming.plan import TilePlan
-from streaming.plan.plan import TileSpecs
-from streaming.reading.batch import Batch, pack_counters, pack_failures
+from streaming.reading.batch import Batch, pack_counters
+from streaming.reading.batch_reading import BatchReading
 from streaming.reading.hsv_rule import HsvRule
 from streaming.reading.isolated import IsolatedPool
 from streaming.reading.slide_pool import SlidePool
-from streaming.slide import PendingTile, Slide
-from streaming.slide.resample import Pixels
+from streaming.slide import Slide
 from streaming.storage.connections import CONNECTIONS
 from streaming.storage.staging import Staging
-
-Unreadable = SlideError | StorageError
-
-# A tile is replaced this often before the run is told that hardly anything passes: at 80 % rejected tiles, once in
-# 10^24 samples.
-_MAX_ATTEMPTS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +88,13 @@ class TileReader:
         `isolated`, tiles are read in a process apart, and one that crashes it has failed.
 
         Raises:
-            StreamError: hardly any tile passes.
+            StreamError: hardly any tile passes, or none can be read.
         """
         index = np.asarray(batch["index"], dtype=np.int64)
         counted = Counters()
         with self._slides(isolated) as pool:
             started = perf_counter()
-            columns = self._read(index, pool, counted)
+            columns = BatchReading(self._plan, self._options.hsv_rule, pool, index, counted).read()
             counted.total_s = perf_counter() - started
             counted.tiles = len(index)
         with self._lock:
@@ -118,84 +110,3 @@ class TileReader:
         pool = IsolatedPool(self._catalog, self._options.storage_options, self._options.staging)
         with contextlib.closing(pool):
             yield pool
-
-    def _read(self, index: NDArray[np.int64], pool: SlidePool[int] | IsolatedPool, count: Counters) -> Batch:
-        n, size = len(index), self._plan.size
-        tiles = np.empty((n, size, size, 3), dtype=np.uint8)
-        columns: Batch = {
-            "index": index,
-            "slide": np.zeros(n, np.int32),
-            "x": np.zeros(n, np.int64),
-            "y": np.zeros(n, np.int64),
-            "mpp": np.zeros(n, np.float64),
-            "filtered": np.zeros(n, np.int32),
-        }
-        failures: list[list[tuple[str, str]]] = [[] for _ in range(n)]
-        pending = np.arange(n)
-        for attempt in range(_MAX_ATTEMPTS):
-            started = perf_counter()
-            specs = self._plan.specs(index[pending], np.full(len(pending), attempt, dtype=np.int32))
-            count.plan_s += perf_counter() - started
-            for name in ("slide", "x", "y", "mpp"):
-                columns[name][pending] = getattr(specs, name)
-            failed = self._read_specs(specs, pool, tiles, pending, count)
-            for i, error in failed.items():
-                if error is None:
-                    columns["filtered"][pending[i]] += 1
-                else:
-                    failures[pending[i]].append((self._plan.slides[int(specs.slide[i])], str(error)))
-            pending = pending[list(failed)]
-            if not failed:
-                return {"tile": tiles, **columns, "failures": pack_failures(failures)}
-        at = int(pending[0])
-        last = f"the last could not be read: {failures[at][-1][1]}" if failures[at] else "the HSV rule turned them down"
-        raise StreamError(
-            f"index {index[at]}: {_MAX_ATTEMPTS} tiles in a row failed ({last}); "
-            "loosen data.hsv_rule or look at the slides"
-        )
-
-    def _read_specs(
-        self,
-        specs: TileSpecs,
-        pool: SlidePool[int] | IsolatedPool,
-        tiles: Pixels,
-        rows: NDArray[np.int64],
-        count: Counters,
-    ) -> dict[int, Unreadable | None]:
-        """Reads specs into rows of `tiles`; tells which are to be replaced: why, or None where the HSV rule says so."""
-        # All requests go out before the first block is decoded: storage works while this decodes.
-        pool.open_all(np.unique(specs.slide).tolist(), count)
-        started = perf_counter()
-        begun = [_begin(pool, specs, i, count) for i in range(len(specs))]
-        count.request_s += perf_counter() - started
-        failed: dict[int, Unreadable | None] = {}
-        for i, row in enumerate(rows.tolist()):
-            error = _fill(begun[i], tiles[row])
-            if error is not None:
-                failed[i] = error
-                continue
-            started = perf_counter()
-            if not self._options.hsv_rule.accepts(tiles[row]):
-                failed[i] = None
-            count.filter_s += perf_counter() - started
-        return failed
-
-
-def _begin(pool: SlidePool[int] | IsolatedPool, specs: TileSpecs, i: int, count: Counters) -> PendingTile | Unreadable:
-    """Asks for a tile's bytes, or tells why it can't be asked for."""
-    x, y, mpp = int(specs.x[i]), int(specs.y[i]), float(specs.mpp[i])
-    try:
-        return pool.begin_tile(int(specs.slide[i]), x, y, mpp, specs.size, count)
-    except (SlideError, StorageError) as error:
-        return error
-
-
-def _fill(begun: PendingTile | Unreadable, out: Pixels) -> Unreadable | None:
-    """Waits for a tile; tells why it can't be read, be it known since it was asked for."""
-    if isinstance(begun, Exception):
-        return begun
-    try:
-        begun.fill(out)
-    except (SlideError, StorageError) as error:
-        return error
-    return None

@@ -101,6 +101,9 @@ class _PooledTile:
     key: Hashable
     tile: PendingTile
 
+    def when_ready(self, call: Callable[[], object]) -> None:
+        self.tile.when_ready(call)
+
     def fill(self, out: Pixels) -> None:
         try:
             self.tile.fill(out)

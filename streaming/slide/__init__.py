@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from streaming import storage
@@ -26,6 +27,10 @@ SLIDE_SUFFIXES = (
 
 class PendingTile(Protocol):
     """A tile whose bytes were asked for."""
+
+    def when_ready(self, call: Callable[[], object]) -> None:
+        """Calls, from any thread, as soon as `fill` would wait for no answer of the storage; at once if it is so."""
+        ...
 
     def fill(self, out: Pixels) -> None:
         """Waits for them and makes them the tile's pixels, uint8 (size, size, 3).

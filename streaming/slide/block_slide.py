@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple
@@ -49,6 +50,13 @@ class PendingBox:
     is_covered: bool
     """whether blocks cover all of the box"""
     count: Counters
+
+    def when_ready(self, call: Callable[[], object]) -> None:
+        """Calls, from any thread, as soon as the bytes are there."""
+        if self.coming is None:
+            call()
+        else:
+            self.coming.when_ready(call)
 
     def fill(self, out: Pixels) -> None:
         """Waits for the bytes and decodes them into uint8 (h, w, 3), to which the box is resampled if need be.

@@ -180,6 +180,10 @@ class PendingRead:
     box: LevelBox
     count: Counters
 
+    def when_ready(self, call: Callable[[], object]) -> None:
+        """Calls at once: the file is local."""
+        call()
+
     def fill(self, out: Pixels) -> None:
         """Reads it into uint8 (h, w, 3), resampled to that size.
 

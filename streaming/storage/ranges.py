@@ -26,10 +26,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Span = tuple[int, int]  # [start, end) in bytes
 
-# How many ranges of a slide one thread asks for, one after the other. A tile's are two, and handing the second one to
-# another thread would cost as much CPU as its request.
-_SPANS_PER_THREAD = 2
-
 # Errors that obstore has no class for may pass: throttling, a server's fault, a lost connection, another range than
 # wanted. Not so most refusals (status 4xx): the server would say the same again.
 _LASTING = re.compile(r"status code: 4(?!08|29)\d\d")
@@ -61,6 +57,10 @@ def _patiently(ask: Callable[..., T], *arguments: Any) -> tuple[T, int]:
 
 class PendingBytes(Protocol):
     """Ranges of an object that were asked for."""
+
+    def when_ready(self, call: Callable[[], object]) -> None:
+        """Calls, from any thread, as soon as `wait` would not wait; at once if it is so already."""
+        ...
 
     def wait(self) -> list[bytes]:
         """The bytes of each range, as soon as they are there.
@@ -126,6 +126,9 @@ class _FileRead:
     ranges: LocalRanges
     spans: Sequence[Span]
 
+    def when_ready(self, call: Callable[[], object]) -> None:
+        call()
+
     def wait(self) -> list[bytes]:
         return self.ranges.read(self.spans)
 
@@ -156,18 +159,12 @@ class RemoteRanges:
     def begin(self, spans: Sequence[Span], count: Counters = UNCOUNTED) -> PendingBytes:
         """Sends the requests at once, or as soon as others have come back."""
         _count(spans, count)
-        shares = [spans[at : at + _SPANS_PER_THREAD] for at in range(0, len(spans), _SPANS_PER_THREAD)]
-        return _Requests([self._connections.submit(self._uri, self._read, share) for share in shares], count)
+        return _Requests([self._connections.submit(self._uri, self._read, *span) for span in spans], count)
 
-    def _read(self, spans: Sequence[Span]) -> tuple[list[bytes], int]:
-        """The bytes, and how often requests were sent again: counters belong to the thread that waits for them."""
-        contents, retries = list[bytes](), 0
+    def _read(self, start: int, end: int) -> tuple[bytes, int]:
+        """The bytes, and how often the request was sent again: counters belong to the thread that waits for them."""
         with storage.storage_errors(self._uri):
-            for start, end in spans:
-                content, again = _patiently(self._get, start, end)
-                contents.append(content)
-                retries += again
-        return contents, retries
+            return _patiently(self._get, start, end)
 
     def _get(self, start: int, end: int) -> bytes:
         try:
@@ -182,15 +179,27 @@ class RemoteRanges:
 
 @dataclass(frozen=True, slots=True)
 class _Requests:
-    """Requests under way, each for some of the ranges, in their order."""
+    """Requests under way, one for each of the ranges, in their order."""
 
-    answers: Sequence[Future[tuple[list[bytes], int]]]
+    answers: Sequence[Future[tuple[bytes, int]]]
     count: Counters
+
+    def when_ready(self, call: Callable[[], object]) -> None:
+        _when_all(self.answers, call)
 
     def wait(self) -> list[bytes]:
         results = [answer.result() for answer in self.answers]
         self.count.retries += sum(retries for _, retries in results)
-        return [content for contents, _ in results for content in contents]
+        return [content for content, _ in results]
+
+
+def _when_all(answers: Sequence[Future[Any]], call: Callable[[], object]) -> None:
+    """Calls once all have come. None is handed those before it: in a circle, their bytes would stay in memory."""
+    if not answers:
+        call()
+        return
+    first, *rest = answers
+    first.add_done_callback(lambda _: _when_all(rest, call))
 
 
 def open_ranges(uri: str, options: storage.StorageOptions | None = None, tag: str | None = None) -> Ranges | None:

@@ -1,6 +1,8 @@
 """From a slide's bytes to a batch: OpenSlide is the oracle for pixels."""
 
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -24,6 +26,7 @@ from streaming.storage.staging import Staging
 from streaming.synthetic.layout import SyntheticSlide, tissue_classes
 from streaming.synthetic.svs import write_slide
 from tests.conftest import write_catalog
+from tests.faulty_server import FaultyServer
 from tests.tiff_files import TiffSlide, write_tiff
 
 
@@ -206,6 +209,54 @@ def test_tiles_that_the_hsv_rule_turns_down_are_replaced_and_counted_apart(catal
     kept = strict["filtered"] == 0
     loose = read(loaded, rule=HsvRule(min_share=0))
     assert np.array_equal(strict["tile"][kept], loose["tile"][kept])
+
+
+@pytest.fixture
+def served(slides: list[Path], tmp_path: Path) -> Iterator[tuple[FaultyServer, Catalog]]:
+    """A slide on a server, which is as it is told, and a catalog of it."""
+    with FaultyServer(slides[0].read_bytes()) as server:
+        yield server, Catalog.load(write_catalog(tmp_path, [f"{server.url}/a.svs"]))
+
+
+def test_a_straggler_holds_up_neither_other_tiles_nor_their_replacements(
+    served: tuple[FaultyServer, Catalog], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, catalog = served
+    rule = HsvRule(min_share=0.9)
+    wanted = read(catalog, 24, rule)
+    assert wanted["filtered"][1:].sum() > 1
+    accepts, others_read, straggled = HsvRule.accepts, threading.Semaphore(0), list[bool]()
+
+    def tell(self: HsvRule, tile: np.ndarray) -> bool:
+        accepted = accepts(self, tile)
+        if accepted:
+            others_read.release()
+        return accepted
+
+    def straggle(number: int) -> str:
+        if number == 1:  # of the first tile
+            straggled.append(all(others_read.acquire(timeout=20) for _ in range(23)))
+        return ""
+
+    monkeypatch.setattr(HsvRule, "accepts", tell)
+    server.count, server.mood = 0, straggle
+    got = read(catalog, 24, rule)
+    assert straggled == [True]
+    for name in ("tile", "slide", "x", "y", "mpp", "filtered"):
+        assert np.array_equal(got[name], wanted[name])
+
+
+def test_a_bucket_that_refuses_all_is_asked_some_times_and_no_more(served: tuple[FaultyServer, Catalog]) -> None:
+    server, catalog = served
+    server.count, server.mood = 0, lambda n: "403"
+    with pytest.raises(StreamError, match=r"index \d+: 24 tiles could not be read, the last: .*access denied"):
+        read(catalog, 8)
+    assert 24 <= server.count <= 8 * 24 * 2  # a tile of 64 px from the finer level touches two rows of blocks
+
+
+def test_a_rule_that_nothing_passes_is_told(catalog: str) -> None:
+    with pytest.raises(StreamError, match=r"256 tiles failed, 256 of them by the HSV rule; loosen data\.hsv_rule"):
+        read(Catalog.load(catalog), 1, HsvRule(value=(255, 255)))
 
 
 def test_a_single_bad_tile_stops_nothing_and_a_share_past_the_limit_does() -> None:

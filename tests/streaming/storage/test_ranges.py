@@ -1,5 +1,9 @@
 """Ranged reads from a server that throttles, breaks off, refuses, or changes what it serves."""
 
+import contextlib
+import gc
+import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +14,12 @@ import pytest
 from streaming import storage
 from streaming.counters import Counters
 from streaming.errors import SlideError, StorageError
+from streaming.storage.connections import Connections
 from streaming.storage.download import download
 from streaming.storage.range_file import RangeFile
 from streaming.storage.ranges import LocalRanges, RemoteRanges, open_ranges, read_range
 from tests.faulty_server import FaultyServer, in_turn
+from tests.processes import wait_for
 
 CONTENT = bytes(range(256)) * 1000
 
@@ -84,6 +90,51 @@ def test_an_object_that_became_shorter_is_told_as_another_version(server: Faulty
 def test_many_ranges_are_under_way_at_once(server: FaultyServer) -> None:
     answers = [of_s3(server).begin([(at + i, at + i + 100) for i in (0, 100, 200)]) for at in range(0, 20_100, 300)]
     assert b"".join(part for answer in answers for part in answer.wait()) == CONTENT[:20_100]
+
+
+def test_all_ranges_of_a_tile_are_under_way_at_once(server: FaultyServer) -> None:
+    together, ranges = threading.Barrier(3), of_s3(server)
+
+    def wait_for_the_others(number: int) -> str:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            together.wait(20)
+        return ""
+
+    server.mood = wait_for_the_others
+    spans = [(0, 100), (200, 300), (400, 500)]
+    assert ranges.begin(spans).wait() == [CONTENT[start:end] for start, end in spans]
+    assert not together.broken
+
+
+def test_who_asks_is_called_when_all_has_come_and_keeps_nothing_of_it(server: FaultyServer) -> None:
+    ranges, first, called = of_s3(server), threading.Event(), threading.Event()
+    server.mood = lambda number: "" if number > 1 or first.wait(60) else "late"
+    pending = ranges.begin([(0, 100), (200, 300)])
+    pending.when_ready(called.set)
+    assert not called.is_set()
+    first.set()
+    assert called.wait(60)
+    assert [len(content) for content in pending.wait()] == [100, 100]
+    answers = [weakref.ref(answer) for answer in pending.answers]
+    gc.disable()  # or it would find what refers to itself in a circle
+    try:
+        del pending
+        wait_for(lambda: not any(answer() for answer in answers), timeout_s=20)
+    finally:
+        gc.enable()
+
+
+def test_what_is_urgent_goes_before_what_waits_for_a_thread() -> None:
+    connections, order, may_go = Connections(in_flight=1), list[str](), threading.Event()
+    answers = [connections.submit("s3://b/a", may_go.wait, 60)]
+    answers += [connections.submit("s3://b/a", order.append, name) for name in ("first", "second")]
+    with connections.urgently():
+        answers.append(connections.submit("s3://b/a", order.append, "urgent"))
+    answers.append(connections.submit("s3://b/a", order.append, "third"))
+    may_go.set()
+    for answer in answers:
+        answer.result(60)
+    assert order == ["urgent", "first", "second", "third"]
 
 
 def test_plain_http_is_read_too_and_what_only_fsspec_knows_is_left_to_it(server: FaultyServer) -> None:

@@ -1,0 +1,152 @@
+"""One batch on its way from sample indices to tiles, those replaced that can't be read or are turned down.
+
+Tiles are decoded as their bytes come, and a replacement is asked for while others are still on their way: which tile an
+index gets depends on neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from queue import SimpleQueue
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streaming.counters import Counters
+from streaming.errors import SlideError, StorageError, StreamError
+from streaming.plan import TilePlan
+from streaming.plan.plan import TileSpecs
+from streaming.reading.batch import Batch, pack_failures
+from streaming.reading.hsv_rule import HsvRule
+from streaming.reading.isolated import IsolatedPool
+from streaming.reading.slide_pool import SlidePool
+from streaming.slide import PendingTile
+from streaming.storage.connections import CONNECTIONS
+
+# A tile is replaced this often before the run is told that hardly anything passes: at 80 % rejected tiles, once in
+# 10^24 samples.
+_MAX_ATTEMPTS = 256
+# So many of these may be tiles that can't be read, or else a bucket that refuses all is asked without end. Eight more
+# than those that the plan takes from a tile's own window (16, `slide_choice`).
+_MAX_FAILURES = 24
+# The plan of one tile takes a third of the time of the plan of so many.
+_PLANNED_TOGETHER = 8
+
+
+class BatchReading:
+    """The tiles of some sample indices, int64 (n,), being read; `read` gives them, once."""
+
+    def __init__(
+        self,
+        plan: TilePlan,
+        rule: HsvRule,
+        pool: SlidePool[int] | IsolatedPool,
+        index: NDArray[np.int64],
+        count: Counters,
+    ) -> None:
+        n, size = len(index), plan.size
+        self._plan, self._rule, self._pool, self._count = plan, rule, pool, count
+        self._index, self._attempt = index, np.zeros(n, np.int32)
+        self._tiles = np.empty((n, size, size, 3), dtype=np.uint8)
+        self._columns: Batch = {
+            "index": index,
+            "slide": np.zeros(n, np.int32),
+            "x": np.zeros(n, np.int64),
+            "y": np.zeros(n, np.int64),
+            "mpp": np.zeros(n, np.float64),
+            "filtered": np.zeros(n, np.int32),
+        }
+        self._failures: list[list[tuple[str, str]]] = [[] for _ in range(n)]
+        self._begun: list[PendingTile | SlideError | StorageError | None] = [None] * n
+        # Rows alone: what requests call back must not hold on to what they bring, which would keep it for ever.
+        self._ready: SimpleQueue[int] = SimpleQueue()
+
+    def read(self) -> Batch:
+        """The columns `tile`, `index`, `slide`, `x`, `y`, `mpp`, `filtered` and `failures` of `TileReader`.
+
+        Raises:
+            StreamError: hardly any tile passes, or none can be read.
+        """
+        left, replace = len(self._index), list[int]()
+        self._ask(range(left))
+        while left:
+            # Rather than wait, and some together where there is enough to do.
+            if replace and (len(replace) >= _PLANNED_TOGETHER or self._ready.empty()):
+                # The batch waits for these alone: behind those of the next batch they would come last.
+                with CONNECTIONS.urgently():
+                    self._ask(replace)
+                replace = []
+            row = self._next()
+            if self._take(row):
+                left -= 1
+            else:
+                replace.append(row)
+        return {"tile": self._tiles, **self._columns, "failures": pack_failures(self._failures)}
+
+    def _ask(self, rows: Sequence[int]) -> None:
+        """Asks for the bytes of the next tile of some rows; all requests go out before any answer is looked at."""
+        at, started = np.array(rows, dtype=np.int64), perf_counter()
+        specs = self._plan.specs(self._index[at], self._attempt[at])
+        self._count.plan_s += perf_counter() - started
+        for name in ("slide", "x", "y", "mpp"):
+            self._columns[name][at] = getattr(specs, name)
+        self._pool.open_all(np.unique(specs.slide).tolist(), self._count)
+        started = perf_counter()
+        for i, row in enumerate(rows):
+            self._begin(row, specs, i)
+        self._count.request_s += perf_counter() - started
+
+    def _begin(self, row: int, specs: TileSpecs, i: int) -> None:
+        """Asks for a tile's bytes, or notes why it can't be asked for."""
+        x, y, mpp = int(specs.x[i]), int(specs.y[i]), float(specs.mpp[i])
+        try:
+            begun = self._pool.begin_tile(int(specs.slide[i]), x, y, mpp, specs.size, self._count)
+        except (SlideError, StorageError) as error:
+            self._begun[row] = error
+            self._ready.put(row)
+        else:
+            self._begun[row] = begun
+            begun.when_ready(partial(self._ready.put, row))
+
+    def _next(self) -> int:
+        """A row whose bytes have come."""
+        started = perf_counter()
+        row = self._ready.get()
+        self._count.fetch_s += perf_counter() - started
+        return row
+
+    def _take(self, row: int) -> bool:
+        """Makes the bytes of a row its tile; whether it may stay, or is to be replaced."""
+        begun, self._begun[row] = self._begun[row], None
+        assert begun is not None, "it was asked for"
+        try:
+            if isinstance(begun, Exception):
+                raise begun
+            begun.fill(self._tiles[row])
+        except (SlideError, StorageError) as error:
+            self._failures[row].append((self._plan.slides[int(self._columns["slide"][row])], str(error)))
+        else:
+            started = perf_counter()
+            accepted = self._rule.accepts(self._tiles[row])
+            self._count.filter_s += perf_counter() - started
+            if accepted:
+                return True
+            self._columns["filtered"][row] += 1
+        self._attempt[row] += 1
+        self._check_budget(row)
+        return False
+
+    def _check_budget(self, row: int) -> None:
+        index, failures = self._index[row], self._failures[row]
+        if len(failures) >= _MAX_FAILURES:
+            raise StreamError(
+                f"index {index}: {len(failures)} tiles could not be read, the last: {failures[-1][1]}; "
+                "look at the storage and its credentials, or at the slides"
+            )
+        if self._attempt[row] >= _MAX_ATTEMPTS:
+            raise StreamError(
+                f"index {index}: {_MAX_ATTEMPTS} tiles failed, {self._columns['filtered'][row]} of them by the HSV "
+                "rule; loosen data.hsv_rule or look at the slides"
+            )
