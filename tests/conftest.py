@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import boto3
-import cv2
 import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
@@ -16,6 +15,7 @@ from streaming.storage import stat
 from streaming.storage.staging import Staging
 from streaming.synthetic.layout import SyntheticSlide
 from streaming.synthetic.svs import write_slide
+from streaming.vision import cv2
 
 
 @pytest.fixture(scope="session")

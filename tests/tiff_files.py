@@ -13,12 +13,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-import cv2
 import imagecodecs
 import numpy as np
 
 from streaming.synthetic.drawing import pixels
 from streaming.synthetic.layout import SyntheticSlide
+from streaming.vision import cv2
 
 Compression = Literal["jpeg", "jpeg-rgb", "jp2k-ycbcr", "jp2k-rgb", "lzw", "deflate", "none"]
 Vendor = Literal["aperio", "generic", "ome", "philips"]

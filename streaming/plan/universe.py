@@ -136,7 +136,8 @@ def window_shares(window_slides: int, weights: NDArray[np.float64], sizes: Indic
         raise ConfigError(
             f"universe.window_slides is {window_slides}, but there are {len(weights)} cohorts; take at least that many"
         )
-    shares = np.maximum(1, np.floor(window_slides * weights / weights.sum() + 1e-9)).astype(np.int64)
+    total = math.fsum(weights.tolist())
+    shares = np.maximum(1, np.floor(window_slides * weights / total + 1e-9)).astype(np.int64)
     return np.minimum(shares, sizes)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from streaming.slide import resample
 from streaming.slide.resample import Pixels
+from streaming.vision import cv2
 
 # OpenCV's 8-bit HSV (`color_hsv`) is arithmetic of integers: of a pixel with the largest component v and the smallest
 # m, d = v - m, the saturation is (d · SDIV[v] + 2048) >> 12, and the hue (x · HDIV[d] + 2048) >> 12, with 180 added

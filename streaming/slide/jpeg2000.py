@@ -6,12 +6,12 @@ import io
 from dataclasses import dataclass
 from typing import Any, cast
 
-import cv2
 import imagecodecs
 import numpy as np
 from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
 
 from streaming.slide.resample import Pixels, resize, scratch
+from streaming.vision import cv2
 
 HEAD_NBYTES = 512
 """Of a codestream, what holds its image's size, its components and how often it can be halved."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+from streaming.vision import cv2
 
 Pixels = NDArray[np.uint8]
 

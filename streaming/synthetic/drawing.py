@@ -11,12 +11,12 @@ from functools import lru_cache
 from math import log2
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from streaming.synthetic.layout import Pixels, SyntheticSlide, TissueClass, outline, regions, tissue_depth
 from streaming.synthetic.noise import Field, hashes_at, source_key, uniform, unit_draw, value_noise, whole_numbers
+from streaming.vision import cv2
 
 cv: Any = cv2  # its stubs know neither dtypes nor optional maps
 

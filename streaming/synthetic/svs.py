@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import tifffile
 
 from streaming.synthetic.drawing import CHUNK, pixels
 from streaming.synthetic.layout import Pixels, SyntheticSlide
+from streaming.vision import cv2
 
 cv: Any = cv2  # its stubs know neither dtypes nor optional maps
 

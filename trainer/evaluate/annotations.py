@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,6 +19,7 @@ from streaming import storage
 from streaming.errors import ConfigError, SlideError
 from streaming.slide import open_slide
 from streaming.slide.resample import Pixels
+from streaming.vision import cv2
 from trainer.embed.tiling import Tiling, tile_extent
 from trainer.evaluate.image_files import read_image
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,6 +16,7 @@ from streaming import storage
 from streaming.errors import ConfigError
 from streaming.slide import SLIDE_SUFFIXES
 from streaming.slide.resample import Pixels
+from streaming.vision import cv2
 from trainer.evaluate.annotations import AnnotatedTiles, Cut, class_names, cut_tiles, read_annotation
 
 Names = NDArray[np.str_]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import cv2
 import numpy as np
 
 from streaming import storage
 from streaming.errors import SlideError
 from streaming.slide.resample import Pixels
+from streaming.vision import cv2
 
 
 def read_image(uri: str, options: storage.StorageOptions | None = None) -> Pixels:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import cv2
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
 from streaming import storage
 from streaming.slide.resample import Pixels
+from streaming.vision import cv2
 from trainer.embed.files import SlideEmbeddings
 from trainer.show.colours import Floats, principal_colours
 from trainer.show.figures import png

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
 
 from streaming import storage
 from streaming.catalog.tissue import thumbnail
 from streaming.slide import open_slide
 from streaming.slide.resample import Pixels
+from streaming.vision import cv2
 from trainer.embed.files import SlideEmbeddings
 
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 
-import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming.reading.hsv_rule import ColourPlanes, HsvRule
+from streaming.vision import cv2
 
 EDGES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 59, 60, 61, 102, 103, 104, 127, 128, 179, 180, 204, 205, 238, 239, 254, 255)
 

@@ -5,7 +5,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
 import numpy as np
 import openslide
 import pytest
@@ -25,6 +24,7 @@ from streaming.slide import open_slide
 from streaming.storage.staging import Staging
 from streaming.synthetic.layout import SyntheticSlide, tissue_classes
 from streaming.synthetic.svs import write_slide
+from streaming.vision import cv2
 from tests.conftest import write_catalog
 from tests.faulty_server import FaultyServer
 from tests.tiff_files import TiffSlide, write_tiff

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-import cv2
 import numpy as np
 import openslide
 import pytest
@@ -20,6 +19,7 @@ from hypothesis import strategies as st
 from streaming.slide import Slide, open_slide
 from streaming.synthetic.layout import SyntheticSlide
 from streaming.synthetic.svs import write_slide
+from streaming.vision import cv2
 from tests.tiff_files import TiffSlide, level_pixels, write_tiff
 
 DATA = Path(__file__).parents[3].parent / "shared/data"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import cv2
 import imagecodecs
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from streaming.slide import codecs, jpeg2000, resample
+from streaming.vision import cv2
 from tests.tiff_files import TiffSlide, encode, level_pixels
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)

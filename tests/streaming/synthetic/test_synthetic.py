@@ -1,7 +1,6 @@
 import tracemalloc
 from pathlib import Path
 
-import cv2
 import numpy as np
 import openslide
 import pytest
@@ -13,6 +12,7 @@ from streaming.synthetic import svs
 from streaming.synthetic.drawing import pixels
 from streaming.synthetic.layout import SyntheticSlide, TissueClass, tissue_classes
 from streaming.synthetic.svs import write_slide
+from streaming.vision import cv2
 
 SMALL = SyntheticSlide(width=1100, height=780)
 PATIENTS = range(4)

@@ -5,12 +5,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 
 from streaming import open_slide
 from streaming.errors import ConfigError, SlideError
+from streaming.vision import cv2
 from tests.qupath import feature, rectangle
 from trainer.evaluate.annotations import AnnotatedTiles
 from trainer.evaluate.datasets import IGNORED, Samples, read_dataset

@@ -4,13 +4,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import timm
 
 from streaming import open_slide
+from streaming.vision import cv2
 from trainer.cli import main
 from trainer.embed.model import load_model
 from trainer.evaluate.datasets import Region, Tile

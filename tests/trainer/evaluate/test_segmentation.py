@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from streaming.vision import cv2
 from tests.made_tokens import FOLD, NUM, SIDE, of_tokens, samples
 from trainer.cli import main
 from trainer.evaluate.datasets import IGNORED
