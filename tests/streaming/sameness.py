@@ -4,6 +4,7 @@ Run by `test_sameness`, as often as there are kinds of CPU to be looked at, so i
 """
 
 import hashlib
+import importlib
 import json
 import sys
 import threading
@@ -147,8 +148,9 @@ if __name__ == "__main__":
     if "--with-ipp" in sys.argv:
         plain = sys.modules["streaming.vision"] = types.ModuleType("streaming.vision")
         exec("import cv2", vars(plain))
+    # Imported here and read in a thread, as readers are: what an import settles for its own thread alone is not seen.
+    importlib.import_module("streaming.slide")
     said = {}
-    # In a thread of its own, as readers read.
     thread = threading.Thread(target=lambda: said.update(digests(Path(sys.argv[1]))))
     thread.start()
     thread.join()
