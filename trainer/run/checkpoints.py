@@ -1,8 +1,8 @@
 """Checkpoints at any fsspec URI: a folder a step, whole or not at all, the newest few kept.
 
 `step-00000030/state.ckpt` is Lightning's checkpoint, `meta.json` beside it is written last and vouches for it: step,
-next sample index, catalog, SHA-256. A folder without it is an upload that did not finish, and is passed over; so is one
-that does not match its checksum. `checkpoint_io` writes them while training goes on.
+next sample index, catalog, SHA-256, libraries. A folder without it is an upload that did not finish, and is passed
+over; so is one that does not match its checksum. `background_checkpoints` writes them while training goes on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import logging
 import pickle
 import re
 from collections.abc import Generator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO, cast
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from streaming import storage
 from streaming.errors import CheckpointError, ConfigError
+from streaming.slide.versions import pixel_libraries
 from trainer.run.config import Config, parse_config
 
 STATE, META, CONFIG = "state.ckpt", "meta.json", "config.yaml"
@@ -43,6 +44,8 @@ class Meta:
     """fingerprint of the catalog"""
     nbytes: int
     sha256: str
+    libraries: dict[str, str] = field(default_factory=dict[str, str])
+    """versions of what makes pixels, where the checkpoint was written; of older checkpoints, none"""
     version: int = 1
 
 
@@ -139,6 +142,7 @@ def write(uri: str, state: Mapping[str, Any], config: Config, catalog: str) -> N
         catalog=catalog,
         nbytes=hashing.nbytes,
         sha256=hashing.sha256.hexdigest(),
+        libraries=pixel_libraries(),
     )
     storage.write_bytes(storage.join(uri, CONFIG), config.to_yaml().encode(), options)
     storage.write_bytes(storage.join(uri, META), json.dumps(asdict(meta), indent=1).encode(), options)

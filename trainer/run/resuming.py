@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from streaming.errors import CheckpointError
+from streaming.slide.versions import pixel_libraries
 from trainer.run import checkpoints
 from trainer.run.config import Config, leaves, plain
 
@@ -57,3 +58,13 @@ def resume_point(config: Config, catalog: str, *, force: bool = False) -> tuple[
             "or go on all the same with --force"
         )
     return meta.step, found
+
+
+def library_changes(meta: checkpoints.Meta) -> list[str]:
+    """The libraries that make pixels here in other versions than when a checkpoint was written, with both."""
+    now = pixel_libraries()
+    return [
+        f"{name} {version} (now {now.get(name, 'none')})"
+        for name, version in meta.libraries.items()
+        if now.get(name) != version
+    ]

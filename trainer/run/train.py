@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 
 import ray
@@ -17,7 +18,7 @@ from trainer.run.execution import TrainConfig
 from trainer.run.fit import check_model, fit
 from trainer.run.metrics_log import Failed, MetricsLog
 from trainer.run.ranks_on_ray import fit_on_ray
-from trainer.run.resuming import resume_point
+from trainer.run.resuming import library_changes, resume_point
 from trainer.run.step_batches import StepBatches
 from trainer.run.stop_signals import Signals, terminated
 
@@ -78,6 +79,11 @@ def train(
     last = checkpoints.checkpoint_uri(out, steps)
     if start >= steps:
         return TrainResult(resume or last, start, steps, [f"{out} is trained to step {start} already"])
+    if resume and (changed := library_changes(checkpoints.read_meta(resume, options))):
+        sys.stderr.write(
+            f"train: {resume} was trained with {', '.join(changed)}: pixels may differ a little from here on; "
+            "install those versions to keep them\n"
+        )
     check_gpus(config.train, debug=debug)
     make_plan(config.data, config.run.seed, catalog)  # what the catalog can't give is told before anything starts
     check_model(config, resumed=resume is not None)

@@ -1,6 +1,8 @@
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from trainer.run.checkpoints import (
     verify,
 )
 from trainer.run.config import Config, read_config
+from trainer.run.resuming import library_changes
 
 
 @pytest.fixture
@@ -50,6 +53,19 @@ def test_what_is_saved_is_loaded_with_its_next_index_and_configuration(config: C
     assert read_meta(uri).next_index == 24
     assert read_meta(uri).catalog == "c0ffee"
     assert Path(uri, "config.yaml").read_text() == config.to_yaml()
+
+
+def test_a_checkpoint_notes_what_made_its_pixels_and_one_of_before_that_is_read(config: Config) -> None:
+    uri = save(config, 3)
+    assert metadata.version("opencv-python-headless").startswith(read_meta(uri).libraries["opencv"])
+    assert read_meta(uri).libraries["simplejpeg"] == metadata.version("simplejpeg")
+    assert library_changes(read_meta(uri)) == []
+    other = replace(read_meta(uri), libraries={**read_meta(uri).libraries, "numpy": "1.9", "zune": "2"})
+    assert library_changes(other) == [f"numpy 1.9 (now {metadata.version('numpy')})", "zune 2 (now none)"]
+    note = json.loads(Path(uri, checkpoints.META).read_text())
+    del note["libraries"]
+    Path(uri, checkpoints.META).write_text(json.dumps(note))
+    assert library_changes(read_meta(uri)) == []
 
 
 def test_only_the_newest_checkpoints_are_kept(config: Config) -> None:

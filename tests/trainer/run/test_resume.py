@@ -58,7 +58,9 @@ def logged(out: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
-def test_twenty_steps_equal_ten_a_kill_and_ten_more_bit_for_bit(catalog: str, tmp_path: Path) -> None:
+def test_twenty_steps_equal_ten_a_kill_and_ten_more_bit_for_bit(
+    catalog: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     arguments = ["train", "debug", "--debug", *TINY, "--data.catalog", catalog, "--run.out", str(killed)]
     running = subprocess.Popen([*TILESTREAM, *arguments], stderr=subprocess.DEVNULL)
@@ -70,7 +72,12 @@ def test_twenty_steps_equal_ten_a_kill_and_ten_more_bit_for_bit(catalog: str, tm
         running.wait()
     last = Path(checkpoints.checkpoint_uri(str(killed), 20), checkpoints.META)
     last.unlink(missing_ok=True)  # on a fast machine the kill may come late
+    note = Path(checkpoints.checkpoint_uri(str(killed), 10), checkpoints.META)
+    note.write_text(note.read_text().replace('"opencv": "', '"opencv": "1.'))
+    assert "pixels may differ" not in capsys.readouterr().err
     assert train(tiny(catalog, killed), debug=True).start == 10
+    (told,) = (line for line in capsys.readouterr().err.splitlines() if "pixels may differ" in line)
+    assert "step-00000010 was trained with opencv 1." in told
     one, two = (checkpoints.load(checkpoints.checkpoint_uri(str(out), 20)) for out in (whole, killed))
     assert_equal_states(one, two)
     rows = logged(whole)
