@@ -76,6 +76,13 @@ def run_catalog(args: Namespace) -> None:
     )
     for entry in report.rejected[:5]:
         sys.stderr.write(f"rejected: {entry.slide}: {entry.reason}\n")
+    for slide, colour in report.odd_glass[:5]:
+        sys.stderr.write(
+            f"{slide}: its glass is not grey but of red, green, blue {colour}: its colours are decoded or described "
+            "wrongly; look at it beside its source before training on it\n"
+        )
+    if len(report.odd_glass) > 5:
+        sys.stderr.write(f"… and {len(report.odd_glass) - 5} more slides whose glass is not grey\n")
     if report.unmatched:
         sys.stderr.write(f"{args.metadata}: {report.unmatched} of {report.total} slides have no row in it\n")
     rejected = f"{len(report.rejected)} rejected"

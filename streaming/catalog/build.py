@@ -17,6 +17,7 @@ from streaming.catalog import Catalog, schema
 from streaming.catalog.inspection import Inspected, Rejected, inspect
 from streaming.catalog.metadata_csv import read_metadata, stand_in_mpp, with_metadata
 from streaming.catalog.sources import find_slides
+from streaming.catalog.tissue import Colour
 from streaming.catalog.tissue_map import TissueMap
 from streaming.catalog.writing import merge, part_of, write
 from streaming.errors import CatalogError, ConfigError
@@ -36,6 +37,8 @@ class BuildReport:
     total: int
     unmatched: int
     """slides of the catalog without a row in the CSV"""
+    odd_glass: list[tuple[str, Colour]]
+    """added slides whose glass is far from grey, with its red, green and blue"""
 
 
 def build_catalog(
@@ -65,11 +68,12 @@ def build_catalog(
     staging = staging or Staging()
     tables, tissue = _known(out, options, staging)
     todo = [(info, stand_in_mpp(metadata, info.uri, mpp)) for info in _changed(slides, tables, tissue)]
-    rejected: list[Rejected] = []
+    rejected, odd_glass = list[Rejected](), list[tuple[str, Colour]]()
     if todo:
         cluster.connect(num_cpus=2, verbose=verbose)
         for inspected in _inspected(todo, rejected, options, staging, storage.canonical(out)):
             tables.append(_save_part(out, inspected, options))
+            odd_glass += [(slide.row.slide, slide.odd_glass) for slide in inspected if slide.odd_glass]
     table, cells = merge(tables, tissue)
     table, unmatched = with_metadata(table, metadata) if metadata else (table, 0)
     _write_rejected(out, rejected, {info.uri for info in slides}, options)
@@ -80,7 +84,8 @@ def build_catalog(
         )
     write(out, table, cells, options)
     storage.remove(storage.join(out, schema.PARTS), options)
-    return BuildReport(len(todo) - len(rejected), len(slides) - len(todo), rejected, table.num_rows, unmatched)
+    added, skipped = len(todo) - len(rejected), len(slides) - len(todo)
+    return BuildReport(added, skipped, rejected, table.num_rows, unmatched, odd_glass)
 
 
 def _changed(

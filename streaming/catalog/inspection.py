@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from streaming import storage
 from streaming.catalog import schema
 from streaming.catalog.schema import SlideRow
-from streaming.catalog.tissue import TissueGrid, tissue_grid
+from streaming.catalog.tissue import Colour, TissueGrid, odd_glass, thumbnail, tissue_of_thumbnail
 from streaming.errors import SlideError, StorageError
 from streaming.slide import Slide, open_slide
 from streaming.storage.staging import Staging
@@ -19,6 +19,8 @@ class Inspected:
 
     row: SlideRow
     tissue: TissueGrid
+    odd_glass: Colour | None = None
+    """red, green and blue of its glass, if far from grey"""
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,14 @@ def inspect(
     try:
         slide = storage.PATIENT(open_slide, info.uri, options, mpp=mpp, expected=info, staging=staging)
         try:
-            tissue = tissue_grid(slide)
+            image = thumbnail(slide)
+            tissue = tissue_of_thumbnail(image)
             if not tissue.fraction.any():
                 return Rejected(info.uri, info.size, info.version, "no tissue found")
             if slide.packed_index and out is not None:
                 uri = storage.join(out, schema.BLOCKS, index_name(info))
                 storage.PATIENT(storage.write_bytes, uri, slide.packed_index, options)
-            return Inspected(describe(slide, info, tissue), tissue)
+            return Inspected(describe(slide, info, tissue), tissue, odd_glass(image, tissue))
         finally:
             slide.close()
     except (SlideError, StorageError) as error:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from streaming import storage
 from streaming.catalog import Catalog
-from streaming.catalog.tissue import tissue_grid, window_fraction
+from streaming.catalog.tissue import thumbnail, tissue_of_thumbnail, window_fraction
 from streaming.delivery.failures import FailureBudget
 from streaming.errors import SlideError, StorageError, StreamError
 from streaming.plan import TilePlan
@@ -132,7 +132,7 @@ def test_what_is_no_slide_or_changed_or_has_no_mpp_is_told(slides: list[Path], t
 def test_the_tissue_grid_finds_the_maker_s_tissue(tmp_path: Path) -> None:
     made = SyntheticSlide(width=4096, height=3072, patient=2)
     write_slide(made, tmp_path / "slide.svs")
-    found = tissue_grid(open_slide(str(tmp_path / "slide.svs"))).fraction >= 102
+    found = tissue_of_thumbnail(thumbnail(open_slide(str(tmp_path / "slide.svs")))).fraction >= 102
     known = tissue_classes(made, 0, 0, made.width, made.height, 256) > 0
     assert found.shape == known.shape
     assert (found == known).mean() > 0.85
