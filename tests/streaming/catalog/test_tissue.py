@@ -1,11 +1,23 @@
 """Where tissue lies: thresholds and shares, in arithmetic that gives the same bits everywhere."""
 
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from streaming.catalog.tissue import otsu, window_fraction
+from streaming import storage
+from streaming.catalog import Catalog, build
+from streaming.catalog.inspection import Inspected, Rejected, inspect
+from streaming.catalog.tissue import Colour, odd_glass, otsu, thumbnail, tissue_of_thumbnail, window_fraction
+from streaming.slide import open_slide
 from streaming.vision import cv2
+from trainer.cli import main
 
 
 @settings(deadline=None)
@@ -45,3 +57,64 @@ def test_otsu_parts_pixels_as_opencv_s_does(seed: int, modes: int, spread: float
     found = otsu(np.bincount(image.ravel(), minlength=256))
     # Between two levels that no pixel has, it does not matter which.
     assert np.array_equal(image > found, image > wanted)
+
+
+REAL = Path(__file__).parents[3].parent / "shared/data"
+
+
+def twice(image: np.ndarray) -> np.ndarray:
+    """Colours as they are where YCbCr is converted to RGB, and that again."""
+    return np.asarray(Image.frombytes("YCbCr", image.shape[1::-1], image.tobytes()).convert("RGB"))
+
+
+def never(image: np.ndarray) -> np.ndarray:
+    """Colours as they are where YCbCr is taken for RGB."""
+    return np.asarray(Image.fromarray(image).convert("YCbCr"))
+
+
+def told(image: np.ndarray) -> Colour | None:
+    return odd_glass(image, tissue_of_thumbnail(image))
+
+
+@pytest.mark.parametrize("name", ["made", "CMU-1-crop.svs", "TCGA-CR-7395-TS1.svs", "luna_1065626.svs"])
+def test_glass_is_told_where_colours_were_converted_wrongly_and_only_there(name: str, slides: list[Path]) -> None:
+    path = slides[0] if name == "made" else REAL / name
+    if not path.exists():
+        pytest.skip("the real slide is not here")
+    image = thumbnail(open_slide(str(path), mpp=0.5))
+    assert told(image) is None
+    red, green, blue = told(twice(image)) or (0, 0, 0)
+    assert min(red, blue) > green + 80  # magenta
+    assert told(never(image)) is not None
+
+
+def test_dark_glass_is_not_told() -> None:
+    image = np.full((100, 100, 3), 12, np.uint8)
+    image[20:60, 20:60] = (250, 60, 120)
+    assert told(image) is None
+    assert told(image[20:60, 20:60]) == (250, 60, 120)
+
+
+def test_the_catalog_command_tells_of_five_slides_with_odd_glass_and_counts_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grey = np.full((512, 512, 3), 240, np.uint8)
+    grey[100:400, 100:400] = (200, 120, 180)
+    for number in range(8):
+        pixels = twice(grey) if number != 3 else grey
+        tifffile.imwrite(tmp_path / f"{number}.tif", pixels, tile=(256, 256), photometric="rgb")
+
+    def here(slides: Sequence[tuple[storage.ObjectInfo, float | None]], *rest: Any) -> Iterator[Inspected | Rejected]:
+        return (inspect(*slide, *rest) for slide in slides)
+
+    monkeypatch.setattr(build, "inspect_all", here)
+    monkeypatch.setattr(build.cluster, "connect", lambda **_: None)
+    out = tmp_path / "catalog"
+    assert main(["catalog", str(tmp_path), "--mpp", "0.5", "--out", str(out)]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "glass" in line]
+    assert [line.split(": ")[0] for line in lines[:5]] == [
+        str(tmp_path / f"{number}.tif") for number in (0, 1, 2, 4, 5)
+    ]
+    assert all("(255, 12" in line for line in lines[:5])
+    assert lines[5:] == ["… and 2 more slides whose glass is not grey"]
+    assert len(Catalog.load(str(out))) == 8
