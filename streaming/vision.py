@@ -2,7 +2,8 @@
 
 Its x86 wheels hand some functions to Intel's IPP, whose code, and with it the last bit of a pixel, depends on the CPU:
 of 160 tiles 22 differed between a node with AVX-512 and one with AVX2. OpenCV's own code gives the same bytes at every
-dispatch level (`tests/streaming/test_sameness.py`), and is as fast.
+dispatch level (`tests/streaming/test_sameness.py`). Area averages and HSV take as long with it; enlarging a tile by
+bicubic interpolation takes 0.45 ms instead of 0.13.
 """
 
 from __future__ import annotations
