@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import os
 import threading
 import weakref
 from collections.abc import Iterator
@@ -142,6 +143,29 @@ def test_plain_http_is_read_too_and_what_only_fsspec_knows_is_left_to_it(server:
     assert ranges.size == len(CONTENT)
     assert read_range(ranges, 5, 9) == CONTENT[5:9]
     assert open_ranges("memory://a.svs") is None
+
+
+def test_of_a_local_file_all_that_is_wanted_is_fetched_before_the_first_of_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, done = tmp_path / "content", list[tuple[str, int]]()
+    path.write_bytes(CONTENT)
+    advise, read = os.posix_fadvise, os.pread
+
+    def advised(file: int, start: int, length: int, advice: int) -> None:
+        done.append((f"fetch {length}" if advice == os.POSIX_FADV_WILLNEED else "?", start))
+        advise(file, start, length, advice)
+
+    def was_read(file: int, length: int, start: int) -> bytes:
+        done.append((f"read {length}", start))
+        return read(file, length, start)
+
+    monkeypatch.setattr(os, "posix_fadvise", advised)
+    monkeypatch.setattr(os, "pread", was_read)
+    spans = [(0, 100), (500, 700)]
+    pending = LocalRanges(str(path)).begin(spans)
+    assert pending.wait() == [CONTENT[start:end] for start, end in spans]
+    assert done == [("fetch 100", 0), ("fetch 200", 500), ("read 100", 0), ("read 200", 500)]
 
 
 def test_a_file_over_ranges_reads_as_a_file_does(tmp_path: Path) -> None:
