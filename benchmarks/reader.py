@@ -10,11 +10,14 @@ import statistics
 import sys
 import tempfile
 import time
+import timeit
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
 from benchmarks.common import BATCH, SIZE, OpenSlideTiles, made_catalog, made_slides, openslide_rate, peer, rate
@@ -22,15 +25,17 @@ from benchmarks.latency_server import serve
 from benchmarks.table import TURNS, Line, arguments, line, report
 from streaming import cluster
 from streaming.delivery.stream import BatchShape, TileStream, torch_batches
+from streaming.operate.capacity import StageCosts, Surroundings, reader_rates
 from streaming.plan import TilePlan
 from streaming.reading.hsv_rule import HsvRule
-from streaming.reading.reader import ReaderOptions
+from streaming.reading.reader import ReaderOptions, TileReader
 from streaming.slide import Slide, codecs, open_slide
 from streaming.slide.index_files import open_index
-from streaming.storage.ranges import read_range
+from streaming.storage.ranges import open_ranges, read_range
 
 MPPS = (0.25, 0.5, 1.0, 2.0)
 LATENCY_S = 0.02
+DISTANT_S, TURNED_DOWN = 0.1, 0.07
 
 
 _tile = np.empty((SIZE, SIZE, 3), np.uint8)
@@ -149,6 +154,45 @@ def stream_lines(folder: Path, paths: list[Path], steps: int, peers: bool) -> tu
     ], server.kind
 
 
+def distant_line(folder: Path, paths: list[Path], batches: int) -> Line:
+    """One reader, in-process with two batches under way as its actor has, on storage far away: against `capacity`."""
+    skip, micro_batch = 2, 64
+    with serve(folder, DISTANT_S) as server:
+        options = {"anon": True, "endpoint_url": server.url, "region": "us-east-1"}
+        catalog = made_catalog([f"s3://bench/{path.name}" for path in paths], options)
+        plan = TilePlan(catalog, mpp={0.25: 1}, size=SIZE)
+        slides, specs = [open_slide(str(path)) for path in paths], plan.specs(np.arange(400))
+        tiles = [
+            slides[slide].read_tile(int(x), int(y), 0.25, SIZE)
+            for slide, x, y in zip(specs.slide, specs.x, specs.y, strict=True)
+        ]
+        rule = HsvRule(min_share=float(np.quantile([hsv_share(tile) for tile in tiles], TURNED_DOWN)))
+        reader = TileReader(plan, catalog, ReaderOptions(hsv_rule=rule, storage_options=options))
+        ends, ranges = list[float](), open_ranges(f"s3://bench/{paths[0].name}", options)
+        assert ranges is not None, "S3 has ranges"
+        waits = [timeit.timeit(lambda: read_range(ranges, 0, 10_000), number=1) for _ in range(9)]
+
+        def read(batch: int) -> None:
+            reader({"index": np.arange(batch * micro_batch, (batch + 1) * micro_batch)})
+            ends.append(time.perf_counter())
+
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(read, range(batches + 2 * skip)))
+    took = reader.counters()
+    costs = StageCosts(requests=took["requests"] / took["tiles"], nbytes=took["nbytes"] / took["tiles"])
+    around = Surroundings(latency_s=statistics.median(waits), reader_cores=2)
+    ours = batches * micro_batch / (ends[skip + batches - 1] - ends[skip - 1])
+    what = f"one reader at {DISTANT_S * 1000:.0f} ms, {TURNED_DOWN:.0%} turned down / the model of `capacity`"
+    return line(what, ours, min(reader_rates(costs, around)), "tiles/s", least=0.9)
+
+
+def hsv_share(tile: np.ndarray[Any, Any]) -> float:
+    """The share of a tile's pixels within the published HSV bounds."""
+    rule = HsvRule()
+    low, high = np.array([rule.hue, rule.saturation, rule.value], dtype=np.uint8).T
+    return float((cv2.inRange(cv2.cvtColor(tile, cv2.COLOR_RGB2HSV), low, high) > 0).mean())
+
+
 def peer_rates(folder: Path, paths: list[Path], plan: TilePlan, endpoint: str) -> dict[str, float]:
     """Tiles per second of others, two workers each, on the plan's tiles (wsistream draws its own)."""
     specs = plan.specs(np.arange(60 * BATCH))
@@ -174,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths = made_slides(args.folder, args.slides)
     lines = cpu_lines(paths, args.tiles)
     streamed, server = stream_lines(args.folder, paths, args.steps, args.peers)
+    lines.append(distant_line(args.folder, paths, args.steps // 4))
     return report([*lines, *streamed], args.json, server=server)
 
 
