@@ -1,9 +1,6 @@
 """The HSV rule, which mostly makes no image in HSV: OpenCV's is the oracle."""
 
-from collections.abc import Iterator
-
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,15 +8,6 @@ from streaming.reading.hsv_rule import ColourPlanes, HsvRule
 from streaming.vision import cv2
 
 EDGES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 59, 60, 61, 102, 103, 104, 127, 128, 179, 180, 204, 205, 238, 239, 254, 255)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def without_ipp() -> Iterator[None]:
-    """Intel's library rounds otherwise, and is not on every machine."""
-    used = cv2.ipp.useIPP()
-    cv2.ipp.setUseIPP(False)
-    yield
-    cv2.ipp.setUseIPP(used)
 
 
 def inside(tile: np.ndarray, rule: HsvRule) -> np.ndarray:
