@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -83,6 +83,11 @@ class IndexedLevel:
         """Blocks in a row."""
         return -(-self.width // self.form.width)
 
+    @property
+    def blocks_of_plane(self) -> int:
+        """Blocks that cover the level once; those of further planes follow."""
+        return self.columns * -(-self.height // self.form.height)
+
     def places(self, first: int, last: int, count: Counters = UNCOUNTED) -> tuple[list[int], list[int]]:
         """Offsets and lengths of the blocks first to last (row by row, both included).
 
@@ -138,11 +143,7 @@ def pack(slide: TiffSlide, tag: str, mpp: float | None) -> bytes:
         levels.append(
             {
                 "size": [level.width, level.height],
-                "block": [form.width, form.height],
-                "codec": form.codec,
-                "prefix": base64.b64encode(form.prefix).decode(),
-                "predictor": form.predictor,
-                "halvings": form.halvings,
+                "form": asdict(form) | {"prefix": base64.b64encode(form.prefix).decode()},
                 "at": at,
                 "bytes": [length_bytes, gap_bytes],
             }
@@ -180,17 +181,16 @@ def read_index(index: IndexBytes, count: Counters = UNCOUNTED) -> BlockIndex:
 
 
 @lru_cache(maxsize=1024)
-def _form(codec: str, width: int, height: int, prefix: str, predictor: bool, halvings: int) -> BlockFormat:
+def _form(prefix: str, **rest: Any) -> BlockFormat:
     """One for all levels and slides of a kind: thousands are open at once, each with half a kilobyte of tables."""
-    return BlockFormat(codec, width, height, base64.b64decode(prefix), predictor, halvings)
+    return BlockFormat(prefix=base64.b64decode(prefix), **rest)
 
 
 def _level(entry: dict[str, Any], tables_at: int, index: IndexBytes) -> IndexedLevel:
-    width, height = entry["block"]
     return IndexedLevel(
         width=entry["size"][0],
         height=entry["size"][1],
-        form=_form(entry["codec"], width, height, entry["prefix"], entry["predictor"], entry["halvings"]),
+        form=_form(**entry["form"]),
         index=index,
         at=tables_at + entry["at"],
         length_bytes=entry["bytes"][0],

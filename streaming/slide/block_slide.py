@@ -25,6 +25,7 @@ _MAX_GAP = 64
 class _Run(NamedTuple):
     """Blocks of a row of the grid that are neighbours in the file too: one request, [start, end), fetches them."""
 
+    plane: int
     row: int
     start: int
     end: int
@@ -49,6 +50,8 @@ class PendingBox:
     """the bytes of the runs; None where the box lies outside the slide"""
     is_covered: bool
     """whether blocks cover all of the box"""
+    background: int
+    """the grey level where they do not"""
     count: Counters
 
     def when_ready(self, call: Callable[[], object]) -> None:
@@ -111,13 +114,13 @@ class BlockSlide:
         downsample = self.level_downsamples[level]
         box = LevelBox(level, round(location[0] / downsample), round(location[1] / downsample), *size)
         pixels = np.empty((size[1], size[0], 3), dtype=np.uint8)
-        self._begin(box, 1, UNCOUNTED).fill(pixels)
+        self._begin(box, 1, UNCOUNTED, background=0).fill(pixels)
         return pixels
 
     def begin_tile(
         self, x: int, y: int, mpp: float, size: int, *, exact: bool = False, count: Counters = UNCOUNTED
     ) -> PendingBox:
-        """Asks for a tile's bytes.
+        """Asks for a tile's bytes; what lies outside the slide or in an empty block is white, as glass is.
 
         Raises:
             SlideError: it is no tile.
@@ -132,13 +135,14 @@ class BlockSlide:
     def read_tile(self, x: int, y: int, mpp: float, size: int, *, exact: bool = False) -> Pixels:
         """A tile of uint8 (size, size, 3); x, y the level-0 pixel of its top-left corner, mpp its µm/px.
 
-        JPEG and JPEG 2000 are decoded at 1/2, 1/4 or 1/8 where that fits; `exact` decodes in full.
+        White outside the slide. JPEG and JPEG 2000 are decoded at 1/2, 1/4 or 1/8 where that fits; `exact` decodes in
+        full.
         """
         tile = np.empty((size, size, 3), dtype=np.uint8)
         self.begin_tile(x, y, mpp, size, exact=exact).fill(tile)
         return tile
 
-    def _begin(self, box: LevelBox, scale: int, count: Counters) -> PendingBox:
+    def _begin(self, box: LevelBox, scale: int, count: Counters, background: int = 255) -> PendingBox:
         """Asks for the blocks of a rectangle."""
         level = self._levels[box.level]
         edges = left, top, right, bottom = (
@@ -148,16 +152,18 @@ class BlockSlide:
             min(box.y + box.height, level.height),
         )
         if left >= right or top >= bottom:
-            return PendingBox(self.uri, level, box, edges, scale, [], None, False, count)
+            return PendingBox(self.uri, level, box, edges, scale, [], None, False, background, count)
         is_covered = (left, top, right - left, bottom - top) == (box.x, box.y, box.width, box.height)
         first, last = left // level.form.width, (right - 1) // level.form.width
         runs: list[_Run] = []
-        for row in range(top // level.form.height, (bottom - 1) // level.form.height + 1):
-            offsets, nbytes = level.places(row * level.columns + first, row * level.columns + last, count)
-            is_covered = is_covered and all(nbytes)
-            runs += _runs(row, first, offsets, nbytes)
+        for plane in range(level.form.planes):
+            for row in range(top // level.form.height, (bottom - 1) // level.form.height + 1):
+                at = plane * level.blocks_of_plane + row * level.columns
+                offsets, nbytes = level.places(at + first, at + last, count)
+                is_covered = is_covered and all(nbytes)
+                runs += _runs(plane, row, first, offsets, nbytes)
         coming = self._ranges.begin([(run.start, run.end) for run in runs], count)
-        return PendingBox(self.uri, level, box, edges, scale, runs, coming, is_covered, count)
+        return PendingBox(self.uri, level, box, edges, scale, runs, coming, is_covered, background, count)
 
     def close(self) -> None:
         """Holds nothing open."""
@@ -170,7 +176,7 @@ def decode_box(pending: PendingBox, out: Pixels) -> None:
         SlideError, StorageError: as `PendingBox.fill`.
     """
     if not pending.is_covered:
-        out.fill(0)  # black past the slide and where a block is empty, as OpenSlide
+        out.fill(pending.background)
     if pending.coming is None:
         return
     level, box, scale, count = pending.level, pending.box, pending.scale, pending.count
@@ -188,14 +194,21 @@ def decode_box(pending: PendingBox, out: Pixels) -> None:
                 compressed = content[offset - run.start : offset - run.start + nbytes]
                 block = decode(compressed, level.form, scale, y1 - run.row * high)
             except (ValueError, RuntimeError, MemoryError) as error:
-                reason, number = " ".join(str(error).split()), run.row * level.columns + column
+                reason, number = (
+                    " ".join(str(error).split()),
+                    run.plane * level.blocks_of_plane + run.row * level.columns + column,
+                )
                 raise SlideError(
                     f"{pending.uri}: level {box.level}, block {number}: {reason}; compare the slide with its source"
                 ) from error
             before, at = at, perf_counter()
             count.decode_s += at - before
             rows, columns = _scaled(y0, y1, box.y, scale), _scaled(x0, x1, box.x, scale)
-            out[rows, columns] = block[_scaled(y0, y1, run.row * high, scale), _scaled(x0, x1, column * wide, scale)]
+            shown = block[_scaled(y0, y1, run.row * high, scale), _scaled(x0, x1, column * wide, scale)]
+            if level.form.planes == 1:
+                out[rows, columns] = shown
+            else:
+                out[rows, columns, run.plane] = shown[..., 0]
             before, at = at, perf_counter()
             count.assemble_s += at - before
         count.blocks += len(run.blocks)
@@ -209,7 +222,7 @@ def _scaled(start: int, stop: int, origin: int, scale: int) -> slice:
     return slice((start - origin) // scale, -((origin - stop) // scale))
 
 
-def _runs(row: int, first: int, offsets: list[int], nbytes: list[int]) -> list[_Run]:
+def _runs(plane: int, row: int, first: int, offsets: list[int], nbytes: list[int]) -> list[_Run]:
     """The blocks of a row from column `first` on as few runs; empty blocks are in none."""
     runs: list[_Run] = []
     for column, (offset, size) in enumerate(zip(offsets, nbytes, strict=True), start=first):
@@ -217,7 +230,7 @@ def _runs(row: int, first: int, offsets: list[int], nbytes: list[int]) -> list[_
             continue
         if runs and 0 <= offset - runs[-1].end <= _MAX_GAP:
             last = runs[-1]
-            runs[-1] = _Run(row, last.start, offset + size, [*last.blocks, (column, offset, size)])
+            runs[-1] = _Run(plane, row, last.start, offset + size, [*last.blocks, (column, offset, size)])
         else:
-            runs.append(_Run(row, offset, offset + size, [(column, offset, size)]))
+            runs.append(_Run(plane, row, offset, offset + size, [(column, offset, size)]))
     return runs

@@ -20,9 +20,22 @@ _SOI, _APP0, _APP14 = b"\xff\xd8", b"\xff\xe0", b"\xff\xee"
 # damaged, the text is another one.
 _ONLY_LEFT_OVER = re.compile("extraneous bytes before marker 0xd9$")
 
-# TIFF's compression tag → name: Adobe TIFF 6.0 and its supplements; 33003 and 33005 are Aperio's.
-CODECS = {1: "NONE", 5: "LZW", 7: "JPEG", 8: "DEFLATE", 32946: "DEFLATE", 33003: "JP2K_YCBCR", 33005: "JP2K_RGB"}
+# TIFF's compression tag → name: Adobe TIFF 6.0 and its supplements, and libtiff's numbers; 33003 to 33005 are Aperio's.
+CODECS = {
+    **{1: "NONE", 5: "LZW", 7: "JPEG", 8: "DEFLATE", 32773: "PACKBITS", 32946: "DEFLATE", 34925: "LZMA"},
+    **{33003: "JP2K_YCBCR", 33004: "JP2K_RGB", 33005: "JP2K_RGB", 34712: "JP2K_RGB"},
+    **{50000: "ZSTD", 50001: "WEBP", 50002: "JPEGXL", 52546: "JPEGXL"},
+}
 _JPEG2000 = ("JP2K_YCBCR", "JP2K_RGB")
+_OF_BYTES: dict[str, Any] = {
+    "LZW": imagecodecs.lzw_decode,
+    "DEFLATE": imagecodecs.zlib_decode,
+    "ZSTD": imagecodecs.zstd_decode,
+    "LZMA": imagecodecs.lzma_decode,
+    "PACKBITS": imagecodecs.packbits_decode,
+}
+_EIGHT_OF_SIXTEEN = ((np.arange(2**16) + 128) // 257).astype(np.uint8)
+_OF_IMAGES: dict[str, Any] = {"WEBP": imagecodecs.webp_decode, "JPEGXL": imagecodecs.jpegxl_decode}
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,7 @@ class BlockFormat:
 
     prefix stands before what follows a JPEG block's start marker: colour transform and shared tables. predictor: rows
     hold differences of neighbouring pixels. halvings: how often a JPEG 2000 block can be decoded at half its size.
+    samples: 1 is grey, 3 RGB, 4 RGB and alpha. planes: how many blocks show the same place, one colour each, or 1.
     """
 
     codec: str
@@ -39,6 +53,14 @@ class BlockFormat:
     prefix: bytes = field(default=b"", repr=False)
     predictor: bool = False
     halvings: int = 0
+    samples: int = 3
+    bits: int = 8
+    is_big_endian: bool = False
+    is_inverted: bool = False
+    """grey, and 0 is white"""
+    is_premultiplied: bool = False
+    """its colours are multiplied by alpha"""
+    planes: int = 1
 
     @property
     def is_jpeg2000(self) -> bool:
@@ -78,7 +100,8 @@ def decode(block: bytes, form: BlockFormat, scale: int = 1, rows: int | None = N
     """The pixels of a block, uint8 (height / scale, width / scale, 3); a scale above 1 only of `BlockFormat.scales`.
 
     Where only the block's first `rows` (in its own pixels) are wanted, those below may be missing or of any content.
-    The pixels may lie in memory that this thread's next call overwrites.
+    Grey is given as three equal channels, 16 bits as 8, what is transparent over white. The pixels may lie in memory
+    that this thread's next call overwrites.
 
     Raises:
         ValueError: it is damaged, or of another size than the level's blocks.
@@ -88,7 +111,7 @@ def decode(block: bytes, form: BlockFormat, scale: int = 1, rows: int | None = N
     if form.is_jpeg2000:
         pixels = decode_jpeg2000(block, (form.width, form.height), scale, ycbcr=form.codec == "JP2K_YCBCR")
     else:
-        pixels = _decode_plain(block, form)
+        pixels = _rgb_of(_decode_samples(block, form), form)
     wanted = (form.height // scale, form.width // scale, 3)
     if pixels.shape != wanted or pixels.dtype != np.uint8:
         raise ValueError(f"it holds {pixels.shape} of {pixels.dtype}, not {wanted} of uint8")
@@ -159,16 +182,37 @@ def _frame(jpeg: bytes) -> tuple[int, bool]:
     raise ValueError("it has no frame and scan")
 
 
-def _decode_plain(block: bytes, form: BlockFormat) -> Any:
-    nbytes = form.height * form.width * 3
-    out = np.empty(nbytes, dtype=np.uint8)
+def _decode_samples(block: bytes, form: BlockFormat) -> Any:
+    """Its samples as the file has them, uint8 or uint16 (height, width, samples)."""
+    kind = np.dtype(np.uint8 if form.bits == 8 else np.uint16)
+    out = np.empty((form.height, form.width, form.samples), kind)
+    if form.codec in _OF_IMAGES:
+        # Into an array that is there already: a header that claims another size is refused, not allocated for.
+        into = out[..., 0] if form.samples == 1 else out
+        _OF_IMAGES[form.codec](block, out=into)
+        return out
     if form.codec == "NONE":
         content = np.frombuffer(block, np.uint8)
-    elif form.codec == "LZW":
-        content = np.frombuffer(imagecodecs.lzw_decode(block, out=cast(Any, out)), np.uint8)
     else:
-        content = np.frombuffer(imagecodecs.zlib_decode(block, out=cast(Any, out)), np.uint8)
-    if content.size != nbytes:
-        raise ValueError(f"it holds {content.size:,} of {nbytes:,} bytes")
-    pixels = content.reshape(form.height, form.width, 3)
+        content = np.frombuffer(_OF_BYTES[form.codec](block, out=out.reshape(-1).view(np.uint8)), np.uint8)
+    if content.size != out.nbytes:
+        raise ValueError(f"it holds {content.size:,} of {out.nbytes:,} bytes")
+    pixels = content.view(kind.newbyteorder(">" if form.is_big_endian else "<")).reshape(out.shape)
+    pixels = pixels.astype(kind, copy=False)
     return imagecodecs.delta_decode(pixels, axis=1) if form.predictor else pixels
+
+
+def _rgb_of(samples: Any, form: BlockFormat) -> Any:
+    """Samples of any kind as uint8 (height, width, 3)."""
+    if form.bits == 16:
+        # As libtiff does, and so OpenSlide: colours are rounded, of grey the upper byte is taken.
+        is_grey = form.samples == form.planes == 1
+        samples = (samples >> 8).astype(np.uint8) if is_grey else _EIGHT_OF_SIXTEEN[samples]
+    if form.samples == 1:
+        return np.repeat(255 - samples if form.is_inverted else samples, 3, axis=2)
+    if form.samples == 3:
+        return samples
+    colours, alpha = samples[..., :3].astype(np.uint16), samples[..., 3:].astype(np.uint16)
+    if not form.is_premultiplied:
+        colours = (colours * alpha + 127) // 255
+    return np.minimum(colours + (255 - alpha), 255).astype(np.uint8)

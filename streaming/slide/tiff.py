@@ -51,7 +51,12 @@ def read_tiff(uri: str, ranges: Ranges, count: Counters = UNCOUNTED) -> TiffSlid
 
 def _slide(uri: str, tiff: tifffile.TiffFile, ranges: Ranges, count: Counters) -> TiffSlide | None:
     if not tiff.pages.first.is_tiled:
-        return None
+        if tiff.is_ndpi or any(page.is_tiled for page in _pages(uri, tiff)):
+            return None
+        raise SlideError(
+            f"{uri}: a stripped TIFF, of which a tile takes whole rows; convert it with "
+            "`vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg --Q 90`"
+        )
     pyramid = pyramid_of(_pages(uri, tiff))
     if pyramid is None or any(b[0] >= a[0] for a, b in pairwise(pyramid.sizes)):
         return None

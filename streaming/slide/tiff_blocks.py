@@ -15,7 +15,12 @@ from streaming.slide.codecs import CODECS, BlockFormat, jpeg_prefix
 from streaming.slide.jpeg2000 import HEAD_NBYTES, read_header
 from streaming.storage.ranges import Ranges, read_range
 
-_RGB, _YCBCR = 2, 6
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _YCBCR = 0, 1, 2, 6
+_ORIENTATION = 274  # another than 1 is turned or mirrored
+_PREMULTIPLIED = 1  # TIFF's ExtraSamples: associated alpha
+_APERIO_S = (33003, 33004, 33005)
+_WHOLE_COLOURS = ("JPEG", "WEBP", "JP2K_YCBCR", "JP2K_RGB")  # whose planes apart nobody writes
+_SIXTEEN_BITS = ("NONE", "LZW", "DEFLATE", "ZSTD", "LZMA", "PACKBITS", "JPEGXL")
 _MAX_BLOCK_PX = 2**24
 
 
@@ -37,7 +42,7 @@ class BlockLevel:
 def blocks_of(
     uri: str, level: int, page: tifffile.TiffPage, size: tuple[int, int], file_nbytes: int
 ) -> BlockLevel | None:
-    """A page's blocks, None where they are not plain 8-bit RGB in a codec of ours.
+    """A page's blocks, None where they are no RGB or grey in a codec of ours.
 
     What a tag must be in any TIFF is checked first: OpenSlide 4.0.1 aborts the process where it can't allocate.
     """
@@ -55,24 +60,54 @@ def blocks_of(
             "; compare it with its source"
         )
     _check_places(uri, level, offsets, nbytes, file_nbytes)
-    plain = page.samplesperpixel == 3 and page.bitspersample == 8 and page.planarconfig == 1 and page.imagedepth == 1
-    codec = CODECS.get(int(page.compression))
-    photometric = int(page.photometric)  # type: ignore[arg-type]
-    if not plain or page.fillorder != 1 or codec is None or int(page.predictor) not in (1, 2):
+    form = _form_of(uri, level, page)
+    if form is None:
         return None
-    if codec == "JPEG" and photometric not in (_RGB, _YCBCR):
+    # Philips cuts its levels off its blocks: what lies past the picture is never read. Nor is a plane of alpha.
+    one = (np.arange(-(-size[1] // height))[:, None] * columns + np.arange(-(-size[0] // width))).ravel()
+    kept = (np.arange(form.planes)[:, None] * (rows * columns) + one).ravel()
+    return BlockLevel(*size, form, offsets[kept], nbytes[kept])
+
+
+def _form_of(uri: str, level: int, page: tifffile.TiffPage) -> BlockFormat | None:
+    """How a page's blocks are compressed, None where they are not decoded here."""
+    codec, samples, bits = CODECS.get(int(page.compression)), page.samplesperpixel, page.bitspersample
+    photometric, predictor = int(page.photometric), int(page.predictor)  # type: ignore[arg-type]
+    if codec is None or page.imagedepth != 1 or page.fillorder != 1 or predictor not in (1, 2):
         return None
-    if codec not in ("JPEG", "JP2K_YCBCR", "JP2K_RGB") and photometric != _RGB:
+    if bits not in (8, 16) or page.sampleformat != 1 or page.tags.valueof(_ORIENTATION, 1) != 1:
+        return None
+    is_grey = samples == 1 and photometric in (_WHITE_IS_ZERO, _BLACK_IS_ZERO)
+    is_rgb = samples in (3, 4) and photometric == _RGB
+    if codec == "JPEG":
+        is_grey = is_grey and photometric == _BLACK_IS_ZERO
+        is_rgb = samples == 3 and photometric in (_RGB, _YCBCR)
+    elif codec.startswith("JP2K"):
+        # Aperio's say what they are by their compression, whatever their photometric tag.
+        is_rgb = samples == 3 and (photometric in (_RGB, _YCBCR) or int(page.compression) in _APERIO_S)
+        is_grey = False
+        codec = "JP2K_YCBCR" if photometric == _YCBCR and int(page.compression) not in _APERIO_S else codec
+    if not (is_grey or is_rgb) or (bits == 16 and codec not in _SIXTEEN_BITS):
+        return None
+    planes = 3 if page.planarconfig == 2 and samples > 1 else 1
+    if planes > 1 and (codec in _WHOLE_COLOURS or samples == 4 or photometric == _YCBCR):
         return None
     tables = cast(object, page.jpegtables or b"")
     if not isinstance(tables, bytes):
         raise SlideError(f"{uri}: level {level}: its JPEG tables are no bytes; compare it with its source")
-    # Philips cuts its levels off its blocks: what lies past the picture is never read.
-    kept = (np.arange(-(-size[1] // height))[:, None] * columns + np.arange(-(-size[0] // width))).ravel()
-    offsets, nbytes = offsets[kept], nbytes[kept]
-    prefix = jpeg_prefix(tables, rgb=photometric == _RGB) if codec == "JPEG" else b""
-    form = BlockFormat(codec, width, height, prefix, int(page.predictor) == 2)
-    return BlockLevel(*size, form, offsets, nbytes)
+    return BlockFormat(
+        codec,
+        page.tilewidth,
+        page.tilelength,
+        jpeg_prefix(tables, rgb=photometric == _RGB) if codec == "JPEG" else b"",
+        predictor=predictor == 2,
+        samples=1 if planes > 1 else samples,
+        bits=bits,
+        is_big_endian=page.parent.byteorder == ">",
+        is_inverted=photometric == _WHITE_IS_ZERO,
+        is_premultiplied=tuple(page.extrasamples[:1]) == (_PREMULTIPLIED,),
+        planes=planes,
+    )
 
 
 def looked_into(level: BlockLevel, ranges: Ranges, count: Counters) -> BlockLevel | None:

@@ -38,7 +38,7 @@ def pyramid_of(pages: Sequence[tifffile.TiffPage]) -> Pyramid | None:
     if "<OME" in description[:2000]:
         return _ome(first, description)
     # Formats whose blocks overlap or are of several pictures: only OpenSlide knows how they lie.
-    if _NDPI_FORMAT in first.tags or _XMP in first.tags or "leica" in description or "MedScan" in software:
+    if _NDPI_FORMAT in first.tags or _is_ventana(first) or "leica" in description or "MedScan" in software:
         return None
     return _generic(pages)
 
@@ -64,14 +64,47 @@ def _philips(pages: Sequence[tifffile.TiffPage], description: str) -> Pyramid | 
 
 def _ome(first: tifffile.TiffPage, description: str) -> Pyramid:
     """OME-TIFF: further levels are the first page's SubIFDs; mpp in the XML."""
-    levels = [first, *(page for page in first.pages or () if isinstance(page, tifffile.TiffPage))]
+    levels = [first, *_subifds(first)]
     return Pyramid("ome", _ome_mpp(description), levels, _sizes(levels))
 
 
 def _generic(pages: Sequence[tifffile.TiffPage]) -> Pyramid:
-    """Any other tiled TIFF: further levels are marked as reduced pictures; mpp by the resolution tags."""
-    levels = [page for page in pages if page.is_tiled and (page is pages[0] or page.subfiletype & 1)]
-    return Pyramid("generic-tiff", _resolution_mpp(pages[0]), levels, _sizes(levels))
+    """Any other tiled TIFF; mpp by the resolution tags.
+
+    Further levels are pages that are marked as reduced pictures; where there are none, the first page's SubIFDs (as
+    libvips writes them), or pages without a mark that are each the one before reduced by the same whole factor (as
+    Bio-Formats does).
+    """
+    first, *others = [page for page in pages if page.is_tiled]
+    reduced = [page for page in others if page.subfiletype & 1] or _subifds(first) or _halved_again(first, others)
+    levels = [first, *reduced]
+    return Pyramid("generic-tiff", _resolution_mpp(first), levels, _sizes(levels))
+
+
+def _subifds(page: tifffile.TiffPage) -> list[tifffile.TiffPage]:
+    return [below for below in page.pages or () if isinstance(below, tifffile.TiffPage) and below.is_tiled]
+
+
+def _halved_again(first: tifffile.TiffPage, others: Sequence[tifffile.TiffPage]) -> list[tifffile.TiffPage]:
+    """Those of some pages that go on from the first as a pyramid does, each smaller by the same whole factor."""
+    found: list[tifffile.TiffPage] = []
+    factor = round(first.imagewidth / others[0].imagewidth) if others and others[0].imagewidth else 0
+    before = first
+    for page in others if factor >= 2 else ():
+        pairs = ((before.imagewidth, page.imagewidth), (before.imagelength, page.imagelength))
+        same = (page.samplesperpixel, page.bitspersample) == (first.samplesperpixel, first.bitspersample)
+        # Rounded up or down, and from a size that was rounded itself.
+        if not same or any(abs(large / factor - small) > 1 for large, small in pairs):
+            break
+        found.append(page)
+        before = page
+    return found
+
+
+def _is_ventana(page: tifffile.TiffPage) -> bool:
+    """Whether its XMP is a Ventana scanner's: Photoshop and others write XMP, too."""
+    xmp = page.tags.valueof(_XMP)
+    return "iScan" in xmp if isinstance(xmp, str) else b"iScan" in bytes(xmp or b"")
 
 
 def _sizes(levels: Sequence[tifffile.TiffPage]) -> list[tuple[int, int]]:
