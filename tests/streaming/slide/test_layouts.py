@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import openslide
 import pytest
@@ -13,6 +12,7 @@ import tifffile
 
 from streaming.errors import SlideError
 from streaming.slide import Slide, open_slide
+from streaming.vision import cv2
 from tests.tiff_files import TiffSlide, level_pixels, write_tiff
 
 DATA = Path(__file__).parents[3].parent / "shared/data/tiff"
