@@ -107,6 +107,8 @@ def make(folder: str, slides: int, blocks: int) -> tuple[int, int]:
                     "height": rows * BLOCK >> i,
                     "downsample": 2.0**i,
                     "compression": "JPEG",
+                    "block_width": BLOCK,
+                    "block_height": BLOCK,
                 }
                 for i in range(8)
             ],

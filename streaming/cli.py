@@ -30,6 +30,7 @@ from streaming.errors import ConfigError
 from streaming.plan.plan import DEFAULT_MPP
 from streaming.plan.universe import Universe
 from streaming.reading.reader import ReaderOptions
+from streaming.slide.geometry import MPP_TOLERANCE
 from streaming.storage.staging import Staging
 
 if TYPE_CHECKING:
@@ -111,6 +112,13 @@ def add_stream(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the plan (0)")
     mpp = ",".join(f"{value:g}" for value in DEFAULT_MPP)
     parser.add_argument("--mpp", type=weights, metavar="LIST", help=f"µm/px, with weights if wanted ({mpp})")
+    parser.add_argument(
+        "--mpp-tolerance",
+        type=float,
+        default=MPP_TOLERANCE,
+        metavar="SHARE",
+        help=f"how far a slide's own pixels may be off it and be taken as they are; 0: none ({MPP_TOLERANCE:g})",
+    )
     parser.add_argument("--size", type=int, default=256, help="side of a tile in px (256)")
     parser.add_argument(
         "--max-failed-share",
@@ -148,7 +156,15 @@ def run_stream(args: Namespace) -> None:
     check_steps(*args.steps)
     catalog = Catalog.load(args.catalog, options)
     universe = read_options(args, Universe)
-    plan = TilePlan(catalog, args.seed, args.mpp or DEFAULT_MPP, args.size, cohorts=args.cohorts, universe=universe)
+    plan = TilePlan(
+        catalog,
+        args.seed,
+        args.mpp or DEFAULT_MPP,
+        args.size,
+        cohorts=args.cohorts,
+        mpp_tolerance=args.mpp_tolerance,
+        universe=universe,
+    )
     if args.dry_run:
         _print_mix(plan, [plan.slides_of(index) for index in _some_batches(args.steps, args.batch)], args.batch)
         return

@@ -29,12 +29,14 @@ class OddSlide:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._slide, name)
 
-    def begin_tile(self, x: int, y: int, mpp: float, size: int, count: Counters = UNCOUNTED) -> OddTile:
-        return OddTile(self, x, y, self._slide.begin_tile(x, y, mpp, size, count=count))
+    def begin_tile(
+        self, x: int, y: int, mpp: float, size: int, *, tolerance: float, count: Counters = UNCOUNTED
+    ) -> OddTile:
+        return OddTile(self, x, y, self._slide.begin_tile(x, y, mpp, size, tolerance=tolerance, count=count))
 
-    def read_tile(self, x: int, y: int, mpp: float, size: int) -> Pixels:
+    def read_tile(self, x: int, y: int, mpp: float, size: int, *, tolerance: float) -> Pixels:
         tile = np.empty((size, size, 3), np.uint8)
-        self.begin_tile(x, y, mpp, size).fill(tile)
+        self.begin_tile(x, y, mpp, size, tolerance=tolerance).fill(tile)
         return tile
 
     def befall(self, x: int, y: int) -> None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, cast
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from streaming import storage
@@ -20,6 +22,19 @@ from streaming.errors import CatalogError
 from streaming.slide import Slide, open_slide
 from streaming.slide.index_files import open_index, open_staged_index
 from streaming.storage.staging import Staging
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The levels of a catalog's slides as tables (slides, most levels of a slide); 0 where a slide has fewer."""
+
+    downsample: NDArray[np.float64]
+    """level-0 pixels per pixel of the level"""
+    width: NDArray[np.int64]
+    height: NDArray[np.int64]
+    block_width: NDArray[np.int64]
+    """of the level's compressed blocks, in its pixels, as width and height are; 0 where unknown"""
+    block_height: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -154,6 +169,27 @@ class Catalog:
     @cached_property
     def _metadata(self) -> list[dict[str, str]]:
         return [json.loads(entry) for entry in self._strings("metadata")]
+
+    def levels(self) -> Levels:
+        """The levels of all slides, by row."""
+        column = self.table["levels"].combine_chunks()
+        num_levels = pc.list_value_length(column).to_numpy()
+        flat = pc.list_flatten(column)
+        exists = np.arange(int(num_levels.max(initial=0))) < num_levels[:, None]
+
+        def table(name: str, dtype: type[Any]) -> NDArray[Any]:
+            values = np.zeros(exists.shape, dtype=dtype)
+            # Nulls come as NaN.
+            values[exists] = np.nan_to_num(pc.struct_field(flat, name).to_numpy(zero_copy_only=False))
+            return values
+
+        return Levels(
+            downsample=table("downsample", np.float64),
+            width=table("width", np.int64),
+            height=table("height", np.int64),
+            block_width=table("block_width", np.int64),
+            block_height=table("block_height", np.int64),
+        )
 
     def column(self, name: str) -> NDArray[Any]:
         """One numeric column as a NumPy array."""

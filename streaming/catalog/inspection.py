@@ -65,9 +65,20 @@ def describe(slide: Slide, info: storage.ObjectInfo, tissue: TissueGrid) -> Slid
     """The catalog's row for an open slide with a known mpp."""
     assert slide.mpp is not None, "a slide without mpp has no tissue grid"
     levels = [
-        {"width": width, "height": height, "downsample": downsample, "compression": compression}
-        for (width, height), downsample, compression in zip(
-            slide.level_dimensions, slide.level_downsamples, slide.level_compressions(), strict=True
+        {
+            "width": width,
+            "height": height,
+            "downsample": downsample,
+            "compression": compression,
+            "block_width": block[0] if block else None,
+            "block_height": block[1] if block else None,
+        }
+        for (width, height), downsample, compression, block in zip(
+            slide.level_dimensions,
+            slide.level_downsamples,
+            slide.level_compressions(),
+            slide.level_blocks(),
+            strict=True,
         )
     ]
     rows, columns = tissue.fraction.shape

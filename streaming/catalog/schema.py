@@ -17,11 +17,19 @@ from numpy.typing import NDArray
 from streaming import storage
 from streaming.errors import CatalogError
 
-VERSION = 3
+VERSION = 4
 SLIDES, REJECTED, PARTS, BLOCKS = "slides.parquet", "rejected.parquet", "parts", "blocks"
 
 LEVEL_TYPE = pa.struct(
-    [("width", pa.int64()), ("height", pa.int64()), ("downsample", pa.float64()), ("compression", pa.string())]
+    [
+        ("width", pa.int64()),
+        ("height", pa.int64()),
+        ("downsample", pa.float64()),
+        ("compression", pa.string()),
+        # Of its compressed blocks, in the level's pixels; none where OpenSlide serves.
+        ("block_width", pa.int32()),
+        ("block_height", pa.int32()),
+    ]
 )
 SCHEMA = pa.schema(
     [

@@ -62,7 +62,7 @@ def thumbnail(slide: Slide, mpp: float = THUMBNAIL_MPP) -> Pixels:
     """
     if slide.mpp is None:
         raise SlideError(f"{slide.uri}: no mpp in its metadata; give it by --mpp or a CSV column `mpp`")
-    level = geometry.level_for_mpp(slide.mpp, slide.level_downsamples, mpp)
+    level = geometry.tile_source(slide.mpp, slide.level_downsamples, mpp, 0.0).level
     level_width, level_height = slide.level_dimensions[level]
     downsample = slide.level_downsamples[level]
     scale = mpp / (slide.mpp * downsample)
@@ -134,15 +134,15 @@ def window_fraction(
     columns: NDArray[np.int64],
     top: NDArray[np.float64],
     left: NDArray[np.float64],
-    extent: float,
+    extent: NDArray[np.float64] | float,
 ) -> NDArray[np.float64]:
     """Share of each square window's area that is tissue, float64 (n,), for windows on many slides at once.
 
     fraction holds the tissue grids of all slides flat, row after row; window i lies on the one of rows[i] × columns[i]
-    cells that begins at start[i]. top, left and extent are in cells and may be fractional; what lies off the grid
+    cells that begins at start[i]. top, left and extent (n,) are in cells and may be fractional; what lies off the grid
     counts as background. A window has the same share to the bit, alone or among others, on every machine.
     """
-    span = np.arange(int(np.ceil(extent)) + 1)[:, None]
+    span = np.arange(int(np.ceil(np.max(extent, initial=0))) + 1)[:, None]
     row, column = np.floor(top).astype(np.int64) + span, np.floor(left).astype(np.int64) + span
     row_cover = np.minimum(row + 1, top + extent) - np.maximum(row, top)
     row_cover = np.where((row >= 0) & (row < rows), np.maximum(row_cover, 0), 0)

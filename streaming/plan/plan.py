@@ -18,11 +18,16 @@ from streaming.catalog.tissue_map import CHUNK, padded
 from streaming.errors import ConfigError, PlanError
 from streaming.plan.counter_random import Indices, uniform
 from streaming.plan.decisions import Decision
+from streaming.plan.footprints import Footprint, corner_anywhere
 from streaming.plan.slide_choice import MAX_TRIES, Choice, SlideChooser
 from streaming.plan.universe import ShuffleQuality, Universe, shuffle_quality
+from streaming.slide.geometry import MPP_TOLERANCE
 
 # The four magnifications of arXiv 2404.15217; their weights are not published, so equal.
 DEFAULT_MPP: Mapping[float, float] = {0.25: 1, 0.5: 1, 1.0: 1, 2.0: 1}
+
+# Past this, two of the reductions 1, 2, 4 and 8 would serve one magnification.
+_MAX_TOLERANCE = 0.3
 
 # So many tiles are drawn at once: bounds what is mapped of a large catalog's tissue, some 50 KB a tile.
 _MAX_DRAW = 2048
@@ -30,7 +35,10 @@ _MAX_DRAW = 2048
 
 @dataclass(frozen=True)
 class TileSpec:
-    """One tile to read: x, y are the level-0 pixel of its top-left corner, mpp its µm/px, size its side in px."""
+    """One tile to read: x, y are the level-0 pixel of its top-left corner, mpp its µm/px, size its side in px.
+
+    mpp is what the mix asks for; a slide's own pixels may be taken for it (`TilePlan.mpp_tolerance`).
+    """
 
     index: int
     slide: str
@@ -42,7 +50,10 @@ class TileSpec:
 
 @dataclass(frozen=True)
 class TileSpecs:
-    """Many tiles as columns, each (n,); slide is the row of the catalog, attempt how often the index was redrawn."""
+    """Many tiles as columns, each (n,); slide is the row of the catalog, attempt how often the index was redrawn.
+
+    mpp is what the mix asks for, own_mpp what the pixels have that are read for it.
+    """
 
     index: Indices
     attempt: NDArray[np.int32]
@@ -50,6 +61,7 @@ class TileSpecs:
     x: NDArray[np.int64]
     y: NDArray[np.int64]
     mpp: NDArray[np.float64]
+    own_mpp: NDArray[np.float64]
     size: int
 
     def __len__(self) -> int:
@@ -77,7 +89,9 @@ class TilePlan:
     mpp maps each magnification (µm/px) to its weight, cohorts each value of the catalog's `cohort` column to its
     weight (None: every slide alike). A tile has at least `min_tissue` of its area on tissue (0.4: arXiv 2404.15217). A
     slide serves a magnification only if the tile fits it and its pixels would not be enlarged over `max_upsampling`
-    times. universe bounds what is drawn, and how (None: any tile of all slides, each index by itself).
+    times. Where a level, or its reduction by 2, 4 or 8, has the magnification up to a share of `mpp_tolerance`, tiles
+    are of its own pixels; 0: all have the very mpp. universe bounds what is drawn, and how (None: any tile of all
+    slides, each index by itself).
 
     Raises:
         ConfigError: weights, size or shares make no sense.
@@ -94,23 +108,26 @@ class TilePlan:
         cohorts: Mapping[str, float] | None = None,
         min_tissue: float = 0.4,
         max_upsampling: float = 2.0,
+        mpp_tolerance: float = MPP_TOLERANCE,
         universe: Universe | None = None,
     ) -> None:
         if size < 1:
             raise ConfigError(f"tile size is {size} px; it must be at least 1")
         if not 0 < min_tissue <= 1:
             raise ConfigError(f"min_tissue is {min_tissue}; it is a share above 0 and up to 1")
+        if not 0 <= mpp_tolerance <= _MAX_TOLERANCE:
+            raise ConfigError(f"mpp_tolerance is {mpp_tolerance}; it is a share from 0 to {_MAX_TOLERANCE}")
         self.seed = seed
         self.size = size
         self.min_tissue = min_tissue
+        self.mpp_tolerance = mpp_tolerance
         self._slides, self._tissue = catalog.slides(), catalog.tissue
         self._slide_mpp = catalog.column("mpp")
-        self._width, self._height = catalog.column("width"), catalog.column("height")
         self._rows = catalog.column("tissue_rows").astype(np.int64)
         self._columns = catalog.column("tissue_columns").astype(np.int64)
         self._start, self._total = catalog.column("tissue_offset"), catalog.column("tissue_total")
         self.universe = universe or Universe()
-        self._chooser = SlideChooser(catalog, seed, mpp, size, cohorts, max_upsampling, self.universe)
+        self._chooser = SlideChooser(catalog, seed, mpp, size, cohorts, max_upsampling, mpp_tolerance, self.universe)
         self._mpp_values = self._chooser.mpp_values
         self._padded = padded(self._rows * self._columns)
         self._bisections = int(self._padded.max() // CHUNK).bit_length()
@@ -178,7 +195,8 @@ class TilePlan:
             slide[pending], x[pending], y[pending] = found.slide, found.x, found.y
             pending = pending[~found.on_tissue]
             if not len(pending):
-                return TileSpecs(index, attempt, slide, x, y, self._mpp_values[choice.mpp_row], self.size)
+                mpp, own = self._mpp_values[choice.mpp_row], self._chooser.footprints.at(choice.mpp_row, slide).mpp
+                return TileSpecs(index, attempt, slide, x, y, mpp, own, self.size)
         mpp = self._mpp_values[choice.mpp_row[pending[0]]]
         raise PlanError(
             f"index {index[pending[0]]}: no tile of {self.min_tissue:.0%} tissue at {mpp} µm/px in {MAX_TRIES} draws; "
@@ -200,35 +218,16 @@ class TilePlan:
         def number(decision: Decision) -> NDArray[np.float64]:
             return uniform(self._chooser.place_seed, choice.key, counter, decision)
 
-        slide, tile_mpp = self._chooser.slides(choice, attempt, trial), self._mpp_values[choice.mpp_row]
+        slide = self._chooser.slides(choice, attempt, trial)
+        footprint = self._chooser.footprints.at(choice.mpp_row, slide)
         cell = self._drawn_cell(slide, number(Decision.CELL))
         column, row = cell % self._columns[slide], cell // self._columns[slide]
-        x_cells, y_cells = column + number(Decision.CELL_X), row + number(Decision.CELL_Y)
-        x = self._corner(slide, tile_mpp, self._width[slide], x_cells, number(Decision.OFFSET_X))
-        y = self._corner(slide, tile_mpp, self._height[slide], y_cells, number(Decision.OFFSET_Y))
-        return _Places(slide, x, y, self._tissue_share(slide, x, y, choice.mpp_row) >= self.min_tissue)
-
-    def _corner(
-        self,
-        slide: NDArray[np.int32],
-        tile_mpp: NDArray[np.float64],
-        length: NDArray[np.int64],
-        point_cells: NDArray[np.float64],
-        offset: NDArray[np.float64],
-    ) -> NDArray[np.int64]:
-        """Level-0 pixels at which tiles begin along one axis, int64 (n,); length is the slides' along it.
-
-        A tile lies around a point on tissue, which is given in cells of the tissue grid: anywhere, by `offset` from 0
-        to 1, that keeps the point in the tile and the tile on the slide. So places are drawn in proportion to their
-        tissue, and none piles up at the slide's edges.
-        """
-        slide_mpp = self._slide_mpp[slide]
-        extent = self.size * tile_mpp / slide_mpp
-        last, point = np.floor(length - extent), point_cells * (CELL_UM / slide_mpp)
-        low, high = np.clip(point - extent, 0, last), np.clip(point, 0, last)
-        drawn = np.floor(low + offset * (high - low)).astype(np.int64)
-        # Corners are whole pixels of the tile: then a JPEG block can be decoded at 1/2, 1/4 or 1/8.
-        return drawn - drawn % np.maximum(1, np.rint(tile_mpp / slide_mpp)).astype(np.int64)
+        cell_px = CELL_UM / self._slide_mpp[slide]
+        x_point, y_point = (column + number(Decision.CELL_X)) * cell_px, (row + number(Decision.CELL_Y)) * cell_px
+        x = corner_anywhere(footprint, 0, x_point, number(Decision.OFFSET_X))
+        y = corner_anywhere(footprint, 1, y_point, number(Decision.OFFSET_Y))
+        share = self._tissue_share(slide, x, y, choice.mpp_row, footprint)
+        return _Places(slide, x, y, share >= self.min_tissue)
 
     def _drawn_cell(self, slide: NDArray[np.int32], number: NDArray[np.float64]) -> Indices:
         """A cell of each slide's tissue grid, as likely as it has tissue."""
@@ -245,7 +244,9 @@ class TilePlan:
         passed = cells.cumsum(axis=1, dtype=np.int32) <= (wanted - sums[chunk])[:, None]
         return chunk * CHUNK + passed.sum(axis=1) - start
 
-    def _tissue_share(self, slide: NDArray[np.int32], x: Indices, y: Indices, mpp_row: Indices) -> NDArray[np.float64]:
+    def _tissue_share(
+        self, slide: NDArray[np.int32], x: Indices, y: Indices, mpp_row: Indices, footprint: Footprint
+    ) -> NDArray[np.float64]:
         share = np.zeros(len(slide))
         for row in np.unique(mpp_row):
             at = np.flatnonzero(mpp_row == row)
@@ -257,6 +258,6 @@ class TilePlan:
                 self._columns[on],
                 y[at] / cell_px,
                 x[at] / cell_px,
-                float(self.size * self._mpp_values[row] / CELL_UM),
+                self.size * footprint.mpp[at] / CELL_UM,
             )
         return share

@@ -13,7 +13,9 @@ from streaming.catalog import Catalog
 from streaming.errors import ConfigError, PlanError
 from streaming.plan.counter_random import Indices, evenly, hashed, text_keys, uniform
 from streaming.plan.decisions import Decision
+from streaming.plan.footprints import Footprints
 from streaming.plan.universe import Universe, block_quotas, chosen_slides, dealt, exhaustive, patient_ids, window_shares
+from streaming.slide.geometry import LEVEL_TOLERANCE
 
 # A draw that lands on too little tissue is drawn again: on the same slide first, so that slides with ragged tissue are
 # not drawn less, then on others.
@@ -67,6 +69,7 @@ class SlideChooser:
         size: int,
         cohorts: Mapping[str, float] | None,
         max_upsampling: float,
+        mpp_tolerance: float,
         universe: Universe,
     ) -> None:
         self._seed, self._universe, self._uri = seed, universe, catalog.uri
@@ -75,7 +78,15 @@ class SlideChooser:
         patients = catalog.metadata("patient") if "patient" in catalog.metadata_columns else [None] * len(slides)
         self.patients = patient_ids(slides, patients)
         self._chosen = chosen_slides(slides, patients, universe.slides, universe.seed)
-        self._serves = _serves(catalog, self.mpp_values, size, max_upsampling) & self._chosen
+        lengths = catalog.column("width"), catalog.column("height")
+        slide_mpp = catalog.column("mpp")
+        self.footprints = Footprints.of_slides(
+            catalog.levels(), slide_mpp, lengths, self.mpp_values, size, mpp_tolerance
+        )
+        near = 1 + max(LEVEL_TOLERANCE, mpp_tolerance)
+        is_fine_enough = slide_mpp <= max_upsampling * self.mpp_values[:, None] * near
+        has_tissue = catalog.column("tissue_total") > 0
+        self._serves = self.footprints.fit() & has_tissue & is_fine_enough & self._chosen
         self._check_magnifications(size)
         names: list[str | None] = [None] if cohorts is None else _weights("cohorts", cohorts)[0].tolist()
         of_slide = [None] * len(slides) if cohorts is None else catalog.metadata("cohort")
@@ -204,14 +215,6 @@ class SlideChooser:
         """Distinct tiles of the universe; None: without bound."""
         per_slide = self._universe.tiles_per_slide
         return None if per_slide is None else int(self._stratum_size.sum()) * per_slide
-
-
-def _serves(catalog: Catalog, mpp_values: NDArray[Any], size: int, max_upsampling: float) -> NDArray[np.bool_]:
-    """Which slides can give a tile at each magnification, bool (magnifications, slides)."""
-    slide_mpp, has_tissue = catalog.column("mpp"), catalog.column("tissue_total") > 0
-    shortest = np.minimum(catalog.column("width"), catalog.column("height"))
-    fits = size * mpp_values[:, None] / slide_mpp <= shortest
-    return fits & has_tissue & (slide_mpp <= max_upsampling * mpp_values[:, None] * 1.01)
 
 
 def _weights(name: str, weights: Mapping[Any, float]) -> tuple[NDArray[Any], NDArray[np.float64]]:

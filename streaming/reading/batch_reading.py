@@ -90,8 +90,9 @@ class BatchReading:
         at, started = np.array(rows, dtype=np.int64), perf_counter()
         specs = self._plan.specs(self._index[at], self._attempt[at])
         self._count.plan_s += perf_counter() - started
-        for name in ("slide", "x", "y", "mpp"):
+        for name in ("slide", "x", "y"):
             self._columns[name][at] = getattr(specs, name)
+        self._columns["mpp"][at] = specs.own_mpp
         self._pool.open_all(np.unique(specs.slide).tolist(), self._count)
         started = perf_counter()
         for i, row in enumerate(rows):
@@ -102,7 +103,8 @@ class BatchReading:
         """Asks for a tile's bytes, or notes why it can't be asked for."""
         x, y, mpp = int(specs.x[i]), int(specs.y[i]), float(specs.mpp[i])
         try:
-            begun = self._pool.begin_tile(int(specs.slide[i]), x, y, mpp, specs.size, self._count)
+            slide, tolerance = int(specs.slide[i]), self._plan.mpp_tolerance
+            begun = self._pool.begin_tile(slide, x, y, mpp, specs.size, tolerance, self._count)
         except (SlideError, StorageError) as error:
             self._begun[row] = error
             self._ready.put(row)

@@ -40,12 +40,14 @@ class IsolatedPool:
     def open_all(self, keys: Iterable[int], count: Counters = UNCOUNTED) -> None:
         """Nothing: slides are opened where they are read."""
 
-    def begin_tile(self, key: int, x: int, y: int, mpp: float, size: int, count: Counters = UNCOUNTED) -> PendingTile:
+    def begin_tile(
+        self, key: int, x: int, y: int, mpp: float, size: int, tolerance: float, count: Counters = UNCOUNTED
+    ) -> PendingTile:
         """A tile of the catalog's row `key`; it is read when it is filled."""
         del count
-        return _IsolatedTile(self, key, x, y, mpp, size)
+        return _IsolatedTile(self, key, x, y, mpp, size, tolerance)
 
-    def read(self, key: int, x: int, y: int, mpp: float, size: int) -> Pixels:
+    def read(self, key: int, x: int, y: int, mpp: float, size: int, tolerance: float) -> Pixels:
         """A tile of the catalog's row `key`, uint8 (size, size, 3), read in the process apart.
 
         Raises:
@@ -53,7 +55,7 @@ class IsolatedPool:
             StreamError: that process is killed from outside, again and again.
         """
         for _ in range(_MAX_KILLS):
-            answer = self._ask((key, x, y, mpp, size))
+            answer = self._ask((key, x, y, mpp, size, tolerance))
             if isinstance(answer, Exception):
                 raise answer
             if not isinstance(answer, int):
@@ -76,7 +78,7 @@ class IsolatedPool:
             self._process.join()
             self._process = None
 
-    def _ask(self, tile: tuple[int, int, int, float, int]) -> Pixels | Exception | int:
+    def _ask(self, tile: tuple[int, int, int, float, int, float]) -> Pixels | Exception | int:
         """The pixels, or what reading raised, or how the process ended that should have read them."""
         process = self._process = self._process or self._start()
         try:
@@ -107,12 +109,13 @@ class _IsolatedTile:
     y: int
     mpp: float
     size: int
+    tolerance: float
 
     def when_ready(self, call: Callable[[], object]) -> None:
         call()  # it is read when it is filled
 
     def fill(self, out: Pixels) -> None:
-        out[:] = self.pool.read(self.key, self.x, self.y, self.mpp, self.size)
+        out[:] = self.pool.read(self.key, self.x, self.y, self.mpp, self.size, self.tolerance)
 
 
 def _serve(connection: Connection, content: bytes) -> None:
@@ -121,12 +124,12 @@ def _serve(connection: Connection, content: bytes) -> None:
     slides: dict[int, Slide] = {}
     while True:
         try:
-            row, x, y, mpp, size = connection.recv()
+            row, x, y, mpp, size, tolerance = connection.recv()
         except EOFError:
             return
         try:
             if row not in slides:
                 slides[row] = storage.PATIENT(catalog.open_slide, row, options, staging)
-            connection.send(slides[row].read_tile(x, y, mpp, size))
+            connection.send(slides[row].read_tile(x, y, mpp, size, tolerance=tolerance))
         except (SlideError, StorageError) as error:
             connection.send(error)

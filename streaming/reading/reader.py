@@ -83,9 +83,10 @@ class TileReader:
         """Reads the tiles of `batch["index"]`, int64 (n,).
 
         Returns columns of n rows: `tile` uint8 (n, size, size, 3), `index`, `slide` (row of the catalog), `x`, `y`
-        (level-0 pixels), `mpp`, `filtered` (tiles of this index turned down by the HSV rule), `ended_at` (when the
-        batch was read, seconds since the epoch), `failures` and `counters` (see `streaming.reading.batch`). With
-        `isolated`, tiles are read in a process apart, and one that crashes it has failed.
+        (level-0 pixels), `mpp` (of the pixels that were read), `filtered` (tiles of this index turned down by the HSV
+        rule), `ended_at` (when the batch was read, seconds since the epoch), `failures` and `counters` (see
+        `streaming.reading.batch`). With `isolated`, tiles are read in a process apart, and one that crashes it has
+        failed.
 
         Raises:
             StreamError: hardly any tile passes, or none can be read.

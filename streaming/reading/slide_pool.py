@@ -42,13 +42,16 @@ class SlidePool(Generic[Key]):
                 count.add(taken)
         count.open_s += perf_counter() - started
 
-    def begin_tile(self, key: Key, x: int, y: int, mpp: float, size: int, count: Counters = UNCOUNTED) -> PendingTile:
-        """Asks for a tile of the slide that the opener opens for that key.
+    def begin_tile(
+        self, key: Key, x: int, y: int, mpp: float, size: int, tolerance: float, count: Counters = UNCOUNTED
+    ) -> PendingTile:
+        """Asks for a tile of the slide that the opener opens for that key, as `Slide.begin_tile`.
 
         Raises:
             SlideError, StorageError: the slide can't be opened, or it is no tile.
         """
-        return _PooledTile(self, key, self._slide(key, count).begin_tile(x, y, mpp, size, count=count))
+        tile = self._slide(key, count).begin_tile(x, y, mpp, size, tolerance=tolerance, count=count)
+        return _PooledTile(self, key, tile)
 
     def _slide(self, key: Key, count: Counters) -> Slide:
         opened = self._opened(key, count)

@@ -11,6 +11,7 @@ from streaming.errors import SlideError
 from streaming.slide import block_index, geometry
 from streaming.slide.block_index import BlockIndex
 from streaming.slide.block_slide import BlockSlide
+from streaming.slide.geometry import MPP_TOLERANCE
 from streaming.slide.multi_file import MULTI_FILE_SUFFIXES, as_one, is_multi_file, members
 from streaming.slide.openslide_slide import open_staged
 from streaming.slide.resample import Pixels
@@ -58,18 +59,38 @@ class Slide(Protocol):
         """The compression of each level by name, None where unknown."""
         ...
 
+    def level_blocks(self) -> list[tuple[int, int] | None]:
+        """Width and height of each level's blocks in its pixels, None where unknown."""
+        ...
+
     def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Pixels:
         """Pixels of one level as uint8 (h, w, 3); location in level-0 pixels, size in the level's."""
         ...
 
     def begin_tile(
-        self, x: int, y: int, mpp: float, size: int, *, exact: bool = False, count: Counters = UNCOUNTED
+        self,
+        x: int,
+        y: int,
+        mpp: float,
+        size: int,
+        *,
+        exact: bool = False,
+        tolerance: float = MPP_TOLERANCE,
+        count: Counters = UNCOUNTED,
     ) -> PendingTile:
         """Asks for the bytes of a tile as `read_tile` describes it; what it takes is added to `count`."""
         ...
 
-    def read_tile(self, x: int, y: int, mpp: float, size: int, *, exact: bool = False) -> Pixels:
-        """A tile of uint8 (size, size, 3); x, y the level-0 pixel of its top-left corner, mpp its µm/px."""
+    def read_tile(
+        self, x: int, y: int, mpp: float, size: int, *, exact: bool = False, tolerance: float = MPP_TOLERANCE
+    ) -> Pixels:
+        """A tile of uint8 (size, size, 3); x, y the level-0 pixel of its top-left corner, mpp its µm/px.
+
+        Where a level, or its reduction by 2, 4 or 8, has that µm/px up to a share of `tolerance`, its own pixels are
+        the tile, with their µm/px (`geometry.tile_source` tells it); 0 resamples to the very mpp. JPEG and JPEG 2000
+        are decoded at 1/2, 1/4 or 1/8 where that fits. `exact` decodes in full and is of the very mpp. White outside
+        the slide.
+        """
         ...
 
     def close(self) -> None:

@@ -103,6 +103,10 @@ class BlockSlide:
         """The compression of each level by name."""
         return [level.form.codec for level in self._levels]
 
+    def level_blocks(self) -> list[tuple[int, int] | None]:
+        """Width and height of each level's blocks in its pixels."""
+        return [(level.form.width, level.form.height) for level in self._levels]
+
     def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Pixels:
         """Pixels of one level as uint8 (h, w, 3); location in level-0 pixels; black outside the slide, as OpenSlide.
 
@@ -118,7 +122,15 @@ class BlockSlide:
         return pixels
 
     def begin_tile(
-        self, x: int, y: int, mpp: float, size: int, *, exact: bool = False, count: Counters = UNCOUNTED
+        self,
+        x: int,
+        y: int,
+        mpp: float,
+        size: int,
+        *,
+        exact: bool = False,
+        tolerance: float = geometry.MPP_TOLERANCE,
+        count: Counters = UNCOUNTED,
     ) -> PendingBox:
         """Asks for a tile's bytes; what lies outside the slide or in an empty block is white, as glass is.
 
@@ -126,20 +138,26 @@ class BlockSlide:
             SlideError: it is no tile.
             StorageError, CatalogError: the block index can't be read.
         """
-        box = geometry.checked_tile_box(self.mpp, self.level_downsamples, x, y, mpp, size)
+        tolerance = 0.0 if exact else tolerance
+        box = geometry.checked_tile_box(self.mpp, self.level_downsamples, x, y, mpp, size, tolerance)
         level = self._levels[box.level]
         inside = min(box.x, box.y) >= 0 and box.x + box.width <= level.width and box.y + box.height <= level.height
         scale = geometry.decode_scale(box, size, level.form.scales_for(box.width / size)) if inside and not exact else 1
         return self._begin(box, scale, count)
 
-    def read_tile(self, x: int, y: int, mpp: float, size: int, *, exact: bool = False) -> Pixels:
-        """A tile of uint8 (size, size, 3); x, y the level-0 pixel of its top-left corner, mpp its µm/px.
-
-        White outside the slide. JPEG and JPEG 2000 are decoded at 1/2, 1/4 or 1/8 where that fits; `exact` decodes in
-        full.
-        """
+    def read_tile(
+        self,
+        x: int,
+        y: int,
+        mpp: float,
+        size: int,
+        *,
+        exact: bool = False,
+        tolerance: float = geometry.MPP_TOLERANCE,
+    ) -> Pixels:
+        """A tile of uint8 (size, size, 3), as `streaming.slide.Slide` describes it."""
         tile = np.empty((size, size, 3), dtype=np.uint8)
-        self.begin_tile(x, y, mpp, size, exact=exact).fill(tile)
+        self.begin_tile(x, y, mpp, size, exact=exact, tolerance=tolerance).fill(tile)
         return tile
 
     def _begin(self, box: LevelBox, scale: int, count: Counters, background: int = 255) -> PendingBox:

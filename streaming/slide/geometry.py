@@ -9,11 +9,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+from numpy.typing import NDArray
+
 from streaming.errors import SlideError
 
-# Downsamples are ratios of rounded dimensions (4443/2221 = 2.0005) and scanners' mpp vary in the third digit: a level
-# this little coarser than asked still counts as fine enough.
+Floats = NDArray[np.float64]
+
+# Downsamples are ratios of rounded dimensions (4443/2221 = 2.0005): where pixels are resampled, a level this little
+# coarser than asked still counts as fine enough.
 LEVEL_TOLERANCE = 0.01
+
+# Scanners write 0.2527, 0.2485 or 0.5022 µm/px where 0.25 and 0.5 are meant. Pixels this near to what is wanted are
+# taken as they are, which costs a quarter of resampling them.
+MPP_TOLERANCE = 0.05
+
+# By how much a level may be reduced and still be the slide's own pixels: what JPEG is decoded at.
+_REDUCTIONS = (1, 2, 4, 8)
 
 # µm/px outside this is a default or a unit mix-up in the metadata (72 dpi reads as 352 µm/px), not a microscope.
 _PLAUSIBLE_MPP = (0.02, 20.0)
@@ -33,28 +45,64 @@ class LevelBox:
     height: int
 
 
+@dataclass(frozen=True)
+class TileSource:
+    """What the tiles of a slide at a wanted resolution are made of."""
+
+    level: int
+    downsample: float
+    """level-0 pixels per pixel of the level"""
+    reduction: int | None
+    """by how much the level's pixels are reduced, and nothing else; None: they are resampled to the wanted mpp"""
+    mpp: float
+    """µm/px of the tile"""
+    level_mpp: float
+    """µm/px of the level"""
+
+
+def tile_levels(
+    mpp: Floats, level_downsamples: Floats, wanted_mpp: float, tolerance: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which level of each slide gives its tiles, and at which reduction, int64 (n,) each; 0: it is resampled.
+
+    mpp (n,) is the slides' at level 0, level_downsamples (n, levels) has 0 where a slide has no such level. A level, or
+    its reduction by 2, 4 or 8, that lies within `tolerance` (a share) of the wanted mpp is taken as it is: the least
+    reduction first, for it reads least, then the coarsest level. Else the coarsest level that is fine enough, or level
+    0. One by one or many at once, the same numbers come out.
+    """
+    level_mpp = mpp[:, None] * level_downsamples
+    exists = level_downsamples > 0
+    fine_enough = exists & (level_mpp <= wanted_mpp * (1 + LEVEL_TOLERANCE))
+    level = np.where(fine_enough, level_downsamples, 0.0).argmax(axis=1)
+    reduction = np.zeros(len(mpp), dtype=np.int64)
+    for k in reversed(_REDUCTIONS if tolerance > 0 else ()):
+        near = exists & (np.abs(level_mpp * k / wanted_mpp - 1) <= tolerance)
+        found = near.any(axis=1)
+        level = np.where(found, np.where(near, level_downsamples, 0.0).argmax(axis=1), level)
+        reduction[found] = k
+    return level.astype(np.int64), reduction
+
+
 @lru_cache(maxsize=4096)
-def level_for_mpp(mpp: float, level_downsamples: tuple[float, ...], wanted_mpp: float) -> int:
-    """The level whose mpp is the nearest not above the wanted one; level 0 where all are coarser."""
-    fine_enough = [
-        level
-        for level, downsample in enumerate(level_downsamples)
-        if mpp * downsample <= wanted_mpp * (1 + LEVEL_TOLERANCE)
-    ]
-    return max(fine_enough, key=lambda level: level_downsamples[level], default=0)
+def tile_source(mpp: float, level_downsamples: tuple[float, ...], wanted_mpp: float, tolerance: float) -> TileSource:
+    """What the tiles of one slide are made of, by `tile_levels`."""
+    levels, reductions = tile_levels(np.array([mpp]), np.array([level_downsamples]), wanted_mpp, tolerance)
+    level, reduction = int(levels[0]), int(reductions[0])
+    level_mpp = mpp * level_downsamples[level]
+    own = level_mpp * reduction if reduction else wanted_mpp
+    return TileSource(level, level_downsamples[level], reduction or None, own, level_mpp)
 
 
-def tile_box(
-    mpp: float, level_downsamples: tuple[float, ...], x: int, y: int, wanted_mpp: float, size: int
-) -> LevelBox:
+def tile_box(source: TileSource, x: int, y: int, size: int) -> LevelBox:
     """The part of a level that a tile shows; x, y are the level-0 pixel of its top-left corner.
 
-    Corner and extent are rounded to whole pixels of the level: at most half a pixel of what is read.
+    The corner is rounded to whole pixels of the tile where these are the slide's own, else, with the extent, to whole
+    pixels of the level: at most half a pixel.
     """
-    level = level_for_mpp(mpp, level_downsamples, wanted_mpp)
-    downsample = level_downsamples[level]
-    extent = max(1, round(size * wanted_mpp / (mpp * downsample)))
-    return LevelBox(level, round(x / downsample), round(y / downsample), extent, extent)
+    unit = source.reduction or 1
+    left, top = (unit * round(at / (source.downsample * unit)) for at in (x, y))
+    extent = size * unit if source.reduction else max(1, round(size * source.mpp / source.level_mpp))
+    return LevelBox(source.level, left, top, extent, extent)
 
 
 def decode_scale(box: LevelBox, size: int, scales: Sequence[int]) -> int:
@@ -92,7 +140,13 @@ def check_region(uri: str, num_levels: int, level: int, size: tuple[int, int]) -
 
 
 def checked_tile_box(
-    mpp: float | None, level_downsamples: tuple[float, ...], x: int, y: int, wanted_mpp: float, size: int
+    mpp: float | None,
+    level_downsamples: tuple[float, ...],
+    x: int,
+    y: int,
+    wanted_mpp: float,
+    size: int,
+    tolerance: float,
 ) -> LevelBox:
     """`tile_box` of a slide whose mpp may not be known.
 
@@ -103,7 +157,7 @@ def checked_tile_box(
         raise SlideError("the slide has no mpp in its metadata; pass it: open_slide(uri, mpp=...)")
     if size < 1 or not wanted_mpp > 0:
         raise SlideError(f"no tile of {size} px at {wanted_mpp} µm/px; both must be above 0")
-    box = tile_box(mpp, level_downsamples, x, y, wanted_mpp, size)
+    box = tile_box(tile_source(mpp, level_downsamples, wanted_mpp, tolerance), x, y, size)
     if box.width * box.height > _MAX_REGION_PX:
         raise SlideError(
             f"a tile of {size} px at {wanted_mpp} µm/px is {box.width:,} px wide; take a coarser slide level"

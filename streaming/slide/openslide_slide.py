@@ -117,6 +117,10 @@ class OpenSlideSlide:
         """The compression of each level by name, None where unknown."""
         return [None] * len(self.level_dimensions)
 
+    def level_blocks(self) -> list[tuple[int, int] | None]:
+        """Width and height of each level's blocks, None where unknown."""
+        return [None] * len(self.level_dimensions)
+
     def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Pixels:
         """Pixels of one level as uint8 (h, w, 3); location in level-0 pixels; black outside the slide, as OpenSlide."""
         return self._read(location, level, size, UNCOUNTED)
@@ -136,15 +140,23 @@ class OpenSlideSlide:
         raise StorageError(f"{self.uri}: its staged copy is evicted again and again; raise staging_gb")
 
     def begin_tile(
-        self, x: int, y: int, mpp: float, size: int, *, exact: bool = False, count: Counters = UNCOUNTED
+        self,
+        x: int,
+        y: int,
+        mpp: float,
+        size: int,
+        *,
+        exact: bool = False,
+        tolerance: float = geometry.MPP_TOLERANCE,
+        count: Counters = UNCOUNTED,
     ) -> PendingRead:
         """Notes which box of which level the tile is; it is read when it is filled.
 
         Raises:
             SlideError: it is no tile.
         """
-        del exact  # OpenSlide always is
-        box = geometry.checked_tile_box(self.mpp, self.level_downsamples, x, y, mpp, size)
+        tolerance = 0.0 if exact else tolerance
+        box = geometry.checked_tile_box(self.mpp, self.level_downsamples, x, y, mpp, size, tolerance)
         return PendingRead(self, box, count)
 
     def read_box(self, box: LevelBox, out: Pixels, count: Counters) -> None:
@@ -161,10 +173,19 @@ class OpenSlideSlide:
         count.decode_s += decoded - started
         count.resample_s += time.perf_counter() - decoded
 
-    def read_tile(self, x: int, y: int, mpp: float, size: int, *, exact: bool = False) -> Pixels:
-        """A tile of uint8 (size, size, 3); x, y the level-0 pixel of its top-left corner, mpp its µm/px."""
+    def read_tile(
+        self,
+        x: int,
+        y: int,
+        mpp: float,
+        size: int,
+        *,
+        exact: bool = False,
+        tolerance: float = geometry.MPP_TOLERANCE,
+    ) -> Pixels:
+        """A tile of uint8 (size, size, 3), as `streaming.slide.Slide` describes it."""
         tile = np.empty((size, size, 3), dtype=np.uint8)
-        self.begin_tile(x, y, mpp, size, exact=exact).fill(tile)
+        self.begin_tile(x, y, mpp, size, exact=exact, tolerance=tolerance).fill(tile)
         return tile
 
     def close(self) -> None:

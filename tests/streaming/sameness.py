@@ -64,13 +64,16 @@ def digests(folder: Path) -> dict[str, str]:
     slides = {name: open_slide(str(folder / f"{name}.tif"), mpp=MPP) for name in FORMATS}
     assert {slide.backend for slide in slides.values()} == {"blocks"}
 
-    def tiles(name: str, mpp: float, *, exact: bool) -> str:
+    def tiles(name: str, mpp: float, *, exact: bool, tolerance: float = 0.0) -> str:
         corners = [(x, y) for y in (0, 8, 301) for x in (0, 160, 517)]
-        return _sha256(*(slides[name].read_tile(x, y, mpp, 256, exact=exact) for x, y in corners))
+        slide = slides[name]
+        return _sha256(*(slide.read_tile(x, y, mpp, 256, exact=exact, tolerance=tolerance) for x, y in corners))
 
     for name in FORMATS:
         found[f"{name}: a level's pixels"] = tiles(name, MPP, exact=True)
     found["jpeg: decoded at half its size"] = tiles("jpeg", 2 * MPP, exact=False)
+    found["jpeg: own pixels at half their size"] = tiles("jpeg", 0.5, exact=False, tolerance=0.05)
+    found["lzw: own pixels at half their size"] = tiles("lzw", 0.5, exact=False, tolerance=0.05)
     found["jpeg: area average"] = tiles("jpeg", 0.5, exact=True)
     found["jpeg: area average over many"] = tiles("jpeg", 0.77, exact=True)
     found["jpeg: enlarged"] = tiles("jpeg", 0.25, exact=True)
@@ -101,6 +104,7 @@ def _specs(folder: Path, looked_at: list) -> dict[str, str]:
             mpp=mpp,
             width=int(width * 64 / mpp),
             height=int(height * 64 / mpp),
+            levels=[_level(int(width * 64 / mpp), int(height * 64 / mpp), factor) for factor in (1, 4)],
             tissue_rows=height,
             tissue_columns=width,
             metadata=json.dumps({"cohort": "ab"[number % 2], "patient": str(number // 2)}),
@@ -115,13 +119,21 @@ def _specs(folder: Path, looked_at: list) -> dict[str, str]:
         "windows": Universe(window=4096, window_slides=4),
     }
     found = {}
-    for name, universe in universes.items():
-        plan = TilePlan(
-            catalog, 7, {0.25: 1, 0.5: 0.5, 1.0: 0.3, 2.0: 0.1}, cohorts={"a": 1, "b": 3}, universe=universe
-        )
+    mpp = {0.25: 1, 0.5: 0.5, 1.0: 0.3, 2.0: 0.1}
+    plans = {
+        name: TilePlan(catalog, 7, mpp, cohorts={"a": 1, "b": 3}, universe=universe, mpp_tolerance=0.0)
+        for name, universe in universes.items()
+    }
+    plans["own pixels"] = TilePlan(catalog, 7, mpp, cohorts={"a": 1, "b": 3}, mpp_tolerance=0.05)
+    for name, plan in plans.items():
         specs = plan.specs(index, attempt)
         found[f"specs: {name}"] = _sha256(specs.slide, specs.x, specs.y, specs.mpp)
     return found
+
+
+def _level(width: int, height: int, factor: int) -> dict:
+    width, height = width // factor, height // factor
+    return {"width": width, "height": height, "downsample": float(factor), "block_width": 240, "block_height": 240}
 
 
 def _sha256(*arrays) -> str:

@@ -23,6 +23,8 @@ PINS = {
     "jpeg: a level's pixels": "dfb83342c93b55eb",
     "lzw: a level's pixels": "d02bbfb919aba083",
     "jpeg: decoded at half its size": "5b4f4ce6466ad230",
+    "jpeg: own pixels at half their size": "0066e3fad40046ce",
+    "lzw: own pixels at half their size": "a6afe18269f77652",
     "jpeg: area average": "9f29d812accf2cd9",
     "jpeg: area average over many": "390714b4d0c16d34",
     "jpeg: enlarged": "618ef4744ec18538",
@@ -30,6 +32,7 @@ PINS = {
     "specs: all tiles": "57c709db1bc04a0a",
     "specs: a part, without replacement": "73f97280e71255a1",
     "specs: windows": "ce515305659d10f8",
+    "specs: own pixels": "506b922251488c90",
 }
 # JPEG 2000 with losses is floats, OpenJPEG's own affair: pinned for the version that is locked, on x86.
 JPEG2000_PINS = {

@@ -98,7 +98,7 @@ class ReadTiles:
         for i in readable.tolist():
             try:
                 place = int(batch["slide"][i]), int(batch["x"][i]), int(batch["y"][i])
-                begun.append((i, self._pool.begin_tile(*place, self._wanted.mpp, size)))
+                begun.append((i, self._pool.begin_tile(*place, self._wanted.mpp, size, tolerance=0.0)))
             except (SlideError, StorageError) as error:
                 reasons[i] = str(error)
         for i, tile in begun:

@@ -56,7 +56,7 @@ class TileFiles:
         else:
             pixels = np.empty((region.size, region.size, 3), dtype=np.uint8)
             key = (tile.uri, region.mpp, region.slide_mpp)
-            self._pool.begin_tile(key, region.x, region.y, region.mpp, region.size).fill(pixels)
+            self._pool.begin_tile(key, region.x, region.y, region.mpp, region.size, tolerance=0.0).fill(pixels)
         if self._size is None or pixels.shape[:2] == (self._size, self._size):
             return pixels
         resized = np.empty((self._size, self._size, 3), dtype=np.uint8)

@@ -32,6 +32,7 @@ def model_card(config: Config, about: dict[str, Any], name: str, license: str, l
     """The card as Markdown with the header that model hubs read; `about` is `trainer.publish.export.description`."""
     mpps = ", ".join(f"{mpp:g}" for mpp in about["mpp"])
     weights = ", ".join(f"{mpp:g}: {weight:g}" for mpp, weight in sorted(config.data.mpp.items()))
+    off = f", µm/px up to {config.data.mpp_tolerance:.0%} off" if config.data.mpp_tolerance else ""
     cohorts = f", cohorts {config.data.cohorts}" if config.data.cohorts else ""
     side = about["input_size"]
     return f"""---
@@ -59,7 +60,7 @@ standard deviation {about["std"]}. Embedding: {about["embedding"]}, {about["embe
 
 | | |
 |---|---|
-| data | catalog `{about["catalog"]}`{cohorts}; tiles of {about["tile_size"]} px at weights {{{weights}}} |
+| data | catalog `{about["catalog"]}`{cohorts}; tiles of {about["tile_size"]} px at weights {{{weights}}}{off} |
 | tissue | at least {config.data.min_tissue:.0%} of a tile, HSV rule {config.data.hsv_rule.min_share:.0%} |
 | length | {about["steps"]:,} steps of {config.train.batch:,} tiles: {about["tiles_seen"]:,} tiles |
 | crops | 2 of {config.augment.global_size} px, {config.augment.num_local} of {config.augment.local_size} px |

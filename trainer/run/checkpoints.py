@@ -28,6 +28,7 @@ from streaming.slide.versions import pixel_libraries
 from trainer.run.config import Config, parse_config
 
 STATE, META, CONFIG = "state.ckpt", "meta.json", "config.yaml"
+_BEFORE_THE_FIELD = {"mpp_tolerance": 0.0}
 _LOG = logging.getLogger(__name__)
 _PIECE = 16 << 20
 _STEP = re.compile(r"step-(\d{8})")
@@ -168,7 +169,10 @@ def read_config(uri: str, options: storage.StorageOptions | None = None) -> Conf
     """
     path = storage.join(uri, CONFIG)
     try:
-        return parse_config(yaml.safe_load(storage.read_bytes(path, options)), [], path)
+        values = yaml.safe_load(storage.read_bytes(path, options))
+        # Not today's default: a run that did not know the field trained as with these.
+        values["data"] = _BEFORE_THE_FIELD | values.get("data", {})
+        return parse_config(values, [], path)
     except (ConfigError, yaml.YAMLError) as error:
         raise CheckpointError(f"{error}; the checkpoint is of another version of tilestream") from error
 

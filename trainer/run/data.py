@@ -13,6 +13,7 @@ from streaming.plan.plan import DEFAULT_MPP
 from streaming.plan.universe import Universe
 from streaming.reading.hsv_rule import HsvRule
 from streaming.reading.reader import ReaderOptions
+from streaming.slide.geometry import MPP_TOLERANCE
 from streaming.storage.staging import Staging, default_folder
 from trainer.recipe.free_field import FREE
 
@@ -35,6 +36,8 @@ class DataConfig:
     """share of a tile's area that must be tissue"""
     max_upsampling: float = 2.0
     """a slide is left out at magnifications this many times finer than its own"""
+    mpp_tolerance: float = MPP_TOLERANCE
+    """share that a slide's own pixels may be off the wanted µm/px and be taken as they are; 0: all are resampled"""
     universe: Universe = field(default_factory=Universe)
     """which part of the catalog's tiles may be drawn, and in what order"""
     hsv_rule: HsvRule = field(default_factory=HsvRule)
@@ -96,6 +99,7 @@ def make_plan(data: DataConfig, seed: int, catalog: Catalog) -> TilePlan:
         cohorts=data.cohorts,
         min_tissue=data.min_tissue,
         max_upsampling=data.max_upsampling,
+        mpp_tolerance=data.mpp_tolerance,
         universe=data.universe,
     )
 

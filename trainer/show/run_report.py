@@ -136,16 +136,25 @@ def _tiles_and_crops(config: Config, catalog: Catalog) -> tuple[str, str]:
     stream = make_stream(config.data, config.run.seed, config.train.shape, catalog)
     batch = TileReader(stream.plan, catalog, stream.reader)({"index": np.arange(max(64, config.train.batch))})
     tiles, mpp = batch["tile"], batch["mpp"]
+    # A slide's own pixels may stand for a magnification, so there are more values than were asked for.
+    asked = np.array(sorted(config.data.mpp))
+    nearest = asked[np.abs(np.log(mpp[:, None] / asked)).argmin(axis=1)]
     figures = [
         _figure(
-            _mosaic(list(tiles[mpp == value][:10]), 5, 108),
-            f"{value:g} µm/px: a tile is {value * tiles.shape[1]:.0f} µm wide",
+            _mosaic(list(tiles[nearest == value][:10]), 5, 108),
+            f"{_span(mpp[nearest == value])} µm/px: a tile is {value * tiles.shape[1]:.0f} µm wide",
         )
-        for value in np.unique(mpp)
+        for value in np.unique(nearest)
     ]
     text = "The run's first tiles, by magnification; read again by index, they are the very pixels that training got."
     mosaic = _section("Streamed tiles", text, f'<div class="row two">{"".join(figures)}</div>')
     return mosaic, _crops(config, tiles[:4], batch["index"][:4])
+
+
+def _span(values: NDArray[np.float64]) -> str:
+    """The least and the largest of some values, or the one that all are."""
+    least, largest = f"{values.min():.4g}", f"{values.max():.4g}"
+    return least if least == largest else f"{least} to {largest}"
 
 
 def _crops(config: Config, tiles: Pixels, index: NDArray[np.int64]) -> str:

@@ -52,7 +52,7 @@ def tile_pixels(
         try:
             for key in {key for key in chosen if key[0] == number}:
                 x, y = (int(at) for at in corners[key[1]])
-                tile = opened.read_tile(x, y, about.mpp, about.size)
+                tile = opened.read_tile(x, y, about.mpp, about.size, tolerance=0.0)
                 found[key] = shrunk(tile, side, side)
         finally:
             opened.close()

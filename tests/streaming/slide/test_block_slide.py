@@ -293,7 +293,7 @@ def reference(path: Path, mpp: float, x: float, y: float, wanted_mpp: float, siz
 
 def assert_same_tile(path: Path, slide: Slide, x: int, y: int, wanted_mpp: float, size: int) -> None:
     wanted = reference(path, slide.mpp, x, y, wanted_mpp, size).astype(float)
-    got = slide.read_tile(x, y, wanted_mpp, size)
+    got = slide.read_tile(x, y, wanted_mpp, size, tolerance=0.0)
     assert got.shape == (size, size, 3)
     error = np.mean((got - wanted) ** 2)
     where = f"({x}, {y}) at {wanted_mpp}"

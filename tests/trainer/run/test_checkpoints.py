@@ -24,7 +24,7 @@ from trainer.run.checkpoints import (
     verify,
 )
 from trainer.run.config import Config, read_config
-from trainer.run.resuming import library_changes
+from trainer.run.resuming import library_changes, resume_point
 
 
 @pytest.fixture
@@ -66,6 +66,18 @@ def test_a_checkpoint_notes_what_made_its_pixels_and_one_of_before_that_is_read(
     del note["libraries"]
     Path(uri, checkpoints.META).write_text(json.dumps(note))
     assert library_changes(read_meta(uri)) == []
+
+
+def test_a_checkpoint_of_before_a_field_of_the_data_was_trained_without_it(config: Config) -> None:
+    assert config.data.mpp_tolerance == 0.05
+    uri = save(config, 3)
+    assert resume_point(config, "c0ffee") == (3, uri)
+    text = Path(uri, "config.yaml").read_text()
+    Path(uri, "config.yaml").write_text(text.replace("  mpp_tolerance: 0.05\n", ""))
+    assert checkpoints.read_config(uri).data.mpp_tolerance == 0
+    with pytest.raises(CheckpointError, match=r"data\.mpp_tolerance 0\.0 \(now 0\.05\)"):
+        resume_point(config, "c0ffee")
+    assert resume_point(replace(config, data=replace(config.data, mpp_tolerance=0.0)), "c0ffee") == (3, uri)
 
 
 def test_only_the_newest_checkpoints_are_kept(config: Config) -> None:

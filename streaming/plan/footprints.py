@@ -1,0 +1,130 @@
+"""What a tile covers: of which level it is read, how much of that, and on which of its blocks it lies.
+
+Lengths are of that level's pixels unless they say level-0. The reader works out the same from a slide's own levels, by
+the same `streaming.slide.geometry.tile_levels`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streaming.catalog.catalog import Levels
+from streaming.slide import geometry
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What tiles cover, as columns (n,)."""
+
+    mpp: Floats
+    """µm/px of the pixels that are read; of tiles that are resampled, the wanted one"""
+    slide_mpp: Floats
+    """µm/px at level 0"""
+    downsample: Floats
+    """level-0 pixels per pixel of the level"""
+    reduction: Ints
+    """by how much the slide's own pixels are reduced; 0: the tile is resampled"""
+    extent: Floats
+    """level-0 pixels of a tile's side"""
+    side: Ints
+    """what is read of the level, along each axis"""
+    length: tuple[Ints, Ints]
+    """the level's width and height"""
+    block: tuple[Ints, Ints]
+    """width and height of its blocks; 0 where unknown"""
+    slide_length: tuple[Ints, Ints]
+    """the slide's width and height in level-0 pixels"""
+
+    @property
+    def step(self) -> Floats:
+        """Level-0 pixels of which a tile's corner is a multiple: whole pixels of the tile.
+
+        Then blocks can be decoded at 1/2, 1/4 or 1/8, and no pixel of a tile is shifted by a part of one.
+        """
+        resampled = np.maximum(1, np.rint(self.mpp / self.slide_mpp))
+        return np.where(self.reduction > 0, self.downsample * self.reduction, resampled)
+
+    def last(self, axis: int) -> Floats:
+        """The largest level-0 pixel at which a tile may begin along an axis (0: x)."""
+        reduction = np.maximum(1, self.reduction)
+        own = (self.length[axis] - self.side) // reduction * (self.downsample * reduction)
+        return np.floor(np.where(self.reduction > 0, own, self.slide_length[axis] - self.extent))
+
+    def fits(self) -> NDArray[np.bool_]:
+        """Whether a tile fits its slide."""
+        whole = np.minimum(*self.length) >= self.side
+        return np.where(self.reduction > 0, whole, self.extent <= np.minimum(*self.slide_length))
+
+
+@dataclass(frozen=True)
+class Footprints:
+    """The footprints of all slides at all magnifications; level and reduction are int8 (magnifications, slides)."""
+
+    mpp_values: Floats
+    size: int
+    slide_mpp: Floats
+    slide_length: tuple[Ints, Ints]
+    levels: Levels
+    level: NDArray[np.int8]
+    reduction: NDArray[np.int8]
+
+    @classmethod
+    def of_slides(
+        cls,
+        levels: Levels,
+        slide_mpp: Floats,
+        slide_length: tuple[Ints, Ints],
+        mpp_values: Floats,
+        size: int,
+        tolerance: float,
+    ) -> Footprints:
+        """Those of tiles of `size` px, which are of the slides' own pixels within `tolerance` of the wanted mpp."""
+        found = [geometry.tile_levels(slide_mpp, levels.downsample, float(wanted), tolerance) for wanted in mpp_values]
+        level, reduction = (np.array(each, dtype=np.int8) for each in zip(*found, strict=True))
+        return cls(mpp_values, size, slide_mpp, slide_length, levels, level, reduction)
+
+    def fit(self) -> NDArray[np.bool_]:
+        """Which slides a tile fits at each magnification, bool (magnifications, slides)."""
+        slides = np.arange(len(self.slide_mpp))
+        return np.array([self.at(np.full_like(slides, row), slides).fits() for row in range(len(self.mpp_values))])
+
+    def at(self, mpp_row: Ints, slide: NDArray[np.integer]) -> Footprint:
+        """Those of tiles, int (n,) each."""
+        level, reduction = self.level[mpp_row, slide], self.reduction[mpp_row, slide].astype(np.int64)
+        wanted, slide_mpp, downsample = (
+            self.mpp_values[mpp_row],
+            self.slide_mpp[slide],
+            self.levels.downsample[slide, level],
+        )
+        level_mpp, is_own = slide_mpp * downsample, reduction > 0
+        resampled = np.maximum(1, np.rint(self.size * wanted / level_mpp)).astype(np.int64)
+        return Footprint(
+            mpp=np.where(is_own, level_mpp * reduction, wanted),
+            slide_mpp=slide_mpp,
+            downsample=downsample,
+            reduction=reduction,
+            extent=np.where(is_own, self.size * reduction * downsample, self.size * wanted / slide_mpp),
+            side=np.where(is_own, self.size * reduction, resampled),
+            length=(self.levels.width[slide, level], self.levels.height[slide, level]),
+            block=(self.levels.block_width[slide, level], self.levels.block_height[slide, level]),
+            slide_length=(self.slide_length[0][slide], self.slide_length[1][slide]),
+        )
+
+
+def corner_anywhere(footprint: Footprint, axis: int, point: Floats, offset: Floats) -> Ints:
+    """Level-0 pixels at which tiles begin along an axis (0: x), int64 (n,).
+
+    A tile lies around a point on tissue, a level-0 pixel: anywhere, by `offset` from 0 to 1, that keeps the point in
+    the tile and the tile on the slide. So places are drawn in proportion to their tissue, and none piles up at the
+    slide's edges.
+    """
+    last, step = footprint.last(axis), footprint.step
+    low, high = np.clip(point - footprint.extent, 0, last), np.clip(point, 0, last)
+    drawn = np.floor(low + offset * (high - low))
+    return np.rint(np.floor(drawn / step) * step).astype(np.int64)
