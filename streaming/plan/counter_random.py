@@ -27,7 +27,11 @@ def mix64(values: Words) -> Words:
 
 def hashed(seed: int, *words: Indices | Decision) -> Words:
     """64 random bits for each row of words: a decision, and int64 that broadcast to (n,)."""
-    state = mix64(np.array([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64) + _GOLDEN)
+    return hashed_further(mix64(np.array([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64) + _GOLDEN), *words)
+
+
+def hashed_further(state: Words, *words: Indices | Decision) -> Words:
+    """What `hashed` gives for the words that gave this state, and these after them."""
     for word in words:
         state = mix64((state ^ mix64(np.atleast_1d(word).astype(np.uint64) + _GOLDEN)) + _GOLDEN)
     return state

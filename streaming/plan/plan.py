@@ -16,7 +16,7 @@ from streaming.catalog import Catalog
 from streaming.catalog.tissue import CELL_UM, window_fraction
 from streaming.catalog.tissue_map import CHUNK, padded
 from streaming.errors import ConfigError, PlanError
-from streaming.plan.counter_random import Indices, uniform
+from streaming.plan.counter_random import Indices, hashed, hashed_further, unit
 from streaming.plan.decisions import Decision
 from streaming.plan.footprints import Footprint, corner_anywhere
 from streaming.plan.slide_choice import MAX_TRIES, Choice, SlideChooser
@@ -213,10 +213,10 @@ class TilePlan:
         return found[0] if len(found) == 1 else _Places.joined(found)
 
     def _draw_part(self, choice: Choice, attempt: NDArray[np.int32], trial: int) -> _Places:
-        counter = attempt.astype(np.int64) * MAX_TRIES + trial
+        drawn = hashed(self._chooser.place_seed, choice.key, attempt.astype(np.int64) * MAX_TRIES + trial)
 
         def number(decision: Decision) -> NDArray[np.float64]:
-            return uniform(self._chooser.place_seed, choice.key, counter, decision)
+            return unit(hashed_further(drawn, decision))
 
         slide = self._chooser.slides(choice, attempt, trial)
         footprint = self._chooser.footprints.at(choice.mpp_row, slide)
