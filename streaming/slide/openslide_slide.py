@@ -105,6 +105,9 @@ class OpenSlideSlide:
         self.level_downsamples: tuple[float, ...] = handle.level_downsamples
         self.vendor = str(handle.properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown"))
         self.mpp = self._metadata_mpp() or mpp
+        # As "FFFFFF"; few formats tell it.
+        colour = str(handle.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "FFFFFF"))
+        self._background = np.frombuffer(bytes.fromhex(colour), np.uint8)
 
     def _metadata_mpp(self) -> float | None:
         values: list[float] = []
@@ -123,9 +126,10 @@ class OpenSlideSlide:
 
     def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Pixels:
         """Pixels of one level as uint8 (h, w, 3); location in level-0 pixels; black outside the slide, as OpenSlide."""
-        return self._read(location, level, size, UNCOUNTED)
+        return self._read(location, level, size, UNCOUNTED)[:, :, :3]
 
     def _read(self, location: tuple[int, int], level: int, size: tuple[int, int], count: Counters) -> Pixels:
+        """RGB and alpha, uint8 (h, w, 4)."""
         geometry.check_region(self.uri, len(self.level_dimensions), level, size)
         for _ in range(TRIES):
             opened = self._opened
@@ -136,7 +140,7 @@ class OpenSlideSlide:
                     raise SlideError(f"{self.uri}: level {level}, region {location} {size}: {error}") from error
                 self._opened = self._opener(count)
             else:
-                return np.asarray(region, dtype=np.uint8)[:, :, :3]
+                return np.asarray(region, dtype=np.uint8)
         raise StorageError(f"{self.uri}: its staged copy is evicted again and again; raise staging_gb")
 
     def begin_tile(
@@ -160,14 +164,17 @@ class OpenSlideSlide:
         return PendingRead(self, box, count)
 
     def read_box(self, box: LevelBox, out: Pixels, count: Counters) -> None:
-        """A rectangle of a level, resampled to uint8 (h, w, 3).
+        """A rectangle of a level, resampled to uint8 (h, w, 3); the slide's background where it was not scanned.
 
         Raises:
             SlideError, StorageError: it can't be read.
         """
         downsample, started = self.level_downsamples[box.level], time.perf_counter()
         location = (round(box.x * downsample), round(box.y * downsample))
-        pixels = self._read(location, box.level, (box.width, box.height), count)
+        region = self._read(location, box.level, (box.width, box.height), count)
+        pixels, missing = region[:, :, :3], region[:, :, 3] == 0
+        if missing.any():
+            pixels = np.where(missing[:, :, None], self._background, pixels)
         decoded = time.perf_counter()
         resample.resize(pixels, out)
         count.decode_s += decoded - started

@@ -13,7 +13,7 @@ import tifffile
 from streaming.errors import SlideError
 from streaming.slide import Slide, open_slide
 from streaming.vision import cv2
-from tests.tiff_files import TiffSlide, level_pixels, write_tiff
+from tests.tiff_files import STAGED, TiffSlide, level_pixels, write_tiff
 
 DATA = Path(__file__).parents[3].parent / "shared/data/tiff"
 WIDTH, HEIGHT = 700, 500
@@ -177,6 +177,17 @@ def test_outside_the_scan_and_in_empty_blocks_tiles_are_white_and_regions_opensl
         np.testing.assert_array_equal(slide.read_region((x, y), 0, (256, 256)), region[..., :3])
         wanted = np.where(region[..., 3:] == 0, 255, region[..., :3])
         np.testing.assert_array_equal(slide.read_tile(x, y, 0.25, 256), wanted)
+
+
+def test_a_slide_through_openslide_is_white_outside_the_scan_too(tmp_path: Path) -> None:
+    path = write_tiff(STAGED, tmp_path / "slide.svs")
+    slide = open_slide(str(path), mpp=0.25)
+    assert slide.backend == "openslide"
+    tile, region = slide.read_tile(412, 412, 0.25, 200), slide.read_region((412, 412), 0, (200, 200))
+    np.testing.assert_array_equal(tile[:100, :100], region[:100, :100])
+    assert (tile[100:] == 255).all()
+    assert (tile[:, 100:] == 255).all()
+    assert (region[100:] == 0).all()
 
 
 @pytest.mark.parametrize("path", sorted(DATA.glob("*")), ids=lambda path: path.name)
