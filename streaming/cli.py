@@ -11,7 +11,7 @@ import time
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from streaming import storage
 from streaming.command_line import (
@@ -27,6 +27,7 @@ from streaming.command_line import (
 )
 from streaming.delivery.segments import Readers
 from streaming.errors import ConfigError
+from streaming.plan.footprints import Corners
 from streaming.plan.plan import DEFAULT_MPP
 from streaming.plan.universe import Universe
 from streaming.reading.reader import ReaderOptions
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 
     from streaming.delivery.stream import TileStream
     from streaming.plan import TilePlan
+
+
+_SAMPLE = 4096  # tiles of which the dry run tells what they cost
 
 
 def add_catalog(commands: Any) -> None:
@@ -119,6 +123,8 @@ def add_stream(commands: Any) -> None:
         metavar="SHARE",
         help=f"how far a slide's own pixels may be off it and be taken as they are; 0: none ({MPP_TOLERANCE:g})",
     )
+    where = "where tiles begin: anywhere, or on as few compressed blocks as can be (anywhere)"
+    parser.add_argument("--corners", choices=get_args(Corners), default="anywhere", help=where)
     parser.add_argument("--size", type=int, default=256, help="side of a tile in px (256)")
     parser.add_argument(
         "--max-failed-share",
@@ -147,6 +153,8 @@ def add_stream(commands: Any) -> None:
 
 def run_stream(args: Namespace) -> None:
     """Pulls the steps and prints a digest a step, then the rate, where the time went and how well it was mixed."""
+    import numpy as np
+
     from streaming.catalog import Catalog
     from streaming.delivery.stream import BatchShape, TileStream, check_steps
     from streaming.plan import TilePlan
@@ -163,10 +171,14 @@ def run_stream(args: Namespace) -> None:
         args.size,
         cohorts=args.cohorts,
         mpp_tolerance=args.mpp_tolerance,
+        corners=args.corners,
         universe=universe,
     )
     if args.dry_run:
-        _print_mix(plan, [plan.slides_of(index) for index in _some_batches(args.steps, args.batch)], args.batch)
+        some = _some_batches(args.steps, args.batch)
+        _print_mix(plan, [plan.slides_of(index) for index in some], args.batch)
+        if costs := plan.block_costs(np.concatenate(some)[:_SAMPLE]):
+            out(f"blocks: {costs.line()}")
         return
     reader, readers = read_options(args, ReaderOptions, storage_options=options), read_options(args, Readers)
     stream = TileStream(

@@ -11,7 +11,15 @@ from typing import Any, TypeVar
 
 from streaming.command_line import add_command, add_options, out, read_options
 from streaming.errors import ConfigError
-from streaming.operate.capacity import Capacity, StageCosts, Surroundings, costs_of_size, plan_capacity, read_costs
+from streaming.operate.capacity import (
+    Capacity,
+    StageCosts,
+    Surroundings,
+    costs_of_size,
+    costs_on_blocks,
+    plan_capacity,
+    read_costs,
+)
 from trainer.configs import presets
 from trainer.model_commands import add_scoring, scoring
 
@@ -177,8 +185,12 @@ def run_capacity(args: Namespace) -> None:
     if prices:
         node = {"node_cores": prices.reader_node_cores, "node_nbytes_s": prices.reader_node_gbit_s / 8 * 1e9}
         around = replace(around, **node)
+    size = config.data.tile_size
+    tile = costs_of_size(read_costs(args.costs) if args.costs else StageCosts(), size)
+    if config.data.corners == "blocks":
+        tile = costs_on_blocks(tile, size)
     capacity = plan_capacity(
-        costs_of_size(read_costs(args.costs) if args.costs else StageCosts(), config.data.tile_size),
+        tile,
         gpus=args.gpus,
         tiles_per_second_per_gpu=args.tiles_per_second_per_gpu,
         micro_batch=config.train.shape.micro,

@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields, replace
 from streaming import storage
 from streaming.errors import ConfigError
 
+BLOCK_PX = 256  # what most scanners write, and what the defaults were measured with
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageCosts:
@@ -33,6 +35,10 @@ class StageCosts:
     """bytes fetched from the storage"""
     tile_nbytes: float = 196_700.0
     """bytes in the object store: pixels, index, position"""
+    blocks: float = 4.0
+    """compressed blocks decoded, for tiles that begin anywhere"""
+    block_cpu_s: float = 0.00012
+    """CPU seconds of `reader_cpu_s` for one of them: asked for, decoded, put into the tile"""
     block_s: float = 0.0012
     """seconds of the one process that schedules the stream, per block of one micro-batch"""
 
@@ -66,10 +72,26 @@ def costs_of_size(costs: StageCosts, size: int) -> StageCosts:
     one more) with its side.
     """
     side = size / 256
-    area = {
-        name: getattr(costs, name) * side**2 for name in ("reader_cpu_s", "transport_cpu_s", "consumer_s", "nbytes")
-    }
+    by_area = ("reader_cpu_s", "transport_cpu_s", "consumer_s", "nbytes", "blocks")
+    area = {name: getattr(costs, name) * side**2 for name in by_area}
     return replace(costs, **area, tile_nbytes=costs.tile_nbytes * side**2, requests=costs.requests * (side + 1) / 2)
+
+
+def costs_on_blocks(costs: StageCosts, size: int) -> StageCosts:
+    """Costs of tiles of that side that begin anywhere, for those that begin on blocks, of 256 px.
+
+    Along each axis a tile touches 1 + (size - 1) / 256 blocks on average where it begins anywhere, and size / 256,
+    rounded up, at the least. Requests go with the rows of blocks, bytes and decoding with the blocks.
+    """
+    rows = math.ceil(size / BLOCK_PX) / (1 + (size - 1) / BLOCK_PX)
+    spared = costs.blocks * (1 - rows**2) * costs.block_cpu_s
+    return replace(
+        costs,
+        requests=costs.requests * rows,
+        nbytes=costs.nbytes * rows**2,
+        blocks=costs.blocks * rows**2,
+        reader_cpu_s=max(costs.reader_cpu_s - spared, costs.reader_cpu_s * rows**2),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,12 @@ class Decision(IntEnum):
     OFFSET_X = 6
     OFFSET_Y = 7
 
+    # Places on the grid of blocks: of those around the point the tile's first one, and where in it the tile begins.
+    BLOCK_X = 8
+    BLOCK_Y = 9
+    IN_BLOCK_X = 10
+    IN_BLOCK_Y = 11
+
     # Universes that draw a slide's tile first: which of its tiles, and where its sequence of magnifications starts.
     TILE = 50
     MAGNIFICATION_OF_TILE = 51

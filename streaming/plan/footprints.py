@@ -7,6 +7,7 @@ the same `streaming.slide.geometry.tile_levels`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ from streaming.slide import geometry
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+
+Corners = Literal["anywhere", "blocks"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,22 @@ class Footprint:
         reduction = np.maximum(1, self.reduction)
         own = (self.length[axis] - self.side) // reduction * (self.downsample * reduction)
         return np.floor(np.where(self.reduction > 0, own, self.slide_length[axis] - self.extent))
+
+    @property
+    def unit(self) -> Ints:
+        """Pixels of the level of which a tile's corner is a multiple, as `step` has it in level-0 pixels."""
+        return np.maximum(1, np.rint(self.step / self.downsample)).astype(np.int64)
+
+    def has_grid(self, axis: int) -> NDArray[np.bool_]:
+        """Whether a level's blocks are known, and are whole pixels of the tile, along an axis."""
+        return (self.block[axis] > 0) & (self.block[axis] % self.unit == 0)
+
+    def num_blocks(self, axis: int, corner: Ints) -> Ints:
+        """Blocks that tiles touch along an axis which begin at a level-0 pixel, int64 (n,); 0 where unknown."""
+        whole = np.maximum(1, self.reduction)
+        start = np.rint(corner / (self.downsample * whole)).astype(np.int64) * whole  # as the reader rounds it
+        block = np.maximum(1, self.block[axis])
+        return np.where(self.block[axis] > 0, (start + self.side - 1) // block - start // block + 1, 0)
 
     def fits(self) -> NDArray[np.bool_]:
         """Whether a tile fits its slide."""
@@ -128,3 +147,22 @@ def corner_anywhere(footprint: Footprint, axis: int, point: Floats, offset: Floa
     low, high = np.clip(point - footprint.extent, 0, last), np.clip(point, 0, last)
     drawn = np.floor(low + offset * (high - low))
     return np.rint(np.floor(drawn / step) * step).astype(np.int64)
+
+
+def corner_on_blocks(footprint: Footprint, axis: int, point: Floats, first: Floats, inside: Floats) -> Ints:
+    """Level-0 pixels at which tiles begin along an axis (0: x) so that each touches the fewest blocks, int64 (n,).
+
+    Of the runs of that many blocks around a point on tissue, a level-0 pixel, one is drawn by `first` from 0 to 1, and
+    in it the tile's place by `inside`. So a run comes in proportion to its tissue, and all places in it alike. Only
+    where `Footprint.has_grid`.
+    """
+    side, block, length, unit = footprint.side, footprint.block[axis], footprint.length[axis], footprint.unit
+    block = np.maximum(1, block)
+    fewest = -(-side // block)
+    last = np.maximum(0, length - side) // block
+    at = np.floor(point / (footprint.downsample * block)).astype(np.int64)
+    low, high = np.clip(at - fewest + 1, 0, last), np.clip(at, 0, last)
+    start = (low + np.floor(first * (high - low + 1)).astype(np.int64)) * block
+    room = np.maximum(0, np.minimum(fewest * block, length - start) - side) // unit
+    start += np.floor(inside * (room + 1)).astype(np.int64) * unit
+    return np.rint(start * footprint.downsample).astype(np.int64)

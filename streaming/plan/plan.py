@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from streaming.catalog.tissue_map import CHUNK, padded
 from streaming.errors import ConfigError, PlanError
 from streaming.plan.counter_random import Indices, hashed, hashed_further, unit
 from streaming.plan.decisions import Decision
-from streaming.plan.footprints import Footprint, corner_anywhere
+from streaming.plan.footprints import Corners, Footprint, corner_anywhere, corner_on_blocks
 from streaming.plan.slide_choice import MAX_TRIES, Choice, SlideChooser
 from streaming.plan.universe import ShuffleQuality, Universe, shuffle_quality
 from streaming.slide.geometry import MPP_TOLERANCE
@@ -83,6 +84,23 @@ class _Places:
         return cls(*(np.concatenate([getattr(part, entry.name) for part in parts]) for entry in fields(cls)))
 
 
+@dataclass(frozen=True)
+class BlockCosts:
+    """What a tile costs on average where it is read block by block."""
+
+    blocks: float
+    """compressed blocks that it touches"""
+    requests: float
+    """byte ranges: one a row of blocks, which mostly lie one after another"""
+    share: float
+    """of tiles that are read so; the others are OpenSlide's"""
+
+    def line(self) -> str:
+        """The numbers in one line."""
+        rest = "" if self.share == 1 else f", of the {self.share:.0%} that OpenSlide does not read"
+        return f"a tile costs {self.requests:.2f} requests for {self.blocks:.2f} blocks{rest}"
+
+
 class TilePlan:
     """The stream of tiles that a catalog, a seed and a mix define; `plan[i]` is tile i, for any i ≥ 0.
 
@@ -90,7 +108,8 @@ class TilePlan:
     weight (None: every slide alike). A tile has at least `min_tissue` of its area on tissue (0.4: arXiv 2404.15217). A
     slide serves a magnification only if the tile fits it and its pixels would not be enlarged over `max_upsampling`
     times. Where a level, or its reduction by 2, 4 or 8, has the magnification up to a share of `mpp_tolerance`, tiles
-    are of its own pixels; 0: all have the very mpp. universe bounds what is drawn, and how (None: any tile of all
+    are of its own pixels; 0: all have the very mpp. With corners on `blocks` a tile touches as few compressed blocks of
+    its level as it can, where the catalog knows them. universe bounds what is drawn, and how (None: any tile of all
     slides, each index by itself).
 
     Raises:
@@ -109,6 +128,7 @@ class TilePlan:
         min_tissue: float = 0.4,
         max_upsampling: float = 2.0,
         mpp_tolerance: float = MPP_TOLERANCE,
+        corners: Corners = "anywhere",
         universe: Universe | None = None,
     ) -> None:
         if size < 1:
@@ -117,10 +137,13 @@ class TilePlan:
             raise ConfigError(f"min_tissue is {min_tissue}; it is a share above 0 and up to 1")
         if not 0 <= mpp_tolerance <= _MAX_TOLERANCE:
             raise ConfigError(f"mpp_tolerance is {mpp_tolerance}; it is a share from 0 to {_MAX_TOLERANCE}")
+        if corners not in get_args(Corners):
+            raise ConfigError(f"corners are {corners!r}; take one of {', '.join(get_args(Corners))}")
         self.seed = seed
         self.size = size
         self.min_tissue = min_tissue
         self.mpp_tolerance = mpp_tolerance
+        self.corners: Corners = corners
         self._slides, self._tissue = catalog.slides(), catalog.tissue
         self._slide_mpp = catalog.column("mpp")
         self._rows = catalog.column("tissue_rows").astype(np.int64)
@@ -160,6 +183,16 @@ class TilePlan:
     def slides_of(self, index: Indices) -> NDArray[np.int32]:
         """The slides of sample indices, int32 (n,): rows of the catalog."""
         return self.specs(index).slide
+
+    def block_costs(self, index: Indices) -> BlockCosts | None:
+        """What sample indices, int64 (n,), cost on average; None where OpenSlide reads all of their slides."""
+        specs = self.specs(index)
+        footprint = self._chooser.footprints.at(np.searchsorted(self._mpp_values, specs.mpp), specs.slide)
+        columns, rows = footprint.num_blocks(0, specs.x), footprint.num_blocks(1, specs.y)
+        known = rows > 0
+        if not known.any():
+            return None
+        return BlockCosts(float((columns * rows)[known].mean()), float(rows[known].mean()), float(known.mean()))
 
     def __getitem__(self, index: int) -> TileSpec:
         specs = self.specs(np.array([index], dtype=np.int64))
@@ -226,6 +259,10 @@ class TilePlan:
         x_point, y_point = (column + number(Decision.CELL_X)) * cell_px, (row + number(Decision.CELL_Y)) * cell_px
         x = corner_anywhere(footprint, 0, x_point, number(Decision.OFFSET_X))
         y = corner_anywhere(footprint, 1, y_point, number(Decision.OFFSET_Y))
+        if self.corners == "blocks":
+            at_x = corner_on_blocks(footprint, 0, x_point, number(Decision.BLOCK_X), number(Decision.IN_BLOCK_X))
+            at_y = corner_on_blocks(footprint, 1, y_point, number(Decision.BLOCK_Y), number(Decision.IN_BLOCK_Y))
+            x, y = np.where(footprint.has_grid(0), at_x, x), np.where(footprint.has_grid(1), at_y, y)
         share = self._tissue_share(slide, x, y, choice.mpp_row, footprint)
         return _Places(slide, x, y, share >= self.min_tissue)
 

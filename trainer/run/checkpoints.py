@@ -28,7 +28,7 @@ from streaming.slide.versions import pixel_libraries
 from trainer.run.config import Config, parse_config
 
 STATE, META, CONFIG = "state.ckpt", "meta.json", "config.yaml"
-_BEFORE_THE_FIELD = {"mpp_tolerance": 0.0}
+_BEFORE_THE_FIELD = {"mpp_tolerance": 0.0, "corners": "anywhere"}
 _LOG = logging.getLogger(__name__)
 _PIECE = 16 << 20
 _STEP = re.compile(r"step-(\d{8})")

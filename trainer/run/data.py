@@ -9,6 +9,7 @@ from streaming.catalog import Catalog
 from streaming.delivery.stream import BatchShape, TileStream
 from streaming.errors import ConfigError
 from streaming.plan import TilePlan
+from streaming.plan.footprints import Corners
 from streaming.plan.plan import DEFAULT_MPP
 from streaming.plan.universe import Universe
 from streaming.reading.hsv_rule import HsvRule
@@ -38,6 +39,8 @@ class DataConfig:
     """a slide is left out at magnifications this many times finer than its own"""
     mpp_tolerance: float = MPP_TOLERANCE
     """share that a slide's own pixels may be off the wanted µm/px and be taken as they are; 0: all are resampled"""
+    corners: Corners = "anywhere"
+    """where tiles begin: anywhere, or so that each touches the fewest compressed blocks"""
     universe: Universe = field(default_factory=Universe)
     """which part of the catalog's tiles may be drawn, and in what order"""
     hsv_rule: HsvRule = field(default_factory=HsvRule)
@@ -100,6 +103,7 @@ def make_plan(data: DataConfig, seed: int, catalog: Catalog) -> TilePlan:
         min_tissue=data.min_tissue,
         max_upsampling=data.max_upsampling,
         mpp_tolerance=data.mpp_tolerance,
+        corners=data.corners,
         universe=data.universe,
     )
 

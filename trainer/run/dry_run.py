@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import get_args
 
+import numpy as np
 import torch
 from torch import nn
 
 from streaming import storage
+from streaming.plan.footprints import Corners
 from trainer.recipe.augment import NUM_GLOBAL
 from trainer.recipe.schedule import Schedules
 from trainer.run import starting_weights
@@ -22,6 +25,7 @@ from trainer.run.fit import check_model, make_module
 
 PICTURE = "schedules.png"
 _GIB = 2**30
+_SAMPLE = 4096  # tiles of which is told what they cost
 # Micro-batches of a rank that lie in Ray's object store: two prefetched, one being read, one in training.
 _BATCHES_IN_STORE = 4
 # Bytes that a block keeps per token and channel for the backward pass, at 16 bits and with attention that is not kept
@@ -134,7 +138,7 @@ def describe(config: Config, probe: ProbeKind | None = None) -> Iterator[str]:
     yield f"schedules     {picture}"
     if config.model.init:
         yield f"model.init    {_init_line(config)}"
-    yield f"catalog       {_catalog_line(config)}"
+    yield from _catalog_lines(config)
     if config.watch.knn_dataset and probe is not None:
         yield f"knn           {probe.check(config):,} tiles of {config.watch.knn_dataset}"
 
@@ -152,13 +156,20 @@ def _init_line(config: Config) -> str:
     return f"{source}: its names and shapes fit"
 
 
-def _catalog_line(config: Config) -> str:
-    if config.data.catalog is None:
-        return "none given, so not checked that it has the magnifications; add --data.catalog URI"
-    catalog = load_catalog(config.data)
-    make_plan(config.data, config.run.seed, catalog)
-    wanted = ", ".join(f"{mpp:g}" for mpp in config.data.mpp)
-    return f"{config.data.catalog}: its {len(catalog)} slides give {config.data.tile_size} px tiles at {wanted} µm/px"
+def _catalog_lines(config: Config) -> Iterator[str]:
+    data = config.data
+    if data.catalog is None:
+        yield "catalog       none given, so not checked that it has the magnifications; add --data.catalog URI"
+        return
+    catalog = load_catalog(data)
+    wanted = ", ".join(f"{mpp:g}" for mpp in data.mpp)
+    given = f"its {len(catalog)} slides give {data.tile_size} px tiles at {wanted} µm/px"
+    for corners in get_args(Corners):
+        costs = make_plan(replace(data, corners=corners), config.run.seed, catalog).block_costs(np.arange(_SAMPLE))
+        taken = ", as is set" if corners == data.corners else ""
+        if costs is not None:
+            yield f"{corners:<13} {costs.line()}{taken}"
+    yield f"catalog       {data.catalog}: {given}"
 
 
 def draw(schedules: Schedules, num_points: int = 500) -> bytes:

@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming.errors import ConfigError
-from streaming.operate.capacity import StageCosts, Surroundings, plan_capacity, reader_rates
+from streaming.operate.capacity import (
+    StageCosts,
+    Surroundings,
+    costs_of_size,
+    costs_on_blocks,
+    plan_capacity,
+    reader_rates,
+)
 
 COSTS = StageCosts(
     reader_cpu_s=0.002,
@@ -76,3 +83,14 @@ def test_numbers_without_sense_are_refused(senseless: dict) -> None:
         StageCosts(nbytes=0)
     with pytest.raises(ConfigError, match="latency_s"):
         Surroundings(latency_s=-1)
+
+
+def test_tiles_on_blocks_cost_a_quarter_of_the_bytes_and_half_of_the_requests() -> None:
+    found = costs_on_blocks(StageCosts(), 256)
+    assert (found.requests, found.blocks) == pytest.approx((1, 1), rel=0.01)
+    assert found.nbytes == pytest.approx(StageCosts().nbytes / 4, rel=0.01)
+    assert found.reader_cpu_s == pytest.approx(StageCosts().reader_cpu_s - 3 * StageCosts().block_cpu_s, rel=0.01)
+    # Of 64 px tiles most lie on one block anyway; 512 px need two a side, or nearly three.
+    small, large = (costs_on_blocks(costs_of_size(StageCosts(), size), size) for size in (64, 512))
+    assert small.requests == pytest.approx(costs_of_size(StageCosts(), 64).requests / 1.25, rel=0.01)
+    assert large.requests == pytest.approx(costs_of_size(StageCosts(), 512).requests * 2 / 3, rel=0.01)

@@ -73,8 +73,11 @@ def test_a_checkpoint_of_before_a_field_of_the_data_was_trained_without_it(confi
     uri = save(config, 3)
     assert resume_point(config, "c0ffee") == (3, uri)
     text = Path(uri, "config.yaml").read_text()
-    Path(uri, "config.yaml").write_text(text.replace("  mpp_tolerance: 0.05\n", ""))
-    assert checkpoints.read_config(uri).data.mpp_tolerance == 0
+    Path(uri, "config.yaml").write_text(
+        text.replace("  mpp_tolerance: 0.05\n", "").replace("  corners: anywhere\n", "")
+    )
+    before = checkpoints.read_config(uri).data
+    assert (before.mpp_tolerance, before.corners) == (0, "anywhere")
     with pytest.raises(CheckpointError, match=r"data\.mpp_tolerance 0\.0 \(now 0\.05\)"):
         resume_point(config, "c0ffee")
     assert resume_point(replace(config, data=replace(config.data, mpp_tolerance=0.0)), "c0ffee") == (3, uri)

@@ -54,6 +54,9 @@ def test_a_dry_run_checks_that_the_catalog_has_what_is_asked_for(catalog: str, t
     arguments = ["--data.catalog", catalog, "--run.out", str(tmp_path), "--data.tile_size", "64"]
     lines = list(describe(read_config("debug", [*arguments, "--data.mpp", "{0.5: 1, 1.0: 1}"])))
     assert lines[-1].endswith("its 3 slides give 64 px tiles at 0.5, 1 µm/px")
+    told = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines[-3:]}
+    assert told["anywhere"].endswith("blocks, as is set")
+    assert told["blocks"] == "a tile costs 1.00 requests for 1.00 blocks"
     with pytest.raises(PlanError, match="64"):
         list(describe(read_config("debug", [*arguments, "--data.mpp", "{64.0: 1}"])))
     # The made slides have 0.25 µm/px: twice finer may be made up from them, four times may not.
