@@ -25,6 +25,7 @@ from streaming.command_line import (
     storage_options,
     weights,
 )
+from streaming.delivery.failures import MAX_FAILED_SHARE
 from streaming.delivery.segments import Readers
 from streaming.errors import ConfigError
 from streaming.plan.footprints import Corners
@@ -129,9 +130,9 @@ def add_stream(commands: Any) -> None:
     parser.add_argument(
         "--max-failed-share",
         type=float,
-        default=0.01,
+        default=MAX_FAILED_SHARE,
         metavar="SHARE",
-        help="unreadable tiles that are put up with (0.01)",
+        help=f"unreadable tiles that are put up with ({MAX_FAILED_SHARE})",
     )
     parser.add_argument("--log", metavar="URI", help="folder for failures.parquet, the tiles that could not be read")
     parser.add_argument("--digest", action="store_true", help="print a SHA-256 of each step's tiles in index order")

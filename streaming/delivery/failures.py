@@ -14,6 +14,8 @@ from streaming.errors import ConfigError, StreamError
 from streaming.reading.batch import Batch, Failure, failed_slides
 
 FAILURES = "failures.parquet"
+# The share of tiles that could not be read past which a run stops.
+MAX_FAILED_SHARE = 0.01
 SCHEMA = pa.schema(
     [("slide", pa.string()), ("reason", pa.string()), ("count", pa.int64()), ("first_index", pa.int64())]
 )

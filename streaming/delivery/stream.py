@@ -74,11 +74,11 @@ class TileStream:
         shape: BatchShape,
         *,
         reader: ReaderOptions | None = None,
-        readers: tuple[int, int] = (1, 2),
-        reader_cpus: float = 1.0,
+        readers: tuple[int, int] = Readers.count,
+        reader_cpus: float = Readers.cpus,
         reader_labels: Mapping[str, str] | None = None,
-        segment_blocks: int = 2000,
-        stall_s: float | None = 900.0,
+        segment_blocks: int = Readers.segment_blocks,
+        stall_s: float | None = Readers.stall_s,
     ) -> None:
         self.catalog, self.plan, self.shape = catalog, plan, shape
         self.reader = reader or ReaderOptions()

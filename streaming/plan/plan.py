@@ -30,6 +30,9 @@ DEFAULT_MPP: Mapping[float, float] = {0.25: 1, 0.5: 1, 1.0: 1, 2.0: 1}
 # Past this, two of the reductions 1, 2, 4 and 8 would serve one magnification.
 _MAX_TOLERANCE = 0.3
 
+# Share of a tile's area that is tissue, at least (arXiv 2404.15217).
+MIN_TISSUE = 0.4
+
 # So many tiles are drawn at once: bounds what is mapped of a large catalog's tissue, some 50 KB a tile.
 _MAX_DRAW = 2048
 
@@ -105,11 +108,11 @@ class TilePlan:
     """The stream of tiles that a catalog, a seed and a mix define; `plan[i]` is tile i, for any i ≥ 0.
 
     mpp maps each magnification (µm/px) to its weight, cohorts each value of the catalog's `cohort` column to its
-    weight (None: every slide alike). A tile has at least `min_tissue` of its area on tissue (0.4: arXiv 2404.15217). A
-    slide serves a magnification only if the tile fits it and its pixels would not be enlarged over `max_upsampling`
-    times. Where a level, or its reduction by 2, 4 or 8, has the magnification up to a share of `mpp_tolerance`, tiles
-    are of its own pixels; 0: all have the very mpp. With corners on `blocks` a tile touches as few compressed blocks of
-    its level as it can, where the catalog knows them. universe bounds what is drawn, and how (None: any tile of all
+    weight (None: every slide alike). A tile has at least `min_tissue` of its area on tissue. A slide serves a
+    magnification only if the tile fits it and its pixels would not be enlarged over `max_upsampling` times. Where a
+    level, or its reduction by 2, 4 or 8, has the magnification up to a share of `mpp_tolerance`, tiles are of its
+    own pixels; 0: all have the very mpp. With corners on `blocks` a tile touches as few compressed blocks of its
+    level as it can, where the catalog knows them. universe bounds what is drawn, and how (None: any tile of all
     slides, each index by itself).
 
     Raises:
@@ -125,7 +128,7 @@ class TilePlan:
         size: int = 256,
         *,
         cohorts: Mapping[str, float] | None = None,
-        min_tissue: float = 0.4,
+        min_tissue: float = MIN_TISSUE,
         max_upsampling: float = 2.0,
         mpp_tolerance: float = MPP_TOLERANCE,
         corners: Corners = "anywhere",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from streaming.errors import ConfigError
+from streaming.plan.plan import MIN_TISSUE
 
 Token = Literal["cls", "patch", "cls+patch"]
 Precision = Literal["32", "bf16"]
@@ -37,7 +38,7 @@ class EmbedOptions:
     """µm/px of the tiles"""
     size: int = 256
     """side of a tile in px; resized to what the backbone's patches divide"""
-    min_tissue: float = 0.4
+    min_tissue: float = MIN_TISSUE
     """share of a tile's area that must be tissue"""
     token: Token = "cls"
     """class token, mean patch token, or one after the other"""

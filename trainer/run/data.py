@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from streaming.catalog import Catalog
+from streaming.delivery.failures import MAX_FAILED_SHARE
+from streaming.delivery.segments import Readers
 from streaming.delivery.stream import BatchShape, TileStream
 from streaming.errors import ConfigError
 from streaming.plan import TilePlan
 from streaming.plan.footprints import Corners
-from streaming.plan.plan import DEFAULT_MPP
+from streaming.plan.plan import DEFAULT_MPP, MIN_TISSUE
 from streaming.plan.universe import Universe
 from streaming.reading.hsv_rule import HsvRule
 from streaming.reading.reader import ReaderOptions
@@ -33,7 +35,7 @@ class DataConfig:
     """weight of each value of the catalog's `cohort` column; none: every slide alike"""
     tile_size: int = 256
     """side of a tile in px"""
-    min_tissue: float = 0.4
+    min_tissue: float = MIN_TISSUE
     """share of a tile's area that must be tissue"""
     max_upsampling: float = 2.0
     """a slide is left out at magnifications this many times finer than its own"""
@@ -45,19 +47,19 @@ class DataConfig:
     """which part of the catalog's tiles may be drawn, and in what order"""
     hsv_rule: HsvRule = field(default_factory=HsvRule)
     """filter on a tile's pixels"""
-    max_failed_share: float = field(default=0.01, metadata=FREE)
+    max_failed_share: float = field(default=MAX_FAILED_SHARE, metadata=FREE)
     """share of unreadable tiles past which the run stops"""
-    readers: tuple[int, int] = field(default=(1, 2), metadata=FREE)
+    readers: tuple[int, int] = field(default=Readers.count, metadata=FREE)
     """least and most reader actors"""
-    reader_cpus: float = field(default=1.0, metadata=FREE)
+    reader_cpus: float = field(default=Readers.cpus, metadata=FREE)
     """CPU slots of a reader actor"""
-    requests_in_flight: int = field(default=32, metadata=FREE)
+    requests_in_flight: int = field(default=ReaderOptions.requests_in_flight, metadata=FREE)
     """requests to the storage that a reader keeps under way"""
     reader_labels: dict[str, str] = field(default_factory=dict, metadata=FREE)
     """labels of the nodes that readers run on; empty: any node"""
-    segment_blocks: int = field(default=2000, metadata=FREE)
+    segment_blocks: int = field(default=Readers.segment_blocks, metadata=FREE)
     """micro-batches that Ray Data plans at once; a run is a chain of such segments"""
-    stall_s: float | None = field(default=900.0, metadata=FREE)
+    stall_s: float | None = field(default=Readers.stall_s, metadata=FREE)
     """seconds that a rank waits for a batch before the run stops and says why; none: for ever"""
     staging: str = field(default_factory=default_folder, metadata=FREE)
     """local folder for copies of remote slides"""
