@@ -69,7 +69,9 @@ def add_catalog(commands: Any) -> None:
 def run_catalog(args: Namespace) -> None:
     """Builds the catalog and says what became of the slides."""
     from streaming.catalog.build import build_catalog
+    from streaming.catalog.inspection import COARSE_MPP
     from streaming.catalog.schema import REJECTED
+    from streaming.catalog.sources import counted
 
     report = build_catalog(
         args.slides,
@@ -82,6 +84,8 @@ def run_catalog(args: Namespace) -> None:
     )
     for entry in report.rejected[:5]:
         sys.stderr.write(f"rejected: {entry.slide}: {entry.reason}\n")
+    if len(report.rejected) > 5:
+        sys.stderr.write(f"… and {len(report.rejected) - 5} more rejected\n")
     for slide, colour in report.odd_glass[:5]:
         sys.stderr.write(
             f"{slide}: its glass is not grey but of red, green, blue {colour}: its colours are decoded or described "
@@ -89,12 +93,26 @@ def run_catalog(args: Namespace) -> None:
         )
     if len(report.odd_glass) > 5:
         sys.stderr.write(f"… and {len(report.odd_glass) - 5} more slides whose glass is not grey\n")
+    if report.without_levels:
+        slide, cost = max(report.without_levels, key=lambda found: found[1])
+        others = f" and {len(report.without_levels) - 1} more" if len(report.without_levels) > 1 else ""
+        sys.stderr.write(f"{slide}{others}: {_no_level(COARSE_MPP, cost)}\n")
+    if report.passed_over:
+        kinds = counted(report.passed_over)
+        sys.stderr.write(f"skipped {report.passed_over.total()} files, by their suffix no slides: {kinds}\n")
     if report.unmatched:
         sys.stderr.write(f"{args.metadata}: {report.unmatched} of {report.total} slides have no row in it\n")
     rejected = f"{len(report.rejected)} rejected"
     if report.rejected:
         rejected += f" (reasons in {storage.join(args.out, REJECTED)})"
     out(f"{args.out}: {report.total} slides: {report.added} added, {report.skipped} unchanged, {rejected}")
+
+
+def _no_level(mpp: float, cost: float) -> str:
+    return (
+        f"no level near {mpp:g} µm/px: a tile there is made of {cost:.0f} times its pixels; convert it with "
+        "`vips tiffsave … --tile --pyramid`, or leave that magnification out"
+    )
 
 
 def add_stream(commands: Any) -> None:
@@ -180,6 +198,9 @@ def run_stream(args: Namespace) -> None:
         _print_mix(plan, [plan.slides_of(index) for index in some], args.batch)
         if costs := plan.block_costs(np.concatenate(some)[:_SAMPLE]):
             out(f"blocks: {costs.line()}")
+        for mpp, slides, cost in plan.without_levels():
+            others = f" and {len(slides) - 1} more" if len(slides) > 1 else ""
+            sys.stderr.write(f"{slides[0]}{others}: {_no_level(mpp, cost)}\n")
         return
     reader, readers = read_options(args, ReaderOptions, storage_options=options), read_options(args, Readers)
     stream = TileStream(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from streaming.catalog.tissue_map import TissueMap
 from streaming.catalog.writing import merge, part_of, write
 from streaming.errors import CatalogError, ConfigError
 from streaming.progress import ProgressLine
+from streaming.slide.geometry import MANY_PIXELS
 from streaming.storage.staging import Staging
 
 _SAVE_EVERY_S = 20.0
@@ -39,6 +41,10 @@ class BuildReport:
     """slides of the catalog without a row in the CSV"""
     odd_glass: list[tuple[str, Colour]]
     """added slides whose glass is far from grey, with its red, green and blue"""
+    without_levels: list[tuple[str, float]]
+    """added slides of whose pixels 32 and more are read for one of a tile at 2 µm/px, and how many those are"""
+    passed_over: Counter[str]
+    """files in the sources that are no slide and belong to none, by suffix"""
 
 
 def build_catalog(
@@ -64,16 +70,19 @@ def build_catalog(
     if mpp is not None and not mpp > 0:
         raise ConfigError(f"--mpp {mpp}; it is µm per pixel, a number above 0")
     metadata = read_metadata(metadata_csv, options) if metadata_csv else {}
-    slides = find_slides(sources, options)
+    passed_over = Counter[str]()
+    slides = find_slides(sources, options, passed_over)
     staging = staging or Staging()
     tables, tissue = _known(out, options, staging)
     todo = [(info, stand_in_mpp(metadata, info.uri, mpp)) for info in _changed(slides, tables, tissue)]
-    rejected, odd_glass = list[Rejected](), list[tuple[str, Colour]]()
+    rejected, odd_glass, without_levels = list[Rejected](), list[tuple[str, Colour]](), list[tuple[str, float]]()
     if todo:
         cluster.connect(num_cpus=2, verbose=verbose)
         for inspected in _inspected(todo, rejected, options, staging, storage.canonical(out)):
             tables.append(_save_part(out, inspected, options))
             odd_glass += [(slide.row.slide, slide.odd_glass) for slide in inspected if slide.odd_glass]
+            costs = [(slide.row.slide, slide.coarse_cost) for slide in inspected]
+            without_levels += [(slide, cost) for slide, cost in costs if cost >= MANY_PIXELS]
     table, cells = merge(tables, tissue)
     table, unmatched = with_metadata(table, metadata) if metadata else (table, 0)
     _write_rejected(out, rejected, {info.uri for info in slides}, options)
@@ -85,7 +94,16 @@ def build_catalog(
     write(out, table, cells, options)
     storage.remove(storage.join(out, schema.PARTS), options)
     added, skipped = len(todo) - len(rejected), len(slides) - len(todo)
-    return BuildReport(added, skipped, rejected, table.num_rows, unmatched, odd_glass)
+    return BuildReport(
+        added=added,
+        skipped=skipped,
+        rejected=rejected,
+        total=table.num_rows,
+        unmatched=unmatched,
+        odd_glass=odd_glass,
+        without_levels=without_levels,
+        passed_over=passed_over,
+    )
 
 
 def _changed(

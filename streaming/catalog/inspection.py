@@ -9,8 +9,10 @@ from streaming.catalog import schema
 from streaming.catalog.schema import SlideRow
 from streaming.catalog.tissue import Colour, TissueGrid, odd_glass, thumbnail, tissue_of_thumbnail
 from streaming.errors import SlideError, StorageError
-from streaming.slide import Slide, open_slide
+from streaming.slide import Slide, geometry, open_slide
 from streaming.storage.staging import Staging
+
+COARSE_MPP = 2.0  # the coarsest magnification of most recipes
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,12 @@ class Inspected:
     tissue: TissueGrid
     odd_glass: Colour | None = None
     """red, green and blue of its glass, if far from grey"""
+
+    @property
+    def coarse_cost(self) -> float:
+        """How many of its pixels are read for one pixel of a tile at `COARSE_MPP`."""
+        downsamples = tuple(level["downsample"] for level in self.row.levels)
+        return geometry.tile_source(self.row.mpp, downsamples, COARSE_MPP, geometry.MPP_TOLERANCE).pixels_read
 
 
 @dataclass(frozen=True)

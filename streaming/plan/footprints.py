@@ -113,6 +113,12 @@ class Footprints:
         slides = np.arange(len(self.slide_mpp))
         return np.array([self.at(np.full_like(slides, row), slides).fits() for row in range(len(self.mpp_values))])
 
+    def pixels_read(self) -> Floats:
+        """Level pixels that one pixel of a tile is made of, float64 (magnifications, slides)."""
+        slides = np.arange(len(self.slide_mpp))
+        sides = np.array([self.at(np.full_like(slides, row), slides).side for row in range(len(self.mpp_values))])
+        return (sides / self.size) ** 2
+
     def at(self, mpp_row: Ints, slide: NDArray[np.integer]) -> Footprint:
         """Those of tiles, int (n,) each."""
         level, reduction = self.level[mpp_row, slide], self.reduction[mpp_row, slide].astype(np.int64)

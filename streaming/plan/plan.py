@@ -22,7 +22,7 @@ from streaming.plan.decisions import Decision
 from streaming.plan.footprints import Corners, Footprint, corner_anywhere, corner_on_blocks
 from streaming.plan.slide_choice import MAX_TRIES, Choice, SlideChooser
 from streaming.plan.universe import ShuffleQuality, Universe, shuffle_quality
-from streaming.slide.geometry import MPP_TOLERANCE
+from streaming.slide.geometry import MANY_PIXELS, MPP_TOLERANCE
 
 # The four magnifications of arXiv 2404.15217; their weights are not published, so equal.
 DEFAULT_MPP: Mapping[float, float] = {0.25: 1, 0.5: 1, 1.0: 1, 2.0: 1}
@@ -196,6 +196,19 @@ class TilePlan:
         if not known.any():
             return None
         return BlockCosts(float((columns * rows)[known].mean()), float(rows[known].mean()), float(known.mean()))
+
+    def without_levels(self) -> list[tuple[float, list[str], float]]:
+        """Magnifications at which a tile of some drawn slides is made of 32 times its pixels and more.
+
+        Of each its µm/px, those slides, the worst first, and by how many times of the worst.
+        """
+        found: list[tuple[float, list[str], float]] = []
+        for mpp, costs in zip(self._mpp_values.tolist(), self._chooser.pixels_read(), strict=True):
+            many = np.flatnonzero(costs >= MANY_PIXELS)
+            if len(many):
+                order = many[np.argsort(-costs[many], kind="stable")]
+                found.append((mpp, [self._slides[row] for row in order], float(costs[order[0]])))
+        return found
 
     def __getitem__(self, index: int) -> TileSpec:
         specs = self.specs(np.array([index], dtype=np.int64))

@@ -197,6 +197,10 @@ class SlideChooser:
             slide = np.where(attempt < _WINDOW_ATTEMPTS, near, slide)
         return np.where((attempt < _OWN_ATTEMPTS) & (trial < _OWN_TRIES), choice.own, slide)
 
+    def pixels_read(self) -> NDArray[np.float64]:
+        """Level pixels that one of a tile is made of, float64 (magnifications, slides); 0 where none is drawn."""
+        return np.where(self._serves, self.footprints.pixels_read(), 0.0)
+
     @property
     def shares(self) -> NDArray[np.float64]:
         """Each slide's share of all draws, float64 (slides of the catalog,); sums to 1."""

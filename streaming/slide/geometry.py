@@ -24,6 +24,10 @@ LEVEL_TOLERANCE = 0.01
 # taken as they are, which costs a quarter of resampling them.
 MPP_TOLERANCE = 0.05
 
+# A slide whose levels lie a factor 4 apart gives a tile's pixel of 1 to 16 of its own. So many tell that levels are
+# missing.
+MANY_PIXELS = 32.0
+
 # By how much a level may be reduced and still be the slide's own pixels: what JPEG is decoded at.
 _REDUCTIONS = (1, 2, 4, 8)
 
@@ -58,6 +62,11 @@ class TileSource:
     """µm/px of the tile"""
     level_mpp: float
     """µm/px of the level"""
+
+    @property
+    def pixels_read(self) -> float:
+        """How many of the level's pixels one pixel of the tile is made of."""
+        return (self.mpp / self.level_mpp) ** 2
 
 
 def tile_levels(

@@ -1,6 +1,7 @@
 """Catalogs: built by Ray Data, extended, interrupted, read again."""
 
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from streaming.plan import TilePlan
 from streaming.reading.reader import ReaderOptions, TileReader
 from streaming.synthetic.layout import SyntheticSlide
 from streaming.synthetic.svs import write_slide
+from trainer.cli import main
 
 pytestmark = pytest.mark.slow
 
@@ -70,6 +72,48 @@ def test_slides_that_cannot_be_used_are_rejected_with_the_reason_and_the_others_
         str(folder / "bare.svs"): 0.5,
         str(folder / "good.svs"): 0.25,
     }
+
+
+def test_what_is_left_out_and_what_will_be_slow_is_told_at_the_end(
+    slides: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "slides"
+    for name in (*(f"{i}.vsi" for i in range(3)), "a.isyntax", "b.ISYNTAX", "c.zarr/0/0", "c.zarr/0/1", "README"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("of another format")
+    with pytest.raises(CatalogError, match=r"none of its 8 files is a slide: 3 \.vsi, 2 \.isyntax, 1 \.zarr, 1 "):
+        build_catalog([str(folder)], str(tmp_path / "catalog"))
+    write_slide(SyntheticSlide(width=2048, height=1536, downsamples=(1,), patient=1), folder / "single.svs")
+    write_slide(SyntheticSlide(width=2048, height=1536, downsamples=(1, 4), patient=2), folder / "pyramid.svs")
+    assert main(["catalog", str(folder), "--out", str(tmp_path / "catalog")]) == 0
+    told = capsys.readouterr().err
+    kinds = "3 .vsi, 2 .isyntax, 1 .zarr, 1 without suffix"
+    assert f"skipped 7 files, by their suffix no slides: {kinds}\n" in told
+    assert f"{folder}/single.svs: no level near 2 µm/px: a tile there is made of 64 times its pixels" in told
+    assert "pyramid.svs" not in told
+    # The dry run tells it of the magnifications that are drawn.
+    mix = ["--size", "32", "--steps", "0:2", "--batch", "4", "--dry-run"]
+    assert main(["stream", str(tmp_path / "catalog"), *mix, "--mpp", "0.5,2,8"]) == 0
+    one, two = capsys.readouterr().err.splitlines()
+    assert one.startswith(f"{folder}/single.svs: no level near 2 µm/px: a tile there is made of 64 times")
+    assert two.startswith(f"{folder}/single.svs and 1 more: no level near 8 µm/px: a tile there is made of 1024")
+    assert main(["stream", str(tmp_path / "catalog"), *mix, "--mpp", "0.5"]) == 0
+    assert "no level" not in capsys.readouterr().err
+
+
+def test_a_catalog_of_another_version_is_refused_with_one_line_that_says_to_build_it_anew(
+    slides: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "catalog")
+    build_catalog([str(slides[0])], out)
+    table = pq.read_table(f"{out}/slides.parquet")
+    pq.write_table(table.replace_schema_metadata({"tilestream.catalog": "3"}), f"{out}/slides.parquet")
+    capsys.readouterr()
+    for command in (["stream", out, "--dry-run"], ["catalog", str(slides[0]), "--out", out]):
+        assert main(command) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.search(r"version 3, this tilestream reads version 4; build it anew with `tilestream catalog`$", line)
+        assert out in line
 
 
 def test_an_interrupted_build_goes_on_with_what_it_had_saved(
