@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from trainer.evaluate.datasets import Samples
 from trainer.evaluate.decoders import BATCH, batches, conv_decoder, fit, tokens_of, upsampling
 from trainer.evaluate.features import Features
-from trainer.evaluate.scores import Score, bootstrap, match_points, mean_f1
-from trainer.evaluate.splits import Fold
+from trainer.evaluate.scores import Score, bootstrap, f1, match_points
+from trainer.evaluate.splits import Fold, held_out
 
 _THRESHOLDS = np.linspace(0.05, 0.95, 19)
 _RARE_ODDS = 99  # to one against a point, says an untrained head: points are rare
@@ -113,19 +113,21 @@ def score_detection(
 ) -> list[Score]:
     """F1 of points found within a radius of true ones, by a heatmap of each class; mean over the classes.
 
-    The height from which on a peak counts is the one with the best F1 on what the head was trained on.
+    The height from which on a peak counts is the one with the best F1 on patients (or slides) that the head did not
+    see: the split's `val`, else a fifth of those to be learnt from.
     """
     assert samples.points is not None, "tiles have points"
     points = samples.points
     maps = _Maps(features=features, points=points, num_classes=len(samples.classes), radius_px=radius_px)
     parts: list[NDArray[np.float64]] = []
-    for fold in folds:
+    for fold in (held_out(samples, fold, seed) for fold in folds):
+        assert fold.val is not None, "it was held out"
         head = fit(maps.head, features, fold.train, maps.targets, focal_loss, epochs, seed)
-        best = mean_f1(maps.counted(head, fold.train, _THRESHOLDS.tolist()).sum(axis=0))
-        threshold = float(_THRESHOLDS[np.nan_to_num(best).argmax()])
+        best = np.nan_to_num(f1(maps.counted(head, fold.val, _THRESHOLDS.tolist()).sum(axis=0))).mean(axis=1)
+        threshold = float(_THRESHOLDS[best.argmax()])
         parts.append(maps.counted(head, fold.test, [threshold])[:, 0])
     tested = np.concatenate([fold.test for fold in folds])
     groups = None if samples.groups is None else samples.groups[tested]
     num_points = sum(len(points[i]) for i in tested)
     metric = f"F1 within {radius_px:g} px"
-    return [bootstrap("detection", metric, np.concatenate(parts), groups, mean_f1, num_points, seed)]
+    return [bootstrap("detection", metric, np.concatenate(parts), groups, f1, num_points, seed)]

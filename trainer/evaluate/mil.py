@@ -122,7 +122,7 @@ def predict(model: GatedAttention, bags: Sequence[Bag]) -> NDArray[np.float32]:
 
 
 def score_slides(bags: Sequence[Bag], samples: Samples, folds: Sequence[Fold], epochs: int, seed: int) -> list[Score]:
-    """Balanced accuracy and AUROC of slides, each fold's by a model of its own."""
+    """Balanced accuracy and AUROC of slides, each fold's by a model of its own; the AUROC is the folds' mean."""
     assert samples.labels is not None, "slides have labels"
     num_classes, found = len(samples.classes), list[NDArray[np.float32]]()
     for fold in folds:
@@ -133,9 +133,10 @@ def score_slides(bags: Sequence[Bag], samples: Samples, folds: Sequence[Fold], e
     tested, probabilities = np.concatenate([fold.test for fold in folds]), np.concatenate(found)
     labels = samples.labels[tested]
     groups = None if samples.groups is None else samples.groups[tested]
+    of_fold = np.repeat(np.arange(len(folds)), [len(fold.test) for fold in folds])
     return [
         balanced_accuracy(TASK, labels, probabilities.argmax(axis=1), groups, num_classes, seed),
-        auroc(TASK, labels, probabilities, groups, seed),
+        auroc(TASK, labels, probabilities, groups, of_fold, seed),
     ]
 
 

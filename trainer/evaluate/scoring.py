@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -26,7 +27,7 @@ from trainer.evaluate.options import EvaluateOptions, Task
 from trainer.evaluate.probes import Embeddings, Ints
 from trainer.evaluate.scores import Score, balanced_accuracy
 from trainer.evaluate.segmentation import score_segmentation
-from trainer.evaluate.splits import Fold, make_folds
+from trainer.evaluate.splits import Fold, held_out, leak_warning, make_folds
 
 _OF_TILES: tuple[Task, ...] = ("knn", "linear", "logistic", "quality")
 SCORES = "scores.parquet"
@@ -55,6 +56,9 @@ def evaluate(
     """
     options = options or EvaluateOptions()
     samples = labelled(dataset, options, storage_options)
+    warning = leak_warning(samples)
+    if warning is not None:
+        sys.stderr.write(f"tilestream: warning: {warning}\n")
     folds = make_folds(samples, options.folds, options.seed)
     if samples.whole_slides:
         bags = mil.read_bags(source, samples, storage_options)
@@ -62,7 +66,7 @@ def evaluate(
     else:
         scores = evaluate_model(load_model(source, options.token, storage_options), samples, options, storage_options)
     if out is not None:
-        about = {"model": source, "dataset": dataset, "options": asdict(options)}
+        about = {"model": source, "dataset": dataset, "options": asdict(options), "warning": warning}
         write_scores(out, scores, about, storage_options)
     return scores
 
@@ -73,7 +77,9 @@ def labelled(dataset: str, options: EvaluateOptions, storage_options: dict[str, 
         raise ConfigError("no GPU is visible to PyTorch here; leave out --gpu")
     samples = read_dataset(dataset, _wanted(options), storage_options)
     _tasks(options, samples)
-    make_folds(samples, options.folds, options.seed)
+    for fold in make_folds(samples, options.folds, options.seed):
+        if samples.points is not None:
+            held_out(samples, fold, options.seed)
     return samples
 
 
@@ -197,7 +203,7 @@ _SCHEMA = pa.schema(
 def table_lines(scores: Sequence[Score]) -> list[str]:
     """The scores as a table for a terminal."""
     width = max(len("metric"), *(len(score.metric) for score in scores))
-    lines = [f"{'task':<13} {'metric':<{width}} {'value':>8}  {'95 % interval':<17} {'n':>8} {'resampled':>9}"]
+    lines = [f"{'task':<13} {'metric':<{width}} {'value':>8}  {'95 % interval':<17} {'n':>8} {'groups':>9}"]
     for score in scores:
         known = not math.isnan(score.low)
         interval = f"{score.low:.3f} to {score.high:.3f}" if known else "–"

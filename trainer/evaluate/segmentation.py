@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trainer.evaluate.datasets import IGNORED, Samples
 from trainer.evaluate.decoders import BATCH, batches, conv_decoder, fit, linear_decoder, tokens_of, upsampling
 from trainer.evaluate.features import Features
-from trainer.evaluate.scores import Score, bootstrap, mean_f1
+from trainer.evaluate.scores import Score, bootstrap, f1
 from trainer.evaluate.splits import Fold
 
 
@@ -50,7 +50,7 @@ def score_segmentation(
                     target = targets(some)
                     found = _to(head(tokens_of(features, some)), target).argmax(dim=1)
                     parts.append(_overlaps(target.numpy(), found.numpy(), num_classes))
-        scores.append(bootstrap("segmentation", f"Dice, {name}", np.concatenate(parts), groups, mean_f1, seed=seed))
+        scores.append(bootstrap("segmentation", f"Dice, {name}", np.concatenate(parts), groups, f1, seed=seed))
     return scores
 
 

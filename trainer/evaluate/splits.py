@@ -8,7 +8,7 @@ from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
+from sklearn.model_selection import GroupKFold, GroupShuffleSplit, StratifiedGroupKFold
 
 from streaming.errors import ConfigError
 from trainer.evaluate.datasets import Samples
@@ -22,6 +22,8 @@ class Fold:
 
     train: Ints
     test: Ints
+    val: Ints | None = None
+    """samples of neither, to choose a threshold by; None where the dataset names none"""
 
 
 def make_folds(samples: Samples, num_folds: int = 5, seed: int = 0) -> list[Fold]:
@@ -45,7 +47,8 @@ def make_folds(samples: Samples, num_folds: int = 5, seed: int = 0) -> list[Fold
         parts = GroupKFold(count, shuffle=True, random_state=seed).split(features, groups=groups)
     else:
         _check_spread(samples, groups)
-        rarest = int(np.bincount(samples.labels).min())
+        # Each fold's test is to have a patient of every class.
+        rarest = min(len(np.unique(groups[samples.labels == code])) for code in range(len(samples.classes)))
         count = min(count, max(rarest, 2))
         parts = StratifiedGroupKFold(count, shuffle=True, random_state=seed).split(features, samples.labels, groups)
     folds = [Fold(train=np.asarray(train), test=np.asarray(test)) for train, test in parts if len(test)]
@@ -53,6 +56,35 @@ def make_folds(samples: Samples, num_folds: int = 5, seed: int = 0) -> list[Fold
         for fold in folds:
             _check_classes(samples, samples.labels, fold)
     return folds
+
+
+def held_out(samples: Samples, fold: Fold, seed: int = 0) -> Fold:
+    """The fold with samples to choose a threshold by: the split's `val`, or a fifth of its training groups.
+
+    Raises:
+        ConfigError: all that is to be learnt from is of one patient or slide.
+    """
+    if fold.val is not None:
+        return fold
+    groups = fold.train if samples.groups is None else samples.groups[fold.train]
+    if len(np.unique(groups)) < 2:
+        raise ConfigError(
+            f"{samples.source}: what is to be learnt from is of one patient or slide, and a threshold must be chosen "
+            "on another one; add patients, or rows of split val"
+        )
+    (parts,) = GroupShuffleSplit(1, test_size=0.2, random_state=seed).split(fold.train, groups=groups)
+    return Fold(train=fold.train[parts[0]], test=fold.test, val=fold.train[parts[1]])
+
+
+def leak_warning(samples: Samples) -> str | None:
+    """What is to be told of samples that are split without knowing whose they are."""
+    if samples.parts is not None or samples.groups is not None:
+        return None
+    return (
+        f"{samples.source}: THE SCORES MAY LEAK: neither patient nor slide of its tiles is known, so they are split at "
+        "random, and tiles of one slide are learnt from and scored; give a column patient or slide, or folders "
+        "CLASS/PATIENT"
+    )
 
 
 def check_leaks(samples: Samples) -> None:
@@ -84,7 +116,12 @@ def _kinds(samples: Samples, files: NDArray[np.str_]) -> Iterator[tuple[str, NDA
 def _given(samples: Samples) -> Fold:
     assert samples.parts is not None, "there is a split"
     scored = "test" if (samples.parts == "test").any() else "val"
-    fold = Fold(train=np.flatnonzero(samples.parts == "train"), test=np.flatnonzero(samples.parts == scored))
+    val = np.flatnonzero(samples.parts == "val") if scored == "test" else np.zeros(0, np.int64)
+    fold = Fold(
+        train=np.flatnonzero(samples.parts == "train"),
+        test=np.flatnonzero(samples.parts == scored),
+        val=val if len(val) else None,
+    )
     if not len(fold.train) or not len(fold.test):
         found = ", ".join(sorted(set(samples.parts.tolist())))
         raise ConfigError(f"{samples.source}: the split has {found} alone; it needs train, and test or val")

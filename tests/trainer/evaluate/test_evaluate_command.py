@@ -59,6 +59,15 @@ def test_a_folder_by_class_and_patient_is_scored_printed_and_written(
     assert sorted(path.name for path in out.iterdir()) == ["scores.json", "scores.parquet"]
 
 
+def test_a_leak_that_can_not_be_ruled_out_is_told_loudly(
+    run_folder: str, coloured: Path, table: Table, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = table([{"path": row["path"], "label": row["label"]} for row in rows_of(coloured)])
+    assert main(["evaluate", run_folder, uri, "--task", "knn", "--out", str(tmp_path / "scores")]) == 0
+    assert "tilestream: warning:" in capsys.readouterr().err
+    assert "MAY LEAK" in json.loads((tmp_path / "scores" / "scores.json").read_text())["warning"]
+
+
 def test_the_function_gives_what_the_command_prints(run_folder: str, coloured: Path) -> None:
     found = evaluate(run_folder, str(coloured), EvaluateOptions(steps=10))
     assert all(isinstance(score, Score) for score in found)

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 
-from trainer.evaluate.scores import auroc, balanced_accuracy, bootstrap, match_points, mean_f1
+from trainer.evaluate.scores import auroc, balanced_accuracy, bootstrap, f1, match_points
 
 RANDOM = np.random.default_rng(0)
 
@@ -43,9 +43,25 @@ def test_tiles_of_one_patient_are_no_independent_evidence() -> None:
     assert by_patient.high - by_patient.low > 5 * (as_if_tiles.high - as_if_tiles.low)
 
 
-def test_one_patient_gives_no_interval() -> None:
+@pytest.mark.parametrize(("num_groups", "known"), [(1, False), (9, False), (10, True)])
+def test_below_ten_patients_there_is_no_interval(num_groups: int, known: bool) -> None:
     labels, predicted = drawn()
-    assert np.isnan(balanced_accuracy("knn", labels, predicted, np.zeros(400, np.int64), 3).low)
+    groups = np.arange(400) % num_groups
+    for score in (
+        balanced_accuracy("knn", labels, predicted, groups, 3),
+        auroc("slide", labels, np.eye(3)[predicted], groups, np.zeros(400, np.int64)),
+    ):
+        assert np.isfinite(score.value)
+        assert np.isfinite([score.low, score.high]).all() == known
+        assert score.groups == num_groups
+
+
+def test_a_resample_without_a_class_does_not_shift_the_interval() -> None:
+    # One patient of twenty alone has the class that is never recognised: the score is 2/3 with it, and 1 without.
+    labels = np.append(np.tile([0, 1], 19), [2, 2])
+    groups = np.arange(40) // 2
+    score = balanced_accuracy("knn", labels, labels * (labels < 2), groups, 3)
+    assert (score.value, score.low, score.high) == pytest.approx((2 / 3,) * 3)
 
 
 def test_dice_of_sums_is_scikit_learns_f1() -> None:
@@ -53,7 +69,7 @@ def test_dice_of_sums_is_scikit_learns_f1() -> None:
     onehot = [np.eye(3)[labels], np.eye(3)[predicted]]
     hit = onehot[0] * onehot[1]
     parts = np.stack([hit, onehot[1] - hit, onehot[0] - hit], axis=2)
-    score = bootstrap("segmentation", "Dice", parts, None, mean_f1)
+    score = bootstrap("segmentation", "Dice", parts, None, f1)
     assert score.value == pytest.approx(f1_score(labels, predicted, average="macro"))
 
 
@@ -63,9 +79,49 @@ def test_area_under_the_curve_is_scikit_learns(num_classes: int) -> None:
     scores = RANDOM.random((60, num_classes)) + np.eye(num_classes)[labels] * 0.5
     scores /= scores.sum(axis=1, keepdims=True)
     wanted = roc_auc_score(labels, scores[:, 1] if num_classes == 2 else scores, multi_class="ovr")
-    score = auroc("slide", labels, scores, np.arange(60))
+    score = auroc("slide", labels, scores, np.arange(60), np.zeros(60, np.int64))
     assert score.value == pytest.approx(wanted)
     assert score.low < score.value < score.high
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_area_is_the_mean_of_those_within_folds(num_classes: int) -> None:
+    labels, folds = np.arange(90) % num_classes, np.arange(90) // 30
+    scores = RANDOM.integers(0, 6, (90, num_classes)) / 5 + folds[:, None] * labels[:, None]  # never to be mixed
+    scores /= scores.sum(axis=1, keepdims=True).clip(1e-9)
+
+    def area(fold: int) -> float:
+        own, truth = scores[folds == fold], labels[folds == fold]
+        columns = [1] if num_classes == 2 else range(num_classes)
+        return float(np.mean([roc_auc_score(truth == k, own[:, k]) for k in columns]))
+
+    score = auroc("slide", labels, scores, None, folds)
+    assert score.value == pytest.approx(np.mean([area(fold) for fold in range(3)]))
+    assert np.isnan(score.low)
+
+
+def test_without_any_signal_the_area_is_a_half() -> None:
+    # Each fold's model says what share of the class it has seen, and noise: it saw less where its test has more.
+    values, random = list[float](), np.random.default_rng(4)
+    for _ in range(40):
+        labels, folds = (random.random(60) < 0.4).astype(np.int64), np.arange(60) % 5
+        seen = np.array([labels[folds != fold].mean() for fold in range(5)])[folds]
+        said = seen + random.normal(scale=0.001, size=60)
+        values.append(auroc("slide", labels, np.stack([1 - said, said], axis=1), None, folds).value)
+    assert np.mean(values) == pytest.approx(0.5, abs=3 * np.std(values) / 40**0.5)
+
+
+def test_an_area_s_interval_is_the_percentiles_of_scikit_learns_weighted_areas() -> None:
+    labels, groups, folds = np.arange(72) % 2, np.arange(72) // 4, np.arange(72) // 36
+    said = RANDOM.integers(0, 8, 72) / 8 + 0.2 * labels  # ties, too
+    score = auroc("slide", labels, np.stack([-said, said], axis=1), groups, folds, seed=3)
+    random, values = np.random.default_rng(8), list[float]()
+    for _ in range(1000):
+        weight = np.bincount(random.integers(0, 18, 18), minlength=18)[groups]
+        values.append(
+            np.mean([roc_auc_score(labels[f], said[f], sample_weight=weight[f]) for f in (folds == 0, folds == 1)])
+        )
+    assert (score.low, score.high) == pytest.approx(tuple(np.quantile(values, (0.025, 0.975))), abs=0.015)
 
 
 def test_points_match_once_each_and_within_the_radius() -> None:

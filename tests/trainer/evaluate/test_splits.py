@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from streaming.errors import ConfigError
 from trainer.evaluate.annotations import AnnotatedTiles
 from trainer.evaluate.datasets import Samples, Tile, read_dataset
-from trainer.evaluate.splits import make_folds
+from trainer.evaluate.splits import held_out, leak_warning, make_folds
 
 Table = Callable[..., str]
 
@@ -41,6 +41,41 @@ def test_slides_are_kept_together_where_patients_are_not_known() -> None:
     assert all(len(set(slides[fold.test])) == len(fold.test) / 2 for fold in make_folds(samples, 3))
 
 
+def test_there_are_no_more_folds_than_patients_of_the_rarest_class() -> None:
+    labels = [0] * 40 + [1] * 40
+    patients = [i // 4 for i in range(40)] + [100 + i // 20 for i in range(40)]  # ten of one class, two of the other
+    folds = make_folds(labelled(labels, patients), 5)
+    assert len(folds) == 2
+    assert all(set(np.array(labels)[fold.test]) == {0, 1} for fold in folds)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 6), min_size=20, max_size=40), st.integers(0, 4))
+def test_a_threshold_is_chosen_on_patients_neither_learnt_from_nor_scored(patients: list[int], seed: int) -> None:
+    samples = labelled([0, 1] * (len(patients) + 7), [p for p in [*range(7), *patients] for _ in range(2)])
+    assert samples.patients is not None
+    for fold in make_folds(samples, 4, seed):
+        held = held_out(samples, fold, seed)
+        assert held.val is not None
+        sides = [set(samples.patients[part]) for part in (held.train, held.val, held.test)]
+        assert all(sides)
+        assert sum(map(len, sides)) == len(set.union(*sides))
+        assert sorted([*held.train, *held.val]) == sorted(fold.train)
+
+
+def test_one_patient_to_learn_from_leaves_none_for_a_threshold(table: Table) -> None:
+    samples = labelled([0, 1, 0, 1], [0, 0, 1, 1])
+    with pytest.raises(ConfigError, match="a threshold must be chosen on another one; add patients"):
+        held_out(samples, make_folds(samples)[0])
+
+
+def test_a_random_split_of_tiles_that_may_be_of_one_slide_is_told() -> None:
+    assert "THE SCORES MAY LEAK" in str(leak_warning(labelled([0, 1], None)))
+    assert leak_warning(labelled([0, 1], [0, 1])) is None
+    assert leak_warning(labelled([0, 1], None, slides=np.array(["a", "b"]))) is None
+    assert leak_warning(labelled([0, 1], None, parts=np.array(["train", "test"]))) is None
+
+
 @pytest.mark.parametrize("kind", ["patient", "slide"])
 def test_a_split_with_one_patient_or_slide_on_both_sides_is_refused(table: Table, kind: str) -> None:
     rows = [{"path": f"{i}.png", "label": "ab"[i % 2], kind: f"x{i // 2}", "split": "train"} for i in range(8)]
@@ -63,6 +98,8 @@ def test_a_given_split_is_scored_on_its_test_part(table: Table) -> None:
     (fold,) = make_folds(read_dataset(table(rows), AnnotatedTiles()))
     assert fold.train.tolist() == [0, 1, 2, 3]
     assert fold.test.tolist() == [6, 7]
+    assert fold.val is not None
+    assert fold.val.tolist() == [4, 5]
 
 
 @pytest.mark.parametrize(
