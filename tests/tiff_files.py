@@ -379,5 +379,5 @@ def write_tiff(slide: TiffSlide, path: Path) -> Path:
     return path
 
 
-STAGED = TiffSlide(width=512, height=512, downsamples=(1, 2), compression="deflate", empty=((1, 0),))
-"""An Aperio slide with an empty block and without µm/px: OpenSlide alone reads it, so that a remote one is staged."""
+STAGED = TiffSlide(width=512, height=512, downsamples=(1, 2), compression="jp2k-ycbcr", subsampling=(4, 1))
+"""An Aperio slide whose chroma is subsampled as no decoder of ours knows it: a remote one is staged for OpenSlide."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from streaming.slide.block_index import BlockIndex, IndexedLevel
 from streaming.slide.codecs import decode
 from streaming.slide.geometry import LevelBox
 from streaming.slide.resample import Pixels
+from streaming.slide.tiff_vendors import PAINTS_EMPTY_BLOCKS
 from streaming.storage.ranges import PendingBytes, Ranges
 
 # Blocks that lie apart by no more bytes than this are fetched by one request: such gaps are alignment, not a block.
@@ -31,6 +33,16 @@ class _Run(NamedTuple):
     end: int
     blocks: list[tuple[int, int, int]]
     """column, offset and length of each"""
+
+
+class _Unpainted(NamedTuple):
+    """What an empty block shows of a box, [x0, x1) × [y0, y1) in the level's pixels, and how to ask for its content."""
+
+    x0: int
+    y0: int
+    x1: int
+    y1: int
+    begin: Callable[[], PendingBox]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +65,14 @@ class PendingBox:
     background: int
     """the grey level where they do not"""
     count: Counters
+    unpainted: list[_Unpainted]
+    """empty blocks that are painted from the next finer level"""
 
     def when_ready(self, call: Callable[[], object]) -> None:
-        """Calls, from any thread, as soon as the bytes are there."""
+        """Calls, from any thread, as soon as the bytes are there; what empty blocks are painted from comes later.
+
+        It is asked for one block after another, so that a large region does not hold the bytes of finer levels, too.
+        """
         if self.coming is None:
             call()
         else:
@@ -94,6 +111,7 @@ class BlockSlide:
         self.uri, self.vendor, self.packed_index = uri, index.vendor, packed_index
         self.mpp = index.mpp or mpp
         self._ranges, self._levels = ranges, index.levels
+        self._paints = index.vendor in PAINTS_EMPTY_BLOCKS
         self.level_dimensions: tuple[tuple[int, int], ...] = tuple(
             (level.width, level.height) for level in index.levels
         )
@@ -170,18 +188,38 @@ class BlockSlide:
             min(box.y + box.height, level.height),
         )
         if left >= right or top >= bottom:
-            return PendingBox(self.uri, level, box, edges, scale, [], None, False, background, count)
+            return PendingBox(self.uri, level, box, edges, scale, [], None, False, background, count, [])
         is_covered = (left, top, right - left, bottom - top) == (box.x, box.y, box.width, box.height)
         first, last = left // level.form.width, (right - 1) // level.form.width
         runs: list[_Run] = []
+        unpainted: list[_Unpainted] = []
         for plane in range(level.form.planes):
             for row in range(top // level.form.height, (bottom - 1) // level.form.height + 1):
                 at = plane * level.blocks_of_plane + row * level.columns
                 offsets, nbytes = level.places(at + first, at + last, count)
                 is_covered = is_covered and all(nbytes)
                 runs += _runs(plane, row, first, offsets, nbytes)
+                if self._paints and box.level:
+                    empty = [column for column, size in enumerate(nbytes, first) if not size]
+                    unpainted += [self._unpainted(box.level, edges, row, at, background, count) for at in empty]
         coming = self._ranges.begin([(run.start, run.end) for run in runs], count)
-        return PendingBox(self.uri, level, box, edges, scale, runs, coming, is_covered, background, count)
+        scale = 1 if unpainted else scale  # what is painted is averaged, as OpenSlide does
+        return PendingBox(self.uri, level, box, edges, scale, runs, coming, is_covered, background, count, unpainted)
+
+    def _unpainted(
+        self, number: int, edges: tuple[int, int, int, int], row: int, column: int, background: int, count: Counters
+    ) -> _Unpainted:
+        """An empty block of a level, as far as it lies within some edges."""
+        form, finer = self._levels[number].form, self._levels[number - 1]
+        ratio = self.level_downsamples[number] / self.level_downsamples[number - 1]
+        left, top, right, bottom = edges
+        x0, x1 = max(left, column * form.width), min(right, (column + 1) * form.width)
+        y0, y1 = max(top, row * form.height), min(bottom, (row + 1) * form.height)
+        x, y = (min(round(at * ratio), length - 1) for at, length in ((x0, finer.width), (y0, finer.height)))
+        width = min(max(1, round((x1 - x0) * ratio)), finer.width - x)
+        height = min(max(1, round((y1 - y0) * ratio)), finer.height - y)
+        box = LevelBox(number - 1, x, y, width, height)
+        return _Unpainted(x0, y0, x1, y1, partial(self._begin, box, 1, count, background))
 
     def close(self) -> None:
         """Holds nothing open."""
@@ -197,6 +235,12 @@ def decode_box(pending: PendingBox, out: Pixels) -> None:
         out.fill(pending.background)
     if pending.coming is None:
         return
+    for part in pending.unpainted:
+        finer = part.begin()
+        pixels = np.empty((finer.box.height, finer.box.width, 3), np.uint8)
+        decode_box(finer, pixels)
+        at = np.s_[part.y0 - pending.box.y : part.y1 - pending.box.y, part.x0 - pending.box.x : part.x1 - pending.box.x]
+        resample.resize(pixels, out[at])
     level, box, scale, count = pending.level, pending.box, pending.scale, pending.count
     wide, high = level.form.width, level.form.height
     left, top, right, bottom = pending.edges

@@ -5,6 +5,7 @@ Levels, downsamples and mpp are told as OpenSlide tells them; label, macro and t
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,12 +13,18 @@ import tifffile
 
 from streaming.counters import UNCOUNTED, Counters
 from streaming.errors import SlideError, StorageError
+from streaming.slide.empty_blocks import are_cheap, with_those_above
 from streaming.slide.tiff_blocks import BlockLevel, blocks_of, check_block_size, looked_into
-from streaming.slide.tiff_vendors import pyramid_of
+from streaming.slide.tiff_vendors import PAINTS_EMPTY_BLOCKS, pyramid_of
 from streaming.storage.range_file import RangeFile
 from streaming.storage.ranges import Ranges, read_range
 
 _MAX_PAGES = 1000  # the largest Z-stacks have some hundred
+
+# What tifffile raises over tags that are cut off, or of another type than they must be.
+_CONTRADICTIONS = (
+    *(tifffile.TiffFileError, struct.error, ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError),
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ def read_tiff(uri: str, ranges: Ranges, count: Counters = UNCOUNTED) -> TiffSlid
             return _slide(uri, tiff, ranges, count)
     except (SlideError, StorageError):
         raise
-    except (tifffile.TiffFileError, ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError) as error:
+    except _CONTRADICTIONS as error:
         text = " ".join(str(error).split())
         raise SlideError(f"{uri}: its TIFF tags make no sense ({text}); compare it with its source") from error
 
@@ -67,8 +74,10 @@ def _slide(uri: str, tiff: tifffile.TiffFile, ranges: Ranges, count: Counters) -
         if level is None:
             return None
         levels.append(level)
-    if pyramid.paints_empty_blocks and len(levels) > 1 and any((level.nbytes == 0).any() for level in levels):
-        return None
+    if pyramid.vendor in PAINTS_EMPTY_BLOCKS:
+        levels = with_those_above(levels)
+        if not are_cheap(levels):
+            return None
     return TiffSlide(pyramid.vendor, pyramid.mpp, tuple(levels))
 
 

@@ -38,6 +38,11 @@ class BlockLevel:
     offsets: NDArray[np.int64] = field(repr=False)
     nbytes: NDArray[np.int64] = field(repr=False)
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of blocks."""
+        return -(-self.height // self.form.height), -(-self.width // self.form.width)
+
 
 def blocks_of(
     uri: str, level: int, page: tifffile.TiffPage, size: tuple[int, int], file_nbytes: int

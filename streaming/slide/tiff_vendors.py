@@ -9,6 +9,9 @@ from xml.etree import ElementTree
 
 import tifffile
 
+# Vendors of whose slides OpenSlide paints empty blocks from finer levels.
+PAINTS_EMPTY_BLOCKS = ("aperio",)
+
 _XMP, _NDPI_FORMAT = 700, 65420
 _UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0}  # TIFF's ResolutionUnit: inch, cm
 
@@ -23,8 +26,6 @@ class Pyramid:
     pages: list[tifffile.TiffPage]
     sizes: list[tuple[int, int]]
     """width and height of each level's picture in its pixels"""
-    paints_empty_blocks: bool = False
-    """whether OpenSlide paints blocks without content from other levels"""
 
 
 def pyramid_of(pages: Sequence[tifffile.TiffPage]) -> Pyramid | None:
@@ -48,7 +49,7 @@ def _aperio(pages: Sequence[tifffile.TiffPage], description: str) -> Pyramid:
     levels = [page for page in pages if page.is_tiled]
     found = re.search(r"\|\s*MPP\s*=\s*([0-9.eE+-]+)", description)
     mpp = (float(found[1]),) if found else ()
-    return Pyramid("aperio", mpp, levels, _sizes(levels), paints_empty_blocks=True)
+    return Pyramid("aperio", mpp, levels, _sizes(levels))
 
 
 def _philips(pages: Sequence[tifffile.TiffPage], description: str) -> Pyramid | None:

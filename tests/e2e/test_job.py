@@ -114,9 +114,9 @@ def nodes(s3_bucket: str) -> Iterator[Nodes]:  # the bucket first: nodes take ov
 
 @pytest.fixture(scope="module")
 def mixed_catalog(slides: list[Path], s3_bucket: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Slides of which one is staged: on S3, an Aperio pyramid with an empty block."""
-    folder, uri = tmp_path_factory.mktemp("mixed"), f"{s3_bucket}/job/painted.svs"
-    storage.write_bytes(uri, write_tiff(STAGED, folder / "painted.svs").read_bytes())
+    """Slides of which one is staged: it lies on S3, and only OpenSlide reads it."""
+    folder, uri = tmp_path_factory.mktemp("mixed"), f"{s3_bucket}/job/staged.svs"
+    storage.write_bytes(uri, write_tiff(STAGED, folder / "staged.svs").read_bytes())
     write_catalog(folder, [*slides, uri], 0.5)
     backends = Catalog.load(str(folder)).table["backend"].to_pylist()
     assert sorted(backends) == [*["blocks"] * len(slides), "openslide"]

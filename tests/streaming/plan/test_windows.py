@@ -22,9 +22,9 @@ SLIDES, WINDOW, WINDOW_SLIDES = 9, 32, 3
 
 @pytest.fixture(scope="module")
 def staged_catalog(s3_bucket: str, tmp_path_factory: pytest.TempPathFactory) -> Catalog:
-    """Slides on S3 that only OpenSlide reads: Aperio pyramids with an empty block."""
+    """Slides on S3 that only OpenSlide reads."""
     folder = tmp_path_factory.mktemp("windows")
-    content = write_tiff(STAGED, folder / "painted.svs").read_bytes()
+    content = write_tiff(STAGED, folder / "staged.svs").read_bytes()
     uris = [f"{s3_bucket}/windows/slide{i}.svs" for i in range(SLIDES)]
     for uri in uris:
         storage.write_bytes(uri, content)

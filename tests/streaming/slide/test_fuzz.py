@@ -59,6 +59,7 @@ MADE = (
     TiffSlide(compression="none", block=(64, 64), empty=((0, 3),), shared=((0, 5, 4),)),
     TiffSlide(vendor="ome", compression="deflate", downsamples=(1, 2, 4)),
     TiffSlide(vendor="ome", downsamples=(1, 2), bigtiff=True),
+    TiffSlide(downsamples=(1, 2, 4), block=(64, 64), empty=((0, 30), (1, 3), (2, 0))),
 )
 _RGB = level_pixels(MADE[0], 0)[:300, :400]
 _WIDE = _RGB.astype(np.uint16) * 257

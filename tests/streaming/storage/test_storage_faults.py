@@ -94,7 +94,7 @@ def all_on_s3(s3_bucket: str, s3_catalog: str, tmp_path_factory: pytest.TempPath
     uris = Catalog.load(s3_catalog).slides()
     for i in range(2):
         uris.append(f"{s3_bucket}/faults/staged{i}.svs")
-        storage.write_bytes(uris[-1], write_tiff(STAGED, folder / "painted.svs").read_bytes())
+        storage.write_bytes(uris[-1], write_tiff(STAGED, folder / "staged.svs").read_bytes())
     write_catalog(catalog, uris, 0.5, Staging(folder=str(folder)))
     assert Catalog.load(catalog).table["backend"].to_pylist().count("openslide") == 2
     return catalog
