@@ -11,9 +11,10 @@ KoLeo, equal in value, neither floors the distance nor sees other ranks; none ha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import wraps
+from typing import Any, Concatenate, Literal, ParamSpec
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _TINY = 1e-30  # below any sum that matters; keeps a prototype without any mass finite
+
+
+_P = ParamSpec("_P")
+
+
+def _in_float32(function: Callable[Concatenate[Tensor, _P], Tensor]) -> Callable[Concatenate[Tensor, _P], Tensor]:
+    """The function without autocast, which would make float32 products in bfloat16."""
+
+    @wraps(function)
+    def wrapped(x: Tensor, /, *args: _P.args, **kwargs: _P.kwargs) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return wrapped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,20 +114,23 @@ def _with_other_ranks(rows: Tensor, over_ranks: bool) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+@_in_float32
 def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     """Teacher targets of Sinkhorn-Knopp centring: prototypes used evenly, each row a distribution.
 
-    logits (M, K), cosines in −1..1 where they come from a DINO head; M may differ by rank and be 0. Rows of all ranks
-    are balanced together. Returns float32 (M, K) whose rows sum to 1. The reference also divides by the number of
-    rows, of prototypes and by the total; each of these constants cancels in the normalisation that follows it, so no
-    row count is exchanged here. Source: SwAV, arXiv 2006.09882, as in DINOv2's `sinkhorn_knopp_teacher`.
+    logits (M, K); M may differ by rank and be 0. Rows of all ranks are balanced together. Returns float32 (M, K) whose
+    rows sum to 1. The reference also divides by the number of rows, of prototypes and by the total; each of these
+    constants cancels in the normalisation that follows it, so no row count is exchanged here. Source: SwAV, arXiv
+    2006.09882, as in DINOv2's `sinkhorn_knopp_teacher`.
     """
     logits = logits.float()
-    # One shift for all rows and ranks: a shift per row would change the result of a finite number of iterations.
-    highest = logits.max() if logits.numel() else logits.new_tensor(-torch.inf)
-    kernel = ((logits - _over_ranks(highest, dist.ReduceOp.MAX)) / temperature).exp_()
+    # Each row is shifted by its own highest, so that none is lost where prototypes of large norms spread the logits.
+    # The first scales of the rows take the shift back: without, a finite number of iterations would end elsewhere.
+    highest = logits.amax(dim=1)
+    kernel = logits.sub(highest[:, None]).div_(temperature).exp_()
+    of_all = highest.max() if len(highest) else logits.new_tensor(-torch.inf)
     # Only the scales of rows and columns are iterated: the matrix is read twice a turn and written once at the end.
-    rows = logits.new_ones(len(logits))
+    rows = ((highest - _over_ranks(of_all, dist.ReduceOp.MAX)) / temperature).exp_()
     columns = logits.new_ones(logits.shape[1])
     for _ in range(iterations):
         columns = 1 / _over_ranks(rows @ kernel).clamp(min=_TINY)
@@ -121,6 +139,7 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
 
 
 @torch.no_grad()
+@_in_float32
 def centred(logits: Tensor, centre: Tensor, temperature: float) -> Tensor:
     """Teacher targets of DINO's centring: softmax of (logits − centre) / temperature.
 
@@ -130,6 +149,7 @@ def centred(logits: Tensor, centre: Tensor, temperature: float) -> Tensor:
 
 
 @torch.no_grad()
+@_in_float32
 def moved_centre(centre: Tensor, logits: Tensor, momentum: float) -> Tensor:
     """The centre (K,) for the next step: a moving average of the mean of all ranks' logits (M, K), M may differ.
 
@@ -162,6 +182,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         return grad.to(ctx.dtype), None, None
 
 
+@_in_float32
 def soft_cross_entropy(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """Cross-entropy (M,) of softmax(logits / temperature) against targets, both (M, K); targets get no gradient."""
     loss: Any = _SoftCrossEntropy.apply(logits, targets.detach().float(), temperature)
@@ -220,6 +241,7 @@ def ibot_loss(
     return (soft_cross_entropy(student_patch_logits, teacher_patch_probs, student_temp) * weights).sum() / num_crops
 
 
+@_in_float32  # bfloat16 cosines would pick the wrong neighbour
 def koleo(features: Tensor, floor: float = 1e-4, *, over_ranks: bool = True) -> Tensor:
     """Kozachenko-Leonenko regulariser: minus the mean log distance to the nearest other row on the unit sphere.
 
@@ -228,18 +250,18 @@ def koleo(features: Tensor, floor: float = 1e-4, *, over_ranks: bool = True) -> 
     exact duplicates not at all, where the reference goes to infinity. One row gives 0. Returns a float32 scalar.
     Source: arXiv 1806.03198; DINOv2's `KoLeoLoss`.
     """
-    with torch.autocast(features.device.type, enabled=False):  # bfloat16 cosines would pick the wrong neighbour
-        unit = F.normalize(features.float(), dim=-1)
-        others, own = _with_other_ranks(unit, over_ranks)
-        if len(others) < 2:
-            return unit.sum() * 0
-        with torch.no_grad():
-            nearest = (unit @ others.T).scatter_(1, own[:, None], -torch.inf).argmax(dim=1)
-        # Not 2 − 2·cosine: for near neighbours that cancels to noise.
-        squared = (unit - others[nearest]).square().sum(dim=-1)
-        return -0.5 * torch.log(squared + floor**2).mean()
+    unit = F.normalize(features.float(), dim=-1)
+    others, own = _with_other_ranks(unit, over_ranks)
+    if len(others) < 2:
+        return unit.sum() * 0
+    with torch.no_grad():
+        nearest = (unit @ others.T).scatter_(1, own[:, None], -torch.inf).argmax(dim=1)
+    # Not 2 − 2·cosine: for near neighbours that cancels to noise.
+    squared = (unit - others[nearest]).square().sum(dim=-1)
+    return -0.5 * torch.log(squared + floor**2).mean()
 
 
+@_in_float32
 def kde(features: Tensor, concentration: float = 5.0, *, over_ranks: bool = True) -> Tensor:
     """Kernel density regulariser: mean log of the mean over *other* rows of exp(concentration · cosine).
 
@@ -247,13 +269,12 @@ def kde(features: Tensor, concentration: float = 5.0, *, over_ranks: bool = True
     embeddings; unlike KoLeo it stays finite for duplicates. One row gives 0. Returns a float32 scalar, in
     −concentration..concentration. Source: Virchow2, arXiv 2408.00738, with the von Mises-Fisher kernel.
     """
-    with torch.autocast(features.device.type, enabled=False):
-        unit = F.normalize(features.float(), dim=-1)
-        others, own = _with_other_ranks(unit, over_ranks)
-        if len(others) < 2:
-            return unit.sum() * 0
-        similarity = (concentration * unit @ others.T).scatter(1, own[:, None], -torch.inf)
-        return (torch.logsumexp(similarity, dim=1) - math.log(len(others) - 1)).mean()
+    unit = F.normalize(features.float(), dim=-1)
+    others, own = _with_other_ranks(unit, over_ranks)
+    if len(others) < 2:
+        return unit.sum() * 0
+    similarity = (concentration * unit @ others.T).scatter(1, own[:, None], -torch.inf)
+    return (torch.logsumexp(similarity, dim=1) - math.log(len(others) - 1)).mean()
 
 
 @torch.no_grad()

@@ -36,6 +36,8 @@ class ModelConfig:
     """width of the heads' hidden layers"""
     head_bottleneck: int = 256
     """width before the prototypes"""
+    norm_last_layer: bool = False
+    """whether the prototypes stay at norm 1, as in DINO's first version; DINOv2 learns their norms"""
     separate_heads: bool = False
     """whether iBOT has a head of its own"""
     ibot_prototypes: int | None = None
@@ -74,7 +76,11 @@ class Network(nn.Module):
 
         def head(num_prototypes: int, bottleneck: int) -> DINOHead:
             return DINOHead(
-                backbone.embed_dim, num_prototypes, hidden_dim=config.head_hidden, bottleneck_dim=bottleneck
+                backbone.embed_dim,
+                num_prototypes,
+                hidden_dim=config.head_hidden,
+                bottleneck_dim=bottleneck,
+                norm_last_layer=config.norm_last_layer,
             )
 
         self.dino_head = head(config.num_prototypes, config.head_bottleneck)

@@ -28,7 +28,10 @@ from streaming.slide.versions import pixel_libraries
 from trainer.run.config import Config, parse_config
 
 STATE, META, CONFIG = "state.ckpt", "meta.json", "config.yaml"
-_BEFORE_THE_FIELD = {"mpp_tolerance": 0.0, "corners": "anywhere"}
+_BEFORE_THE_FIELD: dict[str, dict[str, Any]] = {
+    "data": {"mpp_tolerance": 0.0, "corners": "anywhere"},
+    "model": {"norm_last_layer": True},
+}
 _LOG = logging.getLogger(__name__)
 _PIECE = 16 << 20
 _STEP = re.compile(r"step-(\d{8})")
@@ -171,7 +174,8 @@ def read_config(uri: str, options: storage.StorageOptions | None = None) -> Conf
     try:
         values = yaml.safe_load(storage.read_bytes(path, options))
         # Not today's default: a run that did not know the field trained as with these.
-        values["data"] = _BEFORE_THE_FIELD | values.get("data", {})
+        for section, fields in _BEFORE_THE_FIELD.items():
+            values[section] = fields | values.get(section, {})
         return parse_config(values, [], path)
     except (ConfigError, yaml.YAMLError) as error:
         raise CheckpointError(f"{error}; the checkpoint is of another version of tilestream") from error

@@ -82,7 +82,6 @@ def memory(config: Config, size: Size) -> dict[str, tuple[float, str]]:
     micro, half = train.shape.micro, train.precision.startswith("bf16")
     shards = train.ranks if train.strategy == "fsdp" else 1
     held, of = size.parameters / shards, f"parameters{f' / {shards} ranks' if shards > 1 else ''}"
-    num_weight_bytes = 2 if train.precision == "bf16-true" else 4
     tokens = micro * (
         NUM_GLOBAL * (size.patches[0] + size.prefix_tokens) + augment.num_local * (size.patches[1] + size.prefix_tokens)
     )
@@ -101,10 +100,10 @@ def memory(config: Config, size: Size) -> dict[str, tuple[float, str]]:
     logits = 4 * prototypes * (3 * rows + targets)
     tiles = _BATCHES_IN_STORE * micro * config.data.tile_size**2 * 3
     return {
-        "weights": (num_weight_bytes * held, f"{num_weight_bytes} × {of}"),
-        "gradients": (num_weight_bytes * held, f"{num_weight_bytes} × {of}"),
-        "optimiser": (2 * num_weight_bytes * held, f"{2 * num_weight_bytes} × {of}"),
-        "teacher": (num_weight_bytes * held, f"{num_weight_bytes} × {of}"),
+        "weights": (4 * held, f"4 × {of}"),
+        "gradients": (4 * held, f"4 × {of}"),
+        "optimiser": (8 * held, f"8 × {of}"),
+        "teacher": (4 * held, f"4 × {of}"),
         "activations of blocks": (blocks, block_text),
         "activations of heads": (logits, f"4 × {prototypes:,} prototypes × (3 × {rows:,} rows + {targets:,} targets)"),
         "tiles in object store": (tiles, f"{_BATCHES_IN_STORE} × {micro} tiles × {config.data.tile_size}² × 3 (host)"),

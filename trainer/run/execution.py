@@ -47,9 +47,11 @@ class TrainConfig:
     rank_labels: dict[str, str] = field(default_factory=dict, metadata=FREE)
     """labels of the nodes that ranks run on; empty: any node"""
     precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
-    """32-true; bf16-mixed: weights in float32, products in bfloat16; bf16-true: all in bfloat16"""
+    """32-true; bf16-mixed: weights in float32, products in bfloat16 (with fsdp, what blocks hand on is bfloat16, too);
+    bf16-true, all in bfloat16, is of old runs: it loses small steps, and is refused"""
     strategy: Literal["ddp", "fsdp"] = field(default="ddp", metadata=FREE)
-    """ddp: each rank holds the model; fsdp: each holds its share of weights, gradients, moments and teacher (FSDP2)"""
+    """ddp: each rank holds the model; fsdp: each holds its share of weights, gradients, moments and teacher (FSDP2);
+    with bf16-mixed, another one is another recipe"""
     compile: bool = field(default=False, metadata=FREE)
     """whether torch.compile is run on the blocks"""
     activation_checkpointing: bool = field(default=False, metadata=FREE)

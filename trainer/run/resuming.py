@@ -17,7 +17,9 @@ _FIXED = ("model.", "train.batch", "augment.global_size")
 def recipe_changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
     """Fields of the recipe that differ, with both values: those that may be forced, and those that can't be."""
     was, becomes = _flat(plain(asdict(before))), _flat(plain(asdict(now)))
-    free = tuple(f"{leaf.key}." for leaf in leaves() if leaf.is_free)
+    # In float32, shards train as replicas do; in bfloat16 they round more: what goes from block to block, too.
+    counts = () if now.train.precision == "32-true" else ("train.strategy",)
+    free = tuple(f"{leaf.key}." for leaf in leaves() if leaf.is_free and leaf.key not in counts)
     changed = [key for key in becomes | was if was.get(key) != becomes.get(key) and not f"{key}.".startswith(free)]
     fixed = [key for key in changed if key.startswith(_FIXED) and key != "model.drop_path"]
     told = {key: f"{key} {was.get(key)} (now {becomes.get(key)})" for key in changed}

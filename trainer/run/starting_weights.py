@@ -82,6 +82,9 @@ def _load_checkpoint(
         key = "backbone.vit.pos_embed"
         if key in own:
             own[key] = resize_positions(own[key], backbone)
+        for key, weight in network.state_dict().items():
+            if key.endswith("last_layer.scale"):
+                own.setdefault(key, torch.ones_like(weight))  # a checkpoint of before the field, or of DINO's norms
         checkpoints.load_weights(network, own, found)
 
 

@@ -1,35 +1,64 @@
 import pytest
 import torch
+from torch import Tensor
 
 from trainer.recipe.backbone import create_backbone
-from trainer.recipe.heads import DINOHead
+from trainer.recipe.heads import DINOHead, Prototypes
 from trainer.recipe.network import ModelConfig, Network
 
 
-def head(**sizes: int) -> DINOHead:
+def head(*, norm_last_layer: bool = False, **sizes: int) -> DINOHead:
     torch.manual_seed(0)
-    return DINOHead(**{"in_dim": 12, "num_prototypes": 20, "hidden_dim": 16, "bottleneck_dim": 8} | sizes)
+    sizes = {"in_dim": 12, "num_prototypes": 20, "hidden_dim": 16, "bottleneck_dim": 8} | sizes
+    return DINOHead(**sizes, norm_last_layer=norm_last_layer)
 
 
-def test_head_outputs_cosines_of_the_bottleneck_with_each_prototype() -> None:
-    model, tokens = head(), torch.randn(5, 3, 12)
+@pytest.mark.parametrize("norm_last_layer", [False, True])
+def test_a_fresh_head_outputs_cosines_of_the_bottleneck_with_each_prototype(norm_last_layer: bool) -> None:
+    model, tokens = head(norm_last_layer=norm_last_layer), torch.randn(5, 3, 12)
     bottleneck, prototypes = model.mlp(tokens), model.last_layer.weight
     expected = torch.cosine_similarity(bottleneck[..., None, :], prototypes, dim=-1)
     torch.testing.assert_close(model(tokens), expected)
     assert model(tokens).abs().max() <= 1 + 1e-6
 
 
-def test_last_layer_equals_torchs_weight_norm_with_norm_one_also_in_its_gradient() -> None:
-    model = head()
-    peer = torch.nn.Linear(8, 20, bias=False)
-    peer.load_state_dict(model.last_layer.state_dict())
-    torch.nn.utils.parametrizations.weight_norm(peer)
-    peer.parametrizations.weight.original0.data.fill_(1.0)  # type: ignore[union-attr, operator]
-    x, upstream = torch.randn(4, 8), torch.randn(4, 20)
-    model.last_layer(x).backward(upstream)
-    peer(x).backward(upstream)
-    torch.testing.assert_close(model.last_layer(x), peer(x))
-    torch.testing.assert_close(model.last_layer.weight.grad, peer.parametrizations.weight.original1.grad)  # type: ignore[union-attr]
+def test_the_last_layer_trains_as_torchs_weight_norm_does_directions_and_norms() -> None:
+    torch.manual_seed(0)
+    model, peer = Prototypes(8, 20), torch.nn.Linear(8, 20, bias=False)
+    peer.weight.data.copy_(model.weight)
+    parametrize = torch.nn.utils.parametrizations.weight_norm(peer).parametrizations.weight
+    norms, directions = parametrize.original0, parametrize.original1
+    assert isinstance(norms, Tensor)
+    assert isinstance(directions, Tensor)
+    norms.data.fill_(1.0)
+    x, target = torch.randn(64, 8), torch.randn(64, 20)
+    optimisers = [torch.optim.AdamW(one.parameters(), lr=0.01, weight_decay=0.04) for one in (model, peer)]
+    for _ in range(20):
+        for one, optimiser in zip((model, peer), optimisers, strict=True):
+            optimiser.zero_grad()
+            (one(x) - target).square().mean().backward()
+            optimiser.step()
+    assert model.scale is not None
+    torch.testing.assert_close(model.scale.detach(), norms.detach())
+    torch.testing.assert_close(model.weight.detach(), directions.detach())
+    assert (model.scale - 1).abs().max() > 0.1, "the norms must have moved"
+
+
+def test_norms_that_stay_one_are_no_parameter() -> None:
+    assert [name for name, _ in Prototypes(8, 20, has_unit_norms=True).named_parameters()] == ["weight"]
+
+
+@pytest.mark.parametrize("is_shard", [False, True])
+def test_prototypes_in_bfloat16_keep_their_norms(is_shard: bool) -> None:
+    torch.manual_seed(0)
+    layer = Prototypes(384, 64)
+    layer.weight.data.mul_(torch.rand(64, 1) * 10)
+    if is_shard:  # as FSDP gathers it
+        layer.bfloat16()
+    eye = torch.eye(384, dtype=layer.weight.dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        norms = layer(eye).float().norm(dim=0)
+    torch.testing.assert_close(norms, torch.ones(64), rtol=0, atol=1e-3)
 
 
 def test_scaling_a_prototype_changes_nothing() -> None:
@@ -51,11 +80,6 @@ def test_mlp_starts_from_a_normal_of_deviation_0_02_and_no_bias() -> None:
     mlp = head(in_dim=200, hidden_dim=400).mlp
     assert mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.02)
     assert not mlp[0].bias.any()
-
-
-def test_only_one_parameter_belongs_to_the_last_layer() -> None:
-    names = [name for name, _ in head().named_parameters() if "last_layer" in name]
-    assert names == ["last_layer.weight"]
 
 
 def test_impossible_sizes_are_named() -> None:

@@ -1,5 +1,5 @@
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from trainer.recipe.losses import (
@@ -35,6 +37,16 @@ def golden() -> dict[str, Tensor]:
         return {name: torch.from_numpy(file[name]) for name in file.files}
 
 
+@pytest.fixture(params=["32-true", "bf16-mixed"])
+def precision(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs a test inside autocast, too: losses are float32 whatever the precision of the model."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=request.param == "bf16-mixed"):
+        yield
+
+
+in_either_precision = pytest.mark.usefixtures("precision")
+
+
 def rand(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -48,12 +60,14 @@ def naive_cross_entropy(student: np.ndarray, teacher: np.ndarray, temp: float) -
     return out
 
 
+@in_either_precision
 def test_sinkhorn_equals_the_reference(golden: dict[str, Tensor]) -> None:
     temp = float(golden["teacher_temp"])
     torch.testing.assert_close(sinkhorn(golden["teacher"], temp), golden["teacher_sinkhorn"], **TOLERANCE)
     torch.testing.assert_close(sinkhorn(golden["teacher_patch"], temp), golden["teacher_patch_sinkhorn"], **TOLERANCE)
 
 
+@in_either_precision
 def test_dino_loss_and_its_gradient_equal_the_reference(golden: dict[str, Tensor]) -> None:
     student = golden["student_local"].clone().requires_grad_()
     loss = dino_loss(student.chunk(4), golden["teacher_sinkhorn"].chunk(2), 0.1)
@@ -65,6 +79,7 @@ def test_dino_loss_and_its_gradient_equal_the_reference(golden: dict[str, Tensor
     torch.testing.assert_close(crossed, golden["dino_global"], **TOLERANCE)
 
 
+@in_either_precision
 def test_ibot_loss_and_weights_equal_the_reference(golden: dict[str, Tensor]) -> None:
     weights = mask_weights(golden["masks"])
     torch.testing.assert_close(weights, golden["masks_weight"], **TOLERANCE)
@@ -72,6 +87,7 @@ def test_ibot_loss_and_weights_equal_the_reference(golden: dict[str, Tensor]) ->
     torch.testing.assert_close(loss, golden["ibot"], **TOLERANCE)
 
 
+@in_either_precision
 def test_koleo_and_its_gradient_equal_the_reference(golden: dict[str, Tensor]) -> None:
     features = golden["koleo_in"].clone().requires_grad_()
     loss = koleo(features)
@@ -81,12 +97,14 @@ def test_koleo_and_its_gradient_equal_the_reference(golden: dict[str, Tensor]) -
     torch.testing.assert_close(features.grad, golden["koleo_grad"], rtol=1e-5, atol=1e-7)
 
 
+@in_either_precision
 def test_sinkhorn_rows_sum_to_one_and_prototypes_are_used_evenly() -> None:
     probs = sinkhorn(torch.nn.functional.normalize(rand(40, 8), dim=1), 0.1, iterations=50)
     torch.testing.assert_close(probs.sum(dim=1), torch.ones(40))
     torch.testing.assert_close(probs.sum(dim=0), torch.full((8,), 5.0), rtol=1e-4, atol=0)
 
 
+@in_either_precision
 def test_sinkhorn_follows_the_published_algorithm_in_float64() -> None:
     logits = rand(6, 10).numpy().astype(np.float64)
     q = np.exp(logits / 0.5).T
@@ -96,6 +114,20 @@ def test_sinkhorn_follows_the_published_algorithm_in_float64() -> None:
         q /= q.sum(axis=0, keepdims=True) * q.shape[1]
     expected = (q * q.shape[1]).T
     np.testing.assert_allclose(sinkhorn(torch.from_numpy(logits), 0.5).numpy(), expected, rtol=1e-5)
+
+
+@in_either_precision
+@given(st.integers(0, 2**32 - 1), st.floats(1, 1.7))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_sinkhorn_follows_float64_where_trained_norms_spread_the_logits(seed: int, norm: float) -> None:
+    logits = norm * torch.nn.functional.normalize(rand(12, 9, seed=seed), dim=1)
+    logits[:6] -= norm  # rows far below the others, which a shift common to all would lose
+    scaled = logits.double().numpy() / 0.04
+    log_q = scaled - scaled.max()
+    for _ in range(3):
+        log_q -= np.logaddexp.reduce(log_q, axis=0, keepdims=True)
+        log_q -= np.logaddexp.reduce(log_q, axis=1, keepdims=True)
+    np.testing.assert_allclose(sinkhorn(logits, 0.04).numpy(), np.exp(log_q), rtol=1e-3, atol=1e-6)
 
 
 def test_sinkhorn_is_finite_for_the_sharpest_cosines_and_for_no_rows() -> None:
@@ -156,6 +188,7 @@ def test_koleo_of_duplicates_and_of_one_row_stays_finite() -> None:
     assert koleo(torch.ones(1, 8)).item() == 0
 
 
+@in_either_precision
 def test_losses_are_float32_for_half_precision_inputs() -> None:
     logits, probs = rand(4, 6).bfloat16(), rand(4, 6).softmax(dim=1)
     outputs = (sinkhorn(logits, 0.1), dino_loss([logits], [probs]), ibot_loss(logits, probs, torch.ones(4), 4))
@@ -167,6 +200,7 @@ def test_teacher_entropy_is_log_k_when_uniform_and_zero_when_one_hot() -> None:
     assert teacher_entropy(torch.eye(8)).item() == 0
 
 
+@in_either_precision
 def test_centring_and_its_moving_mean_equal_the_reference(golden: dict[str, Tensor]) -> None:
     temp, centre = float(golden["teacher_temp"]), torch.zeros(64)
     torch.testing.assert_close(centred(golden["teacher"], centre, temp), golden["teacher_centered_first"], **TOLERANCE)
@@ -180,6 +214,7 @@ def test_the_centre_stays_where_no_token_is_masked() -> None:
     assert torch.equal(moved_centre(centre, torch.empty(0, 6), 0.9), centre)
 
 
+@in_either_precision
 def test_soft_cross_entropy_has_the_gradient_of_autograds_own_chain() -> None:
     logits, targets, upstream = rand(5, 7).requires_grad_(), 2 * rand(5, 7, seed=1).softmax(dim=1), rand(5, seed=2)
     peer = logits.detach().clone().requires_grad_()
@@ -191,6 +226,7 @@ def test_soft_cross_entropy_has_the_gradient_of_autograds_own_chain() -> None:
     torch.testing.assert_close(logits.grad, peer.grad, rtol=1e-5, atol=1e-6)
 
 
+@in_either_precision
 def test_kde_is_the_mean_log_of_the_mean_kernel_over_the_others() -> None:
     features = rand(5, 4).numpy().astype(np.float64)
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)

@@ -126,7 +126,9 @@ def test_biases_norms_and_layer_scales_do_not_decay(modules: dict[str, nn.Module
     groups = by_parameter(modules, parameter_groups(modules, layer_decay=1.0, patch_embed_lr_mult=0.2))
     free = {name for name, group in groups.items() if group["wd_scale"] == 0}
     assert free == {n for n in groups if n.endswith(".bias") or "norm" in n or n.endswith(".gamma")}
-    assert {name for name, group in groups.items() if group["is_last_layer"]} == {"dino_head.last_layer.weight"}
+    last_layer = {f"dino_head.last_layer.{name}" for name in ("weight", "scale")}
+    assert {name for name, group in groups.items() if group["is_last_layer"]} == last_layer
+    assert not last_layer & free, "the reference decays the prototypes' norms, too"
 
 
 def test_frozen_parameters_are_left_out() -> None:

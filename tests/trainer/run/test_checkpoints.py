@@ -83,6 +83,16 @@ def test_a_checkpoint_of_before_a_field_of_the_data_was_trained_without_it(confi
     assert resume_point(replace(config, data=replace(config.data, mpp_tolerance=0.0)), "c0ffee") == (3, uri)
 
 
+def test_a_checkpoint_of_before_the_prototypes_norms_were_trained_has_them_at_one(config: Config) -> None:
+    uri = save(config, 3)
+    text = Path(uri, "config.yaml").read_text()
+    Path(uri, "config.yaml").write_text(text.replace("  norm_last_layer: false\n", ""))
+    assert checkpoints.read_config(uri).model.norm_last_layer
+    with pytest.raises(CheckpointError, match=r"does not fit .*model\.norm_last_layer True \(now False\); set it back"):
+        resume_point(config, "c0ffee")
+    assert resume_point(replace(config, model=replace(config.model, norm_last_layer=True)), "c0ffee") == (3, uri)
+
+
 def test_only_the_newest_checkpoints_are_kept(config: Config) -> None:
     for step in (1, 2, 3):
         save(config, step)

@@ -9,6 +9,7 @@ from streaming.errors import ConfigError
 from trainer.configs import presets
 from trainer.run.config import Config, leaves, parse_config, read_config
 from trainer.run.execution import TrainConfig
+from trainer.run.fit import check_model
 from trainer.run.guard import WatchConfig
 from trainer.run.resuming import recipe_changes
 
@@ -109,6 +110,20 @@ def test_only_what_changes_the_training_counts_as_another_recipe() -> None:
     forced, fixed = recipe_changes(base, read_config("debug", ["--train.steps", "90", "--model.head_hidden", "256"]))
     assert forced == ["train.steps 60 (now 90)"]
     assert fixed == ["model.head_hidden 512 (now 256)"]
+
+
+def test_another_strategy_is_another_recipe_in_bfloat16_alone() -> None:
+    for precision, changed in (("32-true", []), ("bf16-mixed", ["train.strategy ddp (now fsdp)"])):
+        ddp, fsdp = (
+            read_config("debug", ["--train.precision", precision, "--train.strategy", strategy])
+            for strategy in ("ddp", "fsdp")
+        )
+        assert recipe_changes(ddp, fsdp) == (changed, [])
+
+
+def test_weights_in_bfloat16_are_refused_before_anything_starts() -> None:
+    with pytest.raises(ConfigError, match="bf16-true: weights and teacher would hardly move; take bf16-mixed"):
+        check_model(read_config("debug", ["--train.precision", "bf16-true"]))
 
 
 def test_the_fields_that_are_free_are_those_that_do_not_change_what_is_trained() -> None:

@@ -147,6 +147,17 @@ def test_a_checkpoint_of_ours_gives_student_teacher_and_heads_also_to_larger_cro
     )
 
 
+def test_a_checkpoint_with_prototypes_of_norm_one_starts_a_model_that_learns_their_norms(config: Config) -> None:
+    first = make_module(replace(config, model=replace(config.model, norm_last_layer=True)))
+    state = {"global_step": 3, "state_dict": first.state_dict()}
+    checkpoints.write(checkpoints.checkpoint_uri(config.run.out, 3), state, config, "c0ffee")
+    second = make_module(replace(config, model=replace(config.model, init=config.run.out)))
+    tokens = torch.randn(5, 192)
+    for before, after in ((first.student, second.student), (first.teacher, second.teacher)):
+        assert torch.equal(before.dino_head(tokens), after.dino_head(tokens))
+    assert {name for name, _ in second.student.dino_head.last_layer.named_parameters()} == {"weight", "scale"}
+
+
 def test_whether_weights_to_start_from_fit_is_told_without_reading_them(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
