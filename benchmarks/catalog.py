@@ -30,10 +30,9 @@ from streaming.catalog.writing import write
 from streaming.counters import UNCOUNTED, Counters
 from streaming.plan import TilePlan
 from streaming.slide.block_index import pack
+from streaming.slide.block_level import BlockedSlide, BlockLevel, SlideObject
 from streaming.slide.block_slide import BlockSlide
 from streaming.slide.codecs import BlockFormat
-from streaming.slide.tiff import TiffSlide
-from streaming.slide.tiff_blocks import BlockLevel
 from streaming.storage.ranges import Span
 from streaming.storage.staging import Staging
 
@@ -68,7 +67,8 @@ def made_index(columns: int, rows: int, random: np.random.Generator) -> tuple[by
         levels.append(BlockLevel(columns * BLOCK, rows * BLOCK, form, offsets, nbytes))
         at += int(nbytes.sum())
         columns, rows = columns // 2, rows // 2
-    return pack(TiffSlide("aperio", (MPP, MPP), tuple(levels)), "tag", MPP), sum(len(entry.nbytes) for entry in levels)
+    slide = BlockedSlide("aperio", (MPP, MPP), tuple(levels), (SlideObject("made.svs", at, "tag"),))
+    return pack(slide, MPP), sum(len(entry.nbytes) for entry in levels)
 
 
 def made_grid(columns: int, rows: int, random: np.random.Generator) -> Cells:

@@ -10,8 +10,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from streaming.catalog.inspection import inspect
+from streaming.catalog.sources import find_slides
 from streaming.catalog.writing import merge, part_of, write
-from streaming.storage import stat
 from streaming.storage.staging import Staging
 from streaming.synthetic.layout import SyntheticSlide
 from streaming.synthetic.svs import write_slide
@@ -30,7 +30,8 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def write_catalog(
     folder: Path | str, slides: Sequence[Path | str], mpp: float | None = None, staging: Staging | None = None
 ) -> str:
-    found = [inspect(stat(str(path)), mpp, None, staging or Staging(), str(folder)) for path in slides]
+    infos = find_slides(list(map(str, slides)), None)
+    found = [inspect(info, mpp, None, staging or Staging(), str(folder)) for info in infos]
     write(str(folder), *merge([part_of(found)], None), None)
     return str(folder)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from streaming import storage
 from streaming.errors import CatalogError
 
-VERSION = 4
+VERSION = 5
 SLIDES, REJECTED, PARTS, BLOCKS = "slides.parquet", "rejected.parquet", "parts", "blocks"
 
 LEVEL_TYPE = pa.struct(

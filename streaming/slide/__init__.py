@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import posixpath
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from streaming import storage
@@ -10,20 +12,24 @@ from streaming.counters import UNCOUNTED, Counters
 from streaming.errors import SlideError
 from streaming.slide import block_index, geometry
 from streaming.slide.block_index import BlockIndex
+from streaming.slide.block_level import BlockedSlide, SlideObject
 from streaming.slide.block_slide import BlockSlide
 from streaming.slide.geometry import MPP_TOLERANCE
-from streaming.slide.multi_file import MULTI_FILE_SUFFIXES, as_one, is_multi_file, members
+from streaming.slide.multi_file import DICOM_SUFFIXES, MULTI_FILE_SUFFIXES, as_one, is_multi_file, members
 from streaming.slide.openslide_slide import open_staged
 from streaming.slide.resample import Pixels
 from streaming.slide.tiff import read_tiff
-from streaming.storage.ranges import open_ranges
+from streaming.storage.joined_ranges import JoinedRanges
+from streaming.storage.ranges import Ranges, open_ranges, read_range
 from streaming.storage.staging import Staging
 
 # What a folder is searched for; a file named outright is tried whatever its suffix.
 SLIDE_SUFFIXES = (
     *(".svs", ".tif", ".tiff", ".ndpi", ".scn", ".bif", ".svslide", ".czi"),
     *MULTI_FILE_SUFFIXES,
+    *DICOM_SUFFIXES,
 )
+_MAGIC_NBYTES = 132  # the longest: DICOM's, behind its preamble
 
 
 class PendingTile(Protocol):
@@ -54,6 +60,8 @@ class Slide(Protocol):
     level_downsamples: tuple[float, ...]
     packed_index: bytes | None
     """Its block index as a file's content, if it was opened by its tags; None where OpenSlide serves"""
+    left_out: str
+    """what of it is never read, such as further focal planes; mostly empty"""
 
     def level_compressions(self) -> list[str | None]:
         """The compression of each level by name, None where unknown."""
@@ -110,29 +118,84 @@ def open_slide(
 ) -> Slide:
     """Opens a whole-slide image by file path, s3://, gs://, az:// or http(s)://.
 
-    Tiled TIFFs (SVS, Philips, OME, generic) are read block by block where they lie; other formats go through OpenSlide,
-    remote ones on a copy in `staging`. mpp (µm/px at level 0) serves where the metadata has none. With a block index
-    the slide's tags are not read at all. With `expected`, a slide of another size or version is refused. What opening
-    takes is added to `count`.
+    Tiled TIFFs (SVS, Philips, OME, generic) and DICOM are read block by block where they lie; other formats go through
+    OpenSlide, remote ones on a copy in `staging`. Of DICOM any object of the series may be named, in whose folder the
+    others lie. mpp (µm/px at level 0) serves where the metadata has none. With a block index the slide's tags are not
+    read at all. With `expected`, a slide of another size or version is refused, and where that tells the files of a
+    slide, they are not searched for. What opening takes is added to `count`.
 
     Raises:
         SlideError: it is no slide, is broken, or is not the version that was expected.
         StorageError: it can't be reached.
     """
     if index is not None:
-        ranges = open_ranges(uri, storage_options, index.tag)
-        assert ranges is not None, "only slides whose ranges can be read have an index"
-        return BlockSlide(uri, ranges, index, mpp)
+        return BlockSlide(uri, _ranges_of(uri, index, storage_options), index, mpp)
+    if expected is not None and expected.files and not is_multi_file(uri):
+        return _open_series(expected.files, storage_options, mpp, count)
+    if uri.lower().endswith(DICOM_SUFFIXES):
+        return _open_dicom(uri, storage_options, mpp, expected, count)
     files = members(uri, storage_options)
-    info = as_one(files)
-    if expected is not None and (info.size, info.version) != (expected.size, expected.version):
-        raise SlideError(f"{uri}: changed since it was catalogued; run `tilestream catalog` on it again")
+    _check_version(uri, as_one(files), expected)
     ranges = None if is_multi_file(uri) else open_ranges(uri, storage_options)
-    tiff = read_tiff(uri, ranges, count) if ranges is not None else None
-    if ranges is None or tiff is None:
+    if ranges is None:
         return open_staged(files, storage_options, mpp, staging or Staging(), count)
-    packed = block_index.pack(tiff, ranges.tag, geometry.plausible_mpp(uri, tiff.mpp))
-    return BlockSlide(uri, ranges, block_index.unpack(packed), mpp, packed)
+    start = read_range(ranges, 0, min(_MAGIC_NBYTES, ranges.size), count)
+    # As OpenSlide does: a file that is both is what its suffix tells.
+    if start[128:] == b"DICM" and not uri.lower().endswith((".tif", ".tiff")):
+        return _open_dicom(uri, storage_options, mpp, expected, count)
+    tiff = read_tiff(uri, ranges, start, count)
+    if tiff is None:
+        return open_staged(files, storage_options, mpp, staging or Staging(), count)
+    return _blocked(uri, tiff, ranges, mpp)
+
+
+def _check_version(uri: str, found: storage.ObjectInfo, expected: storage.ObjectInfo | None) -> None:
+    if expected is not None and (found.size, found.version) != (expected.size, expected.version):
+        raise SlideError(f"{uri}: changed since it was catalogued; run `tilestream catalog` on it again")
+
+
+def _open_dicom(
+    uri: str,
+    options: storage.StorageOptions | None,
+    mpp: float | None,
+    expected: storage.ObjectInfo | None,
+    count: Counters,
+) -> BlockSlide:
+    """The slide that a DICOM object belongs to, the rest of which lies beside it."""
+    from streaming.slide.dicom_series import series_of
+
+    files = series_of(uri, options)
+    _check_version(uri, as_one(files), expected)
+    return _open_series(files, options, mpp, count)
+
+
+def _open_series(
+    files: Sequence[storage.ObjectInfo], options: storage.StorageOptions | None, mpp: float | None, count: Counters
+) -> BlockSlide:
+    # Its parser is imported for DICOM alone: a quarter of a second that no reader of a catalog needs.
+    from streaming.slide.dicom_series import read_series
+
+    slide, ranges = read_series(files, options, count)
+    uri = storage.join(posixpath.dirname(files[0].uri), slide.objects[0].name)
+    return _blocked(uri, slide, ranges, mpp)
+
+
+def _blocked(uri: str, slide: BlockedSlide, ranges: Ranges, mpp: float | None) -> BlockSlide:
+    packed = block_index.pack(slide, geometry.plausible_mpp(uri, slide.mpp))
+    return BlockSlide(uri, ranges, block_index.unpack(packed), mpp, packed, slide.left_out)
+
+
+def _ranges_of(uri: str, index: BlockIndex, options: storage.StorageOptions | None) -> Ranges:
+    """The ranges of the objects that an index tells of, whose names begin where the slide's address does."""
+
+    def opened(entry: SlideObject) -> Ranges:
+        ranges = open_ranges(storage.join(posixpath.dirname(uri), entry.name), options, entry.tag)
+        assert ranges is not None, "only slides whose ranges can be read have an index"
+        return ranges
+
+    if len(index.objects) == 1:
+        return opened(index.objects[0])
+    return JoinedRanges([entry.size for entry in index.objects], [partial(opened, entry) for entry in index.objects])
 
 
 __all__ = ["SLIDE_SUFFIXES", "PendingTile", "Slide", "Staging", "open_slide"]

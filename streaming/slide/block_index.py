@@ -2,9 +2,11 @@
 
     magic, length of the header │ header: JSON │ table of level 0 │ table of level 1 │ …
 
-A table is records of 64 blocks in the grid's order: the offset of the first as uint64, then the blocks' lengths, then
-the gaps before each, both in as few bytes as the level needs (scanners write blocks one after the other: no gaps, two
-or three bytes of length, so some 2.2 to 3.2 bytes a block; blocks in no order take up to 8 bytes of gap more). One
+The header names the objects that the blocks lie in, each with its version; offsets are counted on from one object to
+the next. A table is records of 64 blocks in the grid's order: the offset of the first as uint64, then the blocks'
+lengths, then the gaps before each, both in as few bytes as the level needs (scanners write blocks one after the other:
+no gaps, two or three bytes of length, so some 2.2 to 3.2 bytes a block; blocks in no order take up to 8 bytes of gap
+more). One
 block's place costs one small read, which the page cache shares between all processes of a node. `index_files` is where
 those bytes come from.
 """
@@ -22,11 +24,10 @@ from numpy.typing import NDArray
 
 from streaming.counters import UNCOUNTED, Counters
 from streaming.errors import CatalogError
+from streaming.slide.block_level import BlockedSlide, BlockLevel, SlideObject
 from streaming.slide.codecs import BlockFormat
-from streaming.slide.tiff import TiffSlide
-from streaming.slide.tiff_blocks import BlockLevel
 
-_MAGIC = b"tilestream blocks 2\n"
+_MAGIC = b"tilestream blocks 3\n"
 _BODY = len(_MAGIC) + 8
 _RECORD = 64
 
@@ -123,16 +124,16 @@ class IndexedLevel:
 class BlockIndex:
     """All that reading a slide's blocks needs; mpp is the metadata's in µm/px, None where it has none.
 
-    tag is the version of the object that the index describes (`streaming.storage.ranges.Ranges`).
+    The blocks' offsets are counted on from one object to the next.
     """
 
-    tag: str
+    objects: tuple[SlideObject, ...]
     vendor: str
     mpp: float | None
     levels: tuple[IndexedLevel, ...]
 
 
-def pack(slide: TiffSlide, tag: str, mpp: float | None) -> bytes:
+def pack(slide: BlockedSlide, mpp: float | None) -> bytes:
     """The index of a slide as a file's content."""
     levels: list[dict[str, Any]] = []
     tables: list[bytes] = []
@@ -150,7 +151,8 @@ def pack(slide: TiffSlide, tag: str, mpp: float | None) -> bytes:
         )
         tables.append(table)
         at += len(table)
-    header = json.dumps({"tag": tag, "vendor": slide.vendor, "mpp": mpp, "levels": levels}).encode()
+    objects = [[entry.name, entry.size, entry.tag] for entry in slide.objects]
+    header = json.dumps({"objects": objects, "vendor": slide.vendor, "mpp": mpp, "levels": levels}).encode()
     return b"".join([_MAGIC, len(header).to_bytes(8, "little"), header, *tables])
 
 
@@ -177,7 +179,8 @@ def read_index(index: IndexBytes, count: Counters = UNCOUNTED) -> BlockIndex:
     except ValueError as error:
         raise CatalogError(f"{index.name}: the block index is cut off; build the catalog anew") from error
     levels = tuple(_level(entry, end, index) for entry in header["levels"])
-    return BlockIndex(header["tag"], header["vendor"], header["mpp"], levels)
+    objects = tuple(SlideObject(*entry) for entry in header["objects"])
+    return BlockIndex(objects, header["vendor"], header["mpp"], levels)
 
 
 @lru_cache(maxsize=1024)

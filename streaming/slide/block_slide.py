@@ -49,7 +49,8 @@ class _Unpainted(NamedTuple):
 class PendingBox:
     """A rectangle of a level whose blocks were asked for; what `streaming.slide.PendingTile` describes."""
 
-    uri: str
+    ranges: Ranges
+    """of the slide's objects"""
     level: IndexedLevel
     box: LevelBox
     """may reach past the slide's edges"""
@@ -106,9 +107,15 @@ class BlockSlide:
     backend = "blocks"
 
     def __init__(
-        self, uri: str, ranges: Ranges, index: BlockIndex, mpp: float | None = None, packed_index: bytes | None = None
+        self,
+        uri: str,
+        ranges: Ranges,
+        index: BlockIndex,
+        mpp: float | None = None,
+        packed_index: bytes | None = None,
+        left_out: str = "",
     ) -> None:
-        self.uri, self.vendor, self.packed_index = uri, index.vendor, packed_index
+        self.uri, self.vendor, self.packed_index, self.left_out = uri, index.vendor, packed_index, left_out
         self.mpp = index.mpp or mpp
         self._ranges, self._levels = ranges, index.levels
         self._paints = index.vendor in PAINTS_EMPTY_BLOCKS
@@ -188,7 +195,7 @@ class BlockSlide:
             min(box.y + box.height, level.height),
         )
         if left >= right or top >= bottom:
-            return PendingBox(self.uri, level, box, edges, scale, [], None, False, background, count, [])
+            return PendingBox(self._ranges, level, box, edges, scale, [], None, False, background, count, [])
         is_covered = (left, top, right - left, bottom - top) == (box.x, box.y, box.width, box.height)
         first, last = left // level.form.width, (right - 1) // level.form.width
         runs: list[_Run] = []
@@ -204,7 +211,9 @@ class BlockSlide:
                     unpainted += [self._unpainted(box.level, edges, row, at, background, count) for at in empty]
         coming = self._ranges.begin([(run.start, run.end) for run in runs], count)
         scale = 1 if unpainted else scale  # what is painted is averaged, as OpenSlide does
-        return PendingBox(self.uri, level, box, edges, scale, runs, coming, is_covered, background, count, unpainted)
+        return PendingBox(
+            self._ranges, level, box, edges, scale, runs, coming, is_covered, background, count, unpainted
+        )
 
     def _unpainted(
         self, number: int, edges: tuple[int, int, int, int], row: int, column: int, background: int, count: Counters
@@ -256,12 +265,10 @@ def decode_box(pending: PendingBox, out: Pixels) -> None:
                 compressed = content[offset - run.start : offset - run.start + nbytes]
                 block = decode(compressed, level.form, scale, y1 - run.row * high)
             except (ValueError, RuntimeError, MemoryError) as error:
-                reason, number = (
-                    " ".join(str(error).split()),
-                    run.plane * level.blocks_of_plane + run.row * level.columns + column,
-                )
+                reason, uri = " ".join(str(error).split()), pending.ranges.address_of(offset)
+                number = run.plane * level.blocks_of_plane + run.row * level.columns + column
                 raise SlideError(
-                    f"{pending.uri}: level {box.level}, block {number}: {reason}; compare the slide with its source"
+                    f"{uri}: level {box.level}, block {number}: {reason}; compare the slide with its source"
                 ) from error
             before, at = at, perf_counter()
             count.decode_s += at - before

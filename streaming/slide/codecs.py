@@ -35,7 +35,11 @@ _OF_BYTES: dict[str, Any] = {
     "PACKBITS": imagecodecs.packbits_decode,
 }
 _EIGHT_OF_SIXTEEN = ((np.arange(2**16) + 128) // 257).astype(np.uint8)
-_OF_IMAGES: dict[str, Any] = {"WEBP": imagecodecs.webp_decode, "JPEGXL": imagecodecs.jpegxl_decode}
+_OF_IMAGES: dict[str, Any] = {
+    "WEBP": imagecodecs.webp_decode,
+    "JPEGXL": imagecodecs.jpegxl_decode,
+    "JPEGLS": imagecodecs.jpegls_decode,
+}
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,8 @@ def decode(block: bytes, form: BlockFormat, scale: int = 1, rows: int | None = N
     if form.codec == "JPEG":
         return _decode_jpeg(block, form, scale, form.height if rows is None else rows)
     if form.is_jpeg2000:
-        pixels = decode_jpeg2000(block, (form.width, form.height), scale, ycbcr=form.codec == "JP2K_YCBCR")
+        size, ycbcr = (form.width, form.height), form.codec == "JP2K_YCBCR"
+        pixels = decode_jpeg2000(block, size, scale, ycbcr=ycbcr, samples=form.samples)
     else:
         pixels = _rgb_of(_decode_samples(block, form), form)
     wanted = (form.height // scale, form.width // scale, 3)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streaming.slide import geometry
-from streaming.slide.tiff_blocks import BlockLevel
+from streaming.slide.block_level import BlockLevel
 
 # One empty block may be painted from so many pixels of finer levels: some 0.3 s, and 100 MB while it is done. One above
 # hundreds of other empty ones costs more.

@@ -38,11 +38,13 @@ class Header:
     """of each: 8-bit code of its depth (7: unsigned 8 bits), px of the image per sample across and down"""
     halvings: int
     """how often it can be decoded at half the size"""
+    is_transformed: bool
+    """whether its components are transformed, and so turned back into red, green and blue by any decoder"""
 
-    def is_decoded(self, *, ycbcr: bool) -> bool:
-        """Whether it has three components of 8 bits, with a subsampling that is known, in few tiles."""
-        eight_bit = len(self.components) == 3 and all(depth == 7 for depth, _, _ in self.components)
-        known = (_WHOLE, *_SUBSAMPLED) if ycbcr else (_WHOLE,)
+    def is_decoded(self, *, ycbcr: bool, samples: int = 3) -> bool:
+        """Whether it has so many components of 8 bits, with a subsampling that is known, in few tiles."""
+        eight_bit = len(self.components) == samples and all(depth == 7 for depth, _, _ in self.components)
+        known = (_WHOLE[:samples], *_SUBSAMPLED) if ycbcr else (_WHOLE[:samples],)
         return eight_bit and self.subsampling in known and 0 < self.num_tiles <= _MAX_TILES
 
     @property
@@ -67,27 +69,31 @@ def read_header(start: bytes) -> Header:
     num_tiles = 0
     if tile_width and tile_height:
         num_tiles = -(-(right - tile_left) // tile_width) * -(-(bottom - tile_top) // tile_height)
+    style = _coding_style(start, at)
     return Header(
         width=right - left,
         height=bottom - top,
         is_at_origin=not (left or top or tile_left or tile_top),
         num_tiles=num_tiles,
         components=tuple((each[i], each[i + 1], each[i + 2]) for i in range(0, len(each), 3)),
-        halvings=_halvings(start, at),
+        halvings=style[5],
+        is_transformed=bool(style[4]),
     )
 
 
-def _halvings(start: bytes, at: int) -> int:
-    """Its decomposition levels by the segment COD, 0 where that is not found."""
+def _coding_style(start: bytes, at: int) -> bytes:
+    """What its segment COD begins with, zeros where that is not found."""
     while len(start) > at + 10 and start[at] == 0xFF and start[at + 1] != _SOT:
         if start[at + 1] == _COD:
-            return start[at + 9]
+            return start[at + 4 : at + 10]
         at += 2 + int.from_bytes(start[at + 2 : at + 4])
-    return 0
+    return bytes(6)
 
 
-def decode_jpeg2000(block: bytes, size: tuple[int, int], scale: int, *, ycbcr: bool) -> Pixels:
+def decode_jpeg2000(block: bytes, size: tuple[int, int], scale: int, *, ycbcr: bool, samples: int = 3) -> Pixels:
     """Its pixels as RGB, uint8 (height / scale, width / scale, 3); size: the width and height that it must have.
+
+    Of one sample they are grey, three equal channels.
 
     Where scale is above 1, a pixel is the wavelet's sample at the first pixel of those that it stands for; see
     `streaming.slide.resample.centre`. They may lie in memory that this thread's next call overwrites.
@@ -98,24 +104,29 @@ def decode_jpeg2000(block: bytes, size: tuple[int, int], scale: int, *, ycbcr: b
     header = read_header(block)
     if (header.width, header.height) != size:
         raise ValueError(f"it is of {header.width} × {header.height} px, not {size[0]} × {size[1]}")
-    if not header.is_decoded(ycbcr=ycbcr):
+    if not header.is_decoded(ycbcr=ycbcr, samples=samples):
         raise ValueError(
             f"it has {header.num_tiles} tiles and components (depth, subsampling) {header.components}, "
             "which are not decoded here"
         )
     ycbcr = ycbcr and header.subsampling == _WHOLE
     if scale > 1 and header.is_at_origin:
-        reduced = _reduced(block, scale)
+        reduced = _as_three(_reduced(block, scale))
         if reduced is not None and reduced.shape == (size[1] // scale, size[0] // scale, 3):
             return _rgb_of_ycbcr(reduced) if ycbcr else reduced
     # Whole: with fewer halvings than the level's first block it is averaged below, and if it is damaged, this tells.
-    pixels = cast(Pixels, imagecodecs.jpeg2k_decode(block))
+    pixels = cast(Pixels, _as_three(imagecodecs.jpeg2k_decode(block)))
     pixels = _rgb_of_ycbcr(pixels) if ycbcr else pixels
     if scale == 1 or pixels.shape[:2] != size[::-1]:
         return pixels
     out = scratch("reduced", size[1] // scale, size[0] // scale)
     resize(pixels, out)
     return out
+
+
+def _as_three(pixels: Any) -> Any:
+    """Grey as three equal channels; others as they are."""
+    return pixels if pixels is None or pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
 
 
 def _reduced(block: bytes, scale: int) -> Pixels | None:

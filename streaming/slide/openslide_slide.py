@@ -89,6 +89,7 @@ class OpenSlideSlide:
 
     backend = "openslide"
     packed_index: bytes | None = None
+    left_out = ""
 
     def __init__(
         self,

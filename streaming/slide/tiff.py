@@ -6,15 +6,17 @@ Levels, downsamples and mpp are told as OpenSlide tells them; label, macro and t
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import pairwise
 
 import tifffile
 
+from streaming import storage
 from streaming.counters import UNCOUNTED, Counters
 from streaming.errors import SlideError, StorageError
+from streaming.slide.block_level import BlockedSlide, BlockLevel, SlideObject, first_header
 from streaming.slide.empty_blocks import are_cheap, with_those_above
-from streaming.slide.tiff_blocks import BlockLevel, blocks_of, check_block_size, looked_into
+from streaming.slide.tiff_blocks import blocks_of, check_block_size
 from streaming.slide.tiff_vendors import PAINTS_EMPTY_BLOCKS, pyramid_of
 from streaming.storage.range_file import RangeFile
 from streaming.storage.ranges import Ranges, read_range
@@ -27,24 +29,16 @@ _CONTRADICTIONS = (
 )
 
 
-@dataclass(frozen=True)
-class TiffSlide:
-    """A slide whose blocks can be read one by one; mpp as the metadata has it, in µm/px at level 0, unchecked."""
-
-    vendor: str
-    mpp: tuple[float, ...]
-    levels: tuple[BlockLevel, ...]
-
-
-def read_tiff(uri: str, ranges: Ranges, count: Counters = UNCOUNTED) -> TiffSlide | None:
+def read_tiff(uri: str, ranges: Ranges, start: bytes, count: Counters = UNCOUNTED) -> BlockedSlide | None:
     """The blocks of a tiled TIFF; None where it is another format, or one of whose blocks only OpenSlide makes sense.
+
+    start: what the file begins with, four bytes at least.
 
     Raises:
         SlideError: its tags contradict each other or the file's size.
         StorageError: it can't be read.
     """
-    magic = read_range(ranges, 0, min(4, ranges.size), count)
-    if magic not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+    if start[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return None
     try:
         with tifffile.TiffFile(RangeFile(ranges, count), name=uri) as tiff:  # type: ignore[arg-type]
@@ -56,7 +50,7 @@ def read_tiff(uri: str, ranges: Ranges, count: Counters = UNCOUNTED) -> TiffSlid
         raise SlideError(f"{uri}: its TIFF tags make no sense ({text}); compare it with its source") from error
 
 
-def _slide(uri: str, tiff: tifffile.TiffFile, ranges: Ranges, count: Counters) -> TiffSlide | None:
+def _slide(uri: str, tiff: tifffile.TiffFile, ranges: Ranges, count: Counters) -> BlockedSlide | None:
     if not tiff.pages.first.is_tiled:
         if tiff.is_ndpi or any(page.is_tiled for page in _pages(uri, tiff)):
             return None
@@ -70,7 +64,7 @@ def _slide(uri: str, tiff: tifffile.TiffFile, ranges: Ranges, count: Counters) -
     levels: list[BlockLevel] = []
     for number, (page, size) in enumerate(zip(pyramid.pages, pyramid.sizes, strict=True)):
         level = blocks_of(uri, number, page, size, ranges.size)
-        level = level and looked_into(level, ranges, count)
+        level = level and _looked_into(level, ranges, count)
         if level is None:
             return None
         levels.append(level)
@@ -78,7 +72,20 @@ def _slide(uri: str, tiff: tifffile.TiffFile, ranges: Ranges, count: Counters) -
         levels = with_those_above(levels)
         if not are_cheap(levels):
             return None
-    return TiffSlide(pyramid.vendor, pyramid.mpp, tuple(levels))
+    whole = SlideObject(storage.name_of(uri), ranges.size, ranges.tag)
+    return BlockedSlide(pyramid.vendor, pyramid.mpp, tuple(levels), (whole,))
+
+
+def _looked_into(level: BlockLevel, ranges: Ranges, count: Counters) -> BlockLevel | None:
+    """A level with what only its blocks tell, None where they are not decoded here."""
+    if not level.form.is_jpeg2000:
+        return level
+    header = first_header(level, lambda start, end: read_range(ranges, start, end, count))
+    if header is None:
+        return level
+    if not header.is_decoded(ycbcr=level.form.codec == "JP2K_YCBCR"):
+        return None
+    return replace(level, form=replace(level.form, halvings=header.halvings))
 
 
 def _pages(uri: str, tiff: tifffile.TiffFile) -> list[tifffile.TiffPage]:

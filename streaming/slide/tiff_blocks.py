@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
 import tifffile
-from numpy.typing import NDArray
 
-from streaming.counters import Counters
 from streaming.errors import SlideError
+from streaming.slide.block_level import MAX_BLOCK_PX, BlockLevel, check_places
 from streaming.slide.codecs import CODECS, BlockFormat, jpeg_prefix
-from streaming.slide.jpeg2000 import HEAD_NBYTES, read_header
-from streaming.storage.ranges import Ranges, read_range
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _YCBCR = 0, 1, 2, 6
 _ORIENTATION = 274  # another than 1 is turned or mirrored
@@ -21,27 +17,6 @@ _PREMULTIPLIED = 1  # TIFF's ExtraSamples: associated alpha
 _APERIO_S = (33003, 33004, 33005)
 _WHOLE_COLOURS = ("JPEG", "WEBP", "JP2K_YCBCR", "JP2K_RGB")  # whose planes apart nobody writes
 _SIXTEEN_BITS = ("NONE", "LZW", "DEFLATE", "ZSTD", "LZMA", "PACKBITS", "JPEGXL")
-_MAX_BLOCK_PX = 2**24
-
-
-@dataclass(frozen=True)
-class BlockLevel:
-    """A level as a grid of compressed blocks, row after row.
-
-    width, height in the level's pixels; offsets and nbytes int64 (rows · columns,): where each block lies in the file.
-    A block of 0 bytes is empty.
-    """
-
-    width: int
-    height: int
-    form: BlockFormat
-    offsets: NDArray[np.int64] = field(repr=False)
-    nbytes: NDArray[np.int64] = field(repr=False)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of blocks."""
-        return -(-self.height // self.form.height), -(-self.width // self.form.width)
 
 
 def blocks_of(
@@ -52,7 +27,7 @@ def blocks_of(
     What a tag must be in any TIFF is checked first: OpenSlide 4.0.1 aborts the process where it can't allocate.
     """
     width, height = page.tilewidth, page.tilelength
-    if not 0 < width * height <= _MAX_BLOCK_PX or min(size) < 1:
+    if not 0 < width * height <= MAX_BLOCK_PX or min(size) < 1:
         raise SlideError(
             f"{uri}: level {level}: blocks of {width} × {height} px for {size}; compare it with its source"
         )
@@ -64,7 +39,7 @@ def blocks_of(
             f"{uri}: level {level}: {len(offsets):,} offsets and {len(nbytes):,} lengths for {rows * columns:,} blocks"
             "; compare it with its source"
         )
-    _check_places(uri, level, offsets, nbytes, file_nbytes)
+    check_places(f"{uri}: level {level}", offsets, nbytes, file_nbytes)
     form = _form_of(uri, level, page)
     if form is None:
         return None
@@ -115,55 +90,14 @@ def _form_of(uri: str, level: int, page: tifffile.TiffPage) -> BlockFormat | Non
     )
 
 
-def looked_into(level: BlockLevel, ranges: Ranges, count: Counters) -> BlockLevel | None:
-    """A level with what only its blocks tell, None where they are not decoded here.
-
-    For JPEG 2000 its first block is looked at: there stand the components, their subsampling, and how often it can be
-    halved.
-    """
-    used = np.flatnonzero(level.nbytes)
-    if not level.form.is_jpeg2000 or not len(used):
-        return level
-    start, nbytes = int(level.offsets[used[0]]), int(level.nbytes[used[0]])
-    try:
-        header = read_header(read_range(ranges, start, start + min(nbytes, HEAD_NBYTES), count))
-    except ValueError:
-        return level  # reading it will tell what is wrong, and where
-    if not header.is_decoded(ycbcr=level.form.codec == "JP2K_YCBCR"):
-        return None
-    return replace(level, form=replace(level.form, halvings=header.halvings))
-
-
 def check_block_size(uri: str, page: tifffile.TiffPage) -> None:
     """Refuses blocks that are none.
 
     Raises:
         SlideError: they have no pixels, or too many. OpenSlide 4.0.1 aborts the process where it can't allocate one.
     """
-    if page.is_tiled and not 0 < page.tilewidth * page.tilelength <= _MAX_BLOCK_PX:
+    if page.is_tiled and not 0 < page.tilewidth * page.tilelength <= MAX_BLOCK_PX:
         raise SlideError(
             f"{uri}: blocks of {page.tilewidth:,} × {page.tilelength:,} px in directory {page.index}; "
             "compare it with its source"
-        )
-
-
-def _check_places(
-    uri: str, level: int, offsets: NDArray[np.int64], nbytes: NDArray[np.int64], file_nbytes: int
-) -> None:
-    """Blocks must lie within the file and be apart; the same bytes for several blocks are fine, and so is none."""
-    wrong = (nbytes < 0) | (offsets < 0) | (nbytes > file_nbytes) | (offsets > file_nbytes - nbytes)
-    if wrong.any():
-        block = int(wrong.argmax())
-        raise SlideError(
-            f"{uri}: level {level}, block {block}: {nbytes[block]:,} bytes at {offsets[block]:,} of a file of "
-            f"{file_nbytes:,}; the upload was cut off? compare the size with the source"
-        )
-    places = np.unique(np.stack((offsets, nbytes), axis=1)[nbytes > 0], axis=0)
-    overlap = places[1:, 0] < places[:-1].sum(axis=1)
-    if overlap.any():
-        at = int(overlap.argmax())
-        block = int(np.flatnonzero(offsets == places[at + 1, 0])[0])
-        raise SlideError(
-            f"{uri}: level {level}, block {block}: its bytes from {places[at + 1, 0]:,} on belong to another block too"
-            "; compare it with its source"
         )

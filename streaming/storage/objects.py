@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -60,6 +60,8 @@ class ObjectInfo:
     uri: str
     size: int
     version: str
+    files: tuple[ObjectInfo, ...] = field(default=(), compare=False, repr=False)
+    """of a slide of several: these, the one that is opened first; where they are known"""
 
     @property
     def digest(self) -> str:

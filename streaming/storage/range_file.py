@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections import OrderedDict
 
 from streaming.counters import UNCOUNTED, Counters
-from streaming.storage.ranges import Ranges, read_range
+from streaming.storage.ranges import Ranges
 
-_PAGES_KEPT = 100
+_KEPT_NBYTES = 100 * 2**16
+_MAX_NBYTES = 9 * 2**16  # a longer piece is fetched as it is, and kept by nobody
 
 
 class RangeFile:
-    """A read-only seekable file over ranges; it fetches and keeps pages of 64 KiB, a hundred at most."""
+    """A read-only seekable file over ranges; it fetches and keeps pages, of 64 KiB unless told otherwise.
 
-    _PAGE = 2**16
-    _MAX_PAGES_READ = 9  # a longer piece is fetched as it is, and kept by nobody
+    Pages that follow each other and are not there yet are one request.
+    """
 
-    def __init__(self, ranges: Ranges, count: Counters = UNCOUNTED) -> None:
-        self._ranges, self._count, self._at = ranges, count, 0
-        self._page = lru_cache(maxsize=_PAGES_KEPT)(self._fetch)
-
-    def _fetch(self, page: int) -> bytes:
-        start = page * self._PAGE
-        return read_range(self._ranges, start, min(start + self._PAGE, self._ranges.size), self._count)
+    def __init__(self, ranges: Ranges, count: Counters = UNCOUNTED, page_nbytes: int = 2**16) -> None:
+        self.size = ranges.size
+        self._ranges, self._count, self._at, self._page_nbytes = ranges, count, 0, page_nbytes
+        self._pages: OrderedDict[int, bytes] = OrderedDict()
 
     def seek(self, offset: int, whence: int = 0) -> int:
         """As io's."""
-        self._at = max(0, offset + (0, self._at, self._ranges.size)[whence])
+        self._at = max(0, offset + (0, self._at, self.size)[whence])
         return self._at
 
     def tell(self) -> int:
@@ -35,14 +33,42 @@ class RangeFile:
 
     def read(self, size: int = -1) -> bytes:
         """As io's: fewer bytes at the end."""
-        end = self._ranges.size if size < 0 else min(self._at + size, self._ranges.size)
+        end = self.size if size < 0 else min(self._at + size, self.size)
         if end <= self._at:
             return b""
-        first, last = self._at // self._PAGE, (end - 1) // self._PAGE
-        if last - first >= self._MAX_PAGES_READ:
-            content = read_range(self._ranges, self._at, end, self._count)
+        first, last = self._at // self._page_nbytes, (end - 1) // self._page_nbytes
+        if end - self._at <= _MAX_NBYTES or all(page in self._pages for page in range(first, last + 1)):
+            pages = b"".join(self._kept(first, last))
+            content = pages[self._at - first * self._page_nbytes : end - first * self._page_nbytes]
         else:
-            pages = b"".join(self._page(page) for page in range(first, last + 1))
-            content = pages[self._at - first * self._PAGE : end - first * self._PAGE]
+            content = self._ranges.begin([(self._at, end)], self._count).wait()[0]
         self._at = end
         return content
+
+    def fetch(self, start: int, end: int) -> None:
+        """Fetches what is going to be read by one request; of more than 6 MB, the first ones."""
+        first, last = start // self._page_nbytes, (min(end, start + _KEPT_NBYTES, self.size) - 1) // self._page_nbytes
+        self._kept(first, last)
+
+    def _kept(self, first: int, last: int) -> list[bytes]:
+        """Some pages, those fetched that are not there yet."""
+        nbytes, spans, missing = self._page_nbytes, list[tuple[int, int]](), list[int]()
+        for page in range(first, last + 1):
+            if page in self._pages:
+                self._pages.move_to_end(page)
+                continue
+            start, end = page * nbytes, min((page + 1) * nbytes, self.size)
+            if spans and spans[-1][1] == start:
+                spans[-1] = spans[-1][0], end
+            else:
+                spans.append((start, end))
+            missing.append(page)
+        if spans:
+            contents = self._ranges.begin(spans, self._count).wait()
+            for (start, _), content in zip(spans, contents, strict=True):
+                for at in range(0, len(content), nbytes):
+                    self._pages[(start + at) // nbytes] = content[at : at + nbytes]
+        found = [self._pages[page] for page in range(first, last + 1)]
+        while len(self._pages) * nbytes > _KEPT_NBYTES:
+            self._pages.popitem(last=False)
+        return found

@@ -84,6 +84,10 @@ class Ranges(Protocol):
         """Asks for the bytes [start, end) of each span."""
         ...
 
+    def address_of(self, offset: int) -> str:
+        """The address of the object that a byte lies in, for messages."""
+        ...
+
 
 class LocalRanges:
     """Ranges of a file; opened for each, so that thousands of slides hold no descriptors."""
@@ -115,6 +119,11 @@ class LocalRanges:
             finally:
                 os.close(file)
         return _FileRead(self, spans)
+
+    def address_of(self, offset: int) -> str:
+        """The file's, wherever the byte lies."""
+        del offset
+        return self._uri
 
     def read(self, spans: Sequence[Span]) -> list[bytes]:
         """The bytes of each span, read now.
@@ -154,16 +163,19 @@ class RemoteRanges:
         options: storage.StorageOptions | None = None,
         tag: str | None = None,
         connections: Connections = CONNECTIONS,
+        size: int | None = None,
     ) -> None:
         """A tag binds it to that version of the object, without asking for it now.
+
+        Where a listing told the size, nothing is asked either: the first answer tells the tag.
 
         Raises:
             StorageError: the object can't be reached.
         """
         self._uri, self._connections = uri, connections
         self._store, self._path = connections.store(uri, options)
-        self.size, self.tag = 0, tag or ""
-        if not tag:
+        self.size, self.tag = size or 0, tag or ""
+        if not tag and size is None:
             with storage.storage_errors(uri):
                 meta, _ = _patiently(obstore.head, self._store, self._path)
             self.size, self.tag = meta["size"], _object_tag(meta)
@@ -172,6 +184,11 @@ class RemoteRanges:
         """Sends the requests at once, or as soon as others have come back."""
         _count(spans, count)
         return _Requests([self._connections.submit(self._uri, self._read, *span) for span in spans], count)
+
+    def address_of(self, offset: int) -> str:
+        """The object's, wherever the byte lies."""
+        del offset
+        return self._uri
 
     def _read(self, start: int, end: int) -> tuple[bytes, int]:
         """The bytes, and how often the request was sent again: counters belong to the thread that waits for them."""
@@ -185,7 +202,7 @@ class RemoteRanges:
             if _OUT_OF_RANGE.search(str(error)):
                 _same(self._uri, _object_tag(obstore.head(self._store, self._path)), self.tag)
             raise
-        _same(self._uri, _object_tag(answer.meta), self.tag)
+        self.tag = _same(self._uri, _object_tag(answer.meta), self.tag)
         return _whole(self._uri, answer.bytes().to_bytes(), start, end)
 
 
@@ -214,8 +231,12 @@ def _when_all(answers: Sequence[Future[Any]], call: Callable[[], object]) -> Non
     first.add_done_callback(lambda _: _when_all(rest, call))
 
 
-def open_ranges(uri: str, options: storage.StorageOptions | None = None, tag: str | None = None) -> Ranges | None:
+def open_ranges(
+    uri: str, options: storage.StorageOptions | None = None, tag: str | None = None, size: int | None = None
+) -> Ranges | None:
     """The ranges of an object, bound to a version by its tag; None where only fsspec knows the store.
+
+    With a tag, or a size that a listing told, a remote object is not asked for it.
 
     Raises:
         StorageError: it can't be reached.
@@ -223,7 +244,7 @@ def open_ranges(uri: str, options: storage.StorageOptions | None = None, tag: st
     """
     if storage.is_local(uri):
         return LocalRanges(uri, tag)
-    return RemoteRanges(uri, options, tag) if clients.has_ranges(uri) else None
+    return RemoteRanges(uri, options, tag, size=size) if clients.has_ranges(uri) else None
 
 
 def read_range(ranges: Ranges, start: int, end: int, count: Counters = UNCOUNTED) -> bytes:

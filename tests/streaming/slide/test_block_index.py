@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from streaming.errors import CatalogError
 from streaming.slide import open_slide
 from streaming.slide.block_index import pack, unpack
+from streaming.slide.block_level import BlockedSlide, BlockLevel, SlideObject
 from streaming.slide.codecs import BlockFormat
 from streaming.slide.index_files import open_index
-from streaming.slide.tiff import TiffSlide
-from streaming.slide.tiff_blocks import BlockLevel
+
+OBJECTS = (SlideObject("a.svs", 9_000, "tag"), SlideObject("parts/b.svs", 2**40, '"other"'))
 
 
 def level(offsets: np.ndarray, nbytes: np.ndarray, columns: int) -> BlockLevel:
@@ -40,8 +41,8 @@ def levels(draw) -> BlockLevel:
 @settings(max_examples=150, deadline=None)
 @given(st.lists(levels(), min_size=1, max_size=3), st.data())
 def test_every_block_is_found_where_it_was_put(made: list[BlockLevel], data: st.DataObject) -> None:
-    index = unpack(pack(TiffSlide("aperio", (), tuple(made)), "tag", 0.25))
-    assert (index.tag, index.vendor, index.mpp) == ("tag", "aperio", 0.25)
+    index = unpack(pack(BlockedSlide("aperio", (), tuple(made), OBJECTS), 0.25))
+    assert (index.objects, index.vendor, index.mpp) == (OBJECTS, "aperio", 0.25)
     for put, got in zip(made, index.levels, strict=True):
         assert (got.width, got.height, got.form) == (put.width, put.height, put.form)
         first = data.draw(st.integers(0, len(put.nbytes) - 1))
@@ -59,7 +60,7 @@ def test_an_index_takes_less_than_four_bytes_a_block_where_blocks_lie_in_order()
         for gap in (0, 1):  # scanners write them one after the other, libtiff at even addresses
             stored = nbytes + gap * (nbytes % 2)
             made = level(8 + np.cumsum(stored) - stored, nbytes, 400)
-            assert len(pack(TiffSlide("aperio", (), (made,)), "tag", 0.25)) / 80_000 < wanted + gap
+            assert len(pack(BlockedSlide("aperio", (), (made,), OBJECTS), 0.25)) / 80_000 < wanted + gap
 
 
 def test_an_index_on_disk_reads_as_in_memory_and_as_tifffile_has_it(slides: list[Path], tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from streaming.slide import Slide, open_slide
+from streaming.slide.block_level import BlockLevel
 from streaming.slide.codecs import BlockFormat
 from streaming.slide.empty_blocks import are_cheap
-from streaming.slide.tiff_blocks import BlockLevel
 from streaming.synthetic.layout import SyntheticSlide
 from streaming.synthetic.svs import write_slide
 from streaming.vision import cv2

@@ -7,7 +7,6 @@ import numpy as np
 import openslide
 import pytest
 from PIL import Image
-from pydicom.uid import generate_uid
 
 from streaming import storage
 from streaming.catalog import Catalog
@@ -17,7 +16,6 @@ from streaming.slide import open_slide
 from streaming.slide.multi_file import as_one, members
 from streaming.storage.staging import Staging
 from tests.conftest import write_catalog
-from tests.dicom_slides import write_level
 
 VMS = """[Virtual Microscope Specimen]
 NoLayers=1
@@ -47,23 +45,6 @@ def put(folder: str, names: dict[str, bytes]) -> None:
 
 def staged(folder: Path) -> set[str]:
     return {str(path.relative_to(folder).as_posix()).split("/", 1)[1] for path in folder.rglob("*/*") if path.is_file()}
-
-
-@pytest.fixture(scope="module")
-def dicom(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("dicom")
-    pixels = np.kron(np.random.default_rng(0).integers(0, 255, (128, 128, 3), np.uint8), np.ones((8, 8, 1), np.uint8))
-    series = generate_uid()
-    write_level(folder / "b.dcm", pixels, 0.25, series, original=True)
-    write_level(folder / "a.dcm", np.ascontiguousarray(pixels[::4, ::4]), 1.0, series, original=False)
-    return folder
-
-
-@pytest.fixture
-def remote_dicom(s3_bucket: str, dicom: Path, request: pytest.FixtureRequest) -> str:
-    folder = f"{s3_bucket}/{request.node.name}"
-    put(folder, {path.name: path.read_bytes() for path in dicom.iterdir()})
-    return folder
 
 
 @pytest.mark.parametrize("kind", ["mrxs", "vms"])
@@ -115,16 +96,6 @@ def test_a_download_that_breaks_off_leaves_nothing(
     assert not [entry for entry in tmp_path.iterdir() if entry.is_dir()]
 
 
-def test_a_dicom_slide_on_s3_has_openslides_pixels(remote_dicom: str, dicom: Path, tmp_path: Path) -> None:
-    slide = open_slide(f"{remote_dicom}/a.dcm", staging=Staging(folder=str(tmp_path)))
-    assert (slide.backend, slide.mpp, len(slide.level_dimensions)) == ("openslide", 0.25, 2)
-    assert staged(tmp_path) == {"a.dcm", "b.dcm"}
-    with openslide.OpenSlide(dicom / "b.dcm") as oracle:
-        for level, location in ((0, (100, 130)), (1, (300, 200)), (0, (700, 600))):
-            wanted = np.asarray(oracle.read_region(location, level, (200, 100)))[:, :, :3]
-            assert np.array_equal(slide.read_region(location, level, (200, 100)), wanted)
-
-
 def test_a_slide_that_is_evicted_under_its_reader_is_staged_again(s3_bucket: str, tmp_path: Path) -> None:
     # OpenSlide opens a VMS slide's files anew for each read.
     pixels = np.kron(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8), np.ones((8, 8, 1), np.uint8))
@@ -148,19 +119,6 @@ def test_a_slide_that_is_evicted_under_its_reader_is_staged_again(s3_bucket: str
     put(f"{s3_bucket}/vms", {"scan.jpg": (local / "scan.jpg").read_bytes()[::-1]})
     with pytest.raises(SlideError, match=r"scan\.jpg: changed"):
         slide.read_region((0, 0), 0, (200, 100))
-
-
-def test_a_folder_of_dicom_is_one_slide_and_another_one_when_a_member_changes(
-    remote_dicom: str, dicom: Path, tmp_path: Path
-) -> None:
-    (found,) = find_slides([remote_dicom], None)
-    assert found.uri == f"{remote_dicom}/a.dcm"
-    staging = Staging(folder=str(tmp_path))
-    open_slide(found.uri, expected=found, staging=staging)
-    put(remote_dicom, {"b.dcm": b"x" + (dicom / "b.dcm").read_bytes()[1:]})
-    with pytest.raises(SlideError, match=r"a\.dcm: changed since it was catalogued"):
-        open_slide(found.uri, expected=found, staging=staging)
-    assert [info.uri for info in find_slides([f"{remote_dicom}/b.dcm"], None)] == [f"{remote_dicom}/b.dcm"]
 
 
 def test_a_block_index_that_is_evicted_under_a_reader_is_staged_again(

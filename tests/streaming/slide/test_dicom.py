@@ -1,0 +1,186 @@
+"""DICOM slides by their frames: pixels, series, what is asked of the storage, and what is told of broken ones."""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import openslide
+import pytest
+
+from streaming import storage
+from streaming.catalog import Catalog
+from streaming.catalog.sources import find_slides
+from streaming.counters import Counters
+from streaming.errors import CatalogError, SlideError
+from streaming.slide import Slide, open_slide
+from streaming.storage.staging import Staging
+from tests.conftest import write_catalog
+from tests.dicom_files import PATIENT, Kind, write_series
+
+REAL = Path(__file__).parents[4] / "shared/data/dicom"
+OTHERS = {"hd_seg_image_sm_dots.dcm": "SEG", "hd_sr_document.dcm": "SR", "hd_ct_image.dcm": "CT"}
+OF_OPENSLIDE = {
+    "as the converter writes it": Kind(),
+    "BigTIFF": Kind(tables="big tiff"),
+    "basic table": Kind(tables="basic"),
+    "extended table": Kind(tables="extended"),
+    "no table": Kind(tables="none"),
+    "sparse": Kind(sparse=True),
+    "sparse, no TIFF": Kind(sparse=True, tables="basic"),
+    "three parts": Kind(parts=3),
+    "sparse in three parts": Kind(parts=3, sparse=True, tables="none"),
+    "a colour profile": Kind(icc_nbytes=141_992),
+    "uncompressed": Kind(codec="none"),
+    "JPEG of RGB": Kind(codec="jpeg", photometric="RGB"),
+    "JPEG 2000": Kind(codec="jpeg2000"),
+    "JPEG 2000, ICT": Kind(codec="jpeg2000", photometric="YBR_ICT"),
+    "JPEG 2000, RCT": Kind(codec="jpeg2000", photometric="YBR_RCT"),
+}
+OF_OURS = {
+    "HTJ2K": Kind(codec="htj2k"),
+    "JPEG-LS": Kind(codec="jpegls"),
+    "the first of two focal planes": Kind(codec="none", planes=2),
+    "grey": Kind(codec="none", photometric="MONOCHROME2"),
+    "grey JPEG 2000": Kind(codec="jpeg2000", photometric="MONOCHROME2"),
+    "grey JPEG-LS": Kind(codec="jpegls", photometric="MONOCHROME2"),
+}
+
+
+def assert_same_pixels(slide: Slide, oracle: openslide.OpenSlide) -> None:
+    for level in range(len(slide.level_dimensions)):
+        for location in ((500, 300), (1900, 1400), (-40, -32), (0, 0)):
+            wanted = np.asarray(oracle.read_region(location, level, (200, 180)))[:, :, :3]
+            assert np.array_equal(slide.read_region(location, level, (200, 180)), wanted), (level, location)
+
+
+@pytest.mark.parametrize("kind", OF_OPENSLIDE.values(), ids=OF_OPENSLIDE)
+def test_the_pixels_equal_openslides(kind: Kind, slides: list[Path], tmp_path: Path) -> None:
+    first = write_series(tmp_path, slides[0], kind)[0]
+    slide = open_slide(str(first))
+    with openslide.OpenSlide(first) as oracle:
+        assert (slide.backend, slide.vendor, slide.uri) == ("blocks", "dicom", str(first))
+        assert slide.level_dimensions == oracle.level_dimensions
+        assert slide.mpp == pytest.approx(float(oracle.properties["openslide.mpp-x"]))
+        assert_same_pixels(slide, oracle)
+
+
+@pytest.mark.parametrize("kind", OF_OURS.values(), ids=OF_OURS)
+def test_what_openslide_refuses_has_the_pixels_that_were_written(
+    kind: Kind, slides: list[Path], tmp_path: Path
+) -> None:
+    first = write_series(tmp_path, slides[0], kind)[0]
+    with pytest.raises(openslide.OpenSlideError):
+        openslide.OpenSlide(first)
+    slide, source = open_slide(str(first)), open_slide(str(slides[0]))
+    for level in range(2):
+        wanted = source.read_region((500, 300), level, (300, 200))
+        wanted = np.repeat(wanted[:, :, 1:2], 3, axis=2) if kind.photometric == "MONOCHROME2" else wanted
+        assert np.array_equal(slide.read_region((500, 300), level, (300, 200)), wanted)
+    assert ("further focal planes" in slide.left_out) == (kind.planes > 1)
+
+
+@pytest.mark.parametrize("name", ["google_jpeg", "google_jpeg2000", "google_raw"])
+def test_real_series_have_openslides_pixels(name: str) -> None:
+    path = REAL / f"{name}.dicom"
+    slide = open_slide(str(path))
+    with openslide.OpenSlide(path) as oracle:
+        assert slide.level_dimensions == oracle.level_dimensions
+        assert slide.mpp == pytest.approx(16.783)
+        for location in ((0, 0), (500, 300), (800, 600)):
+            wanted = np.asarray(oracle.read_region(location, 0, (300, 200)))[:, :, :3]
+            assert np.array_equal(slide.read_region(location, 0, (300, 200)), wanted)
+
+
+def test_a_real_jpeg_ls_series_has_the_pixels_of_the_same_picture_in_raw() -> None:
+    ours, raw = (open_slide(str(REAL / f"hd_sm_image{name}.dcm")) for name in ("_jpegls", ""))
+    assert ours.level_compressions() == ["JPEGLS"]
+    assert np.array_equal(ours.read_region((0, 0), 0, (50, 50)), raw.read_region((0, 0), 0, (50, 50)))
+
+
+@pytest.fixture(scope="module")
+def many(slides: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of five series, with what may lie beside them."""
+    folder = tmp_path_factory.mktemp("many")
+    for number, suffix in enumerate((".dcm", ".dcm", ".dicom", "", ".123")):
+        write_series(folder, slides[number % 3], Kind(number=number, suffix=suffix))
+    for name in OTHERS:
+        shutil.copy(REAL / name, folder)
+    (folder / "._a.dcm").write_bytes(b"\0\5\x16\7")
+    (folder / "notes").write_text("nothing")
+    (folder / "empty").touch()
+    shutil.copy(slides[0], folder / "a.svs")
+    return folder
+
+
+def test_a_folder_of_five_series_is_five_slides_whatever_lies_beside_them(many: Path) -> None:
+    passed_over = Counter[str]()
+    found = find_slides([str(many)], None, passed_over)
+    assert len(found) == 6
+    assert [len(info.files) for info in found if not info.uri.endswith(".svs")] == [2] * 5
+    for info in found:
+        slide = open_slide(info.uri, expected=info)
+        assert (slide.uri, slide.level_dimensions) == (info.uri, ((2048, 1536), (512, 384)))
+    kinds = {f"DICOM {kind}": 1 for kind in OTHERS.values()}
+    assert passed_over == kinds | {".dcm": 1, "without suffix": 2}
+
+
+def test_a_series_is_one_slide_whichever_of_its_objects_are_named(many: Path, slides: list[Path]) -> None:
+    paths = write_series(many.parent / "one", slides[0])
+    (whole,) = find_slides([str(many.parent / "one")], None)
+    assert whole.uri == str(paths[0])
+    assert find_slides([*map(str, paths)], None) == [whole]
+    assert find_slides([str(paths[-1])], None) == [whole]
+    assert open_slide(str(paths[-1])).uri == str(paths[0])
+    with pytest.raises(CatalogError, match="none of its 1 files is a slide: 1 DICOM SEG"):
+        find_slides([str(many / "hd_seg_image_sm_dots.dcm")], None)
+    with pytest.raises(SlideError, match="no slide, but DICOM of kind SEG"):
+        open_slide(str(many / "hd_seg_image_sm_dots.dcm"))
+
+
+def test_a_series_on_s3_is_catalogued_and_read_where_it_lies(
+    s3_bucket: str, slides: list[Path], tmp_path: Path
+) -> None:
+    kind = Kind(parts=2, icc_nbytes=141_992)
+    paths = write_series(tmp_path / "series", slides[0], kind)
+    for path in paths:
+        storage.write_bytes(f"{s3_bucket}/series/{path.name}", path.read_bytes())
+    uri = f"{s3_bucket}/series/{paths[0].name}"
+    (info,) = find_slides([f"{s3_bucket}/series"], None)
+    assert info.uri == uri
+    staging = Staging(folder=str(tmp_path / "staged"))
+    catalog = Catalog.load(write_catalog(tmp_path / "catalog", [uri], staging=staging))
+    slide, source = catalog.open_slide(0, None, staging), open_slide(str(slides[0]))
+    assert (catalog[0].backend, slide.uri) == ("blocks", uri)
+    for at in ((700, 500), (1500, 1100)):
+        for mpp in (0.25, 0.5, 1.0, 2.0):
+            assert np.array_equal(slide.read_tile(*at, mpp, 128), source.read_tile(*at, mpp, 128))
+    assert not Path(staging.folder).exists()
+    content = b"".join(path.read_bytes() for path in (tmp_path / "catalog").rglob("*") if path.is_file())
+    assert PATIENT.encode() not in content
+    storage.write_bytes(f"{s3_bucket}/series/{paths[1].name}", paths[1].read_bytes() + b"\0\0")
+    with pytest.raises(SlideError, match=rf"{paths[1].name}: changed since it was catalogued"):
+        slide.read_region((0, 1300), 0, (200, 200))
+
+
+def test_a_tile_takes_the_requests_of_the_same_slide_as_svs(slides: list[Path], tmp_path: Path) -> None:
+    both = [open_slide(str(path)) for path in (slides[0], write_series(tmp_path, slides[0])[0])]
+    random = np.random.default_rng(0)
+    for x, y in random.integers(0, 1200, (20, 2)).tolist():
+        counts = Counters(), Counters()
+        for slide, count in zip(both, counts, strict=True):
+            slide.begin_tile(x, y, 0.25, 256, count=count).fill(np.empty((256, 256, 3), np.uint8))
+        assert counts[0].requests == counts[1].requests
+        assert counts[0].blocks == counts[1].blocks
+
+
+@pytest.mark.parametrize("kind", [Kind(icc_nbytes=141_992), Kind(tables="extended"), Kind(tables="basic")], ids=str)
+def test_a_level_takes_four_requests_and_little_more_than_its_tables(
+    kind: Kind, slides: list[Path], tmp_path: Path
+) -> None:
+    write_series(tmp_path, slides[0], kind)
+    (info,) = find_slides([str(tmp_path)], None)
+    count = Counters()
+    open_slide(info.uri, expected=info, count=count)
+    assert count.requests + len(info.files) <= 4 * len(info.files)  # one of each to sort the folder's files
+    assert count.nbytes < 2 * (kind.icc_nbytes + 4 * 2**14)
