@@ -23,7 +23,8 @@ from trainer.embed.tiling import rows_and_columns, tile_extent
 Array = NDArray[Any]
 
 REJECTED = "rejected.parquet"
-_ABOUT = "tilestream.embedded"
+ABOUT = "tilestream.embedded"
+"""metadata that tells what is embedded"""
 SUFFIXES: dict[Format, str] = {"parquet": ".parquet", "h5": ".h5"}
 assert set(SUFFIXES) == set(get_args(Format))
 
@@ -114,7 +115,7 @@ class ParquetFile:
         }
         if tokens is not None:
             columns["tokens"] = cast(Any, pa.FixedShapeTensorArray).from_numpy_ndarray(np.ascontiguousarray(tokens))
-        table = pa.table(columns).replace_schema_metadata({_ABOUT: about.to_json()})
+        table = pa.table(columns).replace_schema_metadata({ABOUT: about.to_json()})
         if self._writer is None:
             self._writer = pq.ParquetWriter(self._path, table.schema, compression="zstd")
         self._writer.write_table(table)
@@ -179,7 +180,7 @@ class Hdf5File:
                 "level0_height": about.height,
             }
         )
-        self._file.attrs[_ABOUT] = about.to_json()
+        self._file.attrs[ABOUT] = about.to_json()
 
     def __enter__(self) -> Hdf5File:
         return self
@@ -250,7 +251,7 @@ def read_embeddings(uri: str, options: storage.StorageOptions | None = None) -> 
 
 def _read_parquet(uri: str, options: storage.StorageOptions | None) -> SlideEmbeddings:
     table = storage.read_table(uri, options).combine_chunks()
-    about = Embedded.from_json((table.schema.metadata or {})[_ABOUT.encode()])
+    about = Embedded.from_json((table.schema.metadata or {})[ABOUT.encode()])
     values: Any = table["embedding"].combine_chunks()
     features = np.asarray(values.flatten(), dtype=np.float32).reshape(table.num_rows, -1)
     tokens: Any = None
@@ -262,6 +263,6 @@ def _read_parquet(uri: str, options: storage.StorageOptions | None) -> SlideEmbe
 
 def _read_hdf5(uri: str, options: storage.StorageOptions | None) -> SlideEmbeddings:
     with cast(Any, h5py.File(io.BytesIO(storage.read_bytes(uri, options)))) as file:
-        about = Embedded.from_json(file.attrs[_ABOUT])
+        about = Embedded.from_json(file.attrs[ABOUT])
         tokens = file["tokens"][:] if "tokens" in file else None
         return SlideEmbeddings(uri, about, file["coords"][:], file["features"][:], tokens)

@@ -22,6 +22,7 @@ _RARE_ODDS = 99  # to one against a point, says an untrained head: points are ra
 # Of the penalty-reduced focal loss: arXiv 1904.07850, equation 1.
 _FOCUS, _FORGIVE = 2, 4
 Points = NDArray[np.float64]
+_CPU = torch.device("cpu")
 
 
 def heatmaps(points: Sequence[NDArray[np.float64]], num_classes: int, shape: tuple[int, int], scale: float) -> Tensor:
@@ -96,8 +97,15 @@ class _Maps:
 
     def counted(self, head: nn.Module, chosen: NDArray[np.int64], thresholds: Sequence[float]) -> NDArray[np.float64]:
         """Hits, false alarms and misses (n, thresholds, K, 3) of peaks that reach each threshold."""
-        with torch.inference_mode():
-            maps = torch.cat([head(tokens_of(self.features, some)).sigmoid() for some in batches(chosen, BATCH)])
+        device = next(head.parameters()).device
+        parts: list[NDArray[np.float64]] = []
+        for some in batches(chosen, BATCH):
+            with torch.inference_mode():
+                maps = head(tokens_of(self.features, some).to(device)).sigmoid().cpu()
+            parts.append(self._counted(maps, some, thresholds))
+        return np.concatenate(parts)
+
+    def _counted(self, maps: Tensor, chosen: NDArray[np.int64], thresholds: Sequence[float]) -> NDArray[np.float64]:
         parts = np.zeros((len(chosen), len(thresholds), self.num_classes, 3))
         for k in range(self.num_classes):
             for i, (places, heights) in enumerate(peaks(maps[:, k], self.radius_px * self.scale, min(thresholds))):
@@ -109,7 +117,13 @@ class _Maps:
 
 
 def score_detection(
-    features: Features, samples: Samples, folds: Sequence[Fold], radius_px: float, epochs: int, seed: int
+    features: Features,
+    samples: Samples,
+    folds: Sequence[Fold],
+    radius_px: float,
+    epochs: int,
+    seed: int,
+    device: torch.device = _CPU,
 ) -> list[Score]:
     """F1 of points found within a radius of true ones, by a heatmap of each class; mean over the classes.
 
@@ -122,7 +136,7 @@ def score_detection(
     parts: list[NDArray[np.float64]] = []
     for fold in (held_out(samples, fold, seed) for fold in folds):
         assert fold.val is not None, "it was held out"
-        head = fit(maps.head, features, fold.train, maps.targets, focal_loss, epochs, seed)
+        head = fit(maps.head, features, fold.train, maps.targets, focal_loss, epochs, seed, device)
         best = np.nan_to_num(f1(maps.counted(head, fold.val, _THRESHOLDS.tolist()).sum(axis=0))).mean(axis=1)
         threshold = float(_THRESHOLDS[best.argmax()])
         parts.append(maps.counted(head, fold.test, [threshold])[:, 0])

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +21,7 @@ from trainer.embed.model import Model
 from trainer.evaluate.annotations import checked_mpp
 from trainer.evaluate.datasets import Tile
 from trainer.evaluate.image_files import read_image
+from trainer.evaluate.scratch import Scratch
 
 _READERS = 8
 _AHEAD = 4
@@ -97,42 +95,40 @@ class Features:
     embeddings: NDArray[np.float32]
     """(N, D)"""
     patches: NDArray[np.float16] | None
-    """patch tokens (N, rows, columns, D), a file that is mapped; None where they are not wanted"""
+    """patch tokens (N, rows, columns, D), mapped; None where they are not wanted"""
     side: tuple[int, int]
     """height and width of the tiles in px"""
 
 
-@contextmanager
-def extracted(
+def extract(
     model: Model,
     tiles: Sequence[Tile],
     *,
-    patches: bool = False,
+    patches: Scratch | None = None,
     resize_to: int | None = None,
     batch: int = 64,
     options: storage.StorageOptions | None = None,
     progress: Callable[[int], None] = lambda _: None,
-) -> Generator[Features]:
-    """Passes tiles through a model once; patch tokens, which may be many, lie in a file while the block runs.
+) -> Features:
+    """Passes tiles through a model once; keeps patch tokens where `patches` tells.
 
     Raises:
+        ConfigError: there is no room for them.
         SlideError, StorageError: a tile can't be read, or the tiles differ in size.
     """
     embeddings: list[NDArray[np.float32]] = []
     held: NDArray[np.float16] | None = None
     done, side = 0, (0, 0)
-    with TemporaryDirectory(prefix="tilestream-") as folder:
-        for pixels in TileFiles(options, resize_to).batches(tiles, batch):
-            tokens = model.tokens(pixels)
-            embeddings.append(model.embedding(tokens).cpu().numpy())
-            side = (pixels.shape[1], pixels.shape[2])
-            if patches:
-                patch = model.backbone.patch_size
-                own = tokens.patches.unflatten(1, (max(1, side[0] // patch), max(1, side[1] // patch)))
-                if held is None:
-                    shape, path = (len(tiles), *own.shape[1:]), Path(folder, "patches.npy")
-                    held = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-                held[done : done + len(pixels)] = own.half().cpu().numpy()
-            done += len(pixels)
-            progress(done)
-        yield Features(embeddings=np.concatenate(embeddings), patches=held, side=side)
+    for pixels in TileFiles(options, resize_to).batches(tiles, batch):
+        tokens = model.tokens(pixels)
+        embeddings.append(model.embedding(tokens).cpu().numpy())
+        side = (pixels.shape[1], pixels.shape[2])
+        if patches is not None:
+            patch = model.backbone.patch_size
+            own = tokens.patches.unflatten(1, (max(1, side[0] // patch), max(1, side[1] // patch)))
+            if held is None:
+                held = patches.array("patch-tokens", (len(tiles), *own.shape[1:]), np.float16)
+            held[done : done + len(pixels)] = own.half().cpu().numpy()
+        done += len(pixels)
+        progress(done)
+    return Features(embeddings=np.concatenate(embeddings), patches=held, side=side)

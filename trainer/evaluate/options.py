@@ -46,7 +46,9 @@ class EvaluateOptions:
     grid: AnnotatedTiles = field(default_factory=AnnotatedTiles)
     """which tiles of annotated slides"""
     gpu: bool = False
-    """whether the model runs on a GPU"""
+    """whether model, heads and search of neighbours run on a GPU"""
+    scratch: str | None = None
+    """folder for patch tokens, masks and slides' embeddings while they are scored; none: the system's temporary one"""
 
     def __post_init__(self) -> None:
         if unknown := [task for task in self.tasks if task not in TASKS]:

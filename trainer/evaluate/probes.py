@@ -23,12 +23,14 @@ _PROBE_LR = 3e-4
 _PROBE_BATCH = 256
 
 
-def nearest_neighbours(train: Embeddings, labels: Ints, test: Embeddings, k: int = 20) -> Ints:
+def nearest_neighbours(
+    train: Embeddings, labels: Ints, test: Embeddings, k: int = 20, device: torch.device | None = None
+) -> Ints:
     """Classes (M,) by a vote of the k training embeddings (at most all) of the highest cosine similarity.
 
     Of classes with as many votes, the first.
     """
-    _, near = nearest(train, test, k)
+    near = nearest(train, test, k, device=device or torch.device("cpu")).index
     votes = np.stack([(labels[near] == kind).sum(axis=1) for kind in range(labels.max() + 1)], axis=1)
     return votes.argmax(axis=1)
 

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.evaluate.datasets import Samples
-from trainer.evaluate.neighbours import nearest
-from trainer.evaluate.scores import Floats, Ints, Score, share
+from trainer.evaluate.neighbours import nearest_others
+from trainer.evaluate.scores import Ints, Score, share
 from trainer.recipe import diagnostics
 
 TASK = "quality"
@@ -24,7 +24,13 @@ def rankme(embeddings: NDArray[np.float32], seed: int = 0) -> Score:
     return Score(task=TASK, metric="RankMe", value=value, low=np.nan, high=np.nan, n=len(chosen))
 
 
-def neighbour_scores(embeddings: NDArray[np.float32], samples: Samples, k: int = 20, seed: int = 0) -> list[Score]:
+def neighbour_scores(
+    embeddings: NDArray[np.float32],
+    samples: Samples,
+    k: int = 20,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> list[Score]:
     """Scores of the k nearest neighbours, as far as the samples tell what they need.
 
     - purity by class, slide, patient: share of neighbours of the same one. By slide and patient the less the better:
@@ -34,7 +40,11 @@ def neighbour_scores(embeddings: NDArray[np.float32], samples: Samples, k: int =
       the same site; 1: biology alone, 0: the site alone. arXiv 2501.18055, in the form of PathoROB (arXiv 2507.17845).
       Theirs are of subsets balanced over class and site; ours is of the tiles as given, so compare models on one set.
     """
-    (_, near), groups = nearest(embeddings, None, k), samples.groups
+    groups, labels = samples.groups, samples.labels
+    retrieved = labels is not None and groups is not None and len(np.unique(groups)) > 1
+    wanted = [(None, k), (groups, 1)] if retrieved else [(None, k)]
+    found_near = nearest_others(embeddings, wanted, device or torch.device("cpu"))
+    near = found_near[0].index
     all_of = np.full(len(near), float(near.shape[1]))
     found: list[Score] = []
     named = {"class": samples.labels, "slide": samples.slides, "patient": samples.patients}
@@ -42,10 +52,11 @@ def neighbour_scores(embeddings: NDArray[np.float32], samples: Samples, k: int =
         if names is not None and len(np.unique(names)) > 1:
             same = _same(names, near).sum(axis=1)
             found.append(share(TASK, f"purity by {kind}, k={near.shape[1]}", same, all_of, groups, seed))
-    if samples.labels is not None and groups is not None and len(np.unique(groups)) > 1:
-        found.append(_retrieval(embeddings, samples.labels, groups, seed))
-    if samples.labels is not None and samples.sites is not None and len(np.unique(samples.sites)) > 1:
-        biology, site = _same(samples.labels, near), _same(samples.sites, near)
+    if labels is not None and retrieved:
+        hits, ones = _same(labels, found_near[1].index)[:, 0].astype(np.float64), np.ones(len(labels))
+        found.append(share(TASK, "retrieval, top 1 of other patients", hits, ones, groups, seed))
+    if labels is not None and samples.sites is not None and len(np.unique(samples.sites)) > 1:
+        biology, site = _same(labels, near), _same(samples.sites, near)
         good, bad = (biology & ~site).sum(axis=1), (~biology & site).sum(axis=1)
         found.append(share(TASK, f"robustness index, k={near.shape[1]}", good, good + bad, groups, seed))
     return found
@@ -53,15 +64,3 @@ def neighbour_scores(embeddings: NDArray[np.float32], samples: Samples, k: int =
 
 def _same(names: NDArray[Any], near: Ints) -> NDArray[np.bool_]:
     return names[near] == names[:, None]
-
-
-def _retrieval(embeddings: NDArray[np.float32], labels: Ints, groups: Ints, seed: int) -> Score:
-    """Share of queries whose nearest tile of another group is of their class."""
-    # Not by `nearest`: its distances round off what tells two near-equal similarities apart.
-    unit = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
-    hits: Floats = np.zeros(len(labels))
-    for group in np.unique(groups):
-        own = groups == group
-        best = (unit[own] @ unit[~own].T).argmax(axis=1)
-        hits[own] = labels[~own][best] == labels[own]
-    return share(TASK, "retrieval, top 1 of other patients", hits, np.ones(len(labels)), groups, seed)

@@ -22,11 +22,12 @@ from trainer.evaluate import mil, probes, quality
 from trainer.evaluate.annotations import AnnotatedTiles, Target
 from trainer.evaluate.datasets import Samples, read_dataset
 from trainer.evaluate.detection import score_detection
-from trainer.evaluate.features import extracted
+from trainer.evaluate.features import extract
 from trainer.evaluate.options import EvaluateOptions, Task
 from trainer.evaluate.probes import Embeddings, Ints
 from trainer.evaluate.scores import Score, balanced_accuracy
-from trainer.evaluate.segmentation import score_segmentation
+from trainer.evaluate.scratch import scratch
+from trainer.evaluate.segmentation import painted, score_segmentation
 from trainer.evaluate.splits import Fold, held_out, leak_warning, make_folds
 
 _OF_TILES: tuple[Task, ...] = ("knn", "linear", "logistic", "quality")
@@ -61,8 +62,9 @@ def evaluate(
         sys.stderr.write(f"tilestream: warning: {warning}\n")
     folds = make_folds(samples, options.folds, options.seed)
     if samples.whole_slides:
-        bags = mil.read_bags(source, samples, storage_options)
-        scores = mil.score_slides(bags, samples, folds, options.epochs, options.seed)
+        with scratch(options.scratch) as room:
+            bags = mil.read_bags(source, samples, room, storage_options)
+            scores = mil.score_slides(bags, samples, folds, options.epochs, options.seed, _device(options))
     else:
         scores = evaluate_model(load_model(source, options.token, storage_options), samples, options, storage_options)
     if out is not None:
@@ -89,24 +91,29 @@ def evaluate_model(
     """Scores a model in memory on samples; errors as `evaluate`."""
     tasks = _tasks(options, samples)
     folds = make_folds(samples, options.folds, options.seed)
-    model = model.on(torch.device("cuda" if options.gpu else "cpu"))
-    with (
-        ProgressLine("evaluate", "tiles", total=len(samples)) as progress,
-        extracted(
-            model,
-            samples.tiles,
-            resize_to=options.resize,
-            patches=samples.labels is None,
-            batch=options.batch,
-            options=storage_options,
-            progress=progress.update,
-        ) as features,
-    ):
+    device = _device(options)
+    model = model.on(device)
+    with scratch(options.scratch) as room:
+        with ProgressLine("evaluate", "tiles", total=len(samples)) as progress:
+            features = extract(
+                model,
+                samples.tiles,
+                resize_to=options.resize,
+                patches=room if samples.labels is None else None,
+                batch=options.batch,
+                options=storage_options,
+                progress=progress.update,
+            )
         if samples.masks is not None:
-            return score_segmentation(features, samples, folds, options.epochs, options.seed)
+            masks = painted(samples, features.side, room)
+            return score_segmentation(features, masks, samples, folds, options.epochs, options.seed, device)
         if samples.points is not None:
-            return score_detection(features, samples, folds, options.radius, options.epochs, options.seed)
+            return score_detection(features, samples, folds, options.radius, options.epochs, options.seed, device)
         return score_tiles(features.embeddings, samples, folds, tasks, options)
+
+
+def _device(options: EvaluateOptions) -> torch.device:
+    return torch.device("cuda" if options.gpu else "cpu")
 
 
 def score_tiles(
@@ -118,9 +125,9 @@ def score_tiles(
 ) -> list[Score]:
     """Scores embeddings (N, D) of labelled tiles."""
     assert samples.labels is not None, "tiles have labels"
-    num_classes = len(samples.classes)
+    num_classes, device = len(samples.classes), _device(options)
     classify: dict[str, Callable[[Embeddings, Ints, Embeddings], Ints]] = {
-        "knn": partial(probes.nearest_neighbours, k=options.k),
+        "knn": partial(probes.nearest_neighbours, k=options.k, device=device),
         "linear": partial(probes.linear_probe, num_classes=num_classes, steps=options.steps, seed=options.seed),
         "logistic": probes.logistic,
     }
@@ -130,7 +137,7 @@ def score_tiles(
     for task in tasks:
         if task == "quality":
             scores.append(quality.rankme(embeddings, options.seed))
-            scores += quality.neighbour_scores(embeddings, samples, options.k, options.seed)
+            scores += quality.neighbour_scores(embeddings, samples, options.k, options.seed, device)
             continue
         predicted = [
             classify[task](embeddings[fold.train], samples.labels[fold.train], embeddings[fold.test]) for fold in folds

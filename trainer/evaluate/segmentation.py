@@ -14,21 +14,44 @@ from trainer.evaluate.datasets import IGNORED, Samples
 from trainer.evaluate.decoders import BATCH, batches, conv_decoder, fit, linear_decoder, tokens_of, upsampling
 from trainer.evaluate.features import Features
 from trainer.evaluate.scores import Score, bootstrap, f1
+from trainer.evaluate.scratch import Scratch
 from trainer.evaluate.splits import Fold
+
+_CPU = torch.device("cpu")
+
+
+def painted(samples: Samples, side: tuple[int, int], scratch: Scratch) -> NDArray[np.uint8]:
+    """The masks (N, height, width) of tiles of that side, each painted once and mapped.
+
+    Raises:
+        ConfigError: a mask is none, or there is no room.
+    """
+    assert samples.masks is not None, "tiles have masks"
+    found = scratch.array("masks", (len(samples), *side), np.uint8)
+    for i, mask in enumerate(samples.masks):
+        found[i] = mask(*side)
+    return found
 
 
 def score_segmentation(
-    features: Features, samples: Samples, folds: Sequence[Fold], epochs: int, seed: int
+    features: Features,
+    masks: NDArray[np.uint8],
+    samples: Samples,
+    folds: Sequence[Fold],
+    epochs: int,
+    seed: int,
+    device: torch.device = _CPU,
 ) -> list[Score]:
-    """Dice of a linear and of a convolutional decoder, mean over the classes, pixels of all tiles added up."""
-    assert samples.masks is not None, "tiles have masks"
+    """Dice of a linear and of a convolutional decoder, mean over the classes, pixels of all tiles added up.
+
+    masks (N, height, width) are what `painted` gave; heads are trained on the device.
+    """
     assert features.patches is not None, "patch tokens are kept"
-    masks, (height, width) = samples.masks, features.side
     num_classes, dim = len(samples.classes), features.patches.shape[3]
     up = upsampling(features)
 
     def targets(chosen: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(np.stack([masks[i](height, width) for i in chosen])).long()
+        return torch.from_numpy(masks[chosen]).long()
 
     def loss(logits: Tensor, target: Tensor) -> Tensor:
         # A batch in which nothing is known has no mean.
@@ -44,11 +67,11 @@ def score_segmentation(
     for name, make in makers.items():
         parts: list[NDArray[np.float64]] = []
         for fold in folds:
-            head = fit(make, features, fold.train, targets, loss, epochs, seed)
+            head = fit(make, features, fold.train, targets, loss, epochs, seed, device)
             with torch.inference_mode():
                 for some in batches(fold.test, BATCH):
                     target = targets(some)
-                    found = _to(head(tokens_of(features, some)), target).argmax(dim=1)
+                    found = _to(head(tokens_of(features, some).to(device)), target).argmax(dim=1).cpu()
                     parts.append(_overlaps(target.numpy(), found.numpy(), num_classes))
         scores.append(bootstrap("segmentation", f"Dice, {name}", np.concatenate(parts), groups, f1, seed=seed))
     return scores

@@ -10,7 +10,7 @@ from trainer.embed.files import SlideEmbeddings
 from trainer.embed.model import load_model
 from trainer.evaluate.annotations import AnnotatedTiles
 from trainer.evaluate.datasets import read_dataset
-from trainer.evaluate.features import extracted
+from trainer.evaluate.features import extract
 from trainer.evaluate.probes import fitted_logistic
 from trainer.show.colours import Floats
 
@@ -34,6 +34,6 @@ def class_scores(
     model = load_model(about.model, about.token, options)
     if any(slide.about.model_sha256 != model.digest for slide in slides):
         raise ConfigError(f"{about.model}: not the model that made all the embeddings; embed the slides by it again")
-    with extracted(model, samples.tiles, options=options) as features:
-        classifier = fitted_logistic(features.embeddings, samples.labels == samples.classes.index(name))
+    features = extract(model, samples.tiles, options=options)
+    classifier = fitted_logistic(features.embeddings, samples.labels == samples.classes.index(name))
     return [classifier.predict_proba(slide.features)[:, 1] for slide in slides]

@@ -33,15 +33,13 @@ def neighbours(
     if len(vectors) - (largest if across else 1) < k:
         raise ConfigError(f"{len(vectors)} tiles of {len(slides)} slides: too few for {k} neighbours; ask for fewer")
     queries = np.random.default_rng(seed).permutation(len(vectors))[:num_queries]
-    # Those of the query's own slide are left out afterwards.
-    distances, indices = nearest(vectors, vectors[queries], k + (largest if across else 1))
-    rows: list[list[tuple[int, int, float]]] = []
-    for query, distance, index in zip(queries, distances, indices, strict=True):
-        kept = of_slide[index] != of_slide[query] if across else index != query
-        near = zip(index[kept][:k], distance[kept][:k], strict=True)
-        row = [(query, 0.0), *near]
-        rows.append([(int(of_slide[i]), int(within[i]), float(1 - d)) for i, d in row])
-    return rows
+    left_out = of_slide if across else np.arange(len(vectors))
+    near = nearest(vectors, vectors[queries], k, codes=(left_out, left_out[queries]))
+    rows = np.hstack([queries[:, None], near.index]), np.hstack([np.ones((len(queries), 1)), near.similarity])
+    return [
+        [(int(of_slide[i]), int(within[i]), float(similarity)) for i, similarity in zip(*row, strict=True)]
+        for row in zip(*rows, strict=True)
+    ]
 
 
 def gallery(

@@ -1,6 +1,7 @@
 """`tilestream evaluate` in this process: what it prints and writes, and what it refuses in one line."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from streaming.vision import cv2
 from trainer.cli import main
 from trainer.embed.model import load_model
 from trainer.evaluate.datasets import Region, Tile
-from trainer.evaluate.features import extracted
+from trainer.evaluate.features import extract
 from trainer.evaluate.options import EvaluateOptions
 from trainer.evaluate.scores import Score
 from trainer.evaluate.scoring import evaluate
+from trainer.evaluate.scratch import scratch
 from trainer.publish.export import export
 from trainer.publish.options import ExportOptions
 
@@ -74,10 +76,12 @@ def test_the_function_gives_what_the_command_prints(run_folder: str, coloured: P
     assert [score.task for score in found][:2] == ["knn", "linear"]
 
 
-def test_embeddings_are_those_of_the_embedding_job(run_folder: str, slides: list[Path]) -> None:
+def test_embeddings_are_those_of_the_embedding_job(run_folder: str, slides: list[Path], tmp_path: Path) -> None:
     places = [(100, 200), (700, 400), (900, 1000)]
     tiles = [Tile(uri=str(slides[0]), region=Region(x=x, y=y, mpp=0.5, size=40)) for x, y in places]
-    with extracted(load_model(run_folder), tiles, patches=True, batch=2) as features:
+    with scratch(str(tmp_path)) as room:
+        features = extract(load_model(run_folder), tiles, patches=room, batch=2)
+        assert [path.name for path in tmp_path.glob("*/*")] == ["patch-tokens.npy"]
         slide = open_slide(str(slides[0]))
         pixels = np.stack([slide.read_tile(x, y, 0.5, 40) for x, y in places])
         model = load_model(run_folder, "cls")
@@ -95,8 +99,8 @@ def test_an_exported_model_gives_the_run_s_embeddings_by_its_own_recipe(
     tiles = [Tile(uri=str(path)) for path in sorted(coloured.rglob("0.png"))]
     exported = load_model(str(tmp_path / "model"))
     assert exported.token == "cls+patch"
-    with extracted(exported, tiles) as one, extracted(load_model(run_folder, "cls+patch"), tiles) as other:
-        np.testing.assert_allclose(one.embeddings, other.embeddings, atol=1e-5)
+    one, other = extract(exported, tiles), extract(load_model(run_folder, "cls+patch"), tiles)
+    np.testing.assert_allclose(one.embeddings, other.embeddings, atol=1e-5)
 
 
 def test_weights_of_timms_hub_serve_as_they_are(monkeypatch: pytest.MonkeyPatch, coloured: Path) -> None:
@@ -186,6 +190,28 @@ def test_images_of_several_sizes_want_one(
     uri = table(rows)
     assert "32 × 32 px, and 48 × 48 px; give one --resize" in refusal(capsys, run_folder, uri)
     assert main(["evaluate", run_folder, uri, "--task", "knn", "--resize", "32"]) == 0
+
+
+def test_patch_tokens_without_room_or_folder_are_told_before_they_are_kept(
+    capsys: pytest.CaptureFixture[str],
+    run_folder: str,
+    coloured: Path,
+    table: Table,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cv2.imwrite(str(tmp_path / "mask.png"), (np.indices((32, 32)).sum(axis=0) % 2).astype(np.uint8))
+    uri = table([{"path": row["path"], "patient": row["patient"], "mask": "mask.png"} for row in rows_of(coloured)])
+    assert "No such file or directory; name a folder to write to by --scratch" in refusal(
+        capsys, run_folder, uri, "--scratch", tmp_path / "none"
+    )
+    own = tmp_path / "own"
+    own.mkdir()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    line = refusal(capsys, run_folder, uri, "--scratch", own)
+    assert f"{own}: patch-tokens take 0.0 GB while they are scored, and 0.0 GB are free; name a folder" in line
+    assert not list(own.iterdir())
 
 
 def test_an_unknown_task_is_refused(capsys: pytest.CaptureFixture[str], run_folder: str, coloured: Path) -> None:

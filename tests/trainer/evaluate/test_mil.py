@@ -3,14 +3,19 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from streaming.errors import ConfigError
 from trainer.cli import main
-from trainer.evaluate.mil import GatedAttention, fit, predict
+from trainer.embed.feature_files import keys
+from trainer.evaluate.datasets import Samples, Tile
+from trainer.evaluate.mil import GatedAttention, fit, predict, read_bags
+from trainer.evaluate.scratch import scratch
 
 Table = Callable[..., str]
 NUM, TILES, WIDTH = 24, 40, 16
@@ -92,5 +97,80 @@ def test_a_slide_without_embeddings_or_with_two_kinds_is_refused(
     else:
         (embedded / "s3-ffffffff.parquet").write_bytes(one.read_bytes())
     assert main(["evaluate", str(embedded), table(slide_rows())]) == 2
-    told = capsys.readouterr().err
-    assert ("s3.svs: no embeddings in" in told and "(1 of 24 slides" in told) or "are both of s3" in told
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        "s3.svs: no embeddings in" in told and "(1 of 24 slides" in told
+    ) or "are both of s3.svs, embedded in two ways" in told
+
+
+def test_where_embeddings_lie_far_from_zero_does_not_matter() -> None:
+    found, labels = bags(0)
+    unseen, _ = bags(1)
+    moved, shift = [bag * 7 + 300 for bag in found], [bag * 7 + 300 for bag in unseen]
+    one, other = (
+        predict(fit(*learnt, 2, epochs=3, seed=0), to)
+        for learnt, to in (((found, labels), unseen), ((moved, labels), shift))
+    )
+    np.testing.assert_allclose(one, other, atol=1e-3)
+
+
+class Theirs:
+    """Writes a slide's file as others lay it out."""
+
+    @staticmethod
+    def trident(path: Path, bag: np.ndarray) -> None:
+        with h5py.File(path, "w") as file:
+            file["features"] = bag[None]
+            file["coords"] = np.zeros((len(bag), 2), np.int32)
+            file["coords"].attrs.update({"patch_size": 256, "patch_size_level0": 512, "target_magnification": 20})
+
+    @staticmethod
+    def clam(path: Path, bag: np.ndarray) -> None:
+        with h5py.File(path, "w") as file:
+            file["features"], file["coords"] = bag, np.zeros((len(bag), 2), np.int64)
+
+
+@pytest.mark.parametrize("maker", ["TRIDENT", "CLAM"])
+def test_embeddings_of_others_are_scored_as_ours(
+    embedded: Path, table: Table, tmp_path: Path, maker: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs, values = tmp_path / maker, list[list[dict]]()
+    theirs.mkdir()
+    for i, bag in enumerate(bags(0)[0]):
+        getattr(Theirs, maker.lower())(theirs / f"s{i}.h5", bag)
+    with h5py.File(theirs / "coordinates.h5", "w") as file:
+        file["coords"] = np.zeros((3, 2))
+    for folder in (embedded, theirs):
+        out = tmp_path / f"scores-{folder.name}"
+        assert main(["evaluate", str(folder), table(slide_rows()), "--epochs", "3", "--out", str(out)]) == 0
+        values.append(pq.read_table(out / "scores.parquet").to_pylist())
+    assert values[0] == values[1]
+    assert f"24 files of embeddings, as {maker} write them" in capsys.readouterr().err
+
+
+def test_slides_of_one_name_are_told_apart_by_their_addresses(embedded: Path, tmp_path: Path) -> None:
+    def read(*slides: str) -> list[np.ndarray]:
+        tiles = tuple(Tile(uri=slide) for slide in slides)
+        with scratch() as room:
+            found = read_bags(str(embedded), Samples(source="d.csv", tiles=tiles, classes=("a",)), room)
+            return [np.array(bag) for bag in found]
+
+    one, other = bags(0)[0][3], bags(0)[0][4]
+    renamed = pq.read_table(embedded / "s4-0123abcd.parquet").set_column(0, "slide", [["s3://c/other/s3.svs"] * TILES])
+    pq.write_table(renamed, embedded / "s4-0123abcd.parquet")
+    found = read("s3://c/other/s3.svs", "s3://b/slides/s3.svs")
+    np.testing.assert_array_equal(found[0], other)
+    np.testing.assert_array_equal(found[1], one)
+    with pytest.raises(ConfigError, match=r"are both of s3\.svs, slides of one name; keep one of them, or give"):
+        read("/mine/s3.svs")
+    with pytest.raises(ConfigError, match=r"/a/s5\.svs and /b/s5\.tif are slides of one name, and .* is the one file"):
+        read("/a/s5.svs", "/b/s5.tif")
+
+
+def test_a_dot_within_a_slide_s_name_begins_no_suffix() -> None:
+    assert keys("/a/TCGA-3C.F6E9A5DF-D8FB-45CF.svs")[1:] == [
+        "TCGA-3C.F6E9A5DF-D8FB-45CF.svs",
+        "TCGA-3C.F6E9A5DF-D8FB-45CF",
+    ]
+    assert keys("/a/TCGA-3C.F6E9A5DF-D8FB-45CF")[1:] == ["TCGA-3C.F6E9A5DF-D8FB-45CF"]
+    assert keys("12.0")[1:] == ["12.0"]

@@ -10,8 +10,11 @@ import pytest
 from streaming.vision import cv2
 from tests.made_tokens import FOLD, NUM, SIDE, of_tokens, samples
 from trainer.cli import main
-from trainer.evaluate.datasets import IGNORED
-from trainer.evaluate.segmentation import score_segmentation
+from trainer.evaluate.datasets import IGNORED, Samples
+from trainer.evaluate.features import Features
+from trainer.evaluate.scores import Score
+from trainer.evaluate.scratch import scratch
+from trainer.evaluate.segmentation import painted, score_segmentation
 
 Table = Callable[..., str]
 
@@ -30,14 +33,31 @@ def masks_of(classes: np.ndarray) -> tuple[Callable[[int, int], np.ndarray], ...
     return tuple(map(mask, classes))
 
 
+def scored(features: Features, found: Samples, epochs: int) -> list[Score]:
+    with scratch() as room:
+        return score_segmentation(features, painted(found, features.side, room), found, FOLD, epochs, seed=0)
+
+
+def test_a_mask_is_painted_once() -> None:
+    count = list[int]()
+
+    def mask(height: int, width: int) -> np.ndarray:
+        count.append(0)
+        return np.indices((height, width)).sum(axis=0).astype(np.uint8) % 2
+
+    features = of_tokens(np.zeros((NUM, SIDE, SIDE, 3)))
+    scored(features, samples(classes=tuple("ab"), masks=(mask,) * NUM), epochs=2)
+    assert len(count) == NUM
+
+
 def test_decoders_find_the_classes_that_tokens_show_and_not_those_they_hide() -> None:
     classes, tokens = segmented(0)
     shown = samples(classes=tuple("abc"), masks=masks_of(classes))
-    found = score_segmentation(of_tokens(tokens), shown, FOLD, epochs=40, seed=0)
+    found = scored(of_tokens(tokens), shown, epochs=40)
     assert [score.metric for score in found] == ["Dice, linear", "Dice, convolutional"]
     assert min(score.value for score in found) > 0.7  # patch borders are blurred by the upsampling
     assert found[0].groups == 4
-    hidden = score_segmentation(of_tokens(np.roll(tokens, 1, axis=0)), shown, FOLD, epochs=5, seed=0)
+    hidden = scored(of_tokens(np.roll(tokens, 1, axis=0)), shown, epochs=5)
     assert max(score.value for score in hidden) < 0.45
 
 
@@ -55,7 +75,7 @@ def test_dice_counts_the_known_pixels_of_all_tiles() -> None:
     part = samples(classes=tuple("abc"), masks=tuple(map(half, masks_of(classes))))
     wrong = tokens.copy()
     wrong[:, : SIDE // 2] = 0  # nothing to be seen where nothing is asked
-    assert score_segmentation(of_tokens(wrong), part, FOLD, epochs=40, seed=0)[0].value > 0.7
+    assert scored(of_tokens(wrong), part, epochs=40)[0].value > 0.7
 
 
 def test_images_with_masks_are_scored_by_the_command(run_folder: str, table: Table, tmp_path: Path) -> None:

@@ -1,0 +1,125 @@
+"""Files of slides' embeddings, ours and others': whose they are, of which slide, and what they hold.
+
+| | slide | layout |
+|---|---|---|
+| tilestream, Parquet or HDF5 | as the file says | `trainer.embed.files` |
+| TRIDENT, HDF5 | the file's name | `features` (n, D) or (1, n, D), `coords` with attributes (wsi_objects/WSI.py) |
+| CLAM, HDF5 | the file's name | the same without attributes (CLAM, extract_features_fp.py) |
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import h5py
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from streaming import storage
+from streaming.errors import ConfigError
+from trainer.embed.files import ABOUT, SUFFIXES, Embedded, find_embeddings
+
+Maker = Literal["tilestream", "TRIDENT", "CLAM"]
+# What ends a name is a suffix if it looks like one: the UUID of TCGA-3C-AALI-01Z-00-DX1.F6E9A5DF-D8FB-… is none.
+_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,7}$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureFile:
+    """A file of one slide's embeddings."""
+
+    uri: str
+    maker: Maker
+    slide: str
+    """its address; of others' files, its name"""
+    num: int
+    width: int
+    """numbers of an embedding"""
+
+
+def keys(slide: str) -> list[str]:
+    """By what a slide is found, the surest first: its address, its file's name, the same without suffix."""
+    name = storage.name_of(slide)
+    return list(dict.fromkeys([storage.canonical(slide), name, _SUFFIX.sub("", name)]))
+
+
+def find_features(sources: Sequence[str], options: storage.StorageOptions | None = None) -> list[FeatureFile]:
+    """The files of embeddings that files and folders hold; files of coordinates alone, as others write them, are none.
+
+    Raises:
+        ConfigError: there is none, or one is broken.
+        StorageError: a source can't be reached.
+    """
+    found = [one for uri in find_embeddings(sources, options) if (one := _look(uri, options)) is not None]
+    if not found:
+        raise ConfigError(f"{', '.join(sources)}: no file here holds embeddings; name what `tilestream embed` wrote")
+    return found
+
+
+def read_features(file: FeatureFile, options: storage.StorageOptions | None = None) -> NDArray[np.float32]:
+    """The embeddings (n, D) of a file, and nothing else of it.
+
+    Raises:
+        ConfigError: it is broken.
+        StorageError: it can't be read.
+    """
+    with _opened(file.uri, options) as opened:
+        if isinstance(opened, pq.ParquetFile):
+            rows = cast(Any, opened.read(["embedding"])["embedding"].combine_chunks())
+            values = rows.flatten().to_numpy(zero_copy_only=False)
+        else:
+            values = opened["features"][:]
+    return np.asarray(values, dtype=np.float32).reshape(file.num, file.width)
+
+
+@contextmanager
+def _opened(uri: str, options: storage.StorageOptions | None) -> Generator[Any]:
+    try:
+        with storage.reading(uri, options) as file:
+            if uri.endswith(SUFFIXES["h5"]):
+                with cast(Any, h5py.File(file)) as opened:
+                    yield opened
+            else:
+                yield pq.ParquetFile(file)
+    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{uri}: no whole file of embeddings ({reason}); make it again, or take it away") from error
+
+
+def _look(uri: str, options: storage.StorageOptions | None) -> FeatureFile | None:
+    with _opened(uri, options) as opened:
+        return _of_parquet(uri, opened) if isinstance(opened, pq.ParquetFile) else _of_hdf5(uri, opened)
+
+
+def _of_parquet(uri: str, file: pq.ParquetFile) -> FeatureFile | None:
+    num = file.metadata.num_rows
+    if not num or not {"embedding", "slide"} <= set(file.schema_arrow.names):
+        return None
+    first = next(file.iter_batches(1, columns=["slide", "embedding"]))
+    slide, width = str(first["slide"][0].as_py()), len(cast(Any, first["embedding"])[0])
+    return FeatureFile(uri=uri, maker="tilestream", slide=slide, num=num, width=width)
+
+
+def _of_hdf5(uri: str, file: Any) -> FeatureFile | None:
+    if "features" not in file:
+        return None
+    shape = file["features"].shape
+    if len(shape) == 3 and shape[0] == 1:
+        shape = shape[1:]
+    if len(shape) != 2:
+        raise ConfigError(f"{uri}: features of shape {shape}; they are (tiles, numbers)")
+    maker: Maker = "CLAM"
+    slide = storage.name_of(uri)
+    if ABOUT in file.attrs:
+        maker, slide = "tilestream", Embedded.from_json(file.attrs[ABOUT]).slide
+    elif "coords" in file and "patch_size_level0" in file["coords"].attrs:
+        maker = "TRIDENT"
+    return FeatureFile(uri=uri, maker=maker, slide=slide, num=shape[0], width=shape[1])
