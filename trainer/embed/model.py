@@ -22,7 +22,7 @@ from streaming import storage
 from streaming.errors import CheckpointError
 from trainer.embed.options import Precision, Token
 from trainer.recipe.augment import Augmentation
-from trainer.recipe.backbone import Backbone, Tokens
+from trainer.recipe.backbone import Backbone, Interpolation, Tokens, with_positions
 from trainer.recipe.network import build_backbone
 from trainer.run import checkpoints
 from trainer.run.config import Config
@@ -31,18 +31,26 @@ _EXPORTED = ("config.json", "model.safetensors")
 
 
 class TimmTokens(nn.Module):
-    """A timm vision transformer as it is published, which answers as a backbone does."""
+    """A timm vision transformer as it is published, which answers as a backbone does.
 
-    def __init__(self, vit: VisionTransformer) -> None:
+    interpolation says how its positions are resampled for images of another size than they are made for.
+    """
+
+    def __init__(self, vit: VisionTransformer, interpolation: Interpolation = "timm") -> None:
         super().__init__()
         self.vit = vit
+        self._interpolation = interpolation
         self.embed_dim = vit.embed_dim
         self.patch_size = vit.patch_embed.patch_size[0]
 
     def forward(self, images: Tensor) -> Tokens:
         """Tokens of images (B, 3, H, W), float and normalised."""
-        tokens = self.vit.forward_features(images)
-        return Tokens(tokens[:, 0], tokens[:, self.vit.num_prefix_tokens :])
+        vit = self.vit
+        if self._interpolation == "timm":
+            tokens = vit.forward_features(images)
+        else:
+            tokens = vit.norm(vit.blocks(vit.norm_pre(with_positions(vit, vit.patch_embed(images), "reference"))))
+        return Tokens(tokens[:, 0], tokens[:, vit.num_prefix_tokens :])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +203,9 @@ def _of_export(source: str, options: storage.StorageOptions | None) -> Model:
         for name, content in zip(_EXPORTED, contents, strict=True):
             Path(folder, name).write_bytes(content)
         model = _of_timm(f"local-dir:{folder}", source, hashlib.sha256(contents[1]).hexdigest())
-    return replace(model, token=cast(Token, (about.get("tilestream") or {}).get("embedding", "cls")))
+    trained = about.get("tilestream") or {}
+    backbone = TimmTokens(cast(TimmTokens, model.backbone).vit, trained.get("interpolation", "timm")).eval()
+    return replace(model, backbone=backbone, token=cast(Token, trained.get("embedding", "cls")))
 
 
 def _of_timm(name: str, source: str, digest: str) -> Model:

@@ -80,6 +80,8 @@ def description(config: Config, backbone: Backbone, meta: checkpoints.Meta, toke
         "embedding_dim": backbone.embed_dim * (2 if token == "cls+patch" else 1),
         "tile_size": config.data.tile_size,
         "input_size": config.augment.global_size,
+        "num_registers": backbone.vit.num_reg_tokens,
+        "interpolation": config.model.interpolation,
         "mpp": sorted(config.data.mpp),
         "mean": list(config.augment.mean),
         "std": list(config.augment.std),

@@ -21,6 +21,9 @@ processor = AutoImageProcessor.from_pretrained("PATH-OF-THIS-FOLDER")
 tokens = model(**processor(image, return_tensors="pt")).last_hidden_state  # image: PIL, RGB
 cls, patches = tokens[:, 0], tokens[:, 1 + getattr(model.config, "num_register_tokens", 0) :]""",
 }
+# How each resamples positions for other sizes, where there are no registers; with them all antialias.
+_POSITIONS = {"timm": "antialiased", "transformers": "by the exact ratio"}
+_TRAINED_POSITIONS = {"timm": "antialiased", "reference": "by DINOv2's rule, not antialiased"}
 _EMBED = {
     "cls": "embedding = cls",
     "patch": "embedding = patches.mean(dim=1)",
@@ -34,7 +37,10 @@ def model_card(config: Config, about: dict[str, Any], name: str, license: str, l
     weights = ", ".join(f"{mpp:g}: {weight:g}" for mpp, weight in sorted(config.data.mpp.items()))
     off = f", µm/px up to {config.data.mpp_tolerance:.0%} off" if config.data.mpp_tolerance else ""
     cohorts = f", cohorts {config.data.cohorts}" if config.data.cohorts else ""
-    side = about["input_size"]
+    side, positions = about["input_size"], ""
+    if not about["num_registers"]:
+        trained = _TRAINED_POSITIONS[config.model.interpolation]
+        positions = f" At other sizes positions are resampled: in training {trained}, by {layout} {_POSITIONS[layout]}."
     return f"""---
 license: {license}
 library_name: {layout}
@@ -49,7 +55,7 @@ tilestream on tiles streamed from the original slides.
 ## Use
 
 Input: RGB tiles at {mpps} µm/px, {side} × {side} px (any multiple of the patch size works), mean {about["mean"]},
-standard deviation {about["std"]}. Embedding: {about["embedding"]}, {about["embedding_dim"]} numbers.
+standard deviation {about["std"]}. Embedding: {about["embedding"]}, {about["embedding_dim"]} numbers.{positions}
 
 ```python
 {_LOAD[layout]}

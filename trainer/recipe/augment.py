@@ -1,8 +1,8 @@
 """Crops and colour on the device, for a whole batch at once, as a pure function of (seed, sample index, view).
 
 What is drawn stands here, what is done with it in `image_ops.py`. The order: crop, resize, flips and quarter turn; with
-some probability stain jitter (HED), stain transfer (Reinhard), colour jitter, always in the order brightness, contrast,
-saturation, hue; grey; blur; solarise; normalise.
+some probability stain jitter (HED), stain transfer (Reinhard), colour jitter, its four parts in an order that is drawn,
+too; grey; blur; solarise; normalise.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import permutations
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ _ATTEMPTS = 10  # of torchvision's RandomResizedCrop
 _CACHED = 5 << 18  # float32 values, 5 MiB
 # What the draws of a (sample, view) are for; a number never changes its meaning, or old runs could not be replayed.
 _AREA, _ASPECT, _TOP, _LEFT, _HFLIP, _VFLIP, _TURN = 0, 10, 20, 21, 22, 23, 24
-_JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GREY, _BLUR, _SIGMA, _SOLARISE = range(30, 39)
+_JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GREY, _BLUR, _SIGMA, _SOLARISE, _ORDER = range(30, 40)
 _HED, _HED_SCALE, _HED_SHIFT, _REINHARD, _LAB_MEAN, _LAB_STD, _ECT_SCALE, _ECT_ASPECT = 40, 41, 44, 50, 51, 54, 60, 61
 _NUM_DRAWS = 62
 
@@ -42,7 +43,7 @@ class Crops(NamedTuple):
 class Parameters(NamedTuple):
     """Everything drawn for V views of B samples; replayed through torchvision and scikit-image it gives the crops.
 
-    Each field is (V, B), those of three stains or colour channels (V, B, 3).
+    Each field is (V, B), those of three stains or colour channels (V, B, 3), unless it says otherwise.
     """
 
     top: Tensor
@@ -55,6 +56,8 @@ class Parameters(NamedTuple):
     """quarter turns, counter-clockwise, after the flips"""
     jitter: Tensor
     """whether the colours are jittered; where not, the next four change nothing"""
+    order: Tensor
+    """(V, B, 4): which of them comes first, second, third, last"""
     brightness: Tensor
     contrast: Tensor
     saturation: Tensor
@@ -111,6 +114,8 @@ class Augmentation:
     hed_sigma: float = 0.05
     """factor within 1 ± this, shift within ± this, in natural-log optical density (arXiv 1902.06543: 0.05 light, 0.2
     strong; scikit-image's unit is 13.8 of ours)"""
+    hed_shift: float | None = None
+    """shift within ± this; none: as hed_sigma"""
     reinhard_prob: float = 0.0
     """probability of stain transfer: the crop gets a random mean and deviation in CIELAB (as RandStainNA)"""
     reinhard_mean: tuple[float, float, float] = (68.0, 18.0, -10.0)
@@ -131,6 +136,8 @@ class Augmentation:
     """saturation factor is within 1 ± this"""
     hue: float = 0.1
     """hue shift is within ± this, in full turns"""
+    shuffle_jitter: bool = True
+    """whether each crop has these four in its own order, as torchvision does, or all in this one, which is faster"""
     grey_prob: float = 0.2
     """probability of losing the colour"""
     blur_probs: tuple[float, float, float] = (0.0, 0.9, 0.5)
@@ -150,10 +157,10 @@ class Augmentation:
     def __post_init__(self) -> None:
         value = vars(self)
         probs = [name for name in value if name.endswith("_prob")]
-        not_negative = ("num_local", "brightness", "contrast", "saturation", "hed_sigma")
+        not_negative = ("num_local", "brightness", "contrast", "saturation", "hed_sigma", "hed_shift")
         rules = {
             "must be at least 1": [n for n in ("global_size", "local_size") if value[n] < 1],
-            "must not be negative": [n for n in not_negative if value[n] < 0],
+            "must not be negative": [n for n in not_negative if (value[n] or 0) < 0],
             "must rise within (0, 1]": [
                 n for n in ("global_scale", "local_scale") if not 0 < value[n][0] <= value[n][1] <= 1
             ],
@@ -220,7 +227,10 @@ class Augmentation:
             x = change(drawn.reinhard, image_ops.match_lab, drawn.lab_mean, drawn.lab_std)
         if self.jitter_prob:
             jitter = (drawn.brightness, drawn.contrast, drawn.saturation, drawn.hue)
-            x = change(drawn.jitter, image_ops.jitter_colours, *jitter)
+            if self.shuffle_jitter:
+                x = change(drawn.jitter, image_ops.jitter_colours_in_order, drawn.order, *jitter)
+            else:
+                x = change(drawn.jitter, image_ops.jitter_colours, *jitter)
         if self.grey_prob:
             x = change(drawn.grey, image_ops.to_grey)
         if any(self.blur_probs):
@@ -289,8 +299,11 @@ class Augmentation:
         def factor(width: float, draw: int) -> Tensor:
             return within(max(1 - width, 0.0), 1 + width, 1.0, draw)
 
+        orders = torch.tensor(list(permutations(range(4))), device=numbers.device)
+        drawn = (len(orders) * numbers[..., _ORDER] * self.shuffle_jitter).long()
         return {
             "jitter": jittered,
+            "order": orders[drawn],
             "brightness": factor(self.brightness, _BRIGHTNESS),
             "contrast": factor(self.contrast, _CONTRAST),
             "saturation": factor(self.saturation, _SATURATION),
@@ -305,13 +318,13 @@ class Augmentation:
             centre, width = (torch.tensor(value, device=numbers.device) for value in (middle, spread))
             return centre + width * (2 * numbers[..., draw : draw + 3] - 1)
 
-        def jitter(neutral: float, draw: int) -> Tensor:
-            return torch.where(stained[..., None], three((neutral,) * 3, (self.hed_sigma,) * 3, draw), neutral)
+        def jitter(neutral: float, width: float, draw: int) -> Tensor:
+            return torch.where(stained[..., None], three((neutral,) * 3, (width,) * 3, draw), neutral)
 
         return {
             "stain": stained,
-            "stain_scale": jitter(1.0, _HED_SCALE),
-            "stain_shift": jitter(0.0, _HED_SHIFT),
+            "stain_scale": jitter(1.0, self.hed_sigma, _HED_SCALE),
+            "stain_shift": jitter(0.0, self.hed_sigma if self.hed_shift is None else self.hed_shift, _HED_SHIFT),
             "reinhard": numbers[..., _REINHARD] < self.reinhard_prob,
             "lab_mean": three(self.reinhard_mean, self.reinhard_mean_spread, _LAB_MEAN),
             "lab_std": three(self.reinhard_std, self.reinhard_std_spread, _LAB_STD),

@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from timm.layers.attention import Attention
 from timm.layers.mlp import GluMlp, Mlp, SwiGLUPacked
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import vision_transformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 Ffn = Literal["mlp", "swiglu"]
+Interpolation = Literal["reference", "timm"]
 
 
 class Tokens(NamedTuple):
@@ -92,14 +94,19 @@ class Backbone(nn.Module):
     Args:
         vit: built with `num_classes=0, dynamic_img_size=True`, with a class token; its own drop path stays 0.
         drop_path: rate of stochastic depth while training, the same in all blocks (DINOv2's `drop_path_uniform`).
+        interpolation: how positions are resampled for crops of another size than they are made for: as
+            `resample_positions` does, or as timm does, antialiased.
 
     Raises:
         ValueError: drop_path out of range.
     """
 
-    def __init__(self, vit: VisionTransformer, drop_path: float = 0.0) -> None:
+    def __init__(
+        self, vit: VisionTransformer, drop_path: float = 0.0, interpolation: Interpolation = "reference"
+    ) -> None:
         super().__init__()
         self.vit = vit
+        self._interpolation: Interpolation = interpolation
         self.set_drop_path(drop_path)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.embed_dim))
 
@@ -149,8 +156,7 @@ class Backbone(nn.Module):
             if mask.shape != (len(images), rows * columns):
                 raise ValueError(f"mask {tuple(mask.shape)}: {len(images)} crops of {rows * columns} patches are given")
             x = torch.where(mask.view(-1, rows, columns, 1), self.mask_token.to(x.dtype), x)
-        x = self.vit._pos_embed(x)  # pyright: ignore[reportPrivateUsage] — timm has no public name for it
-        return self.vit.norm_pre(self.vit.patch_drop(x))
+        return self.vit.norm_pre(self.vit.patch_drop(with_positions(self.vit, x, self._interpolation)))
 
     def forward(
         self, images: Tensor | Sequence[Tensor], mask: Tensor | Sequence[Tensor | None] | None = None
@@ -177,6 +183,39 @@ class Backbone(nn.Module):
         return [Tokens(x[:, 0], x[:, self.vit.num_prefix_tokens :]) for x in xs]
 
 
+def with_positions(vit: VisionTransformer, x: Tensor, interpolation: Interpolation) -> Tensor:
+    """Class, registers and patches (B, 1 + R + N, D) of embedded patches (B, rows, columns, D), all with positions."""
+    patch_grid = (x.shape[1], x.shape[2])
+    if interpolation == "timm" or vit.num_reg_tokens or patch_grid == vit.patch_embed.grid_size:
+        return vit._pos_embed(x)  # pyright: ignore[reportPrivateUsage] — timm has no public name for it
+    assert vit.cls_token is not None, "checked by create_backbone"
+    assert vit.pos_embed is not None, "checked by create_backbone"
+    positions = resample_positions(vit.pos_embed, vit.patch_embed.grid_size, patch_grid, vit)
+    class_token = vit.cls_token.expand(len(x), -1, -1)
+    if vit.no_embed_class:
+        return vit.pos_drop(torch.cat([class_token, x.flatten(1, 2) + positions], dim=1))
+    return vit.pos_drop(torch.cat([class_token, x.flatten(1, 2)], dim=1) + positions)
+
+
+def resample_positions(
+    positions: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], vit: VisionTransformer
+) -> Tensor:
+    """A position embedding (1, P + N, D) for another grid of patches (rows, columns), bicubic, as DINOv2 does it.
+
+    With registers antialiased; without them not, and the scale computed for a grid that is 0.1 larger: so the released
+    weights were trained and used (`interpolate_antialias` and `interpolate_offset` of their configurations). P is the
+    number of class and register tokens that have positions in the network.
+    """
+    num_prefix_tokens = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    if vit.num_reg_tokens:
+        return resample_abs_pos_embed(positions, list(new_grid), list(old_grid), num_prefix_tokens=num_prefix_tokens)
+    kept, patches = positions[:, :num_prefix_tokens], positions[:, num_prefix_tokens:]
+    scale = tuple((new + 0.1) / old for new, old in zip(new_grid, old_grid, strict=True))
+    plane = patches.float().unflatten(1, old_grid).permute(0, 3, 1, 2)
+    resized = F.interpolate(plane, scale_factor=scale, mode="bicubic").permute(0, 2, 3, 1).flatten(1, 2)
+    return torch.cat([kept, resized.to(positions.dtype)], dim=1)
+
+
 def create_backbone(
     name: str,
     *,
@@ -186,6 +225,7 @@ def create_backbone(
     ffn: Ffn | None = None,
     drop_path: float = 0.0,
     layer_scale: float | None = 1e-5,
+    interpolation: Interpolation = "reference",
 ) -> Backbone:
     """Builds timm's model of that name with random weights, initialised as DINOv2's.
 
@@ -198,6 +238,7 @@ def create_backbone(
             of 8); None keeps the model's own.
         drop_path: rate of stochastic depth; for the student, 0 for the teacher.
         layer_scale: initial scale of each residual branch, None for none (1e-5 in DINOv2).
+        interpolation: as `Backbone` takes it.
 
     Raises:
         ValueError: unknown name (with close matches), a model of another kind, or a value out of range.
@@ -211,7 +252,7 @@ def create_backbone(
         options |= _ffn_options(ffn, embed_dim)
     vit = cast(VisionTransformer, timm.create_model(name, **options, block_fn=CropBlock))
     _init_swiglu(vit)
-    backbone = Backbone(vit, drop_path)
+    backbone = Backbone(vit, drop_path, interpolation)
     backbone.patch_grid(img_size, img_size)
     return backbone
 

@@ -177,6 +177,15 @@ def jitter_colours(images: Tensor, brightness: Tensor, contrast: Tensor, saturat
     return adjust_hue(adjust_saturation(images, saturation), hue)
 
 
+def jitter_colours_in_order(images: Tensor, order: Tensor, *parameters: Tensor) -> Tensor:
+    """The same four, numbered in this order, each image's in the order of its own row of int64 (n, 4); in place."""
+    operations = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+    for place in order.unbind(dim=1):
+        for number, (operation, parameter) in enumerate(zip(operations, parameters, strict=True)):
+            images = on_chosen(images, place == number, operation, parameter)
+    return images
+
+
 def to_grey(images: Tensor) -> Tensor:
     """Takes the colour out, keeping three channels, in place."""
     return images.copy_(luma(images))

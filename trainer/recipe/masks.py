@@ -3,8 +3,9 @@
 Two wishes pull against each other: the mask of a sample must not depend on its batch, so that a resumed run or another
 number of ranks sees the same masks; and the masked tokens of a batch must be a constant number, so that shapes are
 static, with ratios spread evenly. Both hold if the ratios are dealt out within fixed groups of `group_size` consecutive
-samples, which are a property of the index alone: each group holds every ratio once, in an order drawn by hash. Let
-`group_size` divide the micro-batch, and every micro-batch of every rank has the same number of masked tokens.
+samples, which are a property of the index alone: each group has one ratio of every bin, in an order drawn by hash. What
+one bin draws above its middle, its partner draws below. Let `group_size` divide the micro-batch, and every micro-batch
+of every rank has the same number of masked tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from trainer.recipe.counter_random import random_bits, uniform
 
 NUM_VIEWS = 2
-_ORDER, _TOP_UP, _BLOCKS = 1000, 1 << 16, 1 << 20  # first draw of each purpose
+_ORDER, _RATIO, _TOP_UP, _BLOCKS = 1000, 2000, 1 << 16, 1 << 20  # first draw of each purpose
 _TRIES = 10
 
 
@@ -32,6 +33,8 @@ class Masking:
     """share of the global crops that are masked at all"""
     ratio: tuple[float, float] = (0.1, 0.5)
     """lowest and highest share of a masked crop's patches that are hidden"""
+    draw_ratios: bool = True
+    """whether a ratio is drawn within its bin, as in DINOv2, or is the bin's middle"""
     min_block: int = 4
     """patches of the smallest block"""
     max_block_share: float = 0.5
@@ -57,13 +60,23 @@ class Masking:
     def tokens_per_crop(self, num_patches: int) -> list[int]:
         """Masked tokens of each of a group's 2·group_size global crops, in dealing order; the unmasked come last.
 
-        Ratios are the middles of equal bins, where DINOv2 draws within each bin: that keeps their sum constant.
+        Ratios are the middles of equal bins; what is drawn within them adds up to the same.
         """
-        num_crops = NUM_VIEWS * self.group_size
-        num_masked = int(num_crops * self.masked_share)
+        num_crops, num_masked = NUM_VIEWS * self.group_size, self.num_masked
         low, high = self.ratio
         ratios = [low + (high - low) * (k + 0.5) / num_masked for k in range(num_masked)]
         return [round(ratio * num_patches) for ratio in ratios] + [0] * (num_crops - num_masked)
+
+    @property
+    def num_masked(self) -> int:
+        """Masked crops of a group, and so bins of ratios."""
+        return int(NUM_VIEWS * self.group_size * self.masked_share)
+
+    def half_bin(self, num_patches: int) -> int:
+        """Tokens that a ratio may lie off its bin's middle."""
+        if not self.draw_ratios or not self.num_masked:
+            return 0
+        return int((self.ratio[1] - self.ratio[0]) * num_patches / self.num_masked / 2)
 
 
 def block_masks(index: Tensor, patch_grid: tuple[int, int], masking: Masking, seed: int) -> Tensor:
@@ -74,20 +87,35 @@ def block_masks(index: Tensor, patch_grid: tuple[int, int], masking: Masking, se
     Source: DINOv2's `collate_data_and_cast` and `MaskingGenerator`; random top-up to the exact count as its successor.
     """
     view = torch.arange(NUM_VIEWS, device=index.device)[:, None]
-    target = _deal(index, view, masking.tokens_per_crop(patch_grid[0] * patch_grid[1]), seed).flatten()
+    target = _deal(index, view, masking, patch_grid[0] * patch_grid[1], seed).flatten()
     crops = index.repeat(NUM_VIEWS), view.expand(-1, len(index)).flatten()
     masks = _draw_blocks(*crops, target, patch_grid, masking, seed)
     return _top_up(*crops, target, masks.flatten(1), seed).view(NUM_VIEWS, len(index), -1)
 
 
-def _deal(index: Tensor, view: Tensor, tokens_per_crop: list[int], seed: int) -> Tensor:
+def _deal(index: Tensor, view: Tensor, masking: Masking, num_patches: int, seed: int) -> Tensor:
     """Masked tokens of each crop, int64 (2, B): its group's crops are ranked by hash, the rank says which ratio."""
-    group_size = len(tokens_per_crop) // NUM_VIEWS
+    first = index - index % masking.group_size
     own = random_bits(seed, index, view, _ORDER)
-    mates = (index - index % group_size)[:, None] + torch.arange(group_size, device=index.device)
+    mates = first[:, None] + torch.arange(masking.group_size, device=index.device)
     others = random_bits(seed, mates, view[..., None], _ORDER)  # (2, B, group_size)
     rank = (others[None] < own[:, None, :, None]).sum(dim=(1, 3))
-    return torch.tensor(tokens_per_crop, device=index.device)[rank]
+    middles = torch.tensor(masking.tokens_per_crop(num_patches), device=index.device)
+    return middles[rank] + _off_middle(first, masking, num_patches, seed).gather(1, rank.T).T
+
+
+def _off_middle(first: Tensor, masking: Masking, num_patches: int, seed: int) -> Tensor:
+    """Tokens that each crop of a group, in dealing order, has above its middle; int64 (B, crops) of first indices (B,).
+
+    Neighbouring bins are partners: one has more by what the other has less. A bin without a partner keeps its middle.
+    """
+    half, num_pairs = masking.half_bin(num_patches), masking.num_masked // 2
+    draws = _RATIO + torch.arange(num_pairs, device=first.device)
+    drawn = ((2 * half + 1) * uniform(seed, first[:, None], 0, draws)).long() - half
+    off = first.new_zeros(len(first), NUM_VIEWS * masking.group_size)
+    off[:, 0 : 2 * num_pairs : 2] = drawn
+    off[:, 1 : 2 * num_pairs : 2] = -drawn
+    return off
 
 
 def _draw_blocks(

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from trainer.recipe.backbone import Backbone, create_backbone
+from trainer.recipe.backbone import Backbone, Interpolation, create_backbone
 from trainer.recipe.free_field import FREE
 from trainer.recipe.heads import DINOHead
 
@@ -28,6 +28,9 @@ class ModelConfig:
     """feed-forward part of the blocks; none: the backbone's own"""
     layer_scale: float | None = 1e-5
     """initial scale of residual branches"""
+    interpolation: Interpolation = "reference"
+    """how positions are resampled for crops of another size than the global ones, and for tiles that are embedded:
+    reference: as DINOv2 (without registers not antialiased); timm: antialiased"""
     drop_path: float = 0.1
     """stochastic depth of the student"""
     num_prototypes: int = 65536
@@ -64,6 +67,7 @@ def build_backbone(config: ModelConfig, crop_px: int, *, drop_path: float) -> Ba
         ffn=config.ffn,
         drop_path=drop_path,
         layer_scale=config.layer_scale,
+        interpolation=config.interpolation,
     )
 
 

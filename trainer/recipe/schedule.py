@@ -56,6 +56,8 @@ class StepValues(NamedTuple):
 class OptimConfig:
     """Optimiser and schedules, all in optimiser steps."""
 
+    schedule_steps: int | None = None
+    """steps over which the schedules go, where the run ends before they do; none: those of the run"""
     base_lr: float = 2e-4
     """learning rate at batch 1024; scaled by the square root of batch / 1024"""
     min_lr: float = 1e-6
@@ -102,14 +104,23 @@ class Schedules:
     """The schedules of a run: an optimiser's constants over a number of optimiser steps of a global batch."""
 
     optim: OptimConfig
-    total_steps: int
+    run_steps: int
     batch: int
 
+    @property
+    def total_steps(self) -> int:
+        """Steps over which they go."""
+        return self.optim.schedule_steps or self.run_steps
+
     def __post_init__(self) -> None:
-        if self.total_steps < 1:
-            raise ValueError(f"total_steps={self.total_steps} must be at least 1")
+        if self.run_steps < 1:
+            raise ValueError(f"a run of {self.run_steps} steps; it must have at least 1")
+        if self.total_steps < self.run_steps:
+            raise ValueError(f"schedule_steps {self.total_steps} is below the run's {self.run_steps} steps; raise it")
         if self.optim.warmup_steps > self.total_steps:
-            raise ValueError(f"warmup_steps={self.optim.warmup_steps} exceeds total_steps={self.total_steps}")
+            raise ValueError(
+                f"warmup_steps {self.optim.warmup_steps} exceeds the schedules' {self.total_steps} steps; lower it"
+            )
 
     @property
     def lr(self) -> float:

@@ -30,7 +30,9 @@ from trainer.run.config import Config, parse_config
 STATE, META, CONFIG = "state.ckpt", "meta.json", "config.yaml"
 _BEFORE_THE_FIELD: dict[str, dict[str, Any]] = {
     "data": {"mpp_tolerance": 0.0, "corners": "anywhere"},
-    "model": {"norm_last_layer": True},
+    "augment": {"shuffle_jitter": False},
+    "mask": {"draw_ratios": False},
+    "model": {"norm_last_layer": True, "interpolation": "timm"},
 }
 _LOG = logging.getLogger(__name__)
 _PIECE = 16 << 20

@@ -19,7 +19,7 @@ from trainer.recipe.losses import LossConfig
 from trainer.recipe.masks import Masking
 from trainer.recipe.network import ModelConfig
 from trainer.recipe.recipe import Recipe
-from trainer.recipe.schedule import OptimConfig
+from trainer.recipe.schedule import OptimConfig, Schedules
 from trainer.run.data import DataConfig
 from trainer.run.execution import RunConfig, TrainConfig
 from trainer.run.guard import WatchConfig
@@ -40,10 +40,7 @@ class Config:
     watch: WatchConfig = field(default_factory=WatchConfig, metadata=FREE)
 
     def __post_init__(self) -> None:
-        if self.optim.warmup_steps > self.train.steps:
-            raise ValueError(
-                f"optim.warmup_steps {self.optim.warmup_steps} exceeds train.steps {self.train.steps}; lower it"
-            )
+        Schedules(self.optim, self.train.steps, self.train.batch)  # tells of schedules that don't fit the run
         if self.watch.knn_dataset and self.watch.knn_every % self.train.log_every:
             raise ValueError(
                 f"watch.knn_every {self.watch.knn_every} is no multiple of train.log_every {self.train.log_every}"

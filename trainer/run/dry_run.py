@@ -178,7 +178,7 @@ def draw(schedules: Schedules, num_points: int = 500) -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    total = schedules.total_steps
+    total = schedules.run_steps
     steps = sorted({round(i * (total - 1) / (num_points - 1)) for i in range(num_points)})
     values = [schedules.at(step) for step in steps]
     panels = ("lr", "learning rate"), ("weight_decay", "weight decay"), ("momentum", "teacher's momentum")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -57,6 +58,12 @@ def check_model(config: Config, *, resumed: bool = False) -> None:
     if config.train.precision == "bf16-true":
         # Half a unit in the last place of bfloat16 is 0.2 %: AdamW's steps and the teacher's are mostly smaller.
         raise ConfigError("train.precision bf16-true: weights and teacher would hardly move; take bf16-mixed")
+    micro, group = config.train.shape.micro, config.mask.group_size
+    if micro % group:
+        raise ConfigError(
+            f"mask.group_size {group} does not divide the {micro} tiles of a micro-batch: the number of masked tokens "
+            f"would change from one to the next; take {math.gcd(micro, group)}"
+        )
     try:
         with torch.device("meta"):
             make_module(config, resumed=resumed)

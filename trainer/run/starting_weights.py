@@ -20,13 +20,11 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
-import torch.nn.functional as F
-from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from streaming import storage
 from streaming.errors import CheckpointError
-from trainer.recipe.backbone import Backbone
+from trainer.recipe.backbone import Backbone, resample_positions
 from trainer.run import checkpoints
 
 Weights = dict[str, Tensor]
@@ -187,21 +185,13 @@ def timm_names(weights: Mapping[str, Tensor]) -> Weights:
 
 
 def resize_positions(positions: Tensor, backbone: Backbone) -> Tensor:
-    """A position embedding (1, P + N, D) for the patch grid of a backbone's own crop size, bicubic.
+    """A position embedding (1, P + N, D) for the patch grid of a backbone's own crop size, by `resample_positions`.
 
-    The way the released weights were used: antialiased where there are registers, else without, the scale computed for
-    a grid that is 0.1 larger (`interpolate_offset` in DINOv2). Positions of another form are given back unchanged, for
-    the shape check to name.
+    Positions of another form are given back unchanged, for the shape check to name.
     """
     vit = backbone.vit
-    rows, columns = vit.patch_embed.grid_size
-    prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-    side = math.isqrt(max(positions.shape[1] - prefix, 0))
-    if side**2 != positions.shape[1] - prefix or not side or (side, side) == (rows, columns):
+    num_patches = positions.shape[1] - (0 if vit.no_embed_class else vit.num_prefix_tokens)
+    side = math.isqrt(max(num_patches, 0))
+    if side**2 != num_patches or not side or (side, side) == vit.patch_embed.grid_size:
         return positions
-    if vit.num_reg_tokens:
-        return resample_abs_pos_embed(positions, [rows, columns], [side, side], num_prefix_tokens=prefix)
-    kept, grid = positions[:, :prefix], positions[:, prefix:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    scale = ((rows + 0.1) / side, (columns + 0.1) / side)
-    resized = F.interpolate(grid, scale_factor=scale, mode="bicubic").permute(0, 2, 3, 1).flatten(1, 2)
-    return torch.cat([kept, resized.to(positions.dtype)], dim=1)
+    return resample_positions(positions, (side, side), vit.patch_embed.grid_size, vit)

@@ -85,6 +85,9 @@ def test_an_export_embeds_as_its_checkpoint(tmp_path: Path) -> None:
     tiles = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     ours = load_model(checkpoints.find(run), "cls+patch").embed(tiles)
     np.testing.assert_allclose(load_model(str(out), "cls+patch").embed(tiles), ours, rtol=1e-5, atol=1e-5)
+    larger = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
+    ours_larger, theirs_larger = (load_model(source, "cls").embed(larger) for source in (run, str(out)))
+    np.testing.assert_allclose(theirs_larger, ours_larger, rtol=1e-5, atol=1e-5)
     half = replace(load_model(run, "cls+patch"), precision="bf16").embed(tiles)
     assert 1e-4 < np.abs(half - ours).max() / np.abs(ours).max() < 0.05
     model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
@@ -104,6 +107,23 @@ def test_the_card_is_filled_in_and_the_weights_are_no_pickle(tmp_path: Path) -> 
         assert text in card, text
     assert load_file(out / "model.safetensors")
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("registers", "interpolation", "said"),
+    [
+        ("0", "reference", "in training by DINOv2's rule, not antialiased, by timm antialiased."),
+        ("0", "timm", "in training antialiased, by timm antialiased."),
+        ("4", "reference", None),
+    ],
+)
+def test_the_card_says_how_positions_are_resampled_where_that_differs(
+    tmp_path: Path, registers: str, interpolation: str, said: str | None
+) -> None:
+    options = ("--model.num_registers", registers, "--model.interpolation", interpolation)
+    export(saved(tmp_path / "run", *options), str(tmp_path / "export"))
+    card = (tmp_path / "export/README.md").read_text()
+    assert said in card if said else "positions" not in card
 
 
 def test_a_folder_of_something_else_and_a_missing_checkpoint_are_refused(tmp_path: Path) -> None:

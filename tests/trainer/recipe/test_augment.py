@@ -1,3 +1,4 @@
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,9 @@ def replay(tile: Tensor, p: dict[str, Any], size: int, augmentation: Augmentatio
         hed = color.separate_stains(x.permute(1, 2, 0).double().numpy(), color.hed_from_rgb)
         hed = hed * p["stain_scale"] + np.array(p["stain_shift"]) / -np.log(1e-6)
         x = torch.from_numpy(color.combine_stains(hed, color.rgb_from_hed)).permute(2, 0, 1).float()
-    x = tv.adjust_contrast(tv.adjust_brightness(x, p["brightness"]), p["contrast"])
-    x = tv.adjust_hue(tv.adjust_saturation(x, p["saturation"]), p["hue"])
+    for part in p["order"]:
+        name = ("brightness", "contrast", "saturation", "hue")[part]
+        x = getattr(tv, f"adjust_{name}")(x, p[name])
     x = tv.rgb_to_grayscale(x, 3) if p["grey"] else x
     kernel = [augmentation.blur_kernel] * 2
     x = tv.gaussian_blur(x, kernel, [p["sigma"]] * 2) if p["blur"] else x
@@ -41,8 +43,9 @@ def replay(tile: Tensor, p: dict[str, Any], size: int, augmentation: Augmentatio
     return tv.normalize(x, list(augmentation.mean), list(augmentation.std))
 
 
-def test_every_crop_equals_torchvision_on_the_drawn_parameters() -> None:
-    augmentation = Augmentation(**SMALL, mean=(0.7, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+@pytest.mark.parametrize("shuffle_jitter", [True, False])
+def test_every_crop_equals_torchvision_on_the_drawn_parameters(shuffle_jitter: bool) -> None:
+    augmentation = Augmentation(**SMALL, mean=(0.7, 0.5, 0.6), std=(0.2, 0.3, 0.4), shuffle_jitter=shuffle_jitter)
     index = torch.arange(1000, 1006)
     crops = augmentation.multi_crop(tiles(), index, seed=3)
     for found, views, size, scale in (
@@ -83,6 +86,26 @@ def test_with_stain_jitter_and_solarising_too_every_crop_equals_its_replay() -> 
             expected = replay(pictures[b].permute(2, 0, 1), one, 48, augmentation)
             close = (crops[v, b] - expected).abs() < 2e-3
             assert close.float().mean() > 0.999, "all but pixels on solarising's threshold"
+
+
+def test_the_four_parts_of_the_jitter_come_in_each_order_equally_often() -> None:
+    index, views = torch.arange(6000), range(2)
+    orders = Augmentation().draw(index, 0, views, 256, (0.32, 1.0)).order.flatten(0, 1)
+    found, counts = orders.unique(dim=0, return_counts=True)
+    assert sorted(map(tuple, found.tolist())) == sorted(permutations(range(4)))
+    assert counts.min() > 400
+    assert counts.max() < 600
+    fixed = Augmentation(shuffle_jitter=False).draw(index, 0, views, 256, (0.32, 1.0)).order
+    assert torch.equal(fixed.flatten(0, 1).unique(dim=0), torch.arange(4)[None])
+
+
+def test_stains_may_be_shifted_without_being_scaled() -> None:
+    index, views = torch.arange(4000), range(2)
+    drawn = Augmentation(hed_prob=1.0, hed_sigma=0.0, hed_shift=0.69).draw(index, 0, views, 256, (0.32, 1.0))
+    assert (drawn.stain_scale == 1).all()
+    assert 0.68 < drawn.stain_shift.abs().max() <= 0.69
+    both = Augmentation(hed_prob=1.0, hed_sigma=0.2).draw(index, 0, views, 256, (0.32, 1.0))
+    assert 0.19 < both.stain_shift.abs().max() <= 0.2
 
 
 def test_stain_transfer_gives_crops_of_the_drawn_colour() -> None:

@@ -32,12 +32,45 @@ def images(num: int = 2, height: int = 64, width: int = 64) -> Tensor:
 @pytest.mark.parametrize("num_registers", [None, 0, 4])
 @pytest.mark.parametrize("size", [(64, 64), (32, 32), (48, 80)])
 def test_unmasked_tokens_equal_timms_own_features(num_registers: int | None, size: tuple[int, int]) -> None:
-    model = backbone(num_registers)
+    model = Backbone(backbone(num_registers).vit, interpolation="timm").eval()
     tokens, timms = model(images(2, *size)), model.vit.forward_features(images(2, *size))
     num_patches = size[0] * size[1] // 16**2
     assert tokens.patches.shape == (2, num_patches, 192)
     torch.testing.assert_close(tokens.cls, timms[:, 0])
     torch.testing.assert_close(tokens.patches, timms[:, -num_patches:])
+
+
+def cubic(t: float) -> float:
+    """Keys' kernel with a = −0.75, as PyTorch's and OpenCV's bicubic."""
+    t = abs(t)
+    if t <= 1:
+        return 1.25 * t**3 - 2.25 * t**2 + 1
+    return -0.75 * (t**3 - 5 * t**2 + 8 * t - 4) if t < 2 else 0.0
+
+
+@pytest.mark.parametrize("rows", [2, 3, 7])
+def test_positions_are_resampled_as_the_reference_does_without_registers(rows: int) -> None:
+    model = backbone()
+    assert model.vit.pos_embed is not None
+    plane = model.vit.pos_embed.detach()[0, 1:].view(4, 4, 192)
+    matrix = torch.zeros(rows, 4)
+    for row in range(rows):  # the scale is that of a grid 0.1 larger; four taps, no antialiasing, borders repeated
+        centre = (row + 0.5) * 4 / (rows + 0.1) - 0.5
+        for tap in range(int(centre // 1) - 1, int(centre // 1) + 3):
+            matrix[row, min(max(tap, 0), 3)] += cubic(centre - tap)
+    expected = torch.einsum("rs,stc,ut->ruc", matrix, plane, matrix).reshape(1, rows * rows, 192)
+    black = torch.zeros(1, 3, 16 * rows, 16 * rows)
+    found = model.embed(black)[:, 1:] - model.vit.patch_embed(black).flatten(1, 2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert torch.equal(model.embed(black)[:, :1], (model.vit.cls_token + model.vit.pos_embed[:, :1]).detach())
+
+
+@pytest.mark.parametrize("side", [32, 48, 112])
+def test_positions_are_resampled_antialiased_with_registers(side: int) -> None:
+    model = backbone(4)
+    torch.testing.assert_close(
+        model(images(1, side, side)).cls, model.vit.forward_features(images(1, side, side))[:, 0]
+    )
 
 
 def test_an_empty_mask_changes_nothing() -> None:

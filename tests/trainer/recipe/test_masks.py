@@ -36,12 +36,37 @@ def largest_solid_rectangle(mask: torch.Tensor) -> int:
 )
 @settings(max_examples=15, deadline=None)
 def test_every_group_deals_each_ratio_once(start: int, seed: int, group: int, share: float) -> None:
-    masking = Masking(group_size=group, masked_share=share)
+    masking = Masking(group_size=group, masked_share=share, draw_ratios=False)
     found = counts(torch.arange(group) + start * group, masking, seed=seed)
     num_masked = int(2 * group * share)
     width = 0.4 / max(num_masked, 1)
     expected = [round(256 * (0.1 + width / 2 + width * k)) for k in range(num_masked)]
     assert sorted(found.flatten().tolist()) == [0] * (2 * group - num_masked) + expected
+
+
+@given(start=st.integers(0, 10**6), seed=st.integers(0, 2**64), group=st.integers(1, 9))
+@settings(max_examples=15, deadline=None)
+def test_every_group_has_a_ratio_of_each_bin_and_the_same_number_of_masked_tokens(
+    start: int, seed: int, group: int
+) -> None:
+    index = torch.arange(group) + start * group
+    found, middles = (
+        sorted(counts(index, Masking(group_size=group, draw_ratios=draw), seed=seed).flatten().tolist())
+        for draw in (True, False)
+    )
+    assert sum(found) == sum(middles)
+    assert found[:group] == [0] * group
+    for k, count in enumerate(found[group:]):
+        assert 256 * (0.1 + 0.4 * k / group) - 1 <= count <= 256 * (0.1 + 0.4 * (k + 1) / group) + 1
+
+
+def test_ratios_are_drawn_evenly_over_their_whole_range() -> None:
+    found = counts(torch.arange(2000), Masking(group_size=4)).flatten()
+    shares = found[found > 0] / 256
+    low, high = shares.min().item(), shares.max().item()
+    assert (low, high) == pytest.approx((0.1, 0.5), abs=0.01)
+    histogram = torch.histc(shares, bins=8, min=0.1, max=0.5) / len(shares)
+    torch.testing.assert_close(histogram, torch.full((8,), 1 / 8), rtol=0, atol=0.03)
 
 
 def test_every_aligned_micro_batch_has_the_same_number_of_masked_tokens() -> None:

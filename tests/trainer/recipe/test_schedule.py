@@ -54,8 +54,8 @@ def test_learning_rate_grows_with_the_square_root_of_the_batch() -> None:
 
 def schedules(**fields: Any) -> Schedules:
     optim = {"base_lr": 1e-3, "warmup_steps": 10, "teacher_temp_warmup_steps": 20, "momentum": 0.992}
-    total_steps = fields.pop("total_steps", 100)
-    return Schedules(OptimConfig(**optim | {"freeze_last_layer_steps": 5} | fields), total_steps, batch=1024)
+    run_steps = fields.pop("run_steps", 100)
+    return Schedules(OptimConfig(**optim | {"freeze_last_layer_steps": 5} | fields), run_steps, batch=1024)
 
 
 def test_schedules_give_all_values_of_a_step() -> None:
@@ -67,6 +67,12 @@ def test_schedules_give_all_values_of_a_step() -> None:
     assert last == (1e-6, 1e-6, 0.4, 1.0, 0.07)
 
 
+def test_schedules_that_go_on_past_the_run_are_those_of_the_longer_run() -> None:
+    cut, longer = schedules(schedule_steps=4000), schedules(run_steps=4000)
+    assert [cut.at(step) for step in range(100)] == [longer.at(step) for step in range(100)]
+    assert cut.at(99).lr > 0.99 * cut.lr
+
+
 def test_the_last_layer_is_frozen_for_exactly_the_first_steps() -> None:
     frozen = [schedules().at(step).last_layer_lr == 0 and step > 0 for step in range(100)]
     assert [step for step, is_frozen in enumerate(frozen) if is_frozen] == [1, 2, 3, 4]
@@ -75,8 +81,9 @@ def test_the_last_layer_is_frozen_for_exactly_the_first_steps() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"total_steps": 0, "warmup_steps": 0}, "total_steps=0 must be at least 1"),
-        ({"warmup_steps": 101}, "warmup_steps=101 exceeds total_steps=100"),
+        ({"run_steps": 0, "warmup_steps": 0}, "a run of 0 steps; it must have at least 1"),
+        ({"warmup_steps": 101}, "warmup_steps 101 exceeds the schedules' 100 steps; lower it"),
+        ({"schedule_steps": 99}, "schedule_steps 99 is below the run's 100 steps; raise it"),
         ({"momentum": 1.5, "base_lr": -1.0}, r"base_lr=-1\.0 must not be negative; momentum=1\.5 must be in \[0, 1\]"),
         ({"teacher_temp": 0.0}, r"teacher_temp=0\.0 must be above 0"),
     ],

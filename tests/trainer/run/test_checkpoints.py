@@ -83,14 +83,22 @@ def test_a_checkpoint_of_before_a_field_of_the_data_was_trained_without_it(confi
     assert resume_point(replace(config, data=replace(config.data, mpp_tolerance=0.0)), "c0ffee") == (3, uri)
 
 
-def test_a_checkpoint_of_before_the_prototypes_norms_were_trained_has_them_at_one(config: Config) -> None:
+def test_a_checkpoint_of_before_a_field_of_the_model_or_of_its_crops_was_trained_without_it(config: Config) -> None:
     uri = save(config, 3)
     text = Path(uri, "config.yaml").read_text()
-    Path(uri, "config.yaml").write_text(text.replace("  norm_last_layer: false\n", ""))
-    assert checkpoints.read_config(uri).model.norm_last_layer
-    with pytest.raises(CheckpointError, match=r"does not fit .*model\.norm_last_layer True \(now False\); set it back"):
+    for line in ("shuffle_jitter: true", "draw_ratios: true", "norm_last_layer: false", "interpolation: reference"):
+        assert f"  {line}\n" in text
+        text = text.replace(f"  {line}\n", "")
+    Path(uri, "config.yaml").write_text(text)
+    before = checkpoints.read_config(uri)
+    assert not before.augment.shuffle_jitter
+    assert not before.mask.draw_ratios
+    assert (before.model.norm_last_layer, before.model.interpolation) == (True, "timm")
+    with pytest.raises(
+        CheckpointError, match=r"does not fit .*model\.norm_last_layer True \(now False\).*; set it back"
+    ):
         resume_point(config, "c0ffee")
-    assert resume_point(replace(config, model=replace(config.model, norm_last_layer=True)), "c0ffee") == (3, uri)
+    assert resume_point(replace(before, run=config.run), "c0ffee") == (3, uri)
 
 
 def test_only_the_newest_checkpoints_are_kept(config: Config) -> None:

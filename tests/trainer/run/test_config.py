@@ -1,4 +1,3 @@
-import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,13 +17,6 @@ from trainer.run.resuming import recipe_changes
 def test_every_preset_resolves_and_survives_a_round_trip_through_yaml(preset: str) -> None:
     config = read_config(preset, [])
     assert parse_config(yaml.safe_load(config.to_yaml()), []) == config
-
-
-def test_presets_state_a_source_for_each_published_constant() -> None:
-    lines = (Path(__file__).parents[3] / "trainer/configs/vits14.yaml").read_text().splitlines()
-    constants = [line for line in lines if re.match(r"  (global|local)_(size|scale):|  (clip|momentum|min_lr):", line)]
-    assert constants
-    assert all(re.search(r"# [PDO]\b", line) for line in constants)
 
 
 def test_an_override_sets_any_field_and_leaves_the_others() -> None:
@@ -62,7 +54,8 @@ def test_a_yaml_file_takes_the_place_of_a_preset(tmp_path: Path) -> None:
         (["--data.universe.replacement", "false"], ["universe.tiles_per_slide"]),
         (["--data.requests_in_flight", "0"], ["requests_in_flight"]),
         (["--augment.global_scale", "[0.9, 0.1]"], ["global_scale"]),
-        (["--train.steps", "5", "--optim.warmup_steps", "9"], ["warmup_steps 9", "steps 5"]),
+        (["--train.steps", "5", "--optim.warmup_steps", "9"], ["warmup_steps 9", "5 steps"]),
+        (["--optim.schedule_steps", "59"], ["schedule_steps 59", "60 steps"]),
         (["stray"], ["stray"]),
     ],
 )
@@ -124,6 +117,11 @@ def test_another_strategy_is_another_recipe_in_bfloat16_alone() -> None:
 def test_weights_in_bfloat16_are_refused_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match="bf16-true: weights and teacher would hardly move; take bf16-mixed"):
         check_model(read_config("debug", ["--train.precision", "bf16-true"]))
+
+
+def test_groups_of_masks_that_do_not_fit_the_micro_batch_are_refused_with_one_that_does() -> None:
+    with pytest.raises(ConfigError, match=r"mask\.group_size 4 does not divide the 6 tiles .*; take 2"):
+        check_model(read_config("debug", ["--train.batch", "6"]))
 
 
 def test_the_fields_that_are_free_are_those_that_do_not_change_what_is_trained() -> None:
