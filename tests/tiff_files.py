@@ -155,6 +155,20 @@ def jpeg2000_ycbcr(block: np.ndarray, subsampling: tuple[int, int], quality: int
     return b"\xff\x4f" + size + style + heads[0][0x5C] + start_of_tile + b"\xff\x93" + packets + b"\xff\xd9"
 
 
+def restyled(block: bytes, *, precinct: int, code_block: int, layers: int = 1) -> bytes:
+    """A JPEG 2000 codestream that claims precincts and code-blocks of other sides, in px, and so many layers.
+
+    Sides are powers of 2, code-blocks from 4 px on. Its packets are left as they were, so that it is damaged.
+    """
+    at = block.index(b"\xff\x52")  # COD: ISO/IEC 15444-1, A.6.1
+    nbytes = int.from_bytes(block[at + 2 : at + 4])
+    style, levels = block[at + 4 : at + 2 + nbytes], block[at + 9]
+    side, precinct_side = code_block.bit_length() - 3, precinct.bit_length() - 1
+    claimed = bytes([style[0] | 1, style[1], *layers.to_bytes(2), style[4], levels, side, side, *style[8:10]])
+    claimed += bytes([precinct_side | precinct_side << 4]) * (levels + 1)
+    return block[:at] + b"\xff\x52" + (2 + len(claimed)).to_bytes(2) + claimed + block[at + 2 + nbytes :]
+
+
 def encode(slide: TiffSlide, block: np.ndarray) -> bytes:
     """One block, JPEG with all its tables."""
     kind = slide.compression

@@ -14,7 +14,7 @@ from PIL import Image
 
 from streaming.slide import codecs, jpeg2000, resample
 from streaming.vision import cv2
-from tests.tiff_files import TiffSlide, encode, level_pixels
+from tests.tiff_files import TiffSlide, encode, level_pixels, restyled
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -147,6 +147,84 @@ def test_every_ycbcr_becomes_the_rgb_of_pillow_within_one_grey_level() -> None:
     pixels = np.stack(np.meshgrid(grid, grid, grid), axis=-1).reshape(-1, len(grid), 3)
     wanted = np.asarray(Image.fromarray(pixels, "YCbCr").convert("RGB")).astype(int)
     assert np.abs(jpeg2000._rgb_of_ycbcr(pixels) - wanted).max() <= 1
+
+
+def of_4096_px(block: bytes) -> bytes:
+    """A codestream that claims to be of one tile of 4,096 px on a side."""
+    sized = bytearray(block)
+    for field in (8, 12, 24, 28):
+        sized[field : field + 4] = (4096).to_bytes(4)
+    return bytes(sized)
+
+
+def segment(block: bytes, marker: bytes) -> bytes:
+    at = block.index(marker)
+    return block[at : at + 2 + int.from_bytes(block[at + 2 : at + 4])]
+
+
+FEW_PARTS = imagecodecs.jpeg2k_encode(np.zeros((64, 64, 3), np.uint8), level=40, codecformat="j2k", resolutions=4)
+
+
+PLACES = ("header", "tile-part", "second tile-part", "one component")
+
+
+def with_style(where: str, **claims: int) -> bytes:
+    """A block whose coding style claims many parts in one of the places where it may stand (A.6.1 and A.6.2)."""
+    restyled_block = restyled(FEW_PARTS, **claims)
+    style = segment(restyled_block, b"\xff\x52")
+    if where == "header":
+        return restyled_block
+    if where == "one component":
+        content = b"\x02" + style[4:5] + style[9:]
+        coc = b"\xff\x53" + (2 + len(content)).to_bytes(2) + content
+        return FEW_PARTS.replace(b"\xff\x5c", coc + b"\xff\x5c", 1)
+    at, data = FEW_PARTS.index(b"\xff\x90"), FEW_PARTS.index(b"\xff\x93")
+    first = b""
+    if where == "second tile-part":  # behind one without content, of 14 bytes or the 12 that it may say as well
+        first = FEW_PARTS[at : at + 6] + (12).to_bytes(4) + FEW_PARTS[at + 10 : at + 12] + b"\xff\x93"
+    last = FEW_PARTS[at : at + 6] + bytes(4) + FEW_PARTS[at + 10 : at + 12]
+    return FEW_PARTS[:at] + first + last + style + FEW_PARTS[data:]
+
+
+@pytest.mark.parametrize("scale", [1, 8])
+@pytest.mark.parametrize(
+    ("where", "claims", "told"),
+    [
+        *((where, {"precinct": 2, "code_block": 4}, "it is of 16,7.* precincts") for where in PLACES),
+        *((where, {"precinct": 64, "code_block": 4}, "precincts, 3,1.* code-blocks") for where in PLACES),
+        # Layers are those of all components.
+        *((where, {"precinct": 128, "code_block": 64, "layers": 100}, "and 4.* packets") for where in PLACES[:3]),
+    ],
+)
+def test_a_block_of_more_parts_than_there_is_memory_for_is_refused_before_it_is_decoded(
+    monkeypatch: pytest.MonkeyPatch, where: str, claims: dict[str, int], told: str, scale: int
+) -> None:
+    for name in ("jpeg2k_decode", "Jpeg2KImageFile"):
+        monkeypatch.setattr(jpeg2000.imagecodecs if name == "jpeg2k_decode" else jpeg2000, name, None)
+    form = codecs.BlockFormat("JP2K_RGB", 4096, 4096, halvings=3)
+    with pytest.raises(ValueError, match=told):
+        codecs.decode(of_4096_px(with_style(where, **claims)), form, scale)
+
+
+def test_blocks_of_as_many_parts_as_encoders_write_are_not_refused() -> None:
+    for claims in ((128, 64, 10), (256, 16, 20), (2**15, 32, 50)):
+        precinct, code_block, layers = claims
+        block = restyled(FEW_PARTS, precinct=precinct, code_block=code_block, layers=layers)
+        jpeg2000.read_header(of_4096_px(block)).check_parts()
+
+
+def test_markers_that_openjpeg_would_look_past_and_palettes_are_refused() -> None:
+    _, block = jpeg2000_block("jp2k-rgb", (1, 1))
+    at = block.index(b"\xff\x5c")
+    style = segment(restyled(block, precinct=2, code_block=4), b"\xff\x52")
+    unknown = b"\xff\x3f" + (2 + len(style)).to_bytes(2) + style
+    form = codecs.BlockFormat("JP2K_RGB", 256, 256, halvings=5)
+    with pytest.raises(ValueError, match="marker ff3f"):
+        codecs.decode(block[:at] + unknown + block[at:], form)
+    boxed = imagecodecs.jpeg2k_encode(np.zeros((256, 256, 3), np.uint8), level=40, codecformat="jp2")
+    assert not codecs.decode(boxed, form).any()
+    with pytest.raises(ValueError, match="palette"):
+        codecs.decode(boxed.replace(b"colr", b"pclr"), form)
 
 
 def test_a_block_with_fewer_halvings_than_its_level_is_decoded_whole_and_averaged() -> None:

@@ -37,12 +37,12 @@ import tifffile
 
 from streaming.errors import TilestreamError
 from streaming.slide import open_slide
-from tests.tiff_files import TiffSlide, jpeg2000_ycbcr, level_pixels, tiff_bytes
+from tests.tiff_files import TiffSlide, jpeg2000_ycbcr, level_pixels, restyled, tiff_bytes
 
 ROOT = Path(__file__).parents[3]
 DATA = ROOT.parent / "shared/data"
 CASE_S = 10.0
-START_S = 60.0  # for a worker's imports
+START_S = 240.0  # for a worker's imports
 MEMORY_BYTES = 4 * 2**30
 READ_PX = 200
 
@@ -104,6 +104,7 @@ class Layout:
     entries: tuple[Entry, ...]
     blocks: tuple[tuple[Entry, Entry, tuple[int, ...], tuple[int, ...]], ...]  # offset and count tags, and values
     compression: int
+    block: tuple[int, int]  # width and height of the first level's blocks
 
 
 def layout(data: bytes) -> Layout:
@@ -123,7 +124,15 @@ def layout(data: bytes) -> Layout:
             if page.is_tiled:
                 blocks.append((found[324], found[325], tuple(page.dataoffsets), tuple(page.databytecounts)))
         return Layout(
-            data, order, big, tuple(ifds), tuple(links), tuple(entries), tuple(blocks), int(pages[0].compression)
+            data,
+            order,
+            big,
+            tuple(ifds),
+            tuple(links),
+            tuple(entries),
+            tuple(blocks),
+            int(pages[0].compression),
+            (pages[0].tilewidth, pages[0].tilelength),
         )
 
 
@@ -378,8 +387,17 @@ def jpeg_bomb(m: Mutant) -> bytes:
 
 
 def jpeg_2000_bomb(m: Mutant) -> bytes:
-    """A small JPEG 2000 whose SIZ segment lies about image, tile or component sizes."""
-    data = bytearray(foreign_block(m.one(("small jpeg 2000", "grey jpeg 2000"))))
+    """A small JPEG 2000 that lies about image, tile or component sizes (SIZ), or of how many parts it is (COD)."""
+    block = foreign_block(m.one(("small jpeg 2000", "grey jpeg 2000", "subsampled jpeg 2000")))
+    if m.rng.random() < 0.4:
+        side, layers = int(m.one((1, 2, 4, 8, 32, 2**15))), int(m.one((1, 1, 50, 65535)))
+        block = restyled(block, precinct=side, code_block=int(m.one((4, 16, 64, 1024))), layers=layers)
+        if m.rng.random() < 0.7:
+            data = bytearray(block)
+            for at in (8, 24):  # image and tile, of the size that the level's blocks have
+                struct.pack_into(">II", data, at, *m.base.block)
+            return bytes(data)
+    data = bytearray(block)
     # After SOC, SIZ, Lsiz and Rsiz: Xsiz Ysiz XOsiz YOsiz XTsiz YTsiz XTOsiz YTOsiz, 4 bytes each, then Csiz.
     for _ in range(int(m.rng.integers(1, 4))):
         if m.rng.random() < 0.8:
