@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
+import posixpath
 import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 import numpy as np
@@ -15,19 +17,23 @@ import timm
 import torch
 from numpy.typing import NDArray
 from timm.data.config import resolve_model_data_config
+from timm.layers.mlp import Mlp, SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from streaming import storage
-from streaming.errors import CheckpointError
+from streaming.errors import CheckpointError, StorageError
 from trainer.embed.options import Precision, Token
 from trainer.recipe.augment import Augmentation
 from trainer.recipe.backbone import Backbone, Interpolation, Tokens, with_positions
 from trainer.recipe.network import build_backbone
-from trainer.run import checkpoints
+from trainer.run import checkpoints, starting_weights
 from trainer.run.config import Config
+from trainer.run.starting_weights import EXPORTED, FILES
+from trainer.run.weight_layouts import Weights, timm_names
 
-_EXPORTED = ("config.json", "model.safetensors")
+_NORMALISATION = "preprocessor_config.json"
+_HEAD_WIDTH = 64  # of DINOv2's networks, which their weights do not tell
 
 
 class TimmTokens(nn.Module):
@@ -145,7 +151,8 @@ def resolve(source: str, options: storage.StorageOptions | None = None) -> str:
     if _of_hub(source):
         return source
     source = storage.canonical(source)
-    return source if _is_exported(source, options) else checkpoints.find(source, options)
+    is_whole = PurePosixPath(source).suffix in FILES or _is_exported(source, options)
+    return source if is_whole else checkpoints.find(source, options)
 
 
 def model_of(name: str, augment: Augmentation, backbone: Backbone) -> Model:
@@ -156,8 +163,10 @@ def model_of(name: str, augment: Augmentation, backbone: Backbone) -> Model:
 def load_model(source: str, token: Token | None = None, options: storage.StorageOptions | None = None) -> Model:
     """The model of a run or checkpoint, of a folder that `tilestream export` or timm wrote, or of timm's hub.
 
-    A name of the hub is timm's (`vit_small_patch14_dinov2.lvd142m`) or Hugging Face's (`hf-hub:OWNER/NAME`). Without a
-    token, an embedding is what the export says, else the class token.
+    A name of the hub is timm's (`vit_small_patch14_dinov2.lvd142m`) or Hugging Face's (`hf-hub:OWNER/NAME`). A folder
+    may also be in transformers' layout, and a file hold a backbone as `starting_weights` takes them; how these want
+    their images is read from `preprocessor_config.json` beside them. Without a token, an embedding is what the export
+    says, else the class token.
 
     Raises:
         CheckpointError: there is none, it is damaged, or no vision transformer with a class token.
@@ -165,6 +174,8 @@ def load_model(source: str, token: Token | None = None, options: storage.Storage
     """
     if _of_hub(source):
         model = _of_timm(source, source, hashlib.sha256(source.encode()).hexdigest())
+    elif PurePosixPath(source).suffix in FILES:
+        model = _of_weights(source, source, options)
     elif _is_exported(source, options):
         model = _of_export(source, options)
     else:
@@ -191,21 +202,74 @@ def _of_hub(source: str) -> bool:
 
 
 def _is_exported(source: str, options: storage.StorageOptions | None) -> bool:
-    return _EXPORTED[0] in storage.list_names(source, options)
+    return EXPORTED[0] in storage.list_names(source, options)
 
 
 def _of_export(source: str, options: storage.StorageOptions | None) -> Model:
-    contents = [storage.read_bytes(storage.join(source, name), options) for name in _EXPORTED]
-    about: dict[str, Any] = json.loads(contents[0])
+    about: dict[str, Any] = json.loads(storage.read_bytes(storage.join(source, EXPORTED[0]), options))
     if "architecture" not in about:
-        raise CheckpointError(f"{source}: {_EXPORTED[0]} is not in timm's layout; export it by --layout timm")
+        heads = about.get("num_attention_heads")
+        model = _of_weights(storage.join(source, EXPORTED[1]), source, options, num_heads=heads)
+        return replace(model, token=cast(Token, (about.get("tilestream") or {}).get("embedding", "cls")))
+    contents = [storage.read_bytes(storage.join(source, name), options) for name in EXPORTED]
     with tempfile.TemporaryDirectory(prefix="tilestream-model-") as folder:
-        for name, content in zip(_EXPORTED, contents, strict=True):
+        for name, content in zip(EXPORTED, contents, strict=True):
             Path(folder, name).write_bytes(content)
         model = _of_timm(f"local-dir:{folder}", source, hashlib.sha256(contents[1]).hexdigest())
     trained = about.get("tilestream") or {}
     backbone = TimmTokens(cast(TimmTokens, model.backbone).vit, trained.get("interpolation", "timm")).eval()
     return replace(model, backbone=backbone, token=cast(Token, trained.get("embedding", "cls")))
+
+
+def _of_weights(file: str, source: str, options: storage.StorageOptions | None, num_heads: int | None = None) -> Model:
+    """A backbone whose shape its weights tell."""
+    weights = timm_names(starting_weights.read_weights(file, options))
+    beside = storage.join(posixpath.dirname(file), _NORMALISATION)
+    try:
+        wanted = json.loads(storage.read_bytes(beside, options))
+        mean, std = (tuple(map(float, wanted[key])) for key in ("image_mean", "image_std"))
+    except (StorageError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{source}: {beside} does not say how it wants its images; write their mean and deviation there, such as "
+            '{"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}'
+        ) from error
+    weights.pop("mask_token", None)
+    vit = _vit_of(weights, num_heads, source)
+    checkpoints.load_weights(vit, weights, source)
+    digest = hashlib.sha256()
+    for key, weight in sorted(weights.items()):
+        digest.update(key.encode() + weight.contiguous().view(torch.uint8).numpy().tobytes())
+    backbone = TimmTokens(vit, "reference").eval()
+    return Model(name=source, backbone=backbone, mean=mean, std=std, digest=digest.hexdigest())
+
+
+def _vit_of(weights: Weights, num_heads: int | None, source: str) -> VisionTransformer:
+    """A network of the shape of weights in timm's names, initialised at random."""
+    try:
+        width, patch = weights["patch_embed.proj.weight"].shape[0], weights["patch_embed.proj.weight"].shape[-1]
+        registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
+        hidden, out = weights["blocks.0.mlp.fc1.weight"].shape[0], weights["blocks.0.mlp.fc2.weight"].shape[1]
+        side = math.isqrt(weights["pos_embed"].shape[1] - (not registers))
+    except KeyError as error:
+        raise CheckpointError(f"{source}: no plain vision transformer: {error} is missing") from error
+    is_gated = hidden == 2 * out
+    return VisionTransformer(
+        img_size=side * patch,
+        patch_size=patch,
+        embed_dim=width,
+        depth=len({key.split(".")[1] for key in weights if key.startswith("blocks.")}),
+        num_heads=num_heads or width // _HEAD_WIDTH,
+        # The small excess outlives timm's rounding down.
+        mlp_ratio=(hidden + 0.5) / width,
+        mlp_layer=cast(Any, SwiGLUPacked if is_gated else Mlp),
+        act_layer=nn.SiLU if is_gated else nn.GELU,
+        init_values=1.0 if "blocks.0.ls1.gamma" in weights else None,
+        qkv_bias="blocks.0.attn.qkv.bias" in weights,
+        reg_tokens=registers,
+        no_embed_class=registers > 0,
+        num_classes=0,
+        dynamic_img_size=True,
+    )
 
 
 def _of_timm(name: str, source: str, digest: str) -> Model:

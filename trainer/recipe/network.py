@@ -48,9 +48,9 @@ class ModelConfig:
     ibot_bottleneck: int | None = None
     """width before its prototypes; none: head_bottleneck"""
     init: str | None = field(default=None, metadata=FREE)
-    """weights to start from: a run or checkpoint of ours (student, teacher and heads), a file of DINOv2 weights in
-    timm's or the reference's names (.safetensors, .pth, .pt, .bin), or a name of timm's hub such as
-    vit_small_patch14_dinov2.lvd142m; none: random"""
+    """weights to start from: a run or checkpoint of ours (student, teacher and heads); a file (.safetensors, .pth, .pt,
+    .bin, .ckpt) with a backbone of timm's, the reference's or transformers' names; a folder in timm's or transformers'
+    layout; a name of timm's hub such as vit_small_patch14_dinov2.lvd142m; none: random"""
 
     def __post_init__(self) -> None:
         if not self.separate_heads and (self.ibot_prototypes or self.ibot_bottleneck):

@@ -1,6 +1,6 @@
-"""Weights to start from: published DINOv2 weights for the backbone, or a whole checkpoint of ours.
+"""Weights to start from: a backbone's in any of the layouts of `weight_layouts`, or a whole checkpoint of ours.
 
-Every tensor of a source must be used and every parameter filled; a position embedding of another patch grid is resized.
+Every tensor of a backbone must be used and every parameter filled; positions of another patch grid are resampled.
 Networks on torch's meta device are filled with shapes: of a source, only names and shapes are read then.
 """
 
@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import math
 import pickle
 import re
+from argparse import Namespace
 from collections.abc import Generator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
@@ -26,37 +28,54 @@ from streaming import storage
 from streaming.errors import CheckpointError
 from trainer.recipe.backbone import Backbone, resample_positions
 from trainer.run import checkpoints
+from trainer.run.weight_layouts import Weights, backbone_weights, timm_names
 
-Weights = dict[str, Tensor]
-_FILES = (".safetensors", ".pth", ".pt", ".bin")
+FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+EXPORTED = ("config.json", "model.safetensors")
+# What published checkpoints hold beside tensors, and what nothing can be executed by: DINO's command line.
+_HARMLESS: list[Any] = [Namespace]
+_LOG = logging.getLogger(__name__)
 
 
 def start_from(source: str, student: nn.Module, teacher: nn.Module, options: storage.StorageOptions | None) -> None:
     """Fills student and teacher, each with a `backbone` and heads.
 
-    source is a file of DINOv2 weights or a name of timm's hub (both get that backbone and keep their equal random
-    heads), or a checkpoint of ours (student and teacher get theirs, heads included).
+    source is a file of weights, a folder in timm's or transformers' layout or a name of timm's hub (both get that
+    backbone and keep their equal random heads), or a checkpoint of ours (student and teacher get theirs, heads
+    included). On the meta device, a source without a mask token is told in a warning.
 
     Raises:
         CheckpointError: there is no such source, or it holds weights of another architecture.
         StorageError: it can't be read.
     """
     device = next(student.parameters()).device
-    if PurePosixPath(source).suffix in _FILES:
-        published = read_shapes(source, options) if device.type == "meta" else read_weights(source, options)
+    file = weights_file(source, options)
+    if file is not None:
+        published = read_shapes(file, options) if device.type == "meta" else read_weights(file, options)
     elif timm.is_model_pretrained(source):
         published = hub_weights(source, device)
     else:
         return _load_checkpoint(source, student, teacher, options)
+    if "mask_token" not in published and device.type == "meta":
+        _LOG.warning("%s: has no mask token; it begins at 0, as in any file of timm's", source)
     for network in (student, teacher):
         backbone = network.get_submodule("backbone")
         assert isinstance(backbone, Backbone), "a network's backbone"
         load_published(backbone, published, source)
 
 
+def weights_file(source: str, options: storage.StorageOptions | None) -> str | None:
+    """The file of weights that a source is, or that a folder in timm's or transformers' layout has."""
+    if PurePosixPath(source).suffix in FILES:
+        return source
+    if timm.is_model_pretrained(source) or EXPORTED[0] not in storage.list_names(source, options):
+        return None
+    return storage.join(source, EXPORTED[1])
+
+
 def is_awaited(source: str, options: storage.StorageOptions | None) -> bool:
     """Whether a source is no file or name, but a run of ours that has no checkpoint yet."""
-    if PurePosixPath(source).suffix in _FILES or timm.is_model_pretrained(source):
+    if weights_file(source, options) is not None or timm.is_model_pretrained(source):
         return False
     return not storage.exists(storage.join(source, checkpoints.META), options) and not checkpoints.latest(
         source, options
@@ -69,7 +88,10 @@ def _load_checkpoint(
     try:
         found = checkpoints.find(source, options)
     except CheckpointError as error:
-        kinds = f"a file ({', '.join(_FILES)}), timm's hub (such as vit_small_patch14_dinov2.lvd142m)"
+        kinds = (
+            f"a file ({', '.join(FILES)}), a folder in timm's or transformers' layout, timm's hub (such as "
+            "vit_small_patch14_dinov2.lvd142m)"
+        )
         raise CheckpointError(f"{error}; model.init also takes {kinds}") from error
     shapes_only = next(student.parameters()).device.type == "meta"
     state: Weights = (checkpoints.load_shapes if shapes_only else checkpoints.load)(found, options)["state_dict"]
@@ -87,7 +109,7 @@ def _load_checkpoint(
 
 
 def read_weights(uri: str, options: storage.StorageOptions | None = None) -> Weights:
-    """Tensors by name of a .safetensors or torch file; nothing in it is ever executed.
+    """A backbone's tensors by name of a .safetensors or torch file; nothing in it is ever executed.
 
     Raises:
         CheckpointError: it is damaged, or holds something else.
@@ -96,9 +118,9 @@ def read_weights(uri: str, options: storage.StorageOptions | None = None) -> Wei
     content = storage.read_bytes(uri, options)
     with _no_weights(uri, len(content)):
         if uri.endswith(".safetensors"):
-            return safetensors.torch.load(content)
-        held: Any = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    return _tensors(held, uri)
+            return backbone_weights(safetensors.torch.load(content))
+        with torch.serialization.safe_globals(_HARMLESS):
+            return backbone_weights(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
 
 
 def read_shapes(uri: str, options: storage.StorageOptions | None = None) -> Weights:
@@ -110,14 +132,15 @@ def read_shapes(uri: str, options: storage.StorageOptions | None = None) -> Weig
     nbytes = storage.stat(uri, options).size
     with storage.reading(uri, options) as file, _no_weights(uri, nbytes):
         if not uri.endswith(".safetensors"):
-            return _tensors(torch.load(file, map_location="meta", weights_only=True), uri)
+            with torch.serialization.safe_globals(_HARMLESS):
+                return backbone_weights(torch.load(file, map_location="meta", weights_only=True))
         # https://huggingface.co/docs/safetensors: the header's length, the header, the tensors.
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length) if length < nbytes else b"")
         header.pop("__metadata__", None)
         if max((8 + length + entry["data_offsets"][1] for entry in header.values()), default=0) != nbytes:
             raise ValueError("its end is missing")
-        return {name: torch.empty(entry["shape"], device="meta") for name, entry in header.items()}
+        return backbone_weights({name: torch.empty(entry["shape"], device="meta") for name, entry in header.items()})
 
 
 @contextlib.contextmanager
@@ -126,16 +149,13 @@ def _no_weights(uri: str, nbytes: int) -> Generator[None]:
     try:
         yield
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise CheckpointError(
+                f"{uri}: holds a {refused[1]}, and only tensors and plain values are loaded; where you trust the file, "
+                "torch.load it with weights_only=False and torch.save its tensors alone"
+            ) from error
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{uri}: {nbytes:,} bytes that are no weights: {reason}; fetch it again") from error
-
-
-def _tensors(held: Any, uri: str) -> Weights:
-    for nested in ("model", "state_dict"):
-        held = held.get(nested, held) if isinstance(held, dict) else held
-    if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
-        raise CheckpointError(f"{uri}: holds no map of names to tensors; export the backbone's state_dict")
-    return held
 
 
 def hub_weights(name: str, device: torch.device) -> Weights:
@@ -155,7 +175,7 @@ def hub_weights(name: str, device: torch.device) -> Weights:
 def load_published(backbone: Backbone, weights: Mapping[str, Tensor], source: str) -> None:
     """Loads DINOv2 weights, in timm's naming or the reference's.
 
-    timm's files have no mask token; it stays as it is then.
+    Files without a mask token leave it as it is.
 
     Raises:
         CheckpointError: naming what is missing, left over or of another shape.
@@ -166,22 +186,6 @@ def load_published(backbone: Backbone, weights: Mapping[str, Tensor], source: st
     if "vit.pos_embed" in named:
         named["vit.pos_embed"] = resize_positions(named["vit.pos_embed"], backbone)
     checkpoints.load_weights(backbone, named, source)
-
-
-def timm_names(weights: Mapping[str, Tensor]) -> Weights:
-    """The reference's names as timm's; weights that have timm's stay as they are.
-
-    timm keeps no position for class and register tokens where there are registers: the class token's is added to it.
-    """
-    named = dict(weights)
-    if "mask_token" in named:
-        named["mask_token"] = named["mask_token"].reshape(1, 1, -1)
-    if "register_tokens" in named:
-        named["reg_token"] = named.pop("register_tokens")
-        named["cls_token"] = named["cls_token"] + named["pos_embed"][:, :1]
-        named["pos_embed"] = named["pos_embed"][:, 1:]
-    renamed = {"w12": "fc1", "w3": "fc2"}
-    return {re.sub(r"(?<=\.mlp\.)(w12|w3)(?=\.)", lambda m: renamed[m[1]], key): w for key, w in named.items()}
 
 
 def resize_positions(positions: Tensor, backbone: Backbone) -> Tensor:
