@@ -16,11 +16,10 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 from pydicom import Dataset, config
-from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_partial
 from pydicom.tag import Tag
 
-from streaming.errors import SlideError
+from streaming.errors import SlideError, TilestreamError
 from streaming.storage.range_file import RangeFile
 
 # What pydicom says of odd values could hold one, and nobody here could mend it.
@@ -51,12 +50,6 @@ _TAGS = (
     *("TotalPixelMatrixFocalPlanes", "NumberOfOpticalPaths", "SharedFunctionalGroupsSequence"),
     *("ExtendedOffsetTable", "ExtendedOffsetTableLengths"),
 )
-# What pydicom raises of bytes that are no DICOM: nearly anything.
-_NONSENSE = (
-    *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, NotImplementedError),
-    *(OSError, RecursionError, TypeError, ValueError, struct.error, InvalidDicomError),
-)
-
 Ints = NDArray[np.int64]
 
 
@@ -125,9 +118,9 @@ def read_instance(uri: str, file: RangeFile) -> Instance:
     """
     try:
         return _instance(_header(file, _TAGS, _END_OF_SIZES))
-    except SlideError:
+    except TilestreamError:
         raise
-    except _NONSENSE as error:
+    except Exception as error:  # of bytes that are no DICOM, pydicom raises nearly anything
         raise _no_sense(uri, error) from None
 
 
@@ -153,11 +146,16 @@ def read_picture(uri: str, file: RangeFile) -> tuple[Picture, Ints | None]:
             picture = replace(picture, spacing_um=_spacing(frames[0]))
         if is_full or not frames:
             return picture, None
-        return picture, _corners(frames)
-    except SlideError:
+        corners = _corners(frames)
+    except TilestreamError:
         raise
-    except _NONSENSE as error:
+    except Exception as error:  # of bytes that are no DICOM, pydicom raises nearly anything
         raise _no_sense(uri, error) from None
+    if len(corners) != picture.num_frames:
+        raise SlideError(
+            f"{uri}: positions of {len(corners):,} frames for {picture.num_frames:,}; compare it with its source"
+        )
+    return picture, corners
 
 
 def _no_sense(uri: str, error: BaseException) -> SlideError:

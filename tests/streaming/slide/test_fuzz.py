@@ -5,7 +5,8 @@ bound; the parent gives each case ten seconds, and a hang or crash costs that on
 
     python -m tests.streaming.slide.test_fuzz --cases 20000            the long run; prints each failure, exit status 1
     python -m tests.streaming.slide.test_fuzz --case 417 --seed 0      one case, in this process, with its traceback
-    python -m tests.streaming.slide.test_fuzz --case 417 --keep a.svs  writes the case's file too (--dry: only that)
+    python -m tests.streaming.slide.test_fuzz --case 417 --keep a      its files in a folder, too (--dry: only that)
+    python -m tests.streaming.slide.test_fuzz --format dicom           series of DICOM instead of TIFFs
 """
 
 from __future__ import annotations
@@ -30,14 +31,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import imagecodecs
 import numpy as np
 import pytest
 import tifffile
 
 from streaming.errors import TilestreamError
 from streaming.slide import open_slide
-from tests.tiff_files import TiffSlide, jpeg2000_ycbcr, level_pixels, restyled, tiff_bytes
+from tests.streaming.slide import dicom_mutants
+from tests.streaming.slide.foreign_blocks import FOREIGN, foreign_block
+from tests.tiff_files import TiffSlide, level_pixels, restyled, tiff_bytes
 
 ROOT = Path(__file__).parents[3]
 DATA = ROOT.parent / "shared/data"
@@ -194,6 +196,12 @@ class Mutant:
         index = int(self.rng.integers(len(at) if self.rng.random() < 0.5 else min(2, len(at))))
         return offsets, counts, index, at[index], nbytes[index]
 
+    def write(self, folder: Path) -> Path:
+        """Writes it into a folder; gives the file to open."""
+        path = folder / "case.svs"
+        path.write_bytes(self.data)
+        return path
+
     def replace_block(self, content: bytes) -> None:
         """Points a block (or all of its level) at other bytes, appended to the file."""
         offsets, counts, index, _, _ = self.block()
@@ -300,56 +308,6 @@ def overlap(m: Mutant) -> str:
     value = max(0, at + int(m.rng.integers(-nbytes, nbytes + 1)))
     m.put_value(offsets, index, value)
     return f"block {index} moved from {at} to {value}"
-
-
-@cache
-def foreign_block(kind: str) -> bytes:
-    """A valid stream that is not what a block should be."""
-    grey = (np.indices((64, 64)).sum(0) * 2).astype(np.uint8)
-    rgb, cmyk = np.dstack([grey] * 3), np.dstack([grey] * 4)
-    large = np.tile(rgb, (16, 16, 1))
-    makers: dict[str, Callable[[], bytes]] = {
-        "small jpeg": lambda: imagecodecs.jpeg8_encode(rgb[:16, :16].copy(), 80),
-        "large jpeg": lambda: imagecodecs.jpeg8_encode(large, 80),
-        "grey jpeg": lambda: imagecodecs.jpeg8_encode(np.tile(grey, (4, 4)), 80),
-        "cmyk jpeg": lambda: imagecodecs.jpeg8_encode(
-            np.tile(cmyk, (4, 4, 1)), 80, colorspace="CMYK", outcolorspace="CMYK"
-        ),
-        "small jpeg 2000": lambda: imagecodecs.jpeg2k_encode(rgb, level=40, codecformat="j2k"),
-        "large jpeg 2000": lambda: imagecodecs.jpeg2k_encode(large, level=40, codecformat="j2k"),
-        "grey jpeg 2000": lambda: imagecodecs.jpeg2k_encode(np.tile(grey, (4, 4)), level=40, codecformat="j2k"),
-        "rgba jpeg 2000": lambda: imagecodecs.jpeg2k_encode(np.tile(cmyk, (4, 4, 1)), level=40, codecformat="j2k"),
-        "16-bit jpeg 2000": lambda: imagecodecs.jpeg2k_encode(rgb.astype(np.uint16) * 200, level=40, codecformat="j2k"),
-        "subsampled jpeg 2000": lambda: jpeg2000_ycbcr(np.tile(rgb, (4, 4, 1)), (2, 2), 40),
-        "oddly subsampled jpeg 2000": lambda: jpeg2000_ycbcr(np.tile(rgb, (4, 4, 1)), (4, 1), 40),
-        "short deflate": lambda: zlib.compress(bytes(100)),
-        "long deflate": lambda: zlib.compress(bytes(4_000_000)),
-        "short lzw": lambda: imagecodecs.lzw_encode(bytes(100)),
-        "long lzw": lambda: imagecodecs.lzw_encode(bytes(4_000_000)),
-        "nothing": lambda: b"",
-        "zeros": lambda: bytes(5000),
-        "small webp": lambda: imagecodecs.webp_encode(rgb),
-        "large webp": lambda: imagecodecs.webp_encode(large),
-        "small jpeg xl": lambda: imagecodecs.jpegxl_encode(rgb, effort=1),
-        "large jpeg xl": lambda: imagecodecs.jpegxl_encode(large, effort=1),
-        "16-bit jpeg xl": lambda: imagecodecs.jpegxl_encode(rgb.astype(np.uint16) * 200, effort=1),
-        "short zstd": lambda: imagecodecs.zstd_encode(bytes(100)),
-        "long zstd": lambda: imagecodecs.zstd_encode(bytes(2**26)),
-        "short lzma": lambda: imagecodecs.lzma_encode(bytes(100)),
-        "long lzma": lambda: imagecodecs.lzma_encode(bytes(4_000_000)),
-        "long packbits": lambda: imagecodecs.packbits_encode(bytes(4_000_000)),
-        "png": lambda: imagecodecs.png_encode(rgb),
-    }
-    return makers[kind]()
-
-
-FOREIGN = (
-    *(f"{kind} jpeg" for kind in ("small", "large", "grey", "cmyk")),
-    *(f"{kind} jpeg 2000" for kind in ("small", "large", "grey", "rgba", "16-bit", "subsampled", "oddly subsampled")),
-    *("short deflate", "long deflate", "short lzw", "long lzw", "nothing", "zeros", "png"),
-    *("small webp", "large webp", "small jpeg xl", "large jpeg xl", "16-bit jpeg xl"),
-    *("short zstd", "long zstd", "short lzma", "long lzma", "long packbits"),
-)
 
 
 OWN = {
@@ -466,6 +424,13 @@ def mutant(seed: int, case: int) -> Mutant:
     return made
 
 
+FORMATS: dict[str, tuple[Callable[[int, int], Any], int]] = {
+    "tiff": (mutant, len(MADE) + len(WRITTEN) + len(REAL)),
+    "dicom": (dicom_mutants.mutant, len(dicom_mutants.KINDS) + len(dicom_mutants.REALS)),
+}
+"""By format, what makes a case, and from how many intact slides."""
+
+
 def read_some(path: Path, rng: np.random.Generator) -> None:
     """Opens a slide and reads some regions and tiles.
 
@@ -497,11 +462,9 @@ def read_some(path: Path, rng: np.random.Generator) -> None:
         raise failed
 
 
-def run_case(seed: int, case: int, folder: Path) -> str:
+def run_case(form: str, seed: int, case: int, folder: Path) -> str:
     """Runs a case here; "pixels" or "refused", else what was wrong."""
-    made = mutant(seed, case)
-    path = folder / "case.svs"
-    path.write_bytes(made.data)
+    path = FORMATS[form][0](seed, case).write(folder)
     try:
         read_some(path, np.random.default_rng((seed, case, 1)))
     except TilestreamError:
@@ -520,10 +483,10 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
 
 
-def work(seed: int, folder: Path) -> None:
+def work(form: str, seed: int, folder: Path) -> None:
     """A worker: case numbers on stdin; a line on stdout as each one starts and ends."""
-    for index in range(len(MADE) + len(WRITTEN) + len(REAL)):
-        intact(index)
+    for index in range(FORMATS[form][1]):
+        (intact if form == "tiff" else dicom_mutants.intact)(index)
     for kind in FOREIGN:
         foreign_block(kind)
     for gib in (1, 6):
@@ -533,22 +496,21 @@ def work(seed: int, folder: Path) -> None:
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     for line in sys.stdin:
-        sys.stdout.write(json.dumps(run_case(seed, int(line), folder)) + "\n")
+        sys.stdout.write(json.dumps(run_case(form, seed, int(line), folder)) + "\n")
         sys.stdout.flush()
 
 
 class Worker:
     """A worker process; the thread that reads its lines lets the parent wait with a bound."""
 
-    def __init__(self, seed: int, folder: Path) -> None:
+    def __init__(self, form: str, seed: int, folder: Path) -> None:
         command = [
             sys.executable,
             "-m",
             "tests.streaming.slide.test_fuzz",
             "--worker",
             str(folder),
-            "--seed",
-            str(seed),
+            *("--seed", str(seed), "--format", form),
         ]
         self.errors = folder / "stderr"
         with self.errors.open("wb") as errors:
@@ -592,13 +554,13 @@ class Worker:
                 stream.close()
 
 
-def fuzz(seed: int, cases: range) -> Iterator[tuple[int, str]]:
+def fuzz(form: str, seed: int, cases: range) -> Iterator[tuple[int, str]]:
     """(case, outcome) of each case; "pixels" and "refused" are the permitted ones."""
     with tempfile.TemporaryDirectory() as folder:
         worker: Worker | None = None
         try:
             for case in cases:
-                worker = worker or Worker(seed, Path(folder))
+                worker = worker or Worker(form, seed, Path(folder))
                 outcome = worker.run(case)
                 if outcome is None or outcome == "hang":
                     dead = worker
@@ -612,19 +574,21 @@ def fuzz(seed: int, cases: range) -> Iterator[tuple[int, str]]:
                 worker.close()
 
 
-def explain(seed: int, case: int, outcome: str) -> str:
+def explain(form: str, seed: int, case: int, outcome: str) -> str:
     """One line that says how to see a failure again."""
-    done = "; ".join(mutant(seed, case).done)
-    return f"case {case} ({done}): {outcome}\n  python -m tests.streaming.slide.test_fuzz --case {case} --seed {seed}"
+    done = "; ".join(FORMATS[form][0](seed, case).done)
+    again = f"python -m tests.streaming.slide.test_fuzz --format {form} --case {case} --seed {seed}"
+    return f"case {case} ({done}): {outcome}\n  {again}"
 
 
 @pytest.mark.slow
-def test_no_broken_slide_gives_more_than_pixels_or_our_own_error() -> None:
+@pytest.mark.parametrize("form", FORMATS)
+def test_no_broken_slide_gives_more_than_pixels_or_our_own_error(form: str) -> None:
     failures, counts = [], Counter()
-    for case, outcome in fuzz(0, range(500)):
+    for case, outcome in fuzz(form, 0, range(500)):
         counts[outcome if outcome in ("pixels", "refused") else "failed"] += 1
         if outcome not in ("pixels", "refused"):
-            failures.append(explain(0, case, outcome))
+            failures.append(explain(form, 0, case, outcome))
     assert not failures, f"{dict(counts)}\n" + "\n".join(failures)
     assert min(counts["pixels"], counts["refused"]) > 50, f"the fuzzer has lost its edge: {dict(counts)}"
 
@@ -648,32 +612,33 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=500)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--format", choices=FORMATS, default="tiff")
     parser.add_argument("--case", type=int, help="run this one here, under the memory bound")
-    parser.add_argument("--keep", type=Path, help="with --case: where to write its file")
+    parser.add_argument("--keep", type=Path, help="with --case: where to write its files")
     parser.add_argument("--dry", action="store_true", help="with --case: don't read it")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker is not None:
-        work(args.seed, args.worker)
+        work(args.format, args.seed, args.worker)
         return 0
     if args.case is not None:
-        made = mutant(args.seed, args.case)
+        made = FORMATS[args.format][0](args.seed, args.case)
         sys.stdout.write("; ".join(made.done) + "\n")
         if args.keep:
-            args.keep.write_bytes(made.data)
+            args.keep.mkdir(exist_ok=True)
+            made.write(args.keep)
         if not args.dry:
             limit_memory()
             with tempfile.TemporaryDirectory() as folder:
-                path = args.keep or Path(folder, "case.svs")
-                path.write_bytes(made.data)
+                path = made.write(Path(folder))
                 read_some(path, np.random.default_rng((args.seed, args.case, 1)))
         return 0
     counts: Counter[str] = Counter()
-    for case, outcome in fuzz(args.seed, range(args.first, args.first + args.cases)):
+    for case, outcome in fuzz(args.format, args.seed, range(args.first, args.first + args.cases)):
         kind = outcome if outcome in ("pixels", "refused") else "failed"
         counts[kind] += 1
         if kind == "failed":
-            sys.stdout.write(explain(args.seed, case, outcome) + "\n")
+            sys.stdout.write(explain(args.format, args.seed, case, outcome) + "\n")
         if (case + 1) % 500 == 0:
             sys.stdout.write(f"after case {case}: {dict(counts)}\n")
         sys.stdout.flush()
