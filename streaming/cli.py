@@ -97,9 +97,13 @@ def run_catalog(args: Namespace) -> None:
         slide, cost = max(report.without_levels, key=lambda found: found[1])
         others = f" and {len(report.without_levels) - 1} more" if len(report.without_levels) > 1 else ""
         sys.stderr.write(f"{slide}{others}: {_no_level(COARSE_MPP, cost)}\n")
+    if report.left_out:
+        slide, what = report.left_out[0]
+        others = f"; so it is of {len(report.left_out) - 1} more slides" if len(report.left_out) > 1 else ""
+        sys.stderr.write(f"{slide}: {what} are not read{others}\n")
     if report.passed_over:
         kinds = counted(report.passed_over)
-        sys.stderr.write(f"skipped {report.passed_over.total()} files, by their suffix no slides: {kinds}\n")
+        sys.stderr.write(f"skipped {report.passed_over.total()} files that are no slides: {kinds}\n")
     if report.unmatched:
         sys.stderr.write(f"{args.metadata}: {report.unmatched} of {report.total} slides have no row in it\n")
     rejected = f"{len(report.rejected)} rejected"

@@ -9,7 +9,7 @@ import io
 import struct
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,6 @@ def write_series(folder: Path, slide: Path, kind: Kind = Kind()) -> list[Path]:
             if kind.sparse:
                 instance.DimensionOrganizationType = "TILED_SPARSE"
                 instance.PerFrameFunctionalGroupsSequence = [_position(level, int(frame)) for frame in frames]
-            _change(instance, kind)
             written.append(_write(folder, instance, level, [level.frames[i] for i in frames], kind))
     if kind.associated:
         written += [_associated(folder, series, name, kind) for name in ("LABEL", "OVERVIEW", "THUMBNAIL")]
@@ -263,7 +262,7 @@ def _associated(folder: Path, series: str, name: str, kind: Kind) -> Path:
     values |= {"NumberOfFrames": 1, "SamplesPerPixel": 3, "PhotometricInterpretation": "YBR_FULL_422"}
     for key, value in values.items():
         setattr(instance, key, value)
-    return _write(folder, instance, level, level.frames, kind)
+    return _write(folder, instance, level, level.frames, replace(kind, changes=()))
 
 
 def _write(folder: Path, instance: Dataset, level: _Level, frames: Sequence[bytes], kind: Kind) -> Path:
@@ -283,6 +282,7 @@ def _write(folder: Path, instance: Dataset, level: _Level, frames: Sequence[byte
     else:
         instance.PixelData = encapsulate(list(frames), has_bot=kind.tables == "basic")
     instance["PixelData"].is_undefined_length = level.codec != "none"
+    _change(instance, kind)
     dcmwrite(path, instance, enforce_file_format=True)
     if "tiff" in kind.tables and level.codec != "none":
         add_tiff(path, [len(frame) for frame in frames], level, big="big" in kind.tables)

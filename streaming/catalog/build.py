@@ -43,6 +43,8 @@ class BuildReport:
     """added slides whose glass is far from grey, with its red, green and blue"""
     without_levels: list[tuple[str, float]]
     """added slides of whose pixels 32 and more are read for one of a tile at 2 µm/px, and how many those are"""
+    left_out: list[tuple[str, str]]
+    """added slides of which something is never read, such as further focal planes, and what"""
     passed_over: Counter[str]
     """files in the sources that are no slide and belong to none, by suffix"""
 
@@ -76,11 +78,13 @@ def build_catalog(
     tables, tissue = _known(out, options, staging)
     todo = [(info, stand_in_mpp(metadata, info.uri, mpp)) for info in _changed(slides, tables, tissue)]
     rejected, odd_glass, without_levels = list[Rejected](), list[tuple[str, Colour]](), list[tuple[str, float]]()
+    left_out = list[tuple[str, str]]()
     if todo:
         cluster.connect(num_cpus=2, verbose=verbose)
         for inspected in _inspected(todo, rejected, options, staging, storage.canonical(out)):
             tables.append(_save_part(out, inspected, options))
             odd_glass += [(slide.row.slide, slide.odd_glass) for slide in inspected if slide.odd_glass]
+            left_out += [(slide.row.slide, slide.left_out) for slide in inspected if slide.left_out]
             costs = [(slide.row.slide, slide.coarse_cost) for slide in inspected]
             without_levels += [(slide, cost) for slide, cost in costs if cost >= MANY_PIXELS]
     table, cells = merge(tables, tissue)
@@ -102,6 +106,7 @@ def build_catalog(
         unmatched=unmatched,
         odd_glass=odd_glass,
         without_levels=without_levels,
+        left_out=left_out,
         passed_over=passed_over,
     )
 

@@ -23,6 +23,8 @@ class Inspected:
     tissue: TissueGrid
     odd_glass: Colour | None = None
     """red, green and blue of its glass, if far from grey"""
+    left_out: str = ""
+    """what of it is never read, such as further focal planes"""
 
     @property
     def coarse_cost(self) -> float:
@@ -62,7 +64,7 @@ def inspect(
             if slide.packed_index and out is not None:
                 uri = storage.join(out, schema.BLOCKS, index_name(info))
                 storage.PATIENT(storage.write_bytes, uri, slide.packed_index, options)
-            return Inspected(describe(slide, info, tissue), tissue, odd_glass(image, tissue))
+            return Inspected(describe(slide, info, tissue), tissue, odd_glass(image, tissue), slide.left_out)
         finally:
             slide.close()
     except (SlideError, StorageError) as error:

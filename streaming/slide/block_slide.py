@@ -265,10 +265,11 @@ def decode_box(pending: PendingBox, out: Pixels) -> None:
                 compressed = content[offset - run.start : offset - run.start + nbytes]
                 block = decode(compressed, level.form, scale, y1 - run.row * high)
             except (ValueError, RuntimeError, MemoryError) as error:
-                reason, uri = " ".join(str(error).split()), pending.ranges.address_of(offset)
+                reason, (uri, at_byte) = " ".join(str(error).split()), pending.ranges.locate(offset)
                 number = run.plane * level.blocks_of_plane + run.row * level.columns + column
                 raise SlideError(
-                    f"{uri}: level {box.level}, block {number}: {reason}; compare the slide with its source"
+                    f"{uri}: level {box.level}, block {number} at byte {at_byte:,}: {reason}; "
+                    "compare the slide with its source"
                 ) from error
             before, at = at, perf_counter()
             count.decode_s += at - before

@@ -40,10 +40,10 @@ class JoinedRanges:
             parts.append(self._member(member).begin([(spans[n][0] - base, spans[n][1] - base) for n in numbers], count))
         return parts[0] if len(parts) == 1 else _Parts(parts, list(by_member.values()))
 
-    def address_of(self, offset: int) -> str:
-        """The address of the object that a byte lies in."""
+    def locate(self, offset: int) -> tuple[str, int]:
+        """The address of the object that a byte lies in, and where in it."""
         member = self._member_at(offset)
-        return self._member(member).address_of(offset - self._starts[member])
+        return self._member(member).locate(offset - self._starts[member])
 
     def _member_at(self, offset: int) -> int:
         return min(bisect_right(self._starts, offset), len(self._openers)) - 1

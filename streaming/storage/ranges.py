@@ -84,8 +84,8 @@ class Ranges(Protocol):
         """Asks for the bytes [start, end) of each span."""
         ...
 
-    def address_of(self, offset: int) -> str:
-        """The address of the object that a byte lies in, for messages."""
+    def locate(self, offset: int) -> tuple[str, int]:
+        """The address of the object that a byte lies in, and where in it; for messages."""
         ...
 
 
@@ -120,10 +120,9 @@ class LocalRanges:
                 os.close(file)
         return _FileRead(self, spans)
 
-    def address_of(self, offset: int) -> str:
-        """The file's, wherever the byte lies."""
-        del offset
-        return self._uri
+    def locate(self, offset: int) -> tuple[str, int]:
+        """The file's address, and the same offset."""
+        return self._uri, offset
 
     def read(self, spans: Sequence[Span]) -> list[bytes]:
         """The bytes of each span, read now.
@@ -185,10 +184,9 @@ class RemoteRanges:
         _count(spans, count)
         return _Requests([self._connections.submit(self._uri, self._read, *span) for span in spans], count)
 
-    def address_of(self, offset: int) -> str:
-        """The object's, wherever the byte lies."""
-        del offset
-        return self._uri
+    def locate(self, offset: int) -> tuple[str, int]:
+        """The object's address, and the same offset."""
+        return self._uri, offset
 
     def _read(self, start: int, end: int) -> tuple[bytes, int]:
         """The bytes, and how often the request was sent again: counters belong to the thread that waits for them."""

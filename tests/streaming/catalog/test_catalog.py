@@ -88,7 +88,7 @@ def test_what_is_left_out_and_what_will_be_slow_is_told_at_the_end(
     assert main(["catalog", str(folder), "--out", str(tmp_path / "catalog")]) == 0
     told = capsys.readouterr().err
     kinds = "3 .vsi, 2 .isyntax, 1 .zarr, 1 without suffix"
-    assert f"skipped 7 files, by their suffix no slides: {kinds}\n" in told
+    assert f"skipped 7 files that are no slides: {kinds}\n" in told
     assert f"{folder}/single.svs: no level near 2 µm/px: a tile there is made of 64 times its pixels" in told
     assert "pyramid.svs" not in told
     # The dry run tells it of the magnifications that are drawn.

@@ -1,7 +1,9 @@
 """DICOM slides by their frames: pixels, series, what is asked of the storage, and what is told of broken ones."""
 
+import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +80,91 @@ def test_what_openslide_refuses_has_the_pixels_that_were_written(
         wanted = np.repeat(wanted[:, :, 1:2], 3, axis=2) if kind.photometric == "MONOCHROME2" else wanted
         assert np.array_equal(slide.read_region((500, 300), level, (300, 200)), wanted)
     assert ("further focal planes" in slide.left_out) == (kind.planes > 1)
+
+
+def broken(folder: Path, what: str) -> tuple[Path, str]:
+    """Breaks a series; gives the file that must be named."""
+    first, second, *_ = sorted(folder.glob("*"), key=lambda path: -path.stat().st_size)
+    content = bytearray(first.read_bytes())
+    pixels = content.index(b"\xe0\x7f\x10\x00OB\0\0") + 12
+    item = pixels + 8 + int.from_bytes(content[pixels + 4 : pixels + 8], "little")
+    match what:
+        case "the last frames cut off":
+            del content[len(content) * 2 // 3 :]
+        case "the header cut off":
+            del content[pixels - 30 :]
+        case "an entry that lies beyond the file":
+            content[pixels + 12 : pixels + 16] = b"\xff\xff\xff\x7f"
+        case "an entry too few":
+            content[pixels + 4 : pixels + 8] = (47 * 4).to_bytes(4, "little")
+        case "an entry within its neighbour":
+            content[pixels + 16 : pixels + 20] = content[pixels + 12 : pixels + 16]
+        case "no items":
+            content[item : item + 4] = bytes(4)
+        case "items within an item" | "an item without length":
+            content[item + 4 : item + 8] = b"\xff\xff\xff\xff"
+        case "pixels without end":
+            content[-8:-4] = b"\xfe\xff\x00\xe0"
+        case "the first level missing":
+            first.unlink()
+            return second, second.name
+        case "two versions of a level":
+            uid = content.index(b"UI", content.index(b"\x08\x00\x18\x00")) + 4
+            content[uid + 20] ^= 1
+            (folder / "older").write_bytes(content)
+            return first, "older|" + first.name
+        case "a frame of another size":
+            frame = content.index(b"\xff\xc0\x00\x11\x08")
+            content[frame + 5 : frame + 7] = (128).to_bytes(2)
+    first.write_bytes(content)
+    return first, first.name
+
+
+BROKEN = [
+    (Kind(tables="none"), "the last frames cut off", r"frame \d+: .* of \d+"),
+    (Kind(), "the last frames cut off", r"frame \d+: .*(of a file of|no item)|the pixels end"),
+    (Kind(codec="none", tables="none"), "the last frames cut off", r"bytes of pixels for 48 frames of 196,608"),
+    (Kind(tables="basic"), "the header cut off", "makes no sense"),
+    (Kind(tables="basic"), "an entry that lies beyond the file", r"frame \d+: .*"),
+    (Kind(tables="basic"), "an entry within its neighbour", r"frame 2: its offset .* makes no sense"),
+    (Kind(tables="none"), "no items", "frame 0: no item at"),
+    (Kind(tables="none"), "an item without length", "frame 0: no item at"),
+    (Kind(tables="none"), "pixels without end", "frame 48: one more item than frames of 48"),
+    (Kind(), "the first level missing", "resampled from a finer level that is missing"),
+    (Kind(), "two versions of a level", "another picture of 2048 × 1536 px"),
+    (
+        Kind(tables="none"),
+        "a frame of another size",
+        r"level 0, block 0 at byte .*it is of 256 × 128 px, not 256 × 256",
+    ),
+    (Kind(changes=(("NumberOfFrames", 47),)), "", r"47 frames|48 offsets .* for 47 frames"),
+    (
+        Kind(tables="extended", changes=(("ExtendedOffsetTableLengths", None),)),
+        "",
+        "48 offsets and 0 lengths .* for 48 f",
+    ),
+    (Kind(tables="basic"), "an entry too few", "47 offsets in the basic table for 48 frames"),
+    (Kind(tables="none", changes=(("TotalPixelMatrixRows", 3000),)), "", r"48 frames for \d+ places"),
+    (Kind(sparse=True, changes=(("Rows", 250),)), "", r"frame \d+: at pixel .* no place of its own"),
+    (Kind(mpp=(0.25, 0.5)), "", "pixels of 0.25 × 0.5 µm are not square"),
+    (Kind(changes=(("BitsStored", 12),)), "", r"3 × 12 bits of RGB|3 × 12 bits of YBR_FULL_422"),
+    (Kind(changes=(("PhotometricInterpretation", "PALETTE COLOR"),)), "", "bits of PALETTE COLOR in transfer syntax"),
+    (Kind(changes=(("SharedFunctionalGroupsSequence", None),)), "", "no mpp in its metadata"),
+    (Kind(mpp=(0.0, 0.0)), "", "no mpp in its metadata"),
+]
+
+
+@pytest.mark.parametrize(("kind", "what", "told"), BROKEN, ids=[f"{k.tables} {w or told}" for k, w, told in BROKEN])
+def test_a_broken_series_is_one_error_that_names_object_and_frame(
+    kind: Kind, what: str, told: str, slides: list[Path], tmp_path: Path
+) -> None:
+    paths = write_series(tmp_path, slides[0], replace(kind, associated=False))
+    path, named = broken(tmp_path, what) if what else (paths[0], paths[0].name)
+    with pytest.raises(SlideError, match=told) as caught:
+        open_slide(str(path)).read_tile(0, 0, 0.25, 64)
+    assert "no mpp" in told or re.search(named, str(caught.value))
+    assert "Doe" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["google_jpeg", "google_jpeg2000", "google_raw"])
