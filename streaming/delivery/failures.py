@@ -141,7 +141,7 @@ class FailureBudget:
             raise StreamError(
                 f"{self.failed:,} tiles failed while {self.tiles:,} were read, more than the allowed share of "
                 f"{self.max_share:.1%}; most of {worst} ({self.reasons[worst]}); take bad slides out of the catalog or "
-                "raise data.max_failed_share"
+                "raise data.max_failed_share (--max-failed-share)"
             )
 
     def summary(self) -> list[str]:

@@ -75,7 +75,7 @@ class Pulses:
             worst = max(working, key=lambda pulse: pulse.busy_s)
             return (
                 f"{len(working)} of {len(alive)} readers are at work, since {worst.busy_s:.0f} s on the batch from "
-                f"index {worst.index}; add readers, or raise data.stall_s"
+                f"index {worst.index}; add readers, or raise data.stall_s of a training"
             )
         free, total = (
             found.get("object_store_memory", 0) for found in (ray.available_resources(), ray.cluster_resources())
@@ -90,7 +90,7 @@ class Pulses:
         fitting = [node for node in nodes if _has_labels(node, labels)]
         if not fitting:
             wanted = ", ".join(f"{key}={value}" for key, value in labels.items())
-            return f"no reader can start: none of {len(nodes)} nodes has the labels {wanted}; see data.reader_labels"
+            return f"no reader can start: none of {len(nodes)} nodes has the labels {wanted} (data.reader_labels)"
         most = max(node["Resources"].get("CPU", 0) for node in fitting)
         if most < cpus:
             return f"no reader can start: it needs {cpus:g} CPU slots, a node has {most:g} at most; add nodes"

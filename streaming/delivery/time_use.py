@@ -103,8 +103,8 @@ class TimeUse:
             case "opening":
                 return (
                     f"opening slides: {of_time} ({self.totals['staged_misses']:,.0f} copies downloaded); it passes "
-                    "once all are open; where slides are staged, draw in windows (`universe.window`) or raise "
-                    "`staging_gb`"
+                    "once all are open; where slides are staged, draw in windows (`universe.window`, `--window`) or "
+                    "raise `data.staging_gb` of a training"
                 )
             case "decoding":
                 return (

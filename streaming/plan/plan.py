@@ -249,7 +249,7 @@ class TilePlan:
         mpp = self._mpp_values[choice.mpp_row[pending[0]]]
         raise PlanError(
             f"index {index[pending[0]]}: no tile of {self.min_tissue:.0%} tissue at {mpp} µm/px in {MAX_TRIES} draws; "
-            f"lower data.min_tissue or take {mpp} out of data.mpp"
+            f"take {mpp} out of the mpp (data.mpp, --mpp), or lower data.min_tissue of a training"
         )
 
     def _draw(self, choice: Choice, attempt: NDArray[np.int32], trial: int) -> _Places:

@@ -97,13 +97,18 @@ class SlideChooser:
         # Tiles of a bounded universe are the same in all runs on it; their order is not.
         self.place_seed = seed if universe.tiles_per_slide is None else universe.seed
 
+    @property
+    def _or_more_slides(self) -> str:
+        share = self._universe.slides
+        return f", or raise universe.slides (--slides) {share}" if share < 1 else ""
+
     def _check_magnifications(self, size: int) -> None:
         for row, mpp in enumerate(self.mpp_values):
             if not self._serves[row].any():
                 raise PlanError(
                     f"{self._uri}: none of its {int(self._chosen.sum())} slides can give a {size} px tile at {mpp} "
-                    f"µm/px (too small, too coarse, or no tissue); take {mpp} out of data.mpp"
-                    + (f" or raise universe.slides {self._universe.slides}" if self._universe.slides < 1 else "")
+                    f"µm/px (too small, too coarse, or no tissue); take {mpp} out of the mpp (data.mpp, --mpp)"
+                    f"{self._or_more_slides}"
                 )
 
     def _pool_slides(self, members: list[NDArray[np.bool_]], names: list[str | None]) -> None:
@@ -112,7 +117,7 @@ class SlideChooser:
             if not (self._serves & of_cohort).any():
                 raise PlanError(
                     f"{self._uri}: no slide of cohort {name!r} among the {int(self._chosen.sum())} of the run; take it "
-                    f"out of data.cohorts{' or raise universe.slides' if self._universe.slides < 1 else ''}"
+                    f"out of the cohorts (data.cohorts, --cohorts){self._or_more_slides}"
                 )
         pools = [np.flatnonzero(serve & of_cohort) for serve in self._serves for of_cohort in members]
         self._pool = np.concatenate(pools).astype(np.int32)
@@ -121,7 +126,10 @@ class SlideChooser:
         shares = self._weights * (self._pool_size.reshape(-1, len(names)) > 0)
         if not shares.any(axis=1).all():
             mpp = self.mpp_values[int(shares.any(axis=1).argmin())]
-            raise PlanError(f"{self._uri}: no slide of the run's cohorts serves {mpp} µm/px; take it out of data.mpp")
+            raise PlanError(
+                f"{self._uri}: no slide of the run's cohorts serves {mpp} µm/px; take it out of the mpp "
+                "(data.mpp, --mpp)"
+            )
         self._cohort_cumulative = np.array([_cumulative(row) for row in shares])
         self._members = members
 

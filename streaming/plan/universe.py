@@ -40,18 +40,20 @@ class Universe:
 
     def __post_init__(self) -> None:
         if not 0 < self.slides <= 1:
-            raise ConfigError(f"universe.slides is {self.slides}; it is a share above 0 and up to 1")
+            raise ConfigError(f"universe.slides is {self.slides} (--slides); it is a share above 0 and up to 1")
         for name in ("tiles_per_slide", "window", "window_slides"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"universe.{name} is {value}; it must be at least 1")
+                raise ConfigError(f"universe.{name} is {value} (--{name.replace('_', '-')}); it must be at least 1")
         if not self.replacement and self.tiles_per_slide is None:
             raise ConfigError(
-                "universe.replacement is false, but without universe.tiles_per_slide the tiles have no end; set it"
+                "universe.replacement is false (--no-replacement), but without universe.tiles_per_slide "
+                "(--tiles-per-slide) the tiles have no end; set it"
             )
         if not self.replacement and self.window is not None:
             raise ConfigError(
-                "universe.window draws with replacement; set universe.replacement true, or leave out the window"
+                "universe.window (--window) draws with replacement; set universe.replacement true (leave out "
+                "--no-replacement), or leave out the window"
             )
 
     @property
@@ -134,7 +136,8 @@ def window_shares(window_slides: int, weights: NDArray[np.float64], sizes: Indic
     """
     if window_slides < len(weights):
         raise ConfigError(
-            f"universe.window_slides is {window_slides}, but there are {len(weights)} cohorts; take at least that many"
+            f"universe.window_slides (--window-slides) is {window_slides}, but there are {len(weights)} cohorts; "
+            "take at least that many"
         )
     total = math.fsum(weights.tolist())
     shares = np.maximum(1, np.floor(window_slides * weights / total + 1e-9)).astype(np.int64)

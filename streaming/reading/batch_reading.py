@@ -150,5 +150,5 @@ class BatchReading:
         if self._attempt[row] >= _MAX_ATTEMPTS:
             raise StreamError(
                 f"index {index}: {_MAX_ATTEMPTS} tiles failed, {self._columns['filtered'][row]} of them by the HSV "
-                "rule; loosen data.hsv_rule or look at the slides"
+                "rule; loosen data.hsv_rule of the training, or look at the slides"
             )

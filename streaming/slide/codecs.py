@@ -22,7 +22,7 @@ _ONLY_LEFT_OVER = re.compile("extraneous bytes before marker 0xd9$")
 
 # TIFF's compression tag → name: Adobe TIFF 6.0 and its supplements, and libtiff's numbers; 33003 to 33005 are Aperio's.
 CODECS = {
-    **{1: "NONE", 5: "LZW", 7: "JPEG", 8: "DEFLATE", 32773: "PACKBITS", 32946: "DEFLATE", 34925: "LZMA"},
+    **{1: "NONE", 5: "LZW", 6: "JPEG", 7: "JPEG", 8: "DEFLATE", 32773: "PACKBITS", 32946: "DEFLATE", 34925: "LZMA"},
     **{33003: "JP2K_YCBCR", 33004: "JP2K_RGB", 33005: "JP2K_RGB", 34712: "JP2K_RGB"},
     **{50000: "ZSTD", 50001: "WEBP", 50002: "JPEGXL", 52546: "JPEGXL"},
 }

@@ -21,6 +21,8 @@ from streaming.slide.tiff_vendors import PAINTS_EMPTY_BLOCKS, pyramid_of
 from streaming.storage.range_file import RangeFile
 from streaming.storage.ranges import Ranges, read_range
 
+_OLD_JPEG = 6
+_CONVERT = "vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg --Q 90"
 _MAX_PAGES = 1000  # the largest Z-stacks have some hundred
 
 # What tifffile raises over tags that are cut off, or of another type than they must be.
@@ -54,16 +56,15 @@ def _slide(uri: str, tiff: tifffile.TiffFile, ranges: Ranges, count: Counters) -
     if not tiff.pages.first.is_tiled:
         if tiff.is_ndpi or any(page.is_tiled for page in _pages(uri, tiff)):
             return None
-        raise SlideError(
-            f"{uri}: a stripped TIFF, of which a tile takes whole rows; convert it with "
-            "`vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg --Q 90`"
-        )
+        raise SlideError(f"{uri}: a stripped TIFF, of which a tile takes whole rows; convert it with `{_CONVERT}`")
     pyramid = pyramid_of(_pages(uri, tiff))
     if pyramid is None or any(b[0] >= a[0] for a, b in pairwise(pyramid.sizes)):
         return None
     levels: list[BlockLevel] = []
     for number, (page, size) in enumerate(zip(pyramid.pages, pyramid.sizes, strict=True)):
         level = blocks_of(uri, number, page, size, ranges.size)
+        if level is not None and page.compression == _OLD_JPEG:
+            _check_old_jpeg(uri, number, level, ranges, count)
         level = level and _looked_into(level, ranges, count)
         if level is None:
             return None
@@ -76,6 +77,19 @@ def _slide(uri: str, tiff: tifffile.TiffFile, ranges: Ranges, count: Counters) -
     return BlockedSlide(pyramid.vendor, pyramid.mpp, tuple(levels), (whole,))
 
 
+def _check_old_jpeg(uri: str, number: int, level: BlockLevel, ranges: Ranges, count: Counters) -> None:
+    """Refuses blocks that are no JPEG of their own.
+
+    In TIFF 6.0 their tables stood in tags, which nothing but libtiff puts together; others wrote whole JPEGs.
+    """
+    used = level.offsets[level.nbytes >= 2][:1].tolist()
+    if any(read_range(ranges, at, at + 2, count) != b"\xff\xd8" for at in used):
+        raise SlideError(
+            f"{uri}: level {number}: old-style JPEG (compression 6), whose blocks are no whole JPEGs; convert it with "
+            f"`{_CONVERT}`"
+        )
+
+
 def _looked_into(level: BlockLevel, ranges: Ranges, count: Counters) -> BlockLevel | None:
     """A level with what only its blocks tell, None where they are not decoded here."""
     if not level.form.is_jpeg2000:
@@ -83,7 +97,7 @@ def _looked_into(level: BlockLevel, ranges: Ranges, count: Counters) -> BlockLev
     header = first_header(level, lambda start, end: read_range(ranges, start, end, count))
     if header is None:
         return level
-    if not header.is_decoded(ycbcr=level.form.codec == "JP2K_YCBCR"):
+    if not header.is_decoded(ycbcr=level.form.codec == "JP2K_YCBCR", samples=level.form.samples):
         return None
     return replace(level, form=replace(level.form, halvings=header.halvings))
 

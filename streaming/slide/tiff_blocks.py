@@ -12,7 +12,6 @@ from streaming.slide.block_level import MAX_BLOCK_PX, BlockLevel, check_places
 from streaming.slide.codecs import CODECS, BlockFormat, jpeg_prefix
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _YCBCR = 0, 1, 2, 6
-_ORIENTATION = 274  # another than 1 is turned or mirrored
 _PREMULTIPLIED = 1  # TIFF's ExtraSamples: associated alpha
 _APERIO_S = (33003, 33004, 33005)
 _WHOLE_COLOURS = ("JPEG", "WEBP", "JP2K_YCBCR", "JP2K_RGB")  # whose planes apart nobody writes
@@ -55,7 +54,8 @@ def _form_of(uri: str, level: int, page: tifffile.TiffPage) -> BlockFormat | Non
     photometric, predictor = int(page.photometric), int(page.predictor)  # type: ignore[arg-type]
     if codec is None or page.imagedepth != 1 or page.fillorder != 1 or predictor not in (1, 2):
         return None
-    if bits not in (8, 16) or page.sampleformat != 1 or page.tags.valueof(_ORIENTATION, 1) != 1:
+    # Orientation is not looked at: OpenSlide leaves it alone for JPEG, and else mirrors each block in its place.
+    if bits not in (8, 16) or page.sampleformat != 1:
         return None
     is_grey = samples == 1 and photometric in (_WHITE_IS_ZERO, _BLACK_IS_ZERO)
     is_rgb = samples in (3, 4) and photometric == _RGB
@@ -65,7 +65,7 @@ def _form_of(uri: str, level: int, page: tifffile.TiffPage) -> BlockFormat | Non
     elif codec.startswith("JP2K"):
         # Aperio's say what they are by their compression, whatever their photometric tag.
         is_rgb = samples == 3 and (photometric in (_RGB, _YCBCR) or int(page.compression) in _APERIO_S)
-        is_grey = False
+        is_grey = is_grey and photometric == _BLACK_IS_ZERO and codec == "JP2K_RGB"
         codec = "JP2K_YCBCR" if photometric == _YCBCR and int(page.compression) not in _APERIO_S else codec
     if not (is_grey or is_rgb) or (bits == 16 and codec not in _SIXTEEN_BITS):
         return None

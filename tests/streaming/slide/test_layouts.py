@@ -91,6 +91,52 @@ SAMPLES = {
 }
 
 
+def test_grey_jpeg_2000_gives_the_pixels_that_were_compressed_also_at_a_smaller_size(tmp_path: Path) -> None:
+    lossless = {"compression": "jpeg2000", "compressionargs": {"level": 0}}
+    path = write(tmp_path / "slide.tif", GREY, photometric="minisblack", **lossless)
+    np.testing.assert_array_equal(read(path), np.repeat(GREY[..., None], 3, axis=2))
+    tile = open_slide(str(path), mpp=0.25).read_tile(0, 0, 0.5, 200)
+    average = cv2.resize(GREY[:400, :400], (200, 200), interpolation=cv2.INTER_AREA)
+    assert np.abs(tile.astype(int) - average[..., None]).mean() < 4, "a wavelet is sharper than an average"
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize("compression", ["zlib", "jpeg"])
+def test_orientation_is_left_alone(tmp_path: Path, compression: str, orientation: int) -> None:
+    tag = (274, 3, 1, orientation, True)
+    path = write(tmp_path / "slide.tif", RGB, compression=compression, extratags=[tag])
+    got = read(path)
+    np.testing.assert_array_equal(got, tifffile.imread(path))
+    same = np.array_equal(got, by_openslide(path))
+    # OpenSlide mirrors each block in its place where it is no JPEG, and so takes the picture to pieces.
+    assert same == (compression == "jpeg" or orientation == 5)
+
+
+def old_jpeg(path: Path, *, with_headers: bool) -> Path:
+    """A TIFF of JPEG blocks under the number of the old style, whole ones or their scans alone."""
+    write(path, RGB, compression="jpeg", subsampling=(1, 1), byteorder="<")
+    content = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages.first
+        tables = page.jpegtables
+        offset = page.tags[259].valueoffset
+        for place, nbytes in zip(page.dataoffsets, page.databytecounts, strict=True):
+            assert tables is None, "each block has its own"
+            if not with_headers:
+                scan = content.index(b"\xff\xda", place)
+                content[place : place + nbytes] = content[scan + 14 : place + nbytes] + bytes(scan + 14 - place)
+    content[offset : offset + 2] = (6).to_bytes(2, "little")
+    path.write_bytes(content)
+    return path
+
+
+def test_old_style_jpeg_is_read_where_its_blocks_are_whole_and_refused_where_they_are_not(tmp_path: Path) -> None:
+    new = write(tmp_path / "new.tif", RGB, compression="jpeg", subsampling=(1, 1))
+    np.testing.assert_array_equal(read(old_jpeg(tmp_path / "old.tif", with_headers=True)), by_openslide(new))
+    with pytest.raises(SlideError, match=r"cut\.tif: level 0: old-style JPEG .*vips tiffsave"):
+        open_slide(str(old_jpeg(tmp_path / "cut.tif", with_headers=False)))
+
+
 @pytest.mark.parametrize("name", SAMPLES)
 @pytest.mark.parametrize("predictor", [False, True])
 @pytest.mark.parametrize("byteorder", ["<", ">"])
@@ -201,6 +247,9 @@ def test_real_files_read_as_openslide_or_tifffile_reads_them(path: Path) -> None
             wanted = np.asarray(theirs.read_region((x, y), 0, size))
     except openslide.OpenSlideError:
         wanted = tifffile.imread(path, level=0)[y : y + size[1], x : x + size[0]]
+    if "orient" in path.name:  # see test_orientation_is_left_alone
+        grey = tifffile.imread(path, level=0)[y : y + size[1], x : x + size[0]]
+        wanted = np.repeat(grey[..., None], 3, axis=2)
     # What is transparent is white here, and by OpenSlide the colour that lies below it, or black.
     shown = wanted[..., 3] == 255 if wanted.shape[2] == 4 else np.ones(wanted.shape[:2], bool)
     assert shown.mean() > 0.5
