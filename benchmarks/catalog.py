@@ -101,6 +101,7 @@ def make(folder: str, slides: int, blocks: int) -> tuple[int, int]:
             mpp=MPP,
             width=columns * BLOCK,
             height=rows * BLOCK,
+            bounds=(0, 0, columns * BLOCK, rows * BLOCK),
             levels=[
                 {
                     "width": columns * BLOCK >> i,

@@ -191,6 +191,10 @@ class Catalog:
             block_height=table("block_height", np.int64),
         )
 
+    def bounds(self) -> NDArray[np.int64]:
+        """What of each slide was scanned: x, y, width and height in level-0 pixels, int64 (n, 4)."""
+        return pc.list_flatten(self.table["bounds"].combine_chunks()).to_numpy().reshape(-1, 4)
+
     def column(self, name: str) -> NDArray[Any]:
         """One numeric column as a NumPy array."""
         return self.table[name].to_numpy()

@@ -100,6 +100,7 @@ def describe(slide: Slide, info: storage.ObjectInfo, tissue: TissueGrid) -> Slid
         mpp=slide.mpp,
         width=slide.level_dimensions[0][0],
         height=slide.level_dimensions[0][1],
+        bounds=slide.bounds,
         levels=levels,
         backend=slide.backend,
         index=index_name(info) if slide.packed_index else None,

@@ -7,6 +7,7 @@ be used, with the reason) and, while it is being built, `parts/`, whose rows hol
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from streaming import storage
 from streaming.errors import CatalogError
 
-VERSION = 5
+VERSION = 6
 SLIDES, REJECTED, PARTS, BLOCKS = "slides.parquet", "rejected.parquet", "parts", "blocks"
 
 LEVEL_TYPE = pa.struct(
@@ -40,6 +41,8 @@ SCHEMA = pa.schema(
         ("mpp", pa.float64()),
         ("width", pa.int64()),
         ("height", pa.int64()),
+        # What of it was scanned, within which tiles are drawn: x, y, width and height in level-0 pixels.
+        ("bounds", pa.list_(pa.int64(), 4)),
         ("levels", pa.list_(LEVEL_TYPE)),
         ("backend", pa.string()),
         # The block index's file in `blocks/` and its size; none where OpenSlide serves.
@@ -74,6 +77,7 @@ class SlideRow:
     mpp: float
     width: int
     height: int
+    bounds: Sequence[int]
     levels: list[dict[str, Any]]
     backend: str
     index: str | None

@@ -57,6 +57,8 @@ class TissueGrid:
 def thumbnail(slide: Slide, mpp: float = THUMBNAIL_MPP) -> Pixels:
     """The whole slide at a coarse resolution, uint8 (h, w, 3), read in strips so that no level is in memory whole.
 
+    What lies outside its bounds is black, as what was not scanned is.
+
     Raises:
         SlideError: the slide has no mpp or can't be decoded.
     """
@@ -75,6 +77,12 @@ def thumbnail(slide: Slide, mpp: float = THUMBNAIL_MPP) -> Pixels:
         box = LevelBox(level, 0, first, level_width, max(1, last - first))
         pixels = slide.read_region((0, round(first * downsample)), level, (box.width, box.height))
         resample.resize(pixels, image[top:bottom])
+    left, top, wide, high = (
+        side * length / whole
+        for side, length, whole in zip(slide.bounds, (width, height) * 2, slide.level_dimensions[0] * 2, strict=True)
+    )
+    image[: round(top)] = image[round(top + high) :] = 0
+    image[:, : round(left)] = image[:, round(left + wide) :] = 0
     return image
 
 

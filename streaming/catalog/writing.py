@@ -71,7 +71,8 @@ def _digest(slides: pa.Table) -> Digest:
         digest.update("\n".join(cast("list[str]", slides[name].to_pylist())).encode())
     for name in ("size", "mpp", "width", "height", "tissue_rows", "tissue_columns"):
         digest.update(slides[name].to_numpy().tobytes())
-    digest.update(json.dumps(slides["levels"].to_pylist()).encode())
+    for name in ("levels", "bounds"):
+        digest.update(json.dumps(slides[name].to_pylist()).encode())
     metadata = [json.loads(entry) for entry in cast("list[str]", slides["metadata"].to_pylist())]
     digest.update(json.dumps([[entry.get(name) for entry in metadata] for name in ("patient", "cohort")]).encode())
     return digest

@@ -7,7 +7,7 @@ the same `streaming.slide.geometry.tile_levels`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,8 @@ class Footprint:
     """width and height of its blocks; 0 where unknown"""
     slide_length: tuple[Ints, Ints]
     """the slide's width and height in level-0 pixels"""
+    bounds: tuple[Ints, Ints, Ints, Ints]
+    """x, y, width and height of what was scanned, in level-0 pixels"""
 
     @property
     def step(self) -> Floats:
@@ -53,11 +55,21 @@ class Footprint:
         resampled = np.maximum(1, np.rint(self.mpp / self.slide_mpp))
         return np.where(self.reduction > 0, self.downsample * self.reduction, resampled)
 
+    def is_bounded(self, axis: int) -> NDArray[np.bool_]:
+        """Whether a part of the slide was scanned only, along an axis (0: x)."""
+        return self.bounds[2 + axis] < self.slide_length[axis]
+
+    def first(self, axis: int) -> Floats:
+        """The smallest level-0 pixel at which a tile may begin along an axis (0: x)."""
+        return np.ceil(np.ceil(self.bounds[axis] / self.step) * self.step)
+
     def last(self, axis: int) -> Floats:
         """The largest level-0 pixel at which a tile may begin along an axis (0: x)."""
         reduction = np.maximum(1, self.reduction)
         own = (self.length[axis] - self.side) // reduction * (self.downsample * reduction)
-        return np.floor(np.where(self.reduction > 0, own, self.slide_length[axis] - self.extent))
+        whole = np.floor(np.where(self.reduction > 0, own, self.slide_length[axis] - self.extent))
+        scanned = np.floor(self.bounds[axis] + self.bounds[2 + axis] - self.extent)
+        return np.where(self.is_bounded(axis), np.minimum(whole, scanned), whole)
 
     @property
     def unit(self) -> Ints:
@@ -65,8 +77,11 @@ class Footprint:
         return np.maximum(1, np.rint(self.step / self.downsample)).astype(np.int64)
 
     def has_grid(self, axis: int) -> NDArray[np.bool_]:
-        """Whether a level's blocks are known, and are whole pixels of the tile, along an axis."""
-        return (self.block[axis] > 0) & (self.block[axis] % self.unit == 0)
+        """Whether tiles can lie on blocks along an axis: these are known, and whole pixels of the tile.
+
+        Not where a part of the slide was scanned only.
+        """
+        return (self.block[axis] > 0) & (self.block[axis] % self.unit == 0) & ~self.is_bounded(axis)
 
     def num_blocks(self, axis: int, corner: Ints) -> Ints:
         """Blocks that tiles touch along an axis which begin at a level-0 pixel, int64 (n,); 0 where unknown."""
@@ -76,9 +91,12 @@ class Footprint:
         return np.where(self.block[axis] > 0, (start + self.side - 1) // block - start // block + 1, 0)
 
     def fits(self) -> NDArray[np.bool_]:
-        """Whether a tile fits its slide."""
+        """Whether a tile fits its slide, and what of it was scanned."""
         whole = np.minimum(*self.length) >= self.side
-        return np.where(self.reduction > 0, whole, self.extent <= np.minimum(*self.slide_length))
+        fits = np.where(self.reduction > 0, whole, self.extent <= np.minimum(*self.slide_length))
+        for axis in (0, 1):
+            fits &= ~self.is_bounded(axis) | (self.first(axis) <= self.last(axis))
+        return fits
 
 
 @dataclass(frozen=True)
@@ -89,6 +107,8 @@ class Footprints:
     size: int
     slide_mpp: Floats
     slide_length: tuple[Ints, Ints]
+    bounds: Ints
+    """(slides, 4)"""
     levels: Levels
     level: NDArray[np.int8]
     reduction: NDArray[np.int8]
@@ -99,6 +119,7 @@ class Footprints:
         levels: Levels,
         slide_mpp: Floats,
         slide_length: tuple[Ints, Ints],
+        bounds: Ints,
         mpp_values: Floats,
         size: int,
         tolerance: float,
@@ -106,7 +127,7 @@ class Footprints:
         """Those of tiles of `size` px, which are of the slides' own pixels within `tolerance` of the wanted mpp."""
         found = [geometry.tile_levels(slide_mpp, levels.downsample, float(wanted), tolerance) for wanted in mpp_values]
         level, reduction = (np.array(each, dtype=np.int8) for each in zip(*found, strict=True))
-        return cls(mpp_values, size, slide_mpp, slide_length, levels, level, reduction)
+        return cls(mpp_values, size, slide_mpp, slide_length, bounds, levels, level, reduction)
 
     def fit(self) -> NDArray[np.bool_]:
         """Which slides a tile fits at each magnification, bool (magnifications, slides)."""
@@ -139,6 +160,7 @@ class Footprints:
             length=(self.levels.width[slide, level], self.levels.height[slide, level]),
             block=(self.levels.block_width[slide, level], self.levels.block_height[slide, level]),
             slide_length=(self.slide_length[0][slide], self.slide_length[1][slide]),
+            bounds=cast("tuple[Ints, Ints, Ints, Ints]", tuple(self.bounds[slide].T)),
         )
 
 
@@ -149,10 +171,10 @@ def corner_anywhere(footprint: Footprint, axis: int, point: Floats, offset: Floa
     the tile and the tile on the slide. So places are drawn in proportion to their tissue, and none piles up at the
     slide's edges.
     """
-    last, step = footprint.last(axis), footprint.step
-    low, high = np.clip(point - footprint.extent, 0, last), np.clip(point, 0, last)
+    first, last, step = footprint.first(axis), footprint.last(axis), footprint.step
+    low, high = np.clip(point - footprint.extent, first, last), np.clip(point, first, last)
     drawn = np.floor(low + offset * (high - low))
-    return np.rint(np.floor(drawn / step) * step).astype(np.int64)
+    return np.maximum(first, np.rint(np.floor(drawn / step) * step)).astype(np.int64)
 
 
 def corner_on_blocks(footprint: Footprint, axis: int, point: Floats, first: Floats, inside: Floats) -> Ints:

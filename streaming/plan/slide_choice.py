@@ -81,7 +81,7 @@ class SlideChooser:
         lengths = catalog.column("width"), catalog.column("height")
         slide_mpp = catalog.column("mpp")
         self.footprints = Footprints.of_slides(
-            catalog.levels(), slide_mpp, lengths, self.mpp_values, size, mpp_tolerance
+            catalog.levels(), slide_mpp, lengths, catalog.bounds(), self.mpp_values, size, mpp_tolerance
         )
         near = 1 + max(LEVEL_TOLERANCE, mpp_tolerance)
         is_fine_enough = slide_mpp <= max_upsampling * self.mpp_values[:, None] * near

@@ -14,7 +14,7 @@ from streaming.slide import block_index, geometry
 from streaming.slide.block_index import BlockIndex
 from streaming.slide.block_level import BlockedSlide, SlideObject
 from streaming.slide.block_slide import BlockSlide
-from streaming.slide.geometry import MPP_TOLERANCE
+from streaming.slide.geometry import MPP_TOLERANCE, Rectangle
 from streaming.slide.multi_file import DICOM_SUFFIXES, MULTI_FILE_SUFFIXES, as_one, is_multi_file, members
 from streaming.slide.openslide_slide import open_staged
 from streaming.slide.resample import Pixels
@@ -58,6 +58,8 @@ class Slide(Protocol):
     mpp: float | None
     level_dimensions: tuple[tuple[int, int], ...]
     level_downsamples: tuple[float, ...]
+    bounds: Rectangle
+    """what of it was scanned, as `openslide.bounds-…` tell it; QuPath shows that alone, and counts pixels from there"""
     packed_index: bytes | None
     """Its block index as a file's content, if it was opened by its tags; None where OpenSlide serves"""
     left_out: str

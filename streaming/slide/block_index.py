@@ -26,8 +26,9 @@ from streaming.counters import UNCOUNTED, Counters
 from streaming.errors import CatalogError
 from streaming.slide.block_level import BlockedSlide, BlockLevel, SlideObject
 from streaming.slide.codecs import BlockFormat
+from streaming.slide.geometry import Rectangle
 
-_MAGIC = b"tilestream blocks 3\n"
+_MAGIC = b"tilestream blocks 4\n"
 _BODY = len(_MAGIC) + 8
 _RECORD = 64
 
@@ -130,6 +131,8 @@ class BlockIndex:
     objects: tuple[SlideObject, ...]
     vendor: str
     mpp: float | None
+    bounds: Rectangle | None
+    """what of it was scanned; none: all"""
     levels: tuple[IndexedLevel, ...]
 
 
@@ -152,7 +155,8 @@ def pack(slide: BlockedSlide, mpp: float | None) -> bytes:
         tables.append(table)
         at += len(table)
     objects = [[entry.name, entry.size, entry.tag] for entry in slide.objects]
-    header = json.dumps({"objects": objects, "vendor": slide.vendor, "mpp": mpp, "levels": levels}).encode()
+    about = {"objects": objects, "vendor": slide.vendor, "mpp": mpp, "bounds": slide.bounds, "levels": levels}
+    header = json.dumps(about).encode()
     return b"".join([_MAGIC, len(header).to_bytes(8, "little"), header, *tables])
 
 
@@ -180,7 +184,8 @@ def read_index(index: IndexBytes, count: Counters = UNCOUNTED) -> BlockIndex:
         raise CatalogError(f"{index.name}: the block index is cut off; build the catalog anew") from error
     levels = tuple(_level(entry, end, index) for entry in header["levels"])
     objects = tuple(SlideObject(*entry) for entry in header["objects"])
-    return BlockIndex(objects, header["vendor"], header["mpp"], levels)
+    bounds = tuple(header["bounds"]) if header["bounds"] else None
+    return BlockIndex(objects, header["vendor"], header["mpp"], bounds, levels)
 
 
 @lru_cache(maxsize=1024)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from streaming.errors import SlideError
 from streaming.slide.codecs import BlockFormat
+from streaming.slide.geometry import Rectangle
 from streaming.slide.jpeg2000 import HEAD_NBYTES, Header, read_header
 
 MAX_BLOCK_PX = 2**24
@@ -56,6 +57,8 @@ class BlockedSlide:
     objects: tuple[SlideObject, ...]
     left_out: str = ""
     """what of it is never read, such as further focal planes"""
+    bounds: Rectangle | None = None
+    """what of it was scanned; none: all"""
 
 
 def check_places(

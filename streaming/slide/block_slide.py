@@ -123,6 +123,7 @@ class BlockSlide:
             (level.width, level.height) for level in index.levels
         )
         self.level_downsamples = geometry.downsamples(self.level_dimensions)
+        self.bounds = index.bounds or (0, 0, *self.level_dimensions[0])
 
     def level_compressions(self) -> list[str | None]:
         """The compression of each level by name."""

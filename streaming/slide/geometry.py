@@ -16,6 +16,9 @@ from streaming.errors import SlideError
 
 Floats = NDArray[np.float64]
 
+# x, y, width and height, in level-0 pixels
+Rectangle = tuple[int, int, int, int]
+
 # Downsamples are ratios of rounded dimensions (4443/2221 = 2.0005): where pixels are resampled, a level this little
 # coarser than asked still counts as fine enough.
 LEVEL_TOLERANCE = 0.01

@@ -18,7 +18,7 @@ from streaming import storage
 from streaming.counters import UNCOUNTED, Counters
 from streaming.errors import SlideError, StorageError
 from streaming.slide import geometry, resample
-from streaming.slide.geometry import LevelBox
+from streaming.slide.geometry import LevelBox, Rectangle
 from streaming.slide.multi_file import as_one
 from streaming.slide.resample import Pixels
 from streaming.storage.staging import TRIES, Staging
@@ -29,6 +29,14 @@ T = TypeVar("T")
 # hit nothing that is kept; tiles in order, as embedding reads them, share the blocks between two rows of tiles: those
 # of 512 px, at 4 bytes a pixel, fill this on a slide of 32,768 px.
 _CACHE = openslide.OpenSlideCache(64 * 2**20)
+
+
+_BOUNDS = (
+    openslide.PROPERTY_NAME_BOUNDS_X,
+    openslide.PROPERTY_NAME_BOUNDS_Y,
+    openslide.PROPERTY_NAME_BOUNDS_WIDTH,
+    openslide.PROPERTY_NAME_BOUNDS_HEIGHT,
+)
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,7 @@ class OpenSlideSlide:
         self.level_downsamples: tuple[float, ...] = handle.level_downsamples
         self.vendor = str(handle.properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown"))
         self.mpp = self._metadata_mpp() or mpp
+        self.bounds = self._metadata_bounds()
         # As "FFFFFF"; few formats tell it.
         colour = str(handle.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "FFFFFF"))
         self._background = np.frombuffer(bytes.fromhex(colour), np.uint8)
@@ -116,6 +125,15 @@ class OpenSlideSlide:
             with contextlib.suppress(KeyError, ValueError):
                 values.append(float(self._opened.handle.properties[name]))
         return geometry.plausible_mpp(self.uri, values)
+
+    def _metadata_bounds(self) -> Rectangle:
+        properties, (width, height) = self._opened.handle.properties, self.level_dimensions[0]
+        try:
+            x, y, w, h = (int(properties[name]) for name in _BOUNDS)
+        except (KeyError, ValueError):
+            return 0, 0, width, height
+        x, y = min(max(x, 0), width), min(max(y, 0), height)
+        return (x, y, min(w, width - x), min(h, height - y)) if w > 0 and h > 0 else (0, 0, width, height)
 
     def level_compressions(self) -> list[str | None]:
         """The compression of each level by name, None where unknown."""

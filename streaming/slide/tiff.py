@@ -9,6 +9,7 @@ import struct
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import tifffile
 
 from streaming import storage
@@ -16,8 +17,9 @@ from streaming.counters import UNCOUNTED, Counters
 from streaming.errors import SlideError, StorageError
 from streaming.slide.block_level import BlockedSlide, BlockLevel, SlideObject, first_header
 from streaming.slide.empty_blocks import are_cheap, with_those_above
+from streaming.slide.geometry import Rectangle
 from streaming.slide.tiff_blocks import blocks_of, check_block_size
-from streaming.slide.tiff_vendors import PAINTS_EMPTY_BLOCKS, pyramid_of
+from streaming.slide.tiff_vendors import PAINTS_EMPTY_BLOCKS, TELLS_BOUNDS, pyramid_of
 from streaming.storage.range_file import RangeFile
 from streaming.storage.ranges import Ranges, read_range
 
@@ -74,7 +76,19 @@ def _slide(uri: str, tiff: tifffile.TiffFile, ranges: Ranges, count: Counters) -
         if not are_cheap(levels):
             return None
     whole = SlideObject(storage.name_of(uri), ranges.size, ranges.tag)
-    return BlockedSlide(pyramid.vendor, pyramid.mpp, tuple(levels), (whole,))
+    bounds = _scanned(levels[0]) if pyramid.vendor in TELLS_BOUNDS else None
+    return BlockedSlide(pyramid.vendor, pyramid.mpp, tuple(levels), (whole,), bounds=bounds)
+
+
+def _scanned(level: BlockLevel) -> Rectangle | None:
+    """What the blocks of level 0 that are not empty cover; None: all, or nothing."""
+    blocks = level.nbytes.reshape(level.form.planes, *level.grid)[0] > 0
+    rows, columns = (np.flatnonzero(blocks.any(axis=axis)) for axis in (1, 0))
+    if blocks.all() or not len(rows):
+        return None
+    left, right = columns[0] * level.form.width, min((columns[-1] + 1) * level.form.width, level.width)
+    top, bottom = rows[0] * level.form.height, min((rows[-1] + 1) * level.form.height, level.height)
+    return int(left), int(top), int(right - left), int(bottom - top)
 
 
 def _check_old_jpeg(uri: str, number: int, level: BlockLevel, ranges: Ranges, count: Counters) -> None:

@@ -12,6 +12,9 @@ import tifffile
 # Vendors of whose slides OpenSlide paints empty blocks from finer levels.
 PAINTS_EMPTY_BLOCKS = ("aperio",)
 
+# Those of whose empty blocks it tells the bounds of the scan.
+TELLS_BOUNDS = ("generic-tiff",)
+
 _XMP, _NDPI_FORMAT = 700, 65420
 _UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0}  # TIFF's ResolutionUnit: inch, cm
 

@@ -46,6 +46,8 @@ class Embedded:
     """µm/px of the tiles"""
     size: int
     """side of a tile in px"""
+    origin: Sequence[int] = (0, 0)
+    """x, y of the level-0 px from which QuPath counts: the corner of what was scanned (`slide.bounds`)"""
     token: Token
     precision: Precision
     model: str

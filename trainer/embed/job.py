@@ -119,6 +119,7 @@ class Job:
             width=found.width,
             height=found.height,
             slide_mpp=found.mpp,
+            origin=found.origin,
             mpp=options.mpp,
             size=options.size,
             token=options.token,

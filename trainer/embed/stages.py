@@ -36,6 +36,8 @@ class TiledSlide:
     """level-0 px"""
     mpp: float
     """µm/px at level 0"""
+    origin: tuple[int, int]
+    """level-0 px from which QuPath counts"""
     num_tiles: int
 
 
@@ -59,7 +61,8 @@ class PlaceTiles:
             reason = slide.reason
         elif len(found := tissue_tiles(slide, wanted.mpp, wanted.size, wanted.min_tissue)):
             row = slide.row
-            corners, note = found, json.dumps(vars(TiledSlide(row.width, row.height, row.mpp, len(found))))
+            about = TiledSlide(row.width, row.height, row.mpp, (row.bounds[0], row.bounds[1]), len(found))
+            corners, note = found, json.dumps(vars(about))
         else:
             reason = f"no {wanted.size} px tile at {wanted.mpp} µm/px has {wanted.min_tissue:.0%} tissue"
         rest = [""] * (len(corners) - 1)

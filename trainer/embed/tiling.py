@@ -49,9 +49,14 @@ def rows_and_columns(corners: Ints, extent: float) -> Ints:
 
 
 def tissue_tiles(slide: Inspected, mpp: float, size: int, min_tissue: float) -> Ints:
-    """Level-0 corners (n, 2) of a slide's tiles, row by row, of which tissue covers at least that share."""
-    row = slide.row
-    corners = Tiling.of(row.width, row.height, tile_extent(size, mpp, row.mpp)).corners().reshape(-1, 2)
+    """Level-0 corners (n, 2) of a slide's tiles, row by row, of which tissue covers at least that share.
+
+    They lie within what of the slide was scanned.
+    """
+    row, extent = slide.row, tile_extent(size, mpp, slide.row.mpp)
+    corners = Tiling.of(row.width, row.height, extent).corners().reshape(-1, 2)
+    first, length = np.array(row.bounds[:2]), np.array(row.bounds[2:])
+    corners = corners[((corners >= first) & (corners + extent <= first + length)).all(axis=1)]
     cell_px, zeros = CELL_UM / row.mpp, np.zeros(len(corners), dtype=np.int64)
     share = window_fraction(
         slide.tissue.fraction.ravel(),

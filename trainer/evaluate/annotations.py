@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -71,6 +71,11 @@ class Shape:
         low, high = self._bounds
         return bool(low[0] < right and high[0] > left and low[1] < bottom and high[1] > top)
 
+    def moved(self, by: tuple[int, int]) -> Shape:
+        """The same so many pixels right and down."""
+        points = None if self.points is None else self.points + by
+        return Shape(name=self.name, rings=tuple(ring + by for ring in self.rings), points=points)
+
     @cached_property
     def _bounds(self) -> tuple[Points, Points]:
         every = np.concatenate(self.rings)
@@ -85,6 +90,16 @@ class Annotation:
     shapes: tuple[Shape, ...]
     regions: tuple[Shape, ...]
     ignored: tuple[Shape, ...]
+
+    def moved(self, origin: tuple[int, int]) -> Annotation:
+        """The same in level-0 px of the slide, where QuPath counts from another one of them."""
+        if origin == (0, 0):
+            return self
+
+        def shapes(of: tuple[Shape, ...]) -> tuple[Shape, ...]:
+            return tuple(shape.moved(origin) for shape in of)
+
+        return replace(self, shapes=shapes(self.shapes), regions=shapes(self.regions), ignored=shapes(self.ignored))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +186,8 @@ def cut_tiles(
     if not is_slide:
         height, width = read_image(place, options).shape[:2]
         return [_cut(annotation, classes, 0, 0, 1.0, max(width, height), 0, target)]
-    tiling = _tiling(place, wanted, options)
+    tiling, origin = _tiling(place, wanted, options)
+    annotation = annotation.moved(origin)
     if not tiling.columns or not tiling.rows:
         return []
     shares = np.stack([_shares(_of(annotation, name), tiling) for name in classes])
@@ -197,13 +213,17 @@ def checked_mpp(place: str, mpp: float | None, wanted: float) -> float:
     return mpp
 
 
-def _tiling(place: str, wanted: AnnotatedTiles, options: storage.StorageOptions | None) -> Tiling:
+def _tiling(
+    place: str, wanted: AnnotatedTiles, options: storage.StorageOptions | None
+) -> tuple[Tiling, tuple[int, int]]:
+    """The tiles of a slide, and the level-0 px from which QuPath counts."""
     slide = open_slide(place, options, mpp=wanted.slide_mpp)
     try:
-        (width, height), mpp = slide.level_dimensions[0], slide.mpp
+        (width, height), mpp, (left, top, _, _) = slide.level_dimensions[0], slide.mpp, slide.bounds
     finally:
         slide.close()
-    return Tiling.of(width, height, tile_extent(wanted.size, wanted.mpp, checked_mpp(place, mpp, wanted.mpp)))
+    extent = tile_extent(wanted.size, wanted.mpp, checked_mpp(place, mpp, wanted.mpp))
+    return Tiling.of(width, height, extent), (left, top)
 
 
 def _of(annotation: Annotation, name: str) -> list[Shape]:

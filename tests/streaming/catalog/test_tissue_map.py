@@ -32,6 +32,7 @@ def slide(name: str, fraction: np.ndarray, version: str = "v") -> Inspected:
         mpp=0.25,
         width=columns * 256,
         height=rows * 256,
+        bounds=(0, 0, columns * 256, rows * 256),
         levels=[{"width": columns * 256, "height": rows * 256, "downsample": 1.0}],
         backend="blocks",
         index=None,

@@ -1,5 +1,7 @@
 """Corners on the grid of blocks: the fewest blocks, still where the tissue is."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -44,6 +46,29 @@ def test_a_tile_touches_as_few_blocks_as_one_of_its_side_can(kind: tuple[int, fl
     costs = plan.block_costs(np.arange(start, start + 64))
     assert costs is not None
     assert (costs.blocks, costs.requests, costs.share) == (np.mean(columns * rows), np.mean(rows), 1.0)
+
+
+@pytest.mark.parametrize("corners", ["anywhere", "blocks"])
+@pytest.mark.parametrize("mpp", [0.25, 0.2527])
+def test_tiles_lie_within_what_was_scanned(mpp: float, corners) -> None:
+    width, height = int(50 * CELL_UM / mpp), int(40 * CELL_UM / mpp)
+    bounds = (3001, 2003, 5000, 4321)
+    levels = [level(width // factor, height // factor, float(factor), 256) for factor in (1, 4, 16)]
+    several = [
+        row("bounded", mpp, 1, levels=levels, bounds=bounds),
+        row("across", mpp, 2, levels=levels, bounds=(3001, 0, 5000, height)),
+        row("small", mpp, 3, levels=levels, bounds=(6001, 5003, 600, 540)),
+    ]
+    plan = TilePlan(catalog(several), mpp=MPP, corners=corners, min_tissue=0.1)
+    specs = plan.specs(np.arange(4000))
+    extent = 256 * specs.own_mpp / mpp
+    for number, slide in enumerate(several):
+        at = specs.slide == [Path(uri).stem for uri in plan.slides].index(Path(slide.row.slide).stem)
+        left, top, wide, high = slide.row.bounds
+        for corner, start, side in ((specs.x[at], left, wide), (specs.y[at], top, high)):
+            assert (corner >= start).all()
+            assert (corner + extent[at] <= start + side + 1).all()
+        assert set(specs.mpp[at]) == ({0.25, 0.5} if number == 2 else set(MPP))
 
 
 def test_blocks_come_as_often_as_they_have_tissue() -> None:

@@ -32,6 +32,7 @@ def row(
     rows: int = 40,
     columns: int = 50,
     levels: list[dict] | None = None,
+    bounds: tuple[int, int, int, int] | None = None,
 ) -> Inspected:
     """A slide whose tissue is a noisy disc; nothing of it is ever read."""
     y, x = np.mgrid[:rows, :columns]
@@ -46,6 +47,7 @@ def row(
         mpp=mpp,
         width=int(columns * CELL_UM / mpp),
         height=int(rows * CELL_UM / mpp),
+        bounds=bounds or (0, 0, int(columns * CELL_UM / mpp), int(rows * CELL_UM / mpp)),
         levels=levels or [level(columns * CELL_UM / mpp, rows * CELL_UM / mpp)],
         backend="openslide",
         index=None,

@@ -12,6 +12,7 @@ import tifffile
 
 from streaming.errors import SlideError
 from streaming.slide import Slide, open_slide
+from streaming.slide.block_index import unpack
 from streaming.vision import cv2
 from tests.tiff_files import STAGED, TiffSlide, level_pixels, write_tiff
 
@@ -234,6 +235,42 @@ def test_a_slide_through_openslide_is_white_outside_the_scan_too(tmp_path: Path)
     assert (tile[100:] == 255).all()
     assert (tile[:, 100:] == 255).all()
     assert (region[100:] == 0).all()
+
+
+@pytest.mark.parametrize("vendor", ["generic", "aperio", "philips"])
+@pytest.mark.parametrize("empty", [(), (0, 3), (0, 1, 2), (0, 1, 2, 3, 4), (4,), (2, 5), tuple(range(6))])
+def test_what_was_scanned_is_what_openslide_tells(tmp_path: Path, vendor: Any, empty: tuple[int, ...]) -> None:
+    made = TiffSlide(vendor=vendor, compression="deflate", empty=tuple((0, block) for block in empty))
+    path = write_tiff(made, tmp_path / "slide.tif")
+    slide = open_slide(str(path))
+    assert slide.backend == "blocks"
+    with openslide.OpenSlide(path) as theirs:
+        names = [f"openslide.bounds-{name}" for name in ("x", "y", "width", "height")]
+        width, height = theirs.dimensions
+        whole = dict(zip(names, (0, 0, width, height), strict=True))
+        wanted = tuple(int(theirs.properties.get(name, whole[name])) for name in names)
+    if len(empty) == 6:  # nothing: there is no tissue to draw from
+        wanted = (0, 0, width, height)
+    assert slide.bounds == wanted
+    assert unpack(slide.packed_index).bounds == (
+        None if vendor != "generic" or not empty or len(empty) == 6 else wanted
+    )
+
+
+def test_a_slide_through_openslide_has_its_bounds_too(tmp_path: Path) -> None:
+    # A palette is what no block is decoded of here.
+    index = np.ascontiguousarray(RGB[..., 1] // 2)
+    colours = np.repeat(np.arange(256, dtype=np.uint16)[None] * 257, 3, axis=0)
+    path = write(tmp_path / "slide.tif", index, photometric="palette", colormap=colours)
+    content = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as tiff:
+        tag = tiff.pages.first.tags[325]
+        for block in (0, 1, 2, 3):  # the first row, and the first column
+            size = 8 if tag.dtype == 16 else 4
+            content[tag.valueoffset + size * block : tag.valueoffset + size * (block + 1)] = bytes(size)
+    path.write_bytes(content)
+    slide = open_slide(str(path), mpp=0.25)
+    assert (slide.backend, slide.bounds) == ("openslide", (256, 256, 444, 244))
 
 
 @pytest.mark.parametrize("path", sorted(DATA.glob("*")), ids=lambda path: path.name)

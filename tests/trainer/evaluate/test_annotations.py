@@ -12,6 +12,7 @@ from streaming import open_slide
 from streaming.errors import ConfigError, SlideError
 from streaming.vision import cv2
 from tests.qupath import feature, rectangle
+from tests.tiff_files import TiffSlide, write_tiff
 from trainer.evaluate.annotations import AnnotatedTiles
 from trainer.evaluate.datasets import IGNORED, Samples, read_dataset
 
@@ -47,6 +48,18 @@ def test_tiles_that_a_shape_covers_by_three_quarters_have_its_class(annotated: C
     assert samples.labels.tolist() == [1, 1, 0]
     assert samples.patients is not None
     assert set(samples.patients) == {"p"}
+
+
+def test_shapes_are_counted_from_what_was_scanned_as_qupath_does(geojson: Write, table: Write, tmp_path: Path) -> None:
+    # OpenSlide tells bounds where the first blocks of a generic TIFF are empty.
+    made = TiffSlide(
+        vendor="generic", width=1024, height=768, compression="deflate", empty=tuple((0, i) for i in range(5))
+    )
+    path = write_tiff(made, tmp_path / "cropped.tif")
+    shape = feature(rectangle(256, 128, 512, 384), "Tumor")
+    uri = table([{"slide": path, "annotation": geojson([shape]), "patient": "p"}])
+    tiles = read_dataset(uri, AnnotatedTiles(**{**TILES, "mpp": 0.25}))
+    assert places(tiles) == [(x, y) for y in (384, 512) for x in (256, 384)]
 
 
 def test_a_hole_is_not_of_the_shape(annotated: Callable[..., Samples]) -> None:

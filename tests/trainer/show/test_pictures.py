@@ -140,6 +140,11 @@ def test_tiles_as_geojson_are_what_qupath_reads(embedded: list[SlideEmbeddings])
         assert feature["properties"]["measurements"]["score"] == pytest.approx(value)
     assert len({feature["id"] for feature in found["features"]}) == len(score)
     assert geojson(slide, {"score": score}) == geojson(slide, {"score": score})
+    # QuPath shows what was scanned alone, and counts its pixels from there.
+    cropped = replace(slide, about=replace(slide.about, origin=(64, 32)))
+    for feature, moved in zip(found["features"], json.loads(geojson(cropped, {}))["features"], strict=True):
+        by = np.array(feature["geometry"]["coordinates"]) - moved["geometry"]["coordinates"]
+        assert (by == (64, 32)).all()
 
 
 def test_a_heatmap_is_red_where_the_score_is_high_and_blue_where_it_is_low(embedded: list[SlideEmbeddings]) -> None:
