@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
 
 from streaming import storage
 from streaming.counters import UNCOUNTED, Counters
@@ -14,10 +13,9 @@ from streaming.slide import block_index, geometry
 from streaming.slide.block_index import BlockIndex
 from streaming.slide.block_level import BlockedSlide, SlideObject
 from streaming.slide.block_slide import BlockSlide
-from streaming.slide.geometry import MPP_TOLERANCE, Rectangle
 from streaming.slide.multi_file import DICOM_SUFFIXES, MULTI_FILE_SUFFIXES, as_one, is_multi_file, members
 from streaming.slide.openslide_slide import open_staged
-from streaming.slide.resample import Pixels
+from streaming.slide.slide import PendingTile, Slide
 from streaming.slide.tiff import read_tiff
 from streaming.storage.joined_ranges import JoinedRanges
 from streaming.storage.ranges import Ranges, open_ranges, read_range
@@ -30,82 +28,6 @@ SLIDE_SUFFIXES = (
     *DICOM_SUFFIXES,
 )
 _MAGIC_NBYTES = 132  # the longest: DICOM's, behind its preamble
-
-
-class PendingTile(Protocol):
-    """A tile whose bytes were asked for."""
-
-    def when_ready(self, call: Callable[[], object]) -> None:
-        """Calls, from any thread, as soon as `fill` would wait for no answer of the storage; at once if it is so."""
-        ...
-
-    def fill(self, out: Pixels) -> None:
-        """Waits for them and makes them the tile's pixels, uint8 (size, size, 3).
-
-        Raises:
-            SlideError: the slide is broken there, or has changed.
-            StorageError: the storage can't be reached.
-        """
-        ...
-
-
-class Slide(Protocol):
-    """An open whole-slide image. Safe to read from several threads."""
-
-    uri: str
-    backend: str
-    vendor: str
-    mpp: float | None
-    level_dimensions: tuple[tuple[int, int], ...]
-    level_downsamples: tuple[float, ...]
-    bounds: Rectangle
-    """what of it was scanned, as `openslide.bounds-…` tell it; QuPath shows that alone, and counts pixels from there"""
-    packed_index: bytes | None
-    """Its block index as a file's content, if it was opened by its tags; None where OpenSlide serves"""
-    left_out: str
-    """what of it is never read, such as further focal planes; mostly empty"""
-
-    def level_compressions(self) -> list[str | None]:
-        """The compression of each level by name, None where unknown."""
-        ...
-
-    def level_blocks(self) -> list[tuple[int, int] | None]:
-        """Width and height of each level's blocks in its pixels, None where unknown."""
-        ...
-
-    def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Pixels:
-        """Pixels of one level as uint8 (h, w, 3); location in level-0 pixels, size in the level's."""
-        ...
-
-    def begin_tile(
-        self,
-        x: int,
-        y: int,
-        mpp: float,
-        size: int,
-        *,
-        exact: bool = False,
-        tolerance: float = MPP_TOLERANCE,
-        count: Counters = UNCOUNTED,
-    ) -> PendingTile:
-        """Asks for the bytes of a tile as `read_tile` describes it; what it takes is added to `count`."""
-        ...
-
-    def read_tile(
-        self, x: int, y: int, mpp: float, size: int, *, exact: bool = False, tolerance: float = MPP_TOLERANCE
-    ) -> Pixels:
-        """A tile of uint8 (size, size, 3); x, y the level-0 pixel of its top-left corner, mpp its µm/px.
-
-        Where a level, or its reduction by 2, 4 or 8, has that µm/px up to a share of `tolerance`, its own pixels are
-        the tile, with their µm/px (`geometry.tile_source` tells it); 0 resamples to the very mpp. JPEG and JPEG 2000
-        are decoded at 1/2, 1/4 or 1/8 where that fits. `exact` decodes in full and is of the very mpp. White outside
-        the slide.
-        """
-        ...
-
-    def close(self) -> None:
-        """Lets go of the file."""
-        ...
 
 
 def open_slide(

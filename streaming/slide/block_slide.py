@@ -17,6 +17,7 @@ from streaming.slide.block_index import BlockIndex, IndexedLevel
 from streaming.slide.codecs import decode
 from streaming.slide.geometry import LevelBox
 from streaming.slide.resample import Pixels
+from streaming.slide.slide import Slide
 from streaming.slide.tiff_vendors import PAINTS_EMPTY_BLOCKS
 from streaming.storage.ranges import PendingBytes, Ranges
 
@@ -97,7 +98,7 @@ class PendingBox:
         self.count.resample_s += perf_counter() - started
 
 
-class BlockSlide:
+class BlockSlide(Slide):
     """A slide read block by block; what `streaming.slide.Slide` describes.
 
     The pixels equal OpenSlide's wherever a position is a whole pixel of its level (elsewhere OpenSlide blends
@@ -164,27 +165,11 @@ class BlockSlide:
             SlideError: it is no tile.
             StorageError, CatalogError: the block index can't be read.
         """
-        tolerance = 0.0 if exact else tolerance
-        box = geometry.checked_tile_box(self.mpp, self.level_downsamples, x, y, mpp, size, tolerance)
+        box = self.tile_box(x, y, mpp, size, exact=exact, tolerance=tolerance)
         level = self._levels[box.level]
         inside = min(box.x, box.y) >= 0 and box.x + box.width <= level.width and box.y + box.height <= level.height
         scale = geometry.decode_scale(box, size, level.form.scales_for(box.width / size)) if inside and not exact else 1
         return self._begin(box, scale, count)
-
-    def read_tile(
-        self,
-        x: int,
-        y: int,
-        mpp: float,
-        size: int,
-        *,
-        exact: bool = False,
-        tolerance: float = geometry.MPP_TOLERANCE,
-    ) -> Pixels:
-        """A tile of uint8 (size, size, 3), as `streaming.slide.Slide` describes it."""
-        tile = np.empty((size, size, 3), dtype=np.uint8)
-        self.begin_tile(x, y, mpp, size, exact=exact, tolerance=tolerance).fill(tile)
-        return tile
 
     def _begin(self, box: LevelBox, scale: int, count: Counters, background: int = 255) -> PendingBox:
         """Asks for the blocks of a rectangle."""

@@ -21,6 +21,7 @@ from streaming.slide import geometry, resample
 from streaming.slide.geometry import LevelBox, Rectangle
 from streaming.slide.multi_file import as_one
 from streaming.slide.resample import Pixels
+from streaming.slide.slide import Slide
 from streaming.storage.staging import TRIES, Staging
 
 T = TypeVar("T")
@@ -92,7 +93,7 @@ def _open_copy(uri: str, path: str) -> _Opened:
         raise
 
 
-class OpenSlideSlide:
+class OpenSlideSlide(Slide):
     """A slide read by OpenSlide; what `streaming.slide.Slide` describes."""
 
     backend = "openslide"
@@ -178,8 +179,7 @@ class OpenSlideSlide:
         Raises:
             SlideError: it is no tile.
         """
-        tolerance = 0.0 if exact else tolerance
-        box = geometry.checked_tile_box(self.mpp, self.level_downsamples, x, y, mpp, size, tolerance)
+        box = self.tile_box(x, y, mpp, size, exact=exact, tolerance=tolerance)
         return PendingRead(self, box, count)
 
     def read_box(self, box: LevelBox, out: Pixels, count: Counters) -> None:
@@ -198,21 +198,6 @@ class OpenSlideSlide:
         resample.resize(pixels, out)
         count.decode_s += decoded - started
         count.resample_s += time.perf_counter() - decoded
-
-    def read_tile(
-        self,
-        x: int,
-        y: int,
-        mpp: float,
-        size: int,
-        *,
-        exact: bool = False,
-        tolerance: float = geometry.MPP_TOLERANCE,
-    ) -> Pixels:
-        """A tile of uint8 (size, size, 3), as `streaming.slide.Slide` describes it."""
-        tile = np.empty((size, size, 3), dtype=np.uint8)
-        self.begin_tile(x, y, mpp, size, exact=exact, tolerance=tolerance).fill(tile)
-        return tile
 
     def close(self) -> None:
         """Lets go of the file."""
