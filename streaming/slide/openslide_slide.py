@@ -133,8 +133,8 @@ class OpenSlideSlide(Slide):
             x, y, w, h = (int(properties[name]) for name in _BOUNDS)
         except (KeyError, ValueError):
             return 0, 0, width, height
-        x, y = min(max(x, 0), width), min(max(y, 0), height)
-        return (x, y, min(w, width - x), min(h, height - y)) if w > 0 and h > 0 else (0, 0, width, height)
+        left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
+        return (left, top, right - left, bottom - top) if left < right and top < bottom else (0, 0, width, height)
 
     def level_compressions(self) -> list[str | None]:
         """The compression of each level by name, None where unknown."""
