@@ -56,10 +56,10 @@ def test_shapes_are_counted_from_what_was_scanned_as_qupath_does(geojson: Write,
         vendor="generic", width=1024, height=768, compression="deflate", empty=tuple((0, i) for i in range(5))
     )
     path = write_tiff(made, tmp_path / "cropped.tif")
-    shape = feature(rectangle(256, 128, 512, 384), "Tumor")
-    uri = table([{"slide": path, "annotation": geojson([shape]), "patient": "p"}])
+    shapes = [feature(rectangle(256, 128, 512, 384), "Tumor"), feature(rectangle(640, 0, 768, 128), "Stroma")]
+    uri = table([{"slide": path, "annotation": geojson(shapes), "patient": "p"}])
     tiles = read_dataset(uri, AnnotatedTiles(**{**TILES, "mpp": 0.25}))
-    assert places(tiles) == [(x, y) for y in (384, 512) for x in (256, 384)]
+    assert places(tiles) == [(640, 256), *((x, y) for y in (384, 512) for x in (256, 384))]
 
 
 def test_a_hole_is_not_of_the_shape(annotated: Callable[..., Samples]) -> None:
