@@ -104,6 +104,7 @@ def _specs(folder: Path, looked_at: list) -> dict[str, str]:
             mpp=mpp,
             width=int(width * 64 / mpp),
             height=int(height * 64 / mpp),
+            bounds=(0, 0, int(width * 64 / mpp), int(height * 64 / mpp)),
             levels=[_level(int(width * 64 / mpp), int(height * 64 / mpp), factor) for factor in (1, 4)],
             tissue_rows=height,
             tissue_columns=width,
