@@ -33,6 +33,8 @@ from streaming.synthetic.layout import SyntheticSlide
 from streaming.synthetic.svs import write_slide
 
 SIZE, BATCH = 256, 128
+# Loaders of ready tiles: the ceiling, for they have neither slides to read nor places to choose.
+CUT_PEERS = {"mosaicml": "mosaicml-streaming", "litdata": "litdata", "webdataset": "webdataset"}
 
 
 def made_slides(folder: Path, num: int) -> list[Path]:
@@ -57,16 +59,22 @@ def made_catalog(uris: Sequence[str], options: dict[str, Any] | None = None, out
 
 
 class OpenSlideTiles:
-    """What most loaders do: OpenSlide reads the level, PIL makes the tile."""
+    """What most loaders do: OpenSlide reads the level, PIL makes the tile.
+
+    Without OpenSlide's cache, which made slides would hit and ten thousand real ones never do.
+    """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._slides = [openslide.OpenSlide(path) for path in paths]
+        self._mpp = [float(slide.properties[openslide.PROPERTY_NAME_MPP_X]) for slide in self._slides]
+        for slide in self._slides:
+            slide.set_cache(openslide.OpenSlideCache(0))
 
     def __call__(self, slide: int, x: int, y: int, mpp: float) -> np.ndarray[Any, Any]:
-        """A tile of a made slide, uint8 (SIZE, SIZE, 3)."""
-        handle = self._slides[slide]
-        level = handle.get_best_level_for_downsample(mpp / 0.25)
-        extent = round(SIZE * mpp / 0.25 / handle.level_downsamples[level])
+        """A tile, uint8 (SIZE, SIZE, 3)."""
+        handle, downsample = self._slides[slide], mpp / self._mpp[slide]
+        level = handle.get_best_level_for_downsample(downsample)
+        extent = round(SIZE * downsample / handle.level_downsamples[level])
         image = handle.read_region((x, y), level, (extent, extent)).convert("RGB")
         if extent != SIZE:
             image = image.resize((SIZE, SIZE), Image.Resampling.BOX)

@@ -52,7 +52,6 @@ class LatencyServer:
     """A running server; a folder below its root is a bucket of anonymous, path-style reads."""
 
     url: str
-    kind: str
     log: Path
 
     def sent(self) -> tuple[int, int]:
@@ -63,6 +62,15 @@ class LatencyServer:
         return len(sizes), sum(sizes)
 
 
+def _has_nginx() -> bool:
+    return bool(shutil.which("nginx")) and (_MODULES / "ngx_http_lua_module.so").exists()
+
+
+def server_kind() -> str:
+    """What answers on this machine."""
+    return "nginx" if _has_nginx() else "asyncio (nginx with its Lua module is not installed)"
+
+
 @contextlib.contextmanager
 def serve(folder: Path, latency_s: float) -> Iterator[LatencyServer]:
     """Serves a folder until the block ends."""
@@ -70,8 +78,7 @@ def serve(folder: Path, latency_s: float) -> Iterator[LatencyServer]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     work = Path(tempfile.mkdtemp(prefix="latency-server-"))
-    has_nginx = shutil.which("nginx") and (_MODULES / "ngx_http_lua_module.so").exists()
-    if has_nginx:
+    if _has_nginx():
         # Started as root, nginx reads files as nobody.
         user = "user root;\n" if os.getuid() == 0 else ""
         config = _CONFIG.format(modules=_MODULES, work=work, port=port, folder=folder.resolve(), latency_s=latency_s)
@@ -88,8 +95,7 @@ def serve(folder: Path, latency_s: float) -> Iterator[LatencyServer]:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the latency server did not start: see {work}/error.log")
             time.sleep(0.05)
-        kind = "nginx" if has_nginx else "asyncio (nginx with its Lua module is not installed)"
-        yield LatencyServer(f"http://127.0.0.1:{port}", kind, work / "access.log")
+        yield LatencyServer(f"http://127.0.0.1:{port}", work / "access.log")
     finally:
         process.terminate()
         process.wait()

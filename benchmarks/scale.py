@@ -21,8 +21,8 @@ from pathlib import Path
 
 import obstore
 
+from benchmarks.common import made_slides
 from benchmarks.latency_server import serve
-from benchmarks.reader import made_slides
 from streaming import cluster, storage
 from streaming.catalog import Catalog
 from streaming.catalog.inspection import Inspected, inspect

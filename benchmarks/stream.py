@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import BATCH, SIZE, made_catalog, made_slides, openslide_rate, peer, rate
+from benchmarks.common import BATCH, CUT_PEERS, SIZE, made_catalog, made_slides, openslide_rate, peer, rate
 from benchmarks.table import TURNS, Line, arguments, line, report
 from streaming import cluster
 from streaming.catalog import Catalog
@@ -30,8 +30,6 @@ from streaming.reading.reader import ReaderOptions, TileReader
 SKIP, FAR = 10, 1_000_000
 OPTIONS = ReaderOptions(hsv_rule=HsvRule(min_share=0))
 PEERS = {"wsistream": "wsistream"}
-# Loaders of ready tiles: the ceiling, for they have neither slides to read nor places to choose.
-CUT_PEERS = {"mosaicml": "mosaicml-streaming", "litdata": "litdata", "webdataset": "webdataset"}
 
 # A cold start as a script has it, each phase timed; what it prints is the seconds by phase.
 _COLD = """

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ TURNS = 3
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table; ratio is ours to theirs."""
+    """One line of the table; ratio is ours to theirs, each turn's for itself where there were several."""
 
     what: str
     ours: float
@@ -25,6 +26,9 @@ class Line:
     ratio: float
     must: str
     holds: bool
+    lowest: float
+    """of the turns' ratios"""
+    highest: float
     extract_s: float | None = None
     """seconds of cutting 1,000 tiles beforehand, where theirs needs it"""
     stored_mb: float | None = None
@@ -32,12 +36,32 @@ class Line:
 
 
 def line(
-    what: str, ours: float, theirs: float, unit: str, *, most: float = 0, least: float = 0, **extraction: float
+    what: str,
+    ours: float | Sequence[float],
+    theirs: float | Sequence[float],
+    unit: str,
+    *,
+    most: float = 0,
+    least: float = 0,
+    **extraction: float,
 ) -> Line:
-    """A line whose ratio must be at most, or at least, something."""
-    ratio = ours / theirs
+    """A line whose ratio must be at most, or at least, something; of turns, side by side, the medians."""
+    us, they = ([float(x) for x in (side if isinstance(side, Sequence) else [side])] for side in (ours, theirs))
+    ratios = [a / b for a, b in zip(us, they, strict=True)]
+    ratio = statistics.median(ratios)
     must = f"≤ {most}" if most else f"≥ {least}" if least else "–"
-    return Line(what, ours, theirs, unit, ratio, must, ratio <= most if most else ratio >= least, **extraction)
+    return Line(
+        what=what,
+        ours=statistics.median(us),
+        theirs=statistics.median(they),
+        unit=unit,
+        ratio=ratio,
+        must=must,
+        holds=ratio <= most if most else ratio >= least,
+        lowest=min(ratios),
+        highest=max(ratios),
+        **extraction,
+    )
 
 
 def arguments(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -69,14 +93,15 @@ def report(lines: Sequence[Line], as_json: bool, turns: int = TURNS, **facts: st
     print("; ".join([machine(), *(f"{key}: {fact}" for key, fact in facts.items()), f"median of {turns} turns\n"]))
     cut = any(entry.extract_s is not None for entry in lines)
     more = f"{'cut s':>7} {'MB':>6}  " if cut else ""
-    print(f"{'ours':>9} {'theirs':>9} {'':8} {'ratio':>6}  {'must':7}      {more}what")
+    print(f"{'ours':>9} {'theirs':>9} {'':8} {'ratio':>6} {'of turns':>12}  {'must':7}      {more}what")
     for entry in lines:
         verdict = "" if entry.must == "–" else "yes" if entry.holds else "NO"
         if cut:
             more = f"{entry.extract_s:7.1f} {entry.stored_mb:6.1f}  " if entry.extract_s is not None else " " * 16
+        spread = f"{entry.lowest:.3g} – {entry.highest:.3g}" if entry.lowest < entry.highest else ""
         print(
-            f"{entry.ours:9.2f} {entry.theirs:9.2f} {entry.unit:8} {entry.ratio:6.2f}  {entry.must:7} {verdict:4} "
-            f"{more}{entry.what}"
+            f"{entry.ours:9.2f} {entry.theirs:9.2f} {entry.unit:8} {entry.ratio:6.3g} {spread:>12}  {entry.must:7} "
+            f"{verdict:4} {more}{entry.what}"
         )
     if cut:
         print("\ncut s, MB: seconds and storage of cutting 1,000 tiles beforehand")

@@ -292,7 +292,7 @@ def run_bench(args: Namespace) -> None:
         ConfigError: there is no such benchmark, or no source tree.
     """
     folder = Path(__file__).parents[1] / "benchmarks"
-    shared = ("common", "latency_server", "table")
+    shared = ("common", "latency_server", "mission", "table")
     known = sorted(path.stem for path in folder.glob("*.py") if path.stem not in shared)
     if not known:
         raise ConfigError(f"{folder}: no benchmarks here; they are part of the source tree: run this in a clone")

@@ -229,7 +229,7 @@ def benchmarks() -> list[str]:
 
 
 # What benchmarks share, as `streaming.cli.run_bench` has it.
-_SHARED = ("common", "latency_server", "table")
+_SHARED = ("common", "latency_server", "mission", "table")
 
 
 def _benchmark_options(name: str) -> set[str]:

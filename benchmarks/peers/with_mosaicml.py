@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tempfile
 from pathlib import Path
 
@@ -23,15 +24,20 @@ class Tiles(StreamingDataset):
 
 
 if __name__ == "__main__":
-    task, folder = measure.task(), Path(tempfile.mkdtemp())
+    task = measure.task()
 
-    def write() -> None:
+    def write(folder: Path) -> None:
         """Shards of its default size."""
         with MDSWriter(out=str(folder), columns={"tile": "bytes"}) as shards:
-            for tile in cut.tiles(task):
-                shards.write({"tile": cut.jpeg(tile)})
+            for tile in cut.jpegs(task):
+                shards.write({"tile": tile})
 
-    found = cut.extraction(task, folder, write)
-    dataset = Tiles(local=str(folder), shuffle=True, batch_size=task["batch"], epoch_size=len(task["tiles"]) * 20)
+    folder, found = cut.extraction(task, write)
+    if "remote" in task:
+        os.environ["S3_ENDPOINT_URL"] = task["endpoint"]
+        where = {"remote": f"s3://{task['remote']}", "local": tempfile.mkdtemp()}
+    else:
+        where = {"local": str(folder), "epoch_size": len(task["tiles"]) * 20}
+    dataset = Tiles(shuffle=True, batch_size=task["batch"], **where)
     loader = DataLoader(dataset, batch_size=task["batch"], num_workers=2)
     measure.answer(tiles_per_s=measure.tiles_per_s(loader, task["batch"]), **found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import cut
@@ -12,16 +11,18 @@ import webdataset
 from torch.utils.data import DataLoader
 
 if __name__ == "__main__":
-    task, folder = measure.task(), Path(tempfile.mkdtemp())
+    task = measure.task()
 
-    def write() -> None:
+    def write(folder: Path) -> None:
         """Shards of 500 tiles."""
         with webdataset.ShardWriter(str(folder / "%06d.tar"), maxcount=500, verbose=0) as shards:
-            for at, tile in enumerate(cut.tiles(task)):
-                shards.write({"__key__": f"{at:09d}", "jpg": cut.jpeg(tile)})
+            for at, tile in enumerate(cut.jpegs(task)):
+                shards.write({"__key__": f"{at:09d}", "jpg": tile})
 
-    found = cut.extraction(task, folder, write)
-    urls = sorted(str(path) for path in folder.glob("*.tar"))
+    folder, found = cut.extraction(task, write)
+    # From a store it reads through a pipe; nothing is kept.
+    base = f"{task['endpoint']}/{task['remote']}" if "remote" in task else str(folder)
+    urls = [f"{base}/{path.name}" for path in sorted(folder.glob("*.tar"))]
     dataset = webdataset.WebDataset(urls, shardshuffle=100, resampled=True).shuffle(1000).decode("torchrgb8")
     loader = DataLoader(dataset.to_tuple("jpg"), batch_size=task["batch"], num_workers=2)
     assert next(iter(loader))[0].dtype == torch.uint8

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from streaming.synthetic.noise import Field, nearest_seed, source_key, uniform, unit_draw, value_noise
 
 Pixels = NDArray[np.uint8]
+Codec = Literal["jpeg", "jp2k-rgb", "jp2k-ycbcr"]
 
 
 class TissueClass(IntEnum):
@@ -39,10 +41,12 @@ class SyntheticSlide:
     """Seed of stain, outline and texture."""
     block_px: int = 256
     """Side of a compressed block, px."""
+    codec: Codec = "jpeg"
+    """How blocks are compressed; JPEG 2000 as RGB (33005) or as subsampled YCbCr (33003)."""
     quality: int = 80
-    """JPEG quality, 1 to 100."""
+    """JPEG quality, 1 to 100, or PSNR in dB of JPEG 2000."""
     subsampling: tuple[int, int] = (2, 2)
-    """JPEG chroma subsampling (horizontal, vertical)."""
+    """Chroma subsampling (horizontal, vertical) of JPEG and YCbCr."""
     downsamples: tuple[int, ...] = (1, 4, 16)
     """Level-0 px per px of each level."""
     write_mpp: bool = True

@@ -10,10 +10,18 @@ import numpy as np
 import tifffile
 
 from streaming.synthetic.drawing import CHUNK, pixels
-from streaming.synthetic.layout import Pixels, SyntheticSlide
+from streaming.synthetic.jpeg2000 import jpeg2000_rgb, jpeg2000_ycbcr
+from streaming.synthetic.layout import Codec, Pixels, SyntheticSlide
 from streaming.vision import cv2
 
 cv: Any = cv2  # its stubs know neither dtypes nor optional maps
+
+# What Aperio's description calls each, and what tifffile does.
+_CODECS: dict[Codec, tuple[str, str]] = {
+    "jpeg": ("JPEG", "jpeg"),
+    "jp2k-rgb": ("J2K/KDU", "aperio_jp2000_rgb"),
+    "jp2k-ycbcr": ("J2K/YUV16", "aperio_jp2000_ycbc"),
+}
 
 
 def _grouped(bands: Iterable[Pixels], num_rows: int) -> Iterator[Pixels]:
@@ -55,6 +63,15 @@ def _blocks(bands: Iterable[Pixels], block_px: int) -> Iterator[Pixels]:
             yield cv.copyMakeBorder(block, 0, missing[0], 0, missing[1], cv.BORDER_REPLICATE)
 
 
+def _compressed(slide: SyntheticSlide, blocks: Iterable[Pixels]) -> Iterator[bytes]:
+    """JPEG 2000 of each block."""
+    for block in blocks:
+        if slide.codec == "jp2k-rgb":
+            yield jpeg2000_rgb(block, slide.quality)
+        else:
+            yield jpeg2000_ycbcr(block, slide.subsampling, slide.quality)
+
+
 def _description(slide: SyntheticSlide, detail: str) -> str:
     """Aperio's image description, from which OpenSlide learns vendor, magnification and mpp."""
     facts = [f"AppMag = {10 / slide.mpp:.4g}", f"Filename = synthetic-{slide.patient}", "Date = 01/01/25"]
@@ -64,9 +81,11 @@ def _description(slide: SyntheticSlide, detail: str) -> str:
 
 def _write_levels(slide: SyntheticSlide, tiff: tifffile.TiffWriter, folder: Path) -> None:
     """Level 0, thumbnail and further levels, in the order of an Aperio file; reductions wait in files in `folder`."""
-    options: dict[str, Any] = {"photometric": "rgb", "subsampling": slide.subsampling, "dtype": np.uint8}
-    options |= {"compression": "jpeg", "compressionargs": {"level": slide.quality}}
+    options: dict[str, Any] = {"photometric": "rgb", "dtype": np.uint8}
     options |= {"metadata": None, "software": False, "buffersize": 2**24}  # tifffile would gather 512 MB of blocks
+    jpeg: dict[str, Any] = {"compression": "jpeg", "subsampling": (2, 2)}
+    if is_jpeg := slide.codec == "jpeg":
+        jpeg |= {"subsampling": slide.subsampling, "compressionargs": {"level": slide.quality}}
     side = slide.block_px
     long, short = max(slide.width, slide.height), min(slide.width, slide.height)
     thumb_ratio = 1 << min(max(0, (long - 1).bit_length() - 10), short.bit_length() - 1)
@@ -78,18 +97,21 @@ def _write_levels(slide: SyntheticSlide, tiff: tifffile.TiffWriter, folder: Path
             bands = _spooled(folder / str(level), width)
         if downsample != slide.downsamples[-1]:
             bands = _spooling(bands, slide.downsamples[level + 1] // downsample, folder / str(level + 1))
-        detail = f"-> {width}x{height} ({side}x{side}) JPEG Q={slide.quality}"
+        detail = f"-> {width}x{height} ({side}x{side}) {_CODECS[slide.codec][0]} Q={slide.quality}"
+        blocks = _blocks(bands, side)
+        of_blocks: dict[str, Any] = jpeg if is_jpeg else {"compression": _CODECS[slide.codec][1]}
         tiff.write(
-            _blocks(bands, side),
+            blocks if is_jpeg else _compressed(slide, blocks),
             shape=(height, width, 3),
             tile=(side, side),
             description=_description(slide, detail),
             **options,
+            **of_blocks,
         )
         if level == 0:
             thumbnail = np.concatenate(list(_spooled(folder / "thumbnail", width // thumb_ratio)))
             detail = f"-> {thumbnail.shape[1]}x{thumbnail.shape[0]} -"
-            tiff.write(thumbnail, rowsperstrip=16, description=_description(slide, detail), **options)
+            tiff.write(thumbnail, rowsperstrip=16, description=_description(slide, detail), **options, **jpeg)
 
 
 def write_slide(slide: SyntheticSlide, path: str | os.PathLike[str]) -> None:

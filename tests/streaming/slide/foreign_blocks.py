@@ -7,7 +7,7 @@ from functools import cache
 import imagecodecs
 import numpy as np
 
-from tests.tiff_files import jpeg2000_ycbcr
+from streaming.synthetic.jpeg2000 import jpeg2000_ycbcr
 
 
 @cache

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from streaming.synthetic import svs
 from streaming.synthetic.drawing import pixels
-from streaming.synthetic.layout import SyntheticSlide, TissueClass, tissue_classes
+from streaming.synthetic.layout import Codec, SyntheticSlide, TissueClass, tissue_classes
 from streaming.synthetic.svs import write_slide
 from streaming.vision import cv2
 
@@ -153,6 +153,17 @@ def test_saturation_of_a_thumbnail_separates_tissue_from_glass(small: Path) -> N
     _, mask = cv2.threshold(saturation, 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
     firm = ~np.isin(classes, (TissueClass.FAT, TissueClass.GLAND))
     assert (mask[firm] == (classes[firm] > 0)).mean() > 0.9
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "jp2k-rgb", "jp2k-ycbcr"])
+def test_each_codec_and_block_size_shows_the_drawn_pixels(codec: Codec, tmp_path: Path) -> None:
+    quality = 90 if codec == "jpeg" else 40
+    made = SyntheticSlide(width=700, height=500, block_px=240, codec=codec, quality=quality, mpp=0.2527)
+    write_slide(made, tmp_path / "a.svs")
+    with openslide.OpenSlide(tmp_path / "a.svs") as slide:
+        assert slide.properties["openslide.level[0].tile-width"] == "240"
+        assert slide.properties["openslide.mpp-x"] == "0.25269999999999998"
+        assert psnr(read_level(slide, 0), pixels(made, 0, 0, 700, 500)) > 30
 
 
 def test_patients_differ_in_colour() -> None:
