@@ -140,7 +140,7 @@ def sweep(
 
 def _drawn_from(config: Config, catalog: Catalog) -> tuple[int, int]:
     """Slides and patients that a run draws its tiles from."""
-    return make_plan(config.data, config.run.seed, catalog).drawn_from
+    return make_plan(config.data, config.run.seed, catalog, config.held_out).drawn_from
 
 
 def _about(run: PlannedRun, drawn_from: tuple[int, int], steps: int, batch: int) -> Row:

@@ -34,6 +34,7 @@ METRICS = {
         Metric(name="tilestream_staging_misses_total", what="staged copies that had to be downloaded"),
         Metric(name="tilestream_step", what="optimiser step that was logged last", gauge=True),
         Metric(name="tilestream_loss", what="loss of that step", gauge=True),
+        Metric(name="tilestream_validation_loss", what="last loss on patients that are held out", gauge=True),
         Metric(name="tilestream_batches_total", what="micro-batches that ranks took"),
         Metric(
             name="tilestream_batch_wait_seconds",
@@ -93,7 +94,9 @@ def export_wait(seconds: float) -> None:
     _exported("tilestream_batch_wait_seconds").observe(seconds)
 
 
-def export_step(step: float, loss: float) -> None:
+def export_step(step: float, loss: float, validation_loss: float | None = None) -> None:
     """Shows how far a training is, in the process of rank 0."""
+    if validation_loss is not None:
+        _exported("tilestream_validation_loss").set(validation_loss)
     _exported("tilestream_step").set(step)
     _exported("tilestream_loss").set(loss)

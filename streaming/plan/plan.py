@@ -21,7 +21,7 @@ from streaming.plan.counter_random import Indices, hashed, hashed_further, unit
 from streaming.plan.decisions import Decision
 from streaming.plan.footprints import Corners, Footprint, corner_anywhere, corner_on_blocks
 from streaming.plan.slide_choice import MAX_TRIES, Choice, SlideChooser
-from streaming.plan.universe import ShuffleQuality, Universe, shuffle_quality
+from streaming.plan.universe import HeldOut, ShuffleQuality, Universe, shuffle_quality
 from streaming.slide.geometry import MANY_PIXELS, MPP_TOLERANCE
 
 # The four magnifications of arXiv 2404.15217; their weights are not published, so equal.
@@ -113,7 +113,7 @@ class TilePlan:
     level, or its reduction by 2, 4 or 8, has the magnification up to a share of `mpp_tolerance`, tiles are of its
     own pixels; 0: all have the very mpp. With corners on `blocks` a tile touches as few compressed blocks of its
     level as it can, where the catalog knows them. universe bounds what is drawn, and how (None: any tile of all
-    slides, each index by itself).
+    slides, each index by itself); held_out keeps patients out of it (None: nobody).
 
     Raises:
         ConfigError: weights, size or shares make no sense.
@@ -133,6 +133,7 @@ class TilePlan:
         mpp_tolerance: float = MPP_TOLERANCE,
         corners: Corners = "anywhere",
         universe: Universe | None = None,
+        held_out: HeldOut | None = None,
     ) -> None:
         if size < 1:
             raise ConfigError(f"tile size is {size} px; it must be at least 1")
@@ -153,7 +154,9 @@ class TilePlan:
         self._columns = catalog.column("tissue_columns").astype(np.int64)
         self._start, self._total = catalog.column("tissue_offset"), catalog.column("tissue_total")
         self.universe = universe or Universe()
-        self._chooser = SlideChooser(catalog, seed, mpp, size, cohorts, max_upsampling, mpp_tolerance, self.universe)
+        self._chooser = SlideChooser(
+            catalog, seed, mpp, size, cohorts, max_upsampling, mpp_tolerance, self.universe, held_out
+        )
         self._mpp_values = self._chooser.mpp_values
         self._padded = padded(self._rows * self._columns)
         self._bisections = int(self._padded.max() // CHUNK).bit_length()

@@ -14,7 +14,16 @@ from streaming.errors import ConfigError, PlanError
 from streaming.plan.counter_random import Indices, evenly, hashed, text_keys, uniform
 from streaming.plan.decisions import Decision
 from streaming.plan.footprints import Footprints
-from streaming.plan.universe import Universe, block_quotas, chosen_slides, dealt, exhaustive, patient_ids, window_shares
+from streaming.plan.universe import (
+    HeldOut,
+    Universe,
+    block_quotas,
+    dealt,
+    drawn_slides,
+    exhaustive,
+    patient_ids,
+    window_shares,
+)
 from streaming.slide.geometry import LEVEL_TOLERANCE
 
 # A draw that lands on too little tissue is drawn again: on the same slide first, so that slides with ragged tissue are
@@ -71,13 +80,14 @@ class SlideChooser:
         max_upsampling: float,
         mpp_tolerance: float,
         universe: Universe,
+        held_out: HeldOut | None,
     ) -> None:
         self._seed, self._universe, self._uri = seed, universe, catalog.uri
         self.mpp_values, self._mpp_cumulative = _weights("mpp", mpp)
         slides = catalog.slides()
         patients = catalog.metadata("patient") if "patient" in catalog.metadata_columns else [None] * len(slides)
         self.patients = patient_ids(slides, patients)
-        self._chosen = chosen_slides(slides, patients, universe.slides, universe.seed)
+        self._chosen = drawn_slides(slides, patients, universe, held_out)
         lengths = catalog.column("width"), catalog.column("height")
         slide_mpp = catalog.column("mpp")
         self.footprints = Footprints.of_slides(

@@ -62,6 +62,16 @@ class Universe:
         return self.tiles_per_slide is not None or self.window is not None
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Slides that are kept apart for good, chosen by patient with the universe's seed."""
+
+    share: float
+    """of all slides, above 0 and below 1"""
+    is_drawn: bool = False
+    """whether they are drawn instead of the others"""
+
+
 def chosen_slides(slides: Sequence[str], patients: Sequence[str | None], share: float, seed: int) -> NDArray[np.bool_]:
     """Which slides a share of them is, bool (n,): all slides of the first patients in the order of their hashes.
 
@@ -79,6 +89,27 @@ def chosen_slides(slides: Sequence[str], patients: Sequence[str | None], share: 
     wanted = share * len(slides) * (1 - 1e-12)
     taken = np.concatenate([[0], np.cumsum(counts[order])[:-1]]) < wanted
     return np.isin(ids, order[taken])
+
+
+def drawn_slides(
+    slides: Sequence[str], patients: Sequence[str | None], universe: Universe, held_out: HeldOut | None
+) -> NDArray[np.bool_]:
+    """Which slides are drawn from, bool (n,). What is held out are the last patients in the order of hashes.
+
+    Raises:
+        ConfigError: something is to be held out, but the first patients have all slides.
+    """
+    chosen = chosen_slides(slides, patients, universe.slides, universe.seed)
+    if held_out is None:
+        return chosen
+    held = ~chosen_slides(slides, patients, 1 - held_out.share, universe.seed)
+    if not held.any():
+        num_patients = len(np.unique(patient_ids(slides, patients)))
+        raise ConfigError(
+            f"validation_slides {held_out.share} of {len(slides)} slides of {num_patients} patients would hold nobody "
+            "out; raise it, or set it to 0"
+        )
+    return held if held_out.is_drawn else chosen & ~held
 
 
 def patient_ids(slides: Sequence[str], patients: Sequence[str | None]) -> Indices:

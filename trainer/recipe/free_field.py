@@ -7,3 +7,6 @@ from types import MappingProxyType
 
 FREE: Mapping[str, bool] = MappingProxyType({"free": True})
 """Metadata of a field, or of a whole section, that may change without changing what is trained. All others count."""
+
+COUNTS: Mapping[str, bool] = MappingProxyType({"free": False})
+"""Metadata of a field that counts, within a section that else does not."""

@@ -74,22 +74,44 @@ class DinoModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss of one micro-batch: `tile` uint8 (B, S, S, 3), `index` int64 (B,)."""
-        recipe, seed = self.recipe, self._seed
-        values = self.schedules.at(self.global_step)
+        seed, values = self._seed, self.schedules.at(self.global_step)
         # Stochastic depth draws from torch's generator: seeded by the tiles, it draws the same in a resumed run.
         torch.manual_seed(int(random_bits(seed, batch["index"][:1], _GENERATOR_VIEW, 0)))
-        crops = recipe.augment.multi_crop(batch["tile"], batch["index"], seed)
-        masks = block_masks(batch["index"].cpu(), self.patch_grid, recipe.mask, seed).to(batch["index"].device)
-        return self.loss(crops, masks, values.teacher_temp)
+        return self.loss(*self._seen(batch), values.teacher_temp)
+
+    def _seen(self, batch: dict[str, Any]) -> tuple[Crops, Tensor]:
+        """Crops of a micro-batch, and masks bool (2, B, N) of the global ones."""
+        index, recipe = batch["index"], self.recipe
+        masks = block_masks(index.cpu(), self.patch_grid, recipe.mask, self._seed).to(index.device)
+        return recipe.augment.multi_crop(batch["tile"], index, self._seed), masks
+
+    @torch.no_grad()
+    def validation_terms(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The loss of such a micro-batch and its terms, without stochastic depth; nothing is changed by it.
+
+        Targets are as sharp as those of the step that was trained last.
+        """
+        temperature = self.schedules.at(max(self.global_step - 1, 0)).teacher_temp
+        was_training = self.training
+        self.eval()
+        crops, masks = self._seen(batch)
+        _, class_targets, patch_targets = self._targets(crops.global_, masks, temperature)
+        terms = self._terms(crops, masks, class_targets, patch_targets)
+        self.train(was_training)
+        return {"loss": self._weighted(terms), **terms}
+
+    def _weighted(self, terms: dict[str, Tensor]) -> Tensor:
+        config = self.recipe.loss
+        loss = config.dino_weight * (terms["dino_global"] + terms["dino_local"]) + config.ibot_weight * terms["ibot"]
+        if config.regulariser != "none":
+            loss = loss + config.regulariser_weight * terms[config.regulariser]
+        return loss
 
     def loss(self, crops: Crops, masks: Tensor, teacher_temp: float) -> Tensor:
         """The loss of one micro-batch of crops; masks bool (2, B, N) of the global ones. Terms go to `step_metrics`."""
         teacher_cls, class_targets, patch_targets = self._targets(crops.global_, masks, teacher_temp)
         terms = self._terms(crops, masks, class_targets, patch_targets)
-        config = self.recipe.loss
-        loss = config.dino_weight * (terms["dino_global"] + terms["dino_local"]) + config.ibot_weight * terms["ibot"]
-        if config.regulariser != "none":
-            loss = loss + config.regulariser_weight * terms[config.regulariser]
+        loss = self._weighted(terms)
         self.step_metrics |= {name: term.detach() for name, term in {"loss": loss, **terms}.items()}
         if self.is_logged(self.global_step + 1):
             self.step_metrics |= diagnostics.teacher_metrics(class_targets, teacher_cls)
@@ -142,13 +164,14 @@ class DinoModule(pl.LightningModule):
                 prepare(network, mesh)
 
     def _target(self, centre: str, logits: Tensor, temperature: float) -> Tensor:
-        """The teacher's targets (M, K) of its logits; with centring, the named centre then moves towards them."""
+        """The teacher's targets (M, K) of its logits; in training with centring, the named centre then moves."""
         loss = self.recipe.loss
         if loss.centring == "sinkhorn":
             return losses.sinkhorn(logits, temperature)
         held = self.get_buffer(centre)
         targets = losses.centred(logits, held, temperature)
-        held.copy_(losses.moved_centre(held, logits, loss.centre_momentum))
+        if self.training:
+            held.copy_(losses.moved_centre(held, logits, loss.centre_momentum))
         return targets
 
     def _regulariser(self, features: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from trainer.run.guard import Guard
 from trainer.run.metrics_log import Report, Row
 from trainer.run.step_batches import StepBatches
 from trainer.run.stop_signals import Signals
+from trainer.run.validation import Validation
 
 _LOOK_EVERY_S = 10.0
 
@@ -72,6 +73,7 @@ class AfterStep(Callback):
         self._saved_at = self._looked_at = time.monotonic()
         self._has_left = False
         self._probe: Probe | None = None
+        self._validation: Validation | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Opens the ranks' way to agree, and listens to signals."""
@@ -79,6 +81,8 @@ class AfterStep(Callback):
         self._agreement = Agreement(trainer.world_size)
         if self._config.watch.knn_dataset and self._probe_kind is not None:
             self._probe = self._probe_kind(self._config, trainer.global_rank, trainer.world_size)
+        if self._config.watch.validation_slides:
+            self._validation = Validation(self._config, trainer.global_rank)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -171,11 +175,15 @@ class AfterStep(Callback):
             "peak_memory_gb": float(rows[:, -2].max()),
             "time": time.time(),
         }
-        if self._probe and (step % self._config.watch.knn_every == 0 or step == self._config.train.steps):
+        watch, is_last, gather = self._config.watch, step == self._config.train.steps, partial(_of_all_ranks, pl_module)
+        if self._probe and (step % watch.knn_every == 0 or is_last):
             with trainer.precision_plugin.forward_context():
-                row["knn_accuracy"] = self._probe.accuracy(pl_module, partial(_of_all_ranks, pl_module))
+                row["knn_accuracy"] = self._probe.accuracy(pl_module, gather)
+        if self._validation and (step % watch.validation_every == 0 or is_last):
+            with trainer.precision_plugin.forward_context():
+                row |= self._validation.terms(pl_module, gather)
         if trainer.is_global_zero:
-            export_step(step, row["loss"])
+            export_step(step, row["loss"], row.get("validation_loss"))
             self._report(row)
         # Every rank has the same row, so all stop at once.
         if trouble := self._guard.trouble(row):

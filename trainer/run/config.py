@@ -12,6 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from streaming import storage
 from streaming.errors import ConfigError
+from streaming.plan.universe import HeldOut
 from trainer.configs import preset_text, presets
 from trainer.recipe.augment import Augmentation
 from trainer.recipe.free_field import FREE
@@ -40,6 +41,11 @@ class Config:
     watch: WatchConfig = field(default_factory=WatchConfig, metadata=FREE)
 
     def __post_init__(self) -> None:
+        if self.watch.validation_slides and self.watch.validation_every % self.train.log_every:
+            raise ValueError(
+                f"watch.validation_every {self.watch.validation_every} is no multiple of train.log_every "
+                f"{self.train.log_every}"
+            )
         Schedules(self.optim, self.train.steps, self.train.batch)  # tells of schedules that don't fit the run
         if self.watch.knn_dataset and self.watch.knn_every % self.train.log_every:
             raise ValueError(
@@ -54,6 +60,11 @@ class Config:
     def recipe(self) -> Recipe:
         """What is trained."""
         return Recipe(augment=self.augment, mask=self.mask, model=self.model, loss=self.loss, optim=self.optim)
+
+    @property
+    def held_out(self) -> HeldOut | None:
+        """The patients that are not trained on."""
+        return HeldOut(self.watch.validation_slides) if self.watch.validation_slides else None
 
     def to_yaml(self) -> str:
         """The resolved configuration, as a file that `tilestream train` takes."""
@@ -75,7 +86,7 @@ def leaves(section: type[Any] = Config, prefix: str = "", *, is_free: bool = Fal
     """The fields of a section and of those within it."""
     kinds = get_type_hints(section)
     for entry in fields(section):
-        key, kind, free = prefix + entry.name, kinds[entry.name], is_free or bool(entry.metadata.get("free"))
+        key, kind, free = prefix + entry.name, kinds[entry.name], bool(entry.metadata.get("free", is_free))
         if is_dataclass(kind):
             yield from leaves(cast("type[Any]", kind), f"{key}.", is_free=free)
         else:

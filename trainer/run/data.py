@@ -13,7 +13,7 @@ from streaming.errors import ConfigError
 from streaming.plan import TilePlan
 from streaming.plan.footprints import Corners
 from streaming.plan.plan import DEFAULT_MPP, MIN_TISSUE
-from streaming.plan.universe import Universe
+from streaming.plan.universe import HeldOut, Universe
 from streaming.reading.hsv_rule import HsvRule
 from streaming.reading.reader import ReaderOptions
 from streaming.slide.geometry import MPP_TOLERANCE
@@ -94,8 +94,8 @@ def load_catalog(data: DataConfig) -> Catalog:
     return Catalog.load(data.catalog, data.storage_options, staging(data))
 
 
-def make_plan(data: DataConfig, seed: int, catalog: Catalog) -> TilePlan:
-    """The plan of a run of that seed."""
+def make_plan(data: DataConfig, seed: int, catalog: Catalog, held_out: HeldOut | None = None) -> TilePlan:
+    """The plan of a run of that seed, without the patients that it holds out, or of those alone."""
     return TilePlan(
         catalog,
         seed,
@@ -107,11 +107,14 @@ def make_plan(data: DataConfig, seed: int, catalog: Catalog) -> TilePlan:
         mpp_tolerance=data.mpp_tolerance,
         corners=data.corners,
         universe=data.universe,
+        held_out=held_out,
     )
 
 
-def make_stream(data: DataConfig, seed: int, shape: BatchShape, catalog: Catalog) -> TileStream:
-    """The stream of a run of that seed, in batches of that shape."""
+def make_stream(
+    data: DataConfig, seed: int, shape: BatchShape, catalog: Catalog, held_out: HeldOut | None = None
+) -> TileStream:
+    """The stream of a run of that seed, in batches of that shape, of the tiles of `make_plan`."""
     reader = ReaderOptions(
         hsv_rule=data.hsv_rule,
         storage_options=data.storage_options,
@@ -120,7 +123,7 @@ def make_stream(data: DataConfig, seed: int, shape: BatchShape, catalog: Catalog
     )
     return TileStream(
         catalog,
-        make_plan(data, seed, catalog),
+        make_plan(data, seed, catalog, held_out),
         shape,
         reader=reader,
         readers=data.readers,

@@ -22,6 +22,7 @@ from trainer.run.config import Config
 from trainer.run.data import load_catalog, make_plan
 from trainer.run.execution import TrainConfig
 from trainer.run.fit import check_model, make_module
+from trainer.run.validation import held_out_stream
 
 PICTURE = "schedules.png"
 _GIB = 2**30
@@ -164,11 +165,16 @@ def _catalog_lines(config: Config) -> Iterator[str]:
     wanted = ", ".join(f"{mpp:g}" for mpp in data.mpp)
     given = f"its {len(catalog)} slides give {data.tile_size} px tiles at {wanted} µm/px"
     for corners in get_args(Corners):
-        costs = make_plan(replace(data, corners=corners), config.run.seed, catalog).block_costs(np.arange(_SAMPLE))
+        costs = make_plan(replace(data, corners=corners), config.run.seed, catalog, config.held_out).block_costs(
+            np.arange(_SAMPLE)
+        )
         taken = ", as is set" if corners == data.corners else ""
         if costs is not None:
             yield f"{corners:<13} {costs.line()}{taken}"
     yield f"catalog       {data.catalog}: {given}"
+    if config.held_out:
+        num_slides, num_patients = held_out_stream(config, catalog).plan.drawn_from
+        yield f"held out      {num_slides} slides of {num_patients} patients, for the loss on them"
 
 
 def draw(schedules: Schedules, num_points: int = 500) -> bytes:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from trainer.recipe.free_field import COUNTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +33,17 @@ class WatchConfig:
     knn_tiles: int = 2000
     """tiles that the set may have; each rank holds its share in memory"""
 
+    validation_slides: float = field(default=0.0, metadata=COUNTS)
+    """share of the slides, chosen by patient, that is never trained on; the loss on their tiles is followed"""
+    validation_every: int = 1000
+    """steps from one look at that loss to the next; a multiple of train.log_every"""
+    validation_tiles: int = 256
+    """tiles of those slides, rounded up to whole micro-batches; each rank holds its share in memory"""
+
     def __post_init__(self) -> None:
-        for name in ("knn_every", "knn_k", "knn_tiles"):
+        if not 0 <= self.validation_slides < 1:
+            raise ValueError(f"validation_slides is {self.validation_slides}; it is a share from 0 and below 1")
+        for name in ("knn_every", "knn_k", "knn_tiles", "validation_every", "validation_tiles"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.grace_steps < 0 or self.patience < 1:

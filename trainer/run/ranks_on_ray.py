@@ -118,7 +118,7 @@ def fit_on_ray(
     cluster.connect(slots, verbose=verbose, ignore_sigterm=True)
     if train.gpu and (have := cluster.gpus()) < train.ranks:  # Ray Train waits without a word
         sys.stderr.write(f"train: waiting for GPUs: the ranks need {train.ranks}, the cluster has {have} so far\n")
-    source = make_stream(data, config.run.seed, train.shape, catalog).source
+    source = make_stream(data, config.run.seed, train.shape, catalog, config.held_out).source
     chain = start_chain(source)
     messages, orders = (ray.util.queue.Queue(actor_options=cluster.beside_this()) for _ in range(2))
     # Ray Train keeps its own notes in the run's storage, which all nodes reach.

@@ -21,6 +21,7 @@ from trainer.run.ranks_on_ray import fit_on_ray
 from trainer.run.resuming import library_changes, resume_point
 from trainer.run.step_batches import StepBatches
 from trainer.run.stop_signals import Signals, terminated
+from trainer.run.validation import held_out_stream
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,10 @@ def train(
             "install those versions to keep them\n"
         )
     check_gpus(config.train, debug=debug)
-    make_plan(config.data, config.run.seed, catalog)  # what the catalog can't give is told before anything starts
+    # What the catalog can't give is told before anything starts.
+    make_plan(config.data, config.run.seed, catalog, config.held_out)
+    if config.held_out:
+        held_out_stream(config, catalog)
     check_model(config, resumed=resume is not None)
     if config.watch.knn_dataset:
         if probe is None:
@@ -96,7 +100,8 @@ def train(
         if debug:
             if config.train.ranks != 1:
                 raise ConfigError(f"train.ranks is {config.train.ranks}; --debug runs one rank: add --train.ranks 1")
-            source = make_stream(config.data, config.run.seed, config.train.shape, catalog).local_batches(start, steps)
+            stream = make_stream(config.data, config.run.seed, config.train.shape, catalog, config.held_out)
+            source = stream.local_batches(start, steps)
             batches = StepBatches(source, start, config, lambda failures: log.add(Failed("", failures)))
             with terminated() as stop:
                 signals = Signals(stop=stop.is_set, begin=stop.listen)

@@ -29,7 +29,7 @@ from trainer.show.page import jpeg_url, page
 from trainer.show.thumbnails import shrunk, slide_thumbnail
 
 _TINT = np.array([20, 150, 110], dtype=np.float64)  # of tissue cells on a thumbnail
-_LINE_COLOURS = ("#1f8f6f", "#c2557a", "#4f78c4", "#c98a2b", "#7d68b8")
+_LINE_COLOURS = ("#1f8f6f", "#c2557a", "#4f78c4", "#c98a2b", "#7d68b8", "#5c5c5c")
 _GREY = "#888888"  # legible on white and on black
 
 _STYLE = """
@@ -133,7 +133,7 @@ def _mosaic(tiles: Sequence[Pixels], columns: int, side: int, gap: int = 3) -> P
 
 
 def _tiles_and_crops(config: Config, catalog: Catalog) -> tuple[str, str]:
-    stream = make_stream(config.data, config.run.seed, config.train.shape, catalog)
+    stream = make_stream(config.data, config.run.seed, config.train.shape, catalog, config.held_out)
     batch = TileReader(stream.plan, catalog, stream.reader)({"index": np.arange(max(64, config.train.batch))})
     tiles, mpp = batch["tile"], batch["mpp"]
     # A slide's own pixels may stand for a magnification, so there are more values than were asked for.
@@ -195,6 +195,9 @@ def _curves(metrics: pa.Table, config: Config) -> str:
         ("kde", "KDE"),
     ]
     kept = [(label, metrics[name].to_numpy()) for name, label in terms if name in metrics.column_names]
+    if "validation_loss" in metrics.column_names:  # in some rows alone: elsewhere NaN, which is bridged
+        seen = ~np.isnan(held := metrics["validation_loss"].to_numpy().astype(float))
+        kept.append(("loss, held out", np.interp(step, step[seen], held[seen])))
     losses = _plot(step, kept, "loss", None)
     speed = [("tiles/s", metrics["tiles_per_s"].to_numpy())]
     waited = ("waited for data, %", 100 * metrics["data_wait_share"].to_numpy())

@@ -8,14 +8,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from streaming.catalog import Catalog
 from streaming.catalog.writing import merge, part_of, write
 from streaming.errors import ConfigError, PlanError
 from streaming.plan import TilePlan
-from streaming.plan.universe import Universe, block_quotas, chosen_slides, shuffle_quality
+from streaming.plan.universe import HeldOut, Universe, block_quotas, chosen_slides, drawn_slides, shuffle_quality
 from tests.streaming.plan.test_plan import row
 from trainer.cli import main
 
@@ -64,6 +64,38 @@ def test_smaller_shares_of_slides_lie_within_larger_ones_and_no_patient_is_split
     for taken in (small, large):
         for patient in {name for name in patients if name}:
             assert len({bool(t) for t, name in zip(taken, patients, strict=True) if name == patient}) == 1
+
+
+@settings(deadline=None)
+@given(names, st.floats(0.01, 0.99), st.floats(0.01, 1), st.integers(0, 2**40))
+def test_patients_that_are_held_out_are_whole_and_the_same_whatever_is_drawn_of_the_others(
+    patients: list[str | None], held: float, share: float, seed: int
+) -> None:
+    slides = [f"s{i}" for i in range(len(patients))]
+    others = chosen_slides(slides, patients, 1 - held, seed)
+    assume(not others.all())
+    apart, drawn = (
+        drawn_slides(slides, patients, Universe(slides=share, seed=seed), HeldOut(held, is_drawn=is_drawn))
+        for is_drawn in (True, False)
+    )
+    assert np.array_equal(apart, ~others)
+    assert apart.sum() <= held * len(slides) * (1 + 1e-9)
+    assert not (apart & drawn).any()
+    assert np.array_equal(drawn, chosen_slides(slides, patients, share, seed) & others)
+    for patient in {name for name in patients if name}:
+        assert len({bool(t) for t, name in zip(apart, patients, strict=True) if name == patient}) == 1
+
+
+def test_a_plan_never_draws_from_whom_it_holds_out_and_one_of_them_from_them_alone() -> None:
+    index = np.arange(2000)
+    drawn, apart = (
+        set(TilePlan(CATALOG, 3, MPP, 64, held_out=HeldOut(0.3, is_drawn=is_drawn)).slides_of(index).tolist())
+        for is_drawn in (False, True)
+    )
+    assert not drawn & apart
+    assert drawn | apart == set(plan(3).slides_of(index).tolist())
+    with pytest.raises(ConfigError, match="would hold nobody out; raise it"):
+        TilePlan(CATALOG, 3, MPP, 64, held_out=HeldOut(1e-9))
 
 
 def test_a_choice_does_not_depend_on_the_order_of_slides_and_other_seeds_choose_others() -> None:

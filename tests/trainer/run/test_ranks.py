@@ -30,7 +30,8 @@ TINY = [
     *("--model.head_bottleneck", "8", "--model.separate_heads", "true", "--mask.group_size", "2"),
     *("--model.drop_path", "0", "--loss.koleo_weight", "0", "--train.checkpoint_every", "2"),
     *("--model.backbone", "test_vit"),  # timm's own, of 6 narrow blocks
-    *("--watch.knn_every", "2", "--watch.knn_k", "3"),
+    *("--watch.knn_every", "2", "--watch.knn_k", "3", "--watch.validation_slides", "0.34"),
+    *("--watch.validation_every", "2", "--watch.validation_tiles", "16"),
 ]
 Run = tuple[str, tuple[str, ...]]
 DDP, FSDP, RANKS = ("--train.strategy", "ddp"), ("--train.strategy", "fsdp"), ("--train.ranks", "2")
@@ -104,7 +105,7 @@ def run(config: Config, rank: int, place: Place | None, stop: Callable[[], bool]
     catalog = Catalog.load(config.data.catalog or "")
     resume = checkpoints.latest(config.run.out)
     start = checkpoints.read_meta(resume).step if resume else 0
-    source = make_stream(config.data, config.run.seed, config.train.shape, catalog).local_batches(
+    source = make_stream(config.data, config.run.seed, config.train.shape, catalog, config.held_out).local_batches(
         start, config.train.steps
     )
     batches = StepBatches(islice(source, rank, None, config.train.ranks), start, config)
@@ -193,3 +194,15 @@ def test_ranks_that_embed_a_share_each_see_the_accuracy_that_one_rank_sees(train
 
     # Two colours are told apart by any network, if each embedding stands beside its own label.
     assert accuracies(name) == accuracies("one") == {2: 1.0, 4: 1.0}
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_ranks_that_look_at_a_share_each_see_the_loss_on_patients_held_out_that_one_rank_sees(
+    trained: Path, name: str
+) -> None:
+    def losses(run: str) -> dict[int, float]:
+        rows = [json.loads(line) for line in (trained / f"{run}.jsonl").read_text().splitlines()]
+        return {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
+
+    assert losses("one").keys() == {2, 4}
+    assert losses(name) == pytest.approx(losses("one"), rel=1e-4)
