@@ -98,7 +98,11 @@ class Sorted:
     """why others can't be told, by address: they are no DICOM, or damaged"""
 
 
-def sort_objects(objects: Sequence[storage.ObjectInfo], options: storage.StorageOptions | None = None) -> Sorted:
+def sort_objects(
+    objects: Sequence[storage.ObjectInfo],
+    options: storage.StorageOptions | None = None,
+    count: Counters = UNCOUNTED,
+) -> Sorted:
     """The slides among some objects: levels of one series in one folder; the beginning of each object is read.
 
     Raises:
@@ -107,7 +111,8 @@ def sort_objects(objects: Sequence[storage.ObjectInfo], options: storage.Storage
     series: dict[tuple[str, str], list[tuple[Instance, storage.ObjectInfo]]] = {}
     others, broken = dict[str, str](), dict[str, SlideError]()
     with ThreadPoolExecutor(_MAX_HEADS, thread_name_prefix="dicom") as pool:
-        for info, instance in zip(objects, pool.map(lambda info: _head(info, options), objects), strict=True):
+        for info, (instance, taken) in zip(objects, pool.map(lambda info: _head(info, options), objects), strict=True):
+            count.add(taken)
             if isinstance(instance, SlideError):
                 broken[info.uri] = instance
             else:
@@ -124,11 +129,12 @@ def sort_objects(objects: Sequence[storage.ObjectInfo], options: storage.Storage
     return Sorted(slides, others, broken)
 
 
-def _head(info: storage.ObjectInfo, options: storage.StorageOptions | None) -> Instance | SlideError:
+def _head(info: storage.ObjectInfo, options: storage.StorageOptions | None) -> tuple[Instance | SlideError, Counters]:
     try:
-        return _part(info, options).instance
+        part = _part(info, options)
+        return part.instance, part.count
     except SlideError as error:
-        return error
+        return error, Counters()
 
 
 def series_of(uri: str, options: storage.StorageOptions | None = None) -> tuple[storage.ObjectInfo, ...]:

@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from streaming.counters import Counters
 from streaming.errors import SlideError, StorageError
 from streaming.storage.connections import Connections
 from streaming.storage.download import download
+from streaming.storage.joined_ranges import JoinedRanges
 from streaming.storage.range_file import RangeFile
 from streaming.storage.ranges import LocalRanges, RemoteRanges, open_ranges, read_range
 from tests.faulty_server import FaultyServer, in_turn
@@ -187,6 +189,56 @@ def test_a_file_over_ranges_reads_as_a_file_does(tmp_path: Path) -> None:
             assert mine.tell() == theirs.tell()
     with pytest.raises(SlideError, match="ends after 0 of the 10 bytes"):
         read_range(ranges, len(CONTENT) * 5, len(CONTENT) * 5 + 10)
+
+
+def test_pages_that_follow_each_other_are_one_request_and_kept(tmp_path: Path) -> None:
+    path, count = tmp_path / "content", Counters()
+    path.write_bytes(CONTENT * 5)
+    file = RangeFile(LocalRanges(str(path)), count, page_nbytes=1000)
+    file.fetch(2500, 6500)
+    assert (count.requests, count.nbytes) == (1, 5000)
+    for at, size in ((2500, 4000), (6000, 10), (3000, 1)):
+        file.seek(at)
+        assert file.read(size) == (CONTENT * 5)[at : at + size]
+    assert count.requests == 1
+    file.seek(1500)
+    assert file.read(8000) == (CONTENT * 5)[1500:9500]
+    assert (count.requests, count.nbytes) == (3, 9000)  # what lies in front of them, and what lies behind
+
+
+def test_an_object_whose_size_is_known_is_not_asked_for_it_and_its_first_answer_tells_its_version(
+    server: FaultyServer,
+) -> None:
+    options = {"anon": True, "endpoint_url": server.url, "region": "us-east-1"}
+    ranges = open_ranges("s3://bucket/a.svs", options, size=len(CONTENT))
+    assert not server.asked
+    assert read_range(ranges, 5, 9) == CONTENT[5:9]
+    assert (ranges.size, ranges.tag, len(server.asked)) == (len(CONTENT), '"first"', 1)
+    server.etag = '"second"'
+    with pytest.raises(SlideError, match=r"a\.svs: changed since it was catalogued"):
+        read_range(ranges, 5, 9)
+
+
+def test_several_objects_are_read_as_one(tmp_path: Path) -> None:
+    sizes, opened = [100, 5, 3000], list[str]()
+    for number, size in enumerate(sizes):
+        (tmp_path / str(number)).write_bytes(bytes([number + 1]) * size)
+
+    def opener(number: int) -> LocalRanges:
+        opened.append(str(number))
+        return LocalRanges(str(tmp_path / str(number)))
+
+    joined = JoinedRanges(sizes, [partial(opener, number) for number in range(3)])
+    assert joined.size == 3105
+    assert joined.begin([(104, 105)]).wait() == [b"\2"]
+    assert opened == ["1"]
+    called = threading.Event()
+    pending = joined.begin([(3100, 3105), (0, 2), (105, 106), (99, 100), (100, 103)])
+    pending.when_ready(called.set)
+    assert pending.wait() == [b"\3" * 5, b"\1" * 2, b"\3", b"\1", b"\2" * 3]
+    assert called.is_set()
+    assert joined.begin([]).wait() == []
+    assert joined.locate(103) == (str(tmp_path / "1"), 3)
 
 
 @pytest.mark.parametrize("moods", [[], ["half", "503", "reset", "", "short", "429"]])
