@@ -208,6 +208,9 @@ def _instance(series: str, level: _Level, kind: Kind, number: int, downsample: f
         "TotalPixelMatrixRows": level.height,
         "TotalPixelMatrixColumns": level.width,
         "TotalPixelMatrixFocalPlanes": kind.planes,
+        "ImagedVolumeWidth": level.width * x * downsample / 1000,
+        "ImagedVolumeHeight": level.height * y * downsample / 1000,
+        "ImagedVolumeDepth": 1.0,
         "SamplesPerPixel": 1 if grey else 3,
         "PhotometricInterpretation": kind.photometric or level.photometric,
     }
