@@ -7,6 +7,7 @@ kind of error a header makes, never the text of it, which might hold a value.
 from __future__ import annotations
 
 import logging
+import re
 import struct
 import warnings
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ _WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"  # VL Whole Slide Microscopy Ima
 _MAX_HEADER_NBYTES = 2**26  # positions of 300,000 frames
 _PIXEL_DATA = 0x7FE00010
 _END_OF_SIZES = 0x00480008  # behind the size of the picture
+_CODE = re.compile(r"[A-Z0-9_. ]{1,64}")
 _UNDEFINED = 0xFFFFFFFF
 _IMPLICIT, _BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.2"
 
@@ -201,8 +203,8 @@ def _instance(header: Dataset) -> Instance:
     return Instance(
         series=str(header.get("SeriesInstanceUID") or ""),
         sop=str(source or ""),
-        kind=image_type[2] if is_slide and len(image_type) > 2 else "",
-        modality=str(header.get("Modality") or "unknown"),
+        kind=_code(image_type[2]) if is_slide and len(image_type) > 2 else "",
+        modality=_code(header.get("Modality")),
         is_resampled=image_type[-1:] == ["RESAMPLED"],
         width=int(header.get("TotalPixelMatrixColumns") or 0),
         height=int(header.get("TotalPixelMatrixRows") or 0),
@@ -212,7 +214,7 @@ def _instance(header: Dataset) -> Instance:
 
 def _picture(header: Dataset, file: RangeFile) -> Picture:
     """By all elements in front of the pixels, where the file is left."""
-    syntax = str(header.file_meta.get("TransferSyntaxUID", _IMPLICIT))
+    syntax = _code(header.file_meta.get("TransferSyntaxUID", _IMPLICIT))
     pixels_at, nbytes = _pixel_data(file, syntax)
     shared = header.get("SharedFunctionalGroupsSequence") or []
     tables = [header.get(name) for name in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]
@@ -224,7 +226,7 @@ def _picture(header: Dataset, file: RangeFile) -> Picture:
         tile_height=int(header.Rows),
         num_frames=int(header.get("NumberOfFrames") or 1),
         samples=int(header.SamplesPerPixel),
-        photometric=str(header.PhotometricInterpretation),
+        photometric=_code(header.PhotometricInterpretation),
         bits=(int(header.BitsAllocated), int(header.BitsStored), int(header.get("PixelRepresentation") or 0)),
         is_planar=bool(header.get("PlanarConfiguration") or 0),
         num_parts=int(header.get("InConcatenationTotalNumber") or 0) if "ConcatenationUID" in header else 1,
@@ -234,6 +236,11 @@ def _picture(header: Dataset, file: RangeFile) -> Picture:
         pixels_at=pixels_at,
         pixels_nbytes=nbytes,
     )
+
+
+def _code(value: object) -> str:
+    """A code or UID as it is, if it is one: a damaged length may bring along what no message may tell."""
+    return str(value) if _CODE.fullmatch(str(value)) else "unknown"
 
 
 def _strings(value: Any) -> list[str]:
