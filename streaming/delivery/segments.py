@@ -54,6 +54,8 @@ class Source:
     batch: int
     micro: int
     ranks: int
+    batches_at_once: int
+    """batches that a reader works on"""
 
     @property
     def segment_steps(self) -> int:
@@ -79,9 +81,11 @@ class Source:
             compute=ActorPoolStrategy(
                 min_size=least,
                 max_size=most,
-                # While one batch is decoded, the other's bytes are on their way.
-                max_concurrent_calls_per_actor=2,
+                # While one batch is decoded, the others' bytes are on their way.
+                max_concurrent_calls_per_actor=self.batches_at_once,
                 enable_true_multi_threading=True,
+                # Two more lie ready: what a lost reader was given must be given to another one.
+                max_tasks_in_flight_per_actor=self.batches_at_once + 2,
             ),
             num_cpus=self.readers.cpus,
         )

@@ -27,6 +27,7 @@ from streaming.delivery.segments import Readers, Source
 from streaming.errors import ConfigError, StreamError
 from streaming.plan import TilePlan
 from streaming.reading.batch import Batch
+from streaming.reading.batch_reading import batches_at_once
 from streaming.reading.reader import ReaderOptions, TileReader
 
 
@@ -94,7 +95,10 @@ class TileStream:
     def source(self) -> Source:
         """The stream's parts in Ray's shared memory, one copy a node for all readers."""
         plan, catalog, shape = ray.put(self.plan), ray.put(self.catalog), self.shape
-        return Source(plan, catalog, self.reader, self._readers, shape.batch, shape.micro, shape.ranks)
+        # Of a tile as large as a scanner's blocks; larger ones have more.
+        requests_per_tile = 1 if self.plan.corners == "blocks" else 2
+        at_once = batches_at_once(self.reader.requests_in_flight, shape.micro, requests_per_tile)
+        return Source(plan, catalog, self.reader, self._readers, shape.batch, shape.micro, shape.ranks, at_once)
 
     def dataset(self, start: int, stop: int) -> Dataset:
         """The micro-batches of steps [start, stop), all planned at once; `steps` plans them in segments.

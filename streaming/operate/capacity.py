@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 
 from streaming import storage
 from streaming.errors import ConfigError
+from streaming.reading.batch_reading import batches_at_once
 
 BLOCK_PX = 256  # what most scanners write, and what the defaults were measured with
 
@@ -230,6 +231,7 @@ def plan_capacity(
     by_network = max(1, math.floor(around.node_nbytes_s / (rate * max(costs.nbytes, costs.tile_nbytes))))
     per_node = min(by_cores, by_network)
     block_nbytes = micro_batch * costs.tile_nbytes
+    at_once = batches_at_once(around.requests_in_flight, micro_batch, costs.requests)
     return Capacity(
         tiles_s=wanted,
         readers=readers,
@@ -239,8 +241,8 @@ def plan_capacity(
         requests_s=wanted * costs.requests,
         nbytes_s=wanted * costs.nbytes,
         network_nbytes_s=wanted * costs.tile_nbytes,
-        # A reader works on two blocks while two finished ones wait to be taken.
-        reader_store_nbytes=math.ceil(min(per_node, readers) * 4 * block_nbytes),
+        # A reader works on some blocks while two finished ones wait to be taken.
+        reader_store_nbytes=math.ceil(min(per_node, readers) * (at_once + 2) * block_nbytes),
         # A rank trains on one block, has two fetched ahead, and one is on its way.
         rank_store_nbytes=math.ceil(4 * block_nbytes),
         limits=_limits(costs, around, gpus, micro_batch, readers * rate, by_storage < by_cpu),

@@ -1,7 +1,7 @@
 """The reader: sample indices in, uint8 tiles out. One actor holds one; it is as well called in-process.
 
 While blocks are decoded, the next ones are on their way: all requests of a batch go out at once, and an actor works on
-two batches.
+several batches (`batch_reading.batches_at_once`).
 """
 
 from __future__ import annotations

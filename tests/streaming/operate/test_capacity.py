@@ -2,6 +2,8 @@
 
 import heapq
 
+import hypothesis
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from streaming.operate.capacity import (
     plan_capacity,
     reader_rates,
 )
+from streaming.reading.batch_reading import batches_at_once
 
 COSTS = StageCosts(
     reader_cpu_s=0.002,
@@ -73,6 +76,39 @@ def test_a_reader_s_rate_is_that_of_its_requests_and_its_decoding_simulated(
             arrived = max(arrived, answer)
         decoded = max(decoded, arrived) + cpu_s
     assert tiles / decoded == pytest.approx(min(reader_rates(costs, around)), rel=0.15)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(4, 200), st.integers(16, 128), st.integers(1, 3), st.integers(0, 2**32))
+def test_as_many_batches_at_once_as_a_reader_takes_on_keep_its_requests_under_way_simulated(
+    in_flight: int, micro_batch: int, requests: int, seed: int
+) -> None:
+    at_once = batches_at_once(in_flight, micro_batch, requests)
+    hypothesis.assume(at_once < 8)  # as many as there are, however small
+    random, latency_s, num_batches = np.random.default_rng(seed), 0.1, 40
+    slots, asked, waiting, ends = [0.0] * in_flight, 0, [(0.0, 0)] * at_once, list[float]()
+    # In the order of time: a batch begins, and asks for all tiles, or goes on, and asks for those that were turned down.
+    while len(ends) < num_batches:
+        now, tiles = heapq.heappop(waiting)
+        if not tiles:
+            answer = 0.0
+            for _ in range(micro_batch * requests):
+                answer = max(now, heapq.heappop(slots)) + latency_s
+                heapq.heappush(slots, answer)
+            asked, tiles = asked + micro_batch, micro_batch
+        else:
+            # Those go before all that wait for a slot.
+            answer = now + latency_s
+            asked += tiles
+        again = int(random.binomial(tiles, 0.07))
+        if not again:
+            ends.append(answer)
+        heapq.heappush(waiting, (answer, again))
+    skip = at_once + 2
+    rate = (num_batches - skip) * micro_batch / (max(ends) - sorted(ends)[skip - 1])
+    costs = StageCosts(requests=requests * asked / (num_batches * micro_batch), nbytes=1, reader_cpu_s=1e-6)
+    around = Surroundings(latency_s=latency_s, connection_nbytes_s=1e12, requests_in_flight=in_flight)
+    assert rate >= 0.85 * min(reader_rates(costs, around))
 
 
 @pytest.mark.parametrize("senseless", [{"gpus": 0}, {"tiles_per_second_per_gpu": 0.0}, {"micro_batch": 0}])
