@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,9 +20,12 @@ _VALUES = np.arange(256)
 _SDIV = np.rint((255 << 12) / np.maximum(_VALUES, 1)).astype(int)
 _HDIV = np.rint((180 << 12) / (6 * np.maximum(_VALUES, 1))).astype(int)
 # A hue of 90 and more: of red pixels those whose blue is above green by more than what rounds to 0; of green ones those
-# whose blue is below green by no more than what rounds up to 90; and all blue ones. By d:
-_ROUNDS_TO_0 = 2048 // _HDIV
-_ROUNDS_TO_90 = (3 * _VALUES * _HDIV + 2048 - (90 << 12)) // _HDIV
+# whose blue is below green by no more than what rounds up to 90; and all blue ones. For any d:
+_MOST_ROUNDS_TO_0 = int((2048 // _HDIV).max())
+_MOST_ROUNDS_TO_90 = int(((3 * _VALUES * _HDIV + 2048 - (90 << 12)) // _HDIV).max())
+# Pixels that are looked at together: a tile of 256 px in halves. More and smaller parts are decided earlier, but cost more
+# calls; larger ones do not stay in the processor's cache.
+_STRIP = 40_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +55,37 @@ class HsvRule:
     def accepts(self, tile: Pixels) -> bool:
         """Whether a tile, uint8 (size, size, 3), shows enough tissue.
 
-        With the published hue, most tiles are decided by bounds on the number of pixels, without an image in HSV.
+        With the published hue, most tiles are decided by bounds on the number of pixels, without an image in HSV, and
+        some by one half.
         """
         if self.min_share == 0:
             return True
-        wanted = self.min_share * tile.shape[0] * tile.shape[1]
-        if self.hue[0] == 90 and self.hue[1] >= 179 and self.saturation[1] == self.value[1] == 255:
-            planes = ColourPlanes(tile, self.saturation[0], self.value[0])
-            if cv2.countNonZero(planes.surely()) >= wanted:
+        num_rows, width = tile.shape[:2]
+        wanted = self.min_share * num_rows * width
+        if not (self.hue[0] == 90 and self.hue[1] >= 179 and self.saturation[1] == self.value[1] == 255):
+            return self._inside(tile) >= wanted
+        least, most, doubtful = 0, num_rows * width, list[tuple[Pixels, int, int]]()
+        rows = math.ceil(num_rows / math.ceil(num_rows * width / _STRIP))
+        for top in range(0, num_rows, rows):
+            strip = tile[top : top + rows]
+            planes = ColourPlanes(strip, self.saturation[0], self.value[0])
+            surely = cv2.countNonZero(planes.surely())
+            least += surely
+            if least >= wanted:
                 return True
-            if cv2.countNonZero(planes.possibly()) < wanted:
-                return False
-        return self._inside(tile) >= wanted
+            possibly = strip.shape[0] * width
+            if surely < self.min_share * possibly:  # else it does not speak against the tile
+                possibly = cv2.countNonZero(planes.possibly())
+                most -= strip.shape[0] * width - possibly
+                if most < wanted:
+                    return False
+            doubtful.append((strip, surely, possibly))
+        for strip, surely, possibly in doubtful:
+            inside = self._inside(strip)
+            least, most = least + inside - surely, most + inside - possibly
+            if least >= wanted or most < wanted:
+                break
+        return least >= wanted
 
     def _inside(self, tile: Pixels) -> int:
         """How many pixels are within the bounds."""
@@ -85,16 +108,15 @@ class ColourPlanes:
         apart = height * width + 8
         planes = resample.scratch("hsv", 3, apart).reshape(9, apart)[:, :-8].reshape(9, height, width)
         self._red, self._green, self._blue, self._excess, self._largest, *self._free = planes
-        self._value, self._least = value, _least_difference(saturation, value)
+        self._value, (self._least, self._far) = value, _least_difference(saturation, value)
         cv2.split(tile, [self._red, self._green, self._blue])
         cv2.subtract(self._blue, self._green, self._excess)  # 0 where blue is below green
         cv2.max(self._red, self._blue, self._largest)
 
     def surely(self) -> Pixels:
         """Not 0 where blue is so far above green that neither hue nor saturation is in doubt, uint8 (h, w)."""
-        far = max(int(_ROUNDS_TO_0.max()) + 1, int(self._least[self._value :].max()))
         inside, bright = self._free[:2]
-        cv2.threshold(self._excess, far - 1, 255, cv2.THRESH_BINARY, inside)
+        cv2.threshold(self._excess, self._far - 1, 255, cv2.THRESH_BINARY, inside)
         # Green is not the largest component of these.
         cv2.threshold(self._largest, self._value - 1, 255, cv2.THRESH_BINARY, bright)
         cv2.bitwise_and(inside, bright, inside)
@@ -108,17 +130,18 @@ class ColourPlanes:
         cv2.subtract(largest, difference, difference)
         cv2.compare(difference, cv2.LUT(largest, self._least, inside), cv2.CMP_GE, inside)
         cv2.subtract(largest, self._blue, bluish)
-        cv2.threshold(bluish, int(_ROUNDS_TO_90.max()), 255, cv2.THRESH_BINARY_INV, bluish)
+        cv2.threshold(bluish, _MOST_ROUNDS_TO_90, 255, cv2.THRESH_BINARY_INV, bluish)
         cv2.bitwise_or(bluish, self._excess, bluish)
         cv2.bitwise_and(inside, bluish, inside)
         return inside
 
 
 @lru_cache(maxsize=8)
-def _least_difference(saturation: int, value: int) -> NDArray[np.uint8]:
+def _least_difference(saturation: int, value: int) -> tuple[NDArray[np.uint8], int]:
     """By a pixel's value, uint8 (256,): what its components must differ by to have that saturation.
 
-    255, which they never do, where the value is too low.
+    255, which they never do, where the value is too low. And by how much blue must be above green to be in no doubt.
     """
     enough = (_VALUES[:, None] * _SDIV + 2048 >> 12) >= saturation
-    return np.where(value <= _VALUES, enough.argmax(axis=0), 255).astype(np.uint8)
+    least = np.where(value <= _VALUES, enough.argmax(axis=0), 255).astype(np.uint8)
+    return least, max(_MOST_ROUNDS_TO_0 + 1, int(least[value:].max()))
