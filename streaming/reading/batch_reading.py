@@ -34,8 +34,8 @@ _MAX_ATTEMPTS = 256
 _MAX_FAILURES = 24
 # The plan of one tile takes a third of the time of the plan of so many.
 _PLANNED_TOGETHER = 8
-# A batch's last tiles come one round of requests after the other: decoded, turned down, asked for anew. Of 64 tiles, 7 %
-# turned down, that took as long as three requests (64 and 128 in flight at 100 ms); meanwhile hardly any is under way.
+# The last tiles of a batch come by rounds: decoded, turned down, asked for anew. With 64 tiles, 7 % of them
+# turned down, that took as long as three requests (64 and 128 in flight at 100 ms); hardly any is under way meanwhile.
 _LAST_ROUNDS = 3
 # Each costs its tiles' memory, and a task that Ray hands out ahead.
 _MOST_AT_ONCE = 8

@@ -23,8 +23,8 @@ _HDIV = np.rint((180 << 12) / (6 * np.maximum(_VALUES, 1))).astype(int)
 # whose blue is below green by no more than what rounds up to 90; and all blue ones. For any d:
 _MOST_ROUNDS_TO_0 = int((2048 // _HDIV).max())
 _MOST_ROUNDS_TO_90 = int(((3 * _VALUES * _HDIV + 2048 - (90 << 12)) // _HDIV).max())
-# Pixels that are looked at together: a tile of 256 px in halves. More and smaller parts are decided earlier, but cost more
-# calls; larger ones do not stay in the processor's cache.
+# Pixels that are looked at together: a tile of 256 px in halves. More parts are decided earlier, but cost more
+# calls; larger parts do not stay in the processor's cache.
 _STRIP = 40_000
 
 

@@ -87,7 +87,7 @@ def test_as_many_batches_at_once_as_a_reader_takes_on_keep_its_requests_under_wa
     hypothesis.assume(at_once < 8)  # as many as there are, however small
     random, latency_s, num_batches = np.random.default_rng(seed), 0.1, 40
     slots, asked, waiting, ends = [0.0] * in_flight, 0, [(0.0, 0)] * at_once, list[float]()
-    # In the order of time: a batch begins, and asks for all tiles, or goes on, and asks for those that were turned down.
+    # In the order of time: a batch begins, and asks for all tiles, or goes on, and asks for those turned down.
     while len(ends) < num_batches:
         now, tiles = heapq.heappop(waiting)
         if not tiles:
