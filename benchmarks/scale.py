@@ -1,9 +1,8 @@
 """What feeds N GPUs, from costs measured here, and whether such arithmetic holds: `tilestream bench scale`.
 
 A short run with one reader measures what a tile costs (CPU of each process, requests, bytes). From that, runs with 1, 2
-and 4 readers are predicted, on fast storage, where cores bound them, and on slow storage, where requests do; then they
-are run. The same arithmetic (`streaming/operate/capacity.py`) then answers for the GPUs and the storage that were
-asked for.
+and 4 readers are predicted, at 20 and 100 ms and with 16 to 128 requests in flight; then they are run. The same
+arithmetic (`streaming/operate/capacity.py`) then answers for the GPUs and the storage that were asked for.
 """
 
 from __future__ import annotations
@@ -29,15 +28,22 @@ from streaming.catalog.inspection import Inspected, inspect
 from streaming.catalog.writing import merge, part_of, write
 from streaming.delivery.stream import BatchShape, TileStream
 from streaming.delivery.time_use import TimeUse
-from streaming.operate.capacity import Capacity, StageCosts, Surroundings, one_machine_rate, plan_capacity
+from streaming.operate.capacity import Capacity, StageCosts, Surroundings, one_machine_rate, plan_capacity, reader_rates
 from streaming.plan import TilePlan
+from streaming.plan.footprints import Corners
 from streaming.reading.reader import ReaderOptions
 from streaming.storage import clients
 from streaming.storage.staging import Staging
 
-SIZE, MICRO, READERS = 256, 64, (1, 2, 4)
-# Fast storage, and slow storage that is asked little at once: what bounds a reader there is its requests.
-FAST, SLOW = (0.02, 32), (0.06, 8)
+SIZE, MICRO = 256, 64
+# Latency, requests in flight, readers. The first one, which its cores bound, tells the costs.
+SETTINGS = (
+    (0.02, 128, 1),
+    *((0.02, in_flight, 1) for in_flight in (64, 32, 16)),
+    *((0.02, 32, readers) for readers in (2, 4)),
+    *((0.1, in_flight, 1) for in_flight in (128, 64, 16)),
+    *((0.1, 16, readers) for readers in (2, 4)),
+)
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
@@ -81,13 +87,20 @@ def _kind(name: str) -> str:
 
 
 def run(
-    catalog: Catalog, options: dict[str, object], readers: int, in_flight: int, blocks: int, micro: int = MICRO
+    catalog: Catalog,
+    options: dict[str, object],
+    readers: int,
+    in_flight: int,
+    blocks: int,
+    *,
+    micro: int = MICRO,
+    corners: Corners = "anywhere",
 ) -> Run:
     """Pulls blocks of `micro` tiles, after those in which readers start and open the slides."""
     skip = 4 + 2 * readers
     stream = TileStream(
         catalog,
-        TilePlan(catalog, mpp={0.25: 1}, size=SIZE),
+        TilePlan(catalog, mpp={0.25: 1}, size=SIZE, corners=corners),
         BatchShape(micro),
         reader=ReaderOptions(storage_options=options, requests_in_flight=in_flight),
         readers=(readers, readers),
@@ -105,12 +118,14 @@ def run(
     return Run(tiles / took, tiles, {kind: after[kind] - before[kind] for kind in after}, use)
 
 
-def costs_of(found: Run, small: Run) -> StageCosts:
-    """What a tile cost in a run with one reader, and a block in one of blocks of one tile.
+def costs_of(found: Run, small: Run, on_blocks: Run) -> StageCosts:
+    """What a tile cost in a run with one reader, a micro-batch in one of one tile each, and a slide's compressed block.
 
     (The process that schedules is awake now and then without work, so that only many blocks tell what one costs.)
     """
     total, per_tile = found.use.totals, {kind: spent / found.tiles for kind, spent in found.cpu_s.items()}
+    blocks, fewest = (each.use.totals["blocks"] / each.use.totals["tiles"] for each in (found, on_blocks))
+    spared_s = per_tile["reader"] - on_blocks.cpu_s["reader"] / on_blocks.tiles
     return StageCosts(
         reader_cpu_s=per_tile["reader"],
         transport_cpu_s=max(per_tile["transport"], 1e-6),
@@ -119,6 +134,8 @@ def costs_of(found: Run, small: Run) -> StageCosts:
         requests=total["requests"] / total["tiles"],
         nbytes=total["nbytes"] / total["tiles"],
         tile_nbytes=SIZE * SIZE * 3 + 100,
+        blocks=blocks,
+        block_cpu_s=max(spared_s / (blocks - fewest), 1e-6),
         block_s=max(small.cpu_s["scheduler"] / small.tiles, 1e-6),
     )
 
@@ -139,33 +156,40 @@ def measured(folder: Path, paths: list[Path], blocks: int) -> tuple[StageCosts, 
     cluster.connect(8)
     costs: StageCosts | None = None
     rows, other_cpu_s = list[dict[str, float]](), 0.0
-    for latency_s, in_flight in (FAST, SLOW):
+    for latency_s, in_flight, readers in SETTINGS:
         with serve(folder, latency_s) as server:
             options: dict[str, object] = {"anon": True, "endpoint_url": server.url, "region": "us-east-1"}
             catalog = _catalog(paths, options)
-            answer_s = answered_s(options, paths[0].name)
-            for readers in READERS:
-                # Slow storage gives some 60 tiles/s a reader: fewer blocks do.
-                num = blocks if latency_s == FAST[0] else max(10, blocks // 8 * readers)
-                found = run(catalog, options, readers, in_flight, num)
-                if costs is None:
-                    costs = costs_of(found, run(catalog, options, 2, in_flight, 2 * blocks, 1))
-                    other_cpu_s = found.cpu_s.get("server", 0.0) / found.tiles
-                around = Surroundings(latency_s=answer_s, requests_in_flight=in_flight, reader_cores=64)
-                cores = len(os.sched_getaffinity(0))
-                predicted = one_machine_rate(
-                    costs, around, readers=readers, cores=cores, micro_batch=MICRO, other_cpu_s=other_cpu_s
-                )
-                rows.append(
-                    {
-                        "latency_ms": answer_s * 1000,
-                        "in_flight": in_flight,
-                        "readers": readers,
-                        "predicted": predicted,
-                        "measured": found.tiles_s,
-                    }
-                )
-                sys.stderr.write(f"{latency_s * 1000:.0f} ms, {readers} readers: {found.tiles_s:,.0f} tiles/s\n")
+            around = Surroundings(
+                latency_s=answered_s(options, paths[0].name), requests_in_flight=in_flight, reader_cores=64
+            )
+            # Where few requests are under way fewer blocks do.
+            by_requests = readers * reader_rates(StageCosts(), around)[0]
+            found = run(catalog, options, readers, in_flight, min(blocks, max(12, round(15 * by_requests / MICRO))))
+            if costs is None:
+                small = run(catalog, options, 2, in_flight, 2 * blocks, micro=1)
+                costs = costs_of(found, small, run(catalog, options, 1, in_flight, blocks, corners="blocks"))
+                other_cpu_s = found.cpu_s.get("server", 0.0) / found.tiles
+            predicted = one_machine_rate(
+                costs,
+                around,
+                readers=readers,
+                cores=len(os.sched_getaffinity(0)),
+                micro_batch=MICRO,
+                other_cpu_s=other_cpu_s,
+            )
+            rows.append(
+                {
+                    "latency_ms": around.latency_s * 1000,
+                    "in_flight": in_flight,
+                    "readers": readers,
+                    "predicted": predicted,
+                    "measured": found.tiles_s,
+                }
+            )
+            sys.stderr.write(
+                f"{latency_s * 1000:.0f} ms, {in_flight} in flight, {readers} readers: {found.tiles_s:,.0f}/s\n"
+            )
     assert costs is not None, "the first setting measures the costs"
     return costs, rows
 

@@ -133,7 +133,7 @@ def add_stream(commands: Any) -> None:
     parser.add_argument("--batch", type=int, default=256, metavar="G", help="tiles of a step, over all ranks (256)")
     parser.add_argument("--ranks", type=int, default=1, metavar="W", help="consumers that share the batch (1)")
     count = {"flag": "--readers", "metavar": "MIN:MAX"}
-    add_options(parser, Readers, only=("count", "segment_blocks"), count=count, segment_blocks={"metavar": "N"})
+    add_options(parser, Readers, only=("count", "segment_minutes"), count=count, segment_minutes={"metavar": "MIN"})
     in_flight = {"flag": "--in-flight", "metavar": "N"}
     add_options(parser, ReaderOptions, only=("requests_in_flight",), requests_in_flight=in_flight)
     parser.add_argument("--seed", type=int, default=0, help="seed of the plan (0)")
@@ -208,7 +208,7 @@ def run_stream(args: Namespace) -> None:
         return
     reader, readers = read_options(args, ReaderOptions, storage_options=options), read_options(args, Readers)
     stream = TileStream(
-        catalog, plan, shape, reader=reader, readers=readers.count, segment_blocks=readers.segment_blocks
+        catalog, plan, shape, reader=reader, readers=readers.count, segment_minutes=readers.segment_minutes
     )
     _pull(stream, readers.count[1], args)
 

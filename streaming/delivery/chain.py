@@ -1,8 +1,8 @@
 """An endless stream as a chain of segments, and the actor that makes them.
 
-Ray Data plans all blocks of a dataset before the first (1 ms each), so a run is cut into segments: datasets of a
-bounded number of blocks, the next one opened while one runs. One small actor, the `Chain`, makes them; it outlives the
-trainer's workers, hears the readers' pulse, and says why a stream stands still.
+Ray Data plans all blocks of a dataset before the first (1 ms each), so a run is cut into segments: datasets that last
+some minutes each, the next one opened before one ends. One small actor, the `Chain`, makes them and says how long they
+are; it outlives the trainer's workers, hears the readers' pulse, and says why a stream stands still.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from ray.data import DataIterator
 from streaming import cluster
 from streaming.delivery.pulses import Pulse, Pulses
 from streaming.delivery.segments import Source
+from streaming.errors import StreamError
 
 
 @dataclass
 class _Segment:
+    stop: int
+    """the step after its last one"""
     splits: list[DataIterator]
     present: set[int] = field(default_factory=set[int])
     """ranks that have asked for it"""
@@ -38,33 +41,50 @@ class _Segment:
 class Chain:
     """The actor that makes segments when ranks ask for them, and drops those that all ranks have left.
 
-    A generation is a set of ranks that started together; a new one (Ray Train started its workers again) drops what the
-    one before had.
+    A generation is a set of ranks that started together, by a rising number; a new one (Ray Train started its workers
+    again) drops what the one before had, and calls of older ones that come late are refused.
     """
 
     def __init__(self, source: Source) -> None:
         cluster.quiet()
         self._source, self._lock = source, threading.Lock()
-        self._generation, self._segments = "", dict[int, _Segment]()
+        self._generation, self._segments = 0, dict[int, _Segment]()
         self._stalled: str | None = None
         self._pulses = Pulses()
 
-    def segment(self, generation: str, start: int, stop: int, rank: int) -> DataIterator:
-        """A rank's share of the steps [start, stop)."""
+    def new_generation(self) -> int:
+        """Begins one; its number."""
+        with self._lock:
+            for segment in self._segments.values():
+                segment.kill()
+            self._generation, self._segments, self._stalled = self._generation + 1, {}, None
+            return self._generation
+
+    def segment(
+        self, generation: int, rank: int, steps: tuple[int, int], steps_s: float | None, before: int
+    ) -> tuple[int, DataIterator]:
+        """A rank's share of the segment that begins with the first of some steps [start, stop), and where that ends.
+
+        steps_s is the rate at which the segment before, of `before` steps, went; None: there is none. Of all ranks' the
+        first one's counts.
+
+        Raises:
+            StreamError: the generation is not the newest one.
+        """
+        start, stop = steps
         with self._lock:
             if generation != self._generation:
-                for segment in self._segments.values():
-                    segment.kill()
-                self._generation, self._segments, self._stalled = generation, {}, None
+                raise StreamError(f"generation {generation} of ranks asks for step {start}; {self._generation} runs")
             if start not in self._segments:
+                stop = min(stop, start + self._source.segment_steps(steps_s, before))
                 me = ray.get_runtime_context().current_actor
                 dataset = self._source.dataset(start, stop, me)
-                self._segments[start] = _Segment(dataset.streaming_split(self._source.ranks, equal=True))
+                self._segments[start] = _Segment(stop, dataset.streaming_split(self._source.ranks, equal=True))
             segment = self._segments[start]
             segment.present.add(rank)
-            return segment.splits[rank]
+            return segment.stop, segment.splits[rank]
 
-    def leave(self, generation: str, start: int, rank: int) -> None:
+    def leave(self, generation: int, start: int, rank: int) -> None:
         """Notes that a rank has taken all of a segment."""
         with self._lock:
             if generation != self._generation or start not in self._segments:
@@ -75,23 +95,25 @@ class Chain:
                 segment.kill()
                 del self._segments[start]
 
-    def stall(self, generation: str, rank: int, waited_s: float) -> None:
-        """Ends the stream, because a rank waits for too long; `stalled` then tells all ranks why."""
+    def stall(self, generation: int, rank: int, start: int, waited_s: float) -> None:
+        """Ends the stream, because a rank waits for too long for a batch of the segment from step `start` on.
+
+        `stalled` then tells all ranks why.
+        """
         with self._lock:
             if generation != self._generation or self._stalled:
                 return
             readers = self._source.readers
-            why = self._late_rank() or self._pulses.diagnosis(readers.cpus, readers.labels, waited_s)
+            why = self._late_rank(start) or self._pulses.diagnosis(readers.cpus, readers.labels, waited_s)
             self._stalled = f"rank {rank} waited {waited_s:,.0f} s for a batch: {why}"
             for segment in self._segments.values():
                 segment.kill()
 
-    def _late_rank(self) -> str | None:
-        for start, segment in self._segments.items():
-            for rank in range(self._source.ranks):
-                if rank not in segment.present:
-                    return f"rank {rank} has not asked for step {start}"
-        return None
+    def _late_rank(self, start: int) -> str | None:
+        """Ray gives nothing of a segment before all ranks have asked for it."""
+        segment = self._segments.get(start)
+        absent = set(range(self._source.ranks)) - segment.present if segment else set[int]()
+        return f"rank {min(absent)} has not asked for step {start}" if absent else None
 
     def stalled(self) -> str | None:
         """Why the stream was ended, if it was."""

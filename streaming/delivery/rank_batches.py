@@ -8,7 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import ray
 from ray.actor import ActorHandle
@@ -20,10 +21,12 @@ from streaming.errors import NodeError, StreamError
 
 T = TypeVar("T")
 
-# The next segment is opened when the running one should last this long or less (`_seconds_left` says how that is
-# estimated): to plan 2,000 blocks, start readers and read the first batches took 6 s on two cores, and nodes may have
-# to be waited for.
-_WARM_S = 30.0
+# The next segment is opened when the running one lasts for so many times as long as the last opening took: that may
+# take longer this time, while readers of both are at work.
+_MARGIN = 2.0
+# But not before this share of it: where its readers hold all slots, the next one's begin when they end, which counts as
+# a long opening.
+_EARLIEST = 0.75
 # An answer of the chain, which does nothing that takes time; past this its node is lost or overrun.
 _ANSWER_S = 300.0
 
@@ -31,7 +34,7 @@ _ANSWER_S = 300.0
 def rank_batches(
     chain: ActorHandle[Any],
     source: Source,
-    generation: str,
+    generation: int,
     rank: int,
     steps: tuple[int, int],
     read: Callable[[DataIterator], Iterator[T]],
@@ -43,43 +46,66 @@ def rank_batches(
         NodeError: a node's object store is full, and so is the disk that it spills to.
     """
     start, stop = steps
-    segments = list(itertools.pairwise([*range(start, stop, source.segment_steps), stop]))
-    # After the last segment no other is opened.
-    following = [*segments[1:], None]
 
-    def open_segment(first: int, last: int) -> Iterator[T]:
-        share: Any = ray.get(chain.segment.remote(generation, first, last, rank))
+    def open_segment(first: int, steps_s: float | None, before: int) -> _Opened[T]:
+        asked = time.monotonic()
+        answer: Any = ray.get(chain.segment.remote(generation, rank, (first, stop), steps_s, before))
+        end, share = answer
         batches = read(share)
-        return itertools.chain([next(batches)], batches)
+        return _Opened(end, itertools.chain([next(batches)], batches), time.monotonic() - asked)
 
     watchdog = _Watchdog(chain, generation, rank, source.readers.stall_s)
     try:
-        opening = _in_background(open_segment, *segments[0])
-        for (first, _), upcoming in zip(segments, following, strict=True):
-            with watchdog.waiting():
-                batches = opening.result()
-            began = time.monotonic()
-            for num_taken in itertools.count(1):
-                if upcoming and _seconds_left(began, num_taken, source.segment_blocks) <= _WARM_S:
-                    opening, upcoming = _in_background(open_segment, *upcoming), None
-                with watchdog.waiting():
-                    batch = next(batches, None)
+        opening = _in_background(open_segment, start, None, 0)
+        while opening:
+            with watchdog.waiting(start):
+                opened = opening.result()
+            pace, opening = Pace(source.rank_blocks(opened.stop - start), opened.took_s), None
+            for num_done in itertools.count():
+                if not opening and opened.stop < stop and pace.is_time(num_done):
+                    steps_s = pace.segments_s(num_done) * (opened.stop - start)
+                    opening = _in_background(open_segment, opened.stop, steps_s, opened.stop - start)
+                with watchdog.waiting(start):
+                    batch = next(opened.batches, None)
                 if batch is None:
                     break
                 yield batch
-            chain.leave.remote(generation, first, rank)
+            chain.leave.remote(generation, start, rank)
+            start = opened.stop
     finally:
         watchdog.done.set()
 
 
-def _seconds_left(began: float, num_taken: int, num_batches: int) -> float:
-    """How long a segment will last that began at that time, of so many batches, the num_taken-th being asked for.
+@dataclass(frozen=True)
+class _Opened(Generic[T]):
+    """A segment that has begun: the step after its last one, a rank's batches, and what its opening took."""
 
-    Each rank estimates this for itself; a segment's dataset runs when the last rank has asked for it. Before the first
-    batch hardly any time has passed, so the estimate is about 0: as it stands, the next segment is opened together
-    with the first batch of the running one.
+    stop: int
+    batches: Iterator[T]
+    took_s: float
+
+
+class Pace:
+    """How fast a rank goes through its batches of a segment, from now on, and when it is time to open the next one.
+
+    Each rank judges for itself: a segment's dataset runs when the last one has asked for it.
     """
-    return (time.monotonic() - began) / num_taken * (num_batches - num_taken)
+
+    def __init__(self, num_batches: int, opening_s: float) -> None:
+        """opening_s is what opening this segment took."""
+        self._num, self._opening_s, self._began = num_batches, opening_s, time.monotonic()
+
+    def is_time(self, num_done: int) -> bool:
+        """Whether to open the next segment, so many batches being done with."""
+        if num_done < _EARLIEST * self._num:
+            return num_done >= self._num - 1
+        left_s = (time.monotonic() - self._began) / num_done * (self._num - num_done)
+        return left_s <= _MARGIN * self._opening_s or num_done >= self._num - 1
+
+    def segments_s(self, num_done: int) -> float:
+        """Such segments a second; of one batch, which is not done with, what its opening took tells."""
+        took_s = time.monotonic() - self._began if num_done else self._opening_s
+        return max(num_done, 1) / self._num / max(took_s, 1e-3)
 
 
 def _in_background(work: Callable[..., T], *arguments: Any) -> Future[T]:
@@ -99,22 +125,23 @@ def _in_background(work: Callable[..., T], *arguments: Any) -> Future[T]:
 class _Watchdog:
     """Looks from a thread of its own whether its rank waits for too long; then the chain ends the stream."""
 
-    def __init__(self, chain: ActorHandle[Any], generation: str, rank: int, stall_s: float | None) -> None:
+    def __init__(self, chain: ActorHandle[Any], generation: int, rank: int, stall_s: float | None) -> None:
         self._chain, self._generation, self._rank = chain, generation, rank
-        self._since: float | None = None
+        self._since: tuple[float, int] | None = None
+        """since when it waits, and for which segment, by its first step"""
         self.done = threading.Event()
         if stall_s is not None:
             threading.Thread(target=self._watch, args=(stall_s,), daemon=True, name="watchdog").start()
 
     @contextlib.contextmanager
-    def waiting(self) -> Generator[None]:
-        """The block in which the rank waits.
+    def waiting(self, start: int) -> Generator[None]:
+        """The block in which the rank waits for a batch of the segment from step `start` on.
 
         Raises:
             StreamError: the stream was ended meanwhile, because it stands still.
             NodeError: a node's object store is full, and so is the disk that it spills to.
         """
-        self._since = time.monotonic()
+        self._since = time.monotonic(), start
         try:
             yield
         except OutOfDiskError as error:
@@ -134,12 +161,11 @@ class _Watchdog:
 
     def _watch(self, stall_s: float) -> None:
         while not self.done.wait(min(1.0, stall_s / 4)):
-            since = self._since
-            if since is None or time.monotonic() - since < stall_s:
+            if (since := self._since) is None or (waited_s := time.monotonic() - since[0]) < stall_s:
                 continue
             try:
-                waited_s = time.monotonic() - since
-                ray.get(self._chain.stall.remote(self._generation, self._rank, waited_s), timeout=_ANSWER_S)
+                told = self._chain.stall.remote(self._generation, self._rank, since[1], waited_s)
+                ray.get(told, timeout=_ANSWER_S)
             except RayError:
                 ray.kill(self._chain)  # it does not answer: whoever waits for it gets an error
             return

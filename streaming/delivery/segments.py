@@ -18,6 +18,11 @@ from streaming.errors import ConfigError
 from streaming.plan import TilePlan
 from streaming.reading.reader import ReaderOptions
 
+# Before the rate is known: planned in 2 s, and with 64 ranks that take a block each in 1.6 s, 50 s long.
+_FIRST_BLOCKS = 2000
+# So that the next segment is planned, 1 ms a block, while the last quarter of this one lasts.
+_GROWTH = 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class Readers:
@@ -29,14 +34,18 @@ class Readers:
     """CPU slots of each"""
     labels: dict[str, str] = field(default_factory=dict)
     """labels of the nodes that they run on; empty: any node"""
-    segment_blocks: int = 2000
-    """micro-batches that Ray Data plans at once"""
+    segment_minutes: float = 10.0
+    """how long a segment lasts, at the rate of the one before"""
+    segment_blocks: int = 20_000
+    """micro-batches that a segment has at most: Ray Data plans them all, 1 ms each, before the first one comes"""
     stall_s: float | None = 900.0
     """seconds that a rank waits for a batch before the run stops and says why; none: for ever"""
 
     def __post_init__(self) -> None:
         if not 1 <= self.count[0] <= self.count[1]:
             raise ConfigError(f"readers {self.count}: give the least and the most, the least at least 1")
+        if not self.segment_minutes > 0:
+            raise ConfigError(f"segment_minutes is {self.segment_minutes}; it must be above 0")
         if self.segment_blocks < 1:
             raise ConfigError(f"segment_blocks is {self.segment_blocks}; it must be at least 1")
         if self.stall_s is not None and not self.stall_s > 0:
@@ -57,15 +66,17 @@ class Source:
     batches_at_once: int
     """batches that a reader works on"""
 
-    @property
-    def segment_steps(self) -> int:
-        """Steps of a segment."""
-        return max(1, self.readers.segment_blocks * self.micro // self.batch)
+    def segment_steps(self, steps_s: float | None, before: int) -> int:
+        """Steps of a segment, after one of so many steps that went at that rate; None: it is the first."""
+        most = self.readers.segment_blocks
+        if steps_s is None:
+            return max(1, min(most, _FIRST_BLOCKS) * self.micro // self.batch)
+        wanted = min(round(self.readers.segment_minutes * 60 * steps_s), _GROWTH * before)
+        return max(1, min(most * self.micro // self.batch, wanted))
 
-    @property
-    def segment_blocks(self) -> int:
-        """Micro-batches of a whole segment that one rank gets."""
-        return self.segment_steps * self.batch // (self.micro * self.ranks)
+    def rank_blocks(self, num_steps: int) -> int:
+        """Micro-batches that one rank gets of so many steps."""
+        return num_steps * self.batch // (self.micro * self.ranks)
 
     def dataset(self, start: int, stop: int, chain: ActorHandle[Any] | None = None) -> Dataset:
         """The micro-batches of steps [start, stop), in order, one a block, with `TileReader`'s columns."""

@@ -8,7 +8,6 @@ and however the run is cut into segments (`streaming/delivery/chain.py`).
 from __future__ import annotations
 
 import hashlib
-import uuid
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -78,6 +77,7 @@ class TileStream:
         readers: tuple[int, int] = Readers.count,
         reader_cpus: float = Readers.cpus,
         reader_labels: Mapping[str, str] | None = None,
+        segment_minutes: float = Readers.segment_minutes,
         segment_blocks: int = Readers.segment_blocks,
         stall_s: float | None = Readers.stall_s,
     ) -> None:
@@ -87,6 +87,7 @@ class TileStream:
             count=readers,
             cpus=reader_cpus,
             labels=dict(reader_labels or {}),
+            segment_minutes=segment_minutes,
             segment_blocks=segment_blocks,
             stall_s=stall_s,
         )
@@ -125,9 +126,10 @@ class TileStream:
         """
         check_steps(start, stop)
         shape, source = self.shape, self.source
-        chain, generation = start_chain(source), uuid.uuid4().hex
+        chain = start_chain(source)
         read = partial(_numpy_batches, micro=shape.micro)
         try:
+            generation: Any = ray.get(chain.new_generation.remote())
             with ThreadPoolExecutor(shape.ranks) as pool:
                 span = start, stop
                 ranks = [rank_batches(chain, source, generation, rank, span, read) for rank in range(shape.ranks)]

@@ -20,27 +20,30 @@ BLOCK_PX = 256  # what most scanners write, and what the defaults were measured 
 
 @dataclass(frozen=True, kw_only=True)
 class StageCosts:
-    """What one tile costs, measured by `tilestream bench scale`; the defaults are 256 px JPEG tiles at 0.25 µm/px."""
+    """What one tile costs, measured by `tilestream bench scale`.
 
-    reader_cpu_s: float = 0.0016
+    The defaults are 256 px tiles of JPEG slides at 0.25 µm/px, 2026-11-28, on two cores (`benchmarks/RESULTS.md`).
+    """
+
+    reader_cpu_s: float = 0.00205
     """CPU seconds in the reader: plan, requests, decoding, filter, assembling"""
-    transport_cpu_s: float = 0.0004
+    transport_cpu_s: float = 0.00018
     """CPU seconds in Ray's own processes on a node, which write and send the object"""
-    consumer_s: float = 0.0003
+    consumer_s: float = 0.00008
     """CPU seconds in which a rank takes a tile from the object store"""
-    reader_cores: float = 1.6
+    reader_cores: float = 1.3
     """cores that one reader process keeps busy at most; Python's lock holds it below its number of threads"""
-    requests: float = 2.0
+    requests: float = 2.04
     """ranged GETs"""
-    nbytes: float = 46_000.0
+    nbytes: float = 47_500.0
     """bytes fetched from the storage"""
     tile_nbytes: float = 196_700.0
     """bytes in the object store: pixels, index, position"""
-    blocks: float = 4.0
+    blocks: float = 4.08
     """compressed blocks decoded, for tiles that begin anywhere"""
-    block_cpu_s: float = 0.00012
+    block_cpu_s: float = 0.00034
     """CPU seconds of `reader_cpu_s` for one of them: asked for, decoded, put into the tile"""
-    block_s: float = 0.0012
+    block_s: float = 0.0041
     """seconds of the one process that schedules the stream, per block of one micro-batch"""
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from streaming.delivery.stream import BatchShape, TileStream, step_digest
 from streaming.errors import StreamError
 from streaming.plan import TilePlan
 from streaming.reading.batch import Batch, failures_of
+from streaming.reading.reader import ReaderOptions
 from tests import odd_slides
 from tests.conftest import write_catalog
 from tests.odd_slides import OddCatalog
@@ -55,7 +56,9 @@ def make_stream(
     loaded = OddCatalog.of(Catalog.load(catalog), delay_s=delay_s, deadly=deadly, sign=sign)
     settings = {"readers": (2, 2), "reader_cpus": 2, "reader_labels": READERS, "segment_blocks": 24, "stall_s": None}
     plan = TilePlan(loaded, mpp={0.5: 1}, size=32)
-    return TileStream(loaded, plan, BatchShape(BATCH, RANKS), **{**settings, **options})
+    # Two batches at once: so small ones would else all be given out before anything happens.
+    reader = ReaderOptions(requests_in_flight=2)
+    return TileStream(loaded, plan, BatchShape(BATCH, RANKS), reader=reader, **{**settings, **options})
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +87,18 @@ def readers_of(node: Any) -> list[psutil.Process]:
     """The reader actors of a node, by their titles."""
     found: list[psutil.Process] = []
     for process in raylet(node).children():
-        try:
-            title = " ".join(process.cmdline())
-        except psutil.Error:
-            continue
+        title = title_of(process)
         if title.startswith("ray::") and "ReaderActor" in title:
             found.append(process)
     return found
+
+
+def title_of(process: psutil.Process) -> str:
+    """A process's title; empty if it has ended meanwhile, waited for by its parent or not (a zombie)."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def labelled(cluster: Cluster) -> list[Any]:
@@ -213,7 +221,7 @@ def test_segments_that_ended_leave_no_process_behind(cluster: Cluster, catalog: 
 
     def count(step: int) -> None:
         processes = [p for node in cluster.list_all_nodes() for p in raylet(node).children()]
-        titles = [" ".join(p.cmdline()) for p in processes if p.is_running()]
+        titles = [title_of(process) for process in processes]
         most.append(sum("SplitCoordinator" in title or "ReaderActor" in title for title in titles))
 
     wanted = [step_digest([batch]) for batch in undisturbed]

@@ -57,8 +57,10 @@ class DataConfig:
     """requests to the storage that a reader keeps under way"""
     reader_labels: dict[str, str] = field(default_factory=dict, metadata=FREE)
     """labels of the nodes that readers run on; empty: any node"""
+    segment_minutes: float = field(default=Readers.segment_minutes, metadata=FREE)
+    """how long Ray Data plans ahead: a run is a chain of segments that last so long each"""
     segment_blocks: int = field(default=Readers.segment_blocks, metadata=FREE)
-    """micro-batches that Ray Data plans at once; a run is a chain of such segments"""
+    """micro-batches that a segment has at most"""
     stall_s: float | None = field(default=Readers.stall_s, metadata=FREE)
     """seconds that a rank waits for a batch before the run stops and says why; none: for ever"""
     staging: str = field(default_factory=default_folder, metadata=FREE)
@@ -129,6 +131,7 @@ def make_stream(
         readers=data.readers,
         reader_cpus=data.reader_cpus,
         reader_labels=data.reader_labels,
+        segment_minutes=data.segment_minutes,
         segment_blocks=data.segment_blocks,
         stall_s=data.stall_s,
     )

@@ -34,7 +34,7 @@ Row = dict[str, float]
 class Failed:
     """Tiles that a rank could not get, and the generation of ranks (`streaming.delivery.chain`) that it is one of."""
 
-    generation: str
+    generation: int
     failures: list[Failure]
 
 
@@ -57,7 +57,7 @@ class MetricsLog:
             earlier: list[Row] = storage.read_table(self._uri, self._options).to_pylist()
             self._rows = [row for row in earlier if row["step"] <= start]
         self._failures = FailureLog(config.run.out, self._options, start * config.train.batch)
-        self._generation = ""
+        self._generation = 0
         self._progress = ProgressLine("train", "steps", total=config.train.steps)
 
     def __enter__(self) -> MetricsLog:

@@ -68,9 +68,10 @@ def _worker(loop: _Loop) -> None:
     # One looks where the run stands, so that no two can see different checkpoints; the driver has compared recipes.
     found = None
     if rank == 0:
-        found = *storage.PATIENT(resume_point, config, loop.catalog, force=True), uuid.uuid4().hex
+        number: Any = ray.get(loop.chain.new_generation.remote())
+        found = *storage.PATIENT(resume_point, config, loop.catalog, force=True), number
     start, resume, generation = cast(
-        "tuple[int, str | None, str]", ray.train.collective.broadcast_from_rank_zero(found)
+        "tuple[int, str | None, int]", ray.train.collective.broadcast_from_rank_zero(found)
     )
     read = partial(torch_batches, micro=config.train.shape.micro)
     tiles = rank_batches(loop.chain, loop.source, generation, rank, (start, config.train.steps), read)

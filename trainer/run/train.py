@@ -102,7 +102,7 @@ def train(
                 raise ConfigError(f"train.ranks is {config.train.ranks}; --debug runs one rank: add --train.ranks 1")
             stream = make_stream(config.data, config.run.seed, config.train.shape, catalog, config.held_out)
             source = stream.local_batches(start, steps)
-            batches = StepBatches(source, start, config, lambda failures: log.add(Failed("", failures)))
+            batches = StepBatches(source, start, config, lambda failures: log.add(Failed(0, failures)))
             with terminated() as stop:
                 signals = Signals(stop=stop.is_set, begin=stop.listen)
                 fit(config, catalog.fingerprint, batches, resume, log.add, signals, probe=probe)

@@ -44,6 +44,8 @@ def test_senseless_shapes_steps_and_readers_are_refused(catalog: str) -> None:
         stream(catalog, BatchShape(8)).dataset(3, 3)
     with pytest.raises(ConfigError, match="segment_blocks is 0"):
         stream(catalog, BatchShape(8), segment_blocks=0)
+    with pytest.raises(ConfigError, match="segment_minutes is 0"):
+        stream(catalog, BatchShape(8), segment_minutes=0)
     with pytest.raises(ConfigError, match="stall_s is 0"):
         stream(catalog, BatchShape(8), stall_s=0)
     with pytest.raises(ConfigError, match="readers"):
@@ -82,11 +84,11 @@ def test_ranks_rounds_readers_and_segments_change_nothing_in_a_step(catalog: str
     undisturbed = [{k: np.asarray(v) for k, v in batch.items()} for batch in local.local_batches(0, 3)]
     wanted = [step_digest([batch]) for batch in undisturbed]
     for shape, readers, segment in (
-        (BatchShape(16), (1, 1), 2000),
-        (BatchShape(16, 2, 2), (4, 4), 1),
-        (BatchShape(16, 4), (1, 2), 8),
+        (BatchShape(16), (1, 1), {}),
+        (BatchShape(16, 2, 2), (4, 4), {"segment_blocks": 1}),
+        (BatchShape(16, 4), (1, 2), {"segment_blocks": 4, "segment_minutes": 1e-6}),
     ):
-        steps = list(stream(catalog, shape, readers=readers, segment_blocks=segment).steps(0, 3))
+        steps = list(stream(catalog, shape, readers=readers, **segment).steps(0, 3))
         assert [len(batches) for batches in steps] == [shape.ranks * shape.accumulate] * 3
         assert [step_digest(batches) for batches in steps] == wanted
         for step, batches in enumerate(steps):

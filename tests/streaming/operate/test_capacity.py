@@ -123,9 +123,10 @@ def test_numbers_without_sense_are_refused(senseless: dict) -> None:
 
 def test_tiles_on_blocks_cost_a_quarter_of_the_bytes_and_half_of_the_requests() -> None:
     found = costs_on_blocks(StageCosts(), 256)
-    assert (found.requests, found.blocks) == pytest.approx((1, 1), rel=0.01)
+    assert (found.requests, found.blocks) == pytest.approx((1, 1), rel=0.03)
     assert found.nbytes == pytest.approx(StageCosts().nbytes / 4, rel=0.01)
-    assert found.reader_cpu_s == pytest.approx(StageCosts().reader_cpu_s - 3 * StageCosts().block_cpu_s, rel=0.01)
+    spared_s = 0.75 * StageCosts().blocks * StageCosts().block_cpu_s
+    assert found.reader_cpu_s == pytest.approx(StageCosts().reader_cpu_s - spared_s, rel=0.01)
     # Of 64 px tiles most lie on one block anyway; 512 px need two a side, or nearly three.
     small, large = (costs_on_blocks(costs_of_size(StageCosts(), size), size) for size in (64, 512))
     assert small.requests == pytest.approx(costs_of_size(StageCosts(), 64).requests / 1.25, rel=0.01)

@@ -129,7 +129,8 @@ def test_the_fields_that_are_free_are_those_that_do_not_change_what_is_trained()
     assert free == {
         "run.out",
         *(f"data.{name}" for name in ("catalog", "storage_options", "max_failed_share", "readers", "reader_cpus")),
-        *(f"data.{name}" for name in ("reader_labels", "segment_blocks", "stall_s", "staging", "staging_gb")),
+        *(f"data.{name}" for name in ("reader_labels", "segment_minutes", "segment_blocks", "stall_s")),
+        *(f"data.{name}" for name in ("staging", "staging_gb")),
         "data.requests_in_flight",
         "model.init",
         *(f"train.{name}" for name in ("ranks", "gpu", "rank_cpus", "rank_labels", "rank_resources", "strategy")),

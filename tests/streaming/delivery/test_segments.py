@@ -1,0 +1,174 @@
+"""How long segments are, when the next one is opened, and what becomes of ranks and readers that come late."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.exceptions import RayTaskError
+
+from streaming import cluster
+from streaming.catalog import Catalog
+from streaming.delivery.chain import start_chain
+from streaming.delivery.pulses import Pulse, Pulses
+from streaming.delivery.rank_batches import Pace
+from streaming.delivery.segments import Readers, Source
+from streaming.delivery.stream import BatchShape, TileStream
+from streaming.plan import TilePlan
+from streaming.reading.reader import ReaderOptions
+
+
+def source_of(shape: BatchShape, **readers: Any) -> Source:
+    nothing: Any = None
+    return Source(
+        nothing, nothing, ReaderOptions(), Readers(**readers), shape.batch, shape.micro, shape.ranks, batches_at_once=2
+    )
+
+
+@given(st.floats(1e-3, 1e3), st.floats(0.01, 60), st.integers(1, 64), st.integers(1, 8), st.integers(1, 50_000))
+def test_segments_grow_to_last_the_wanted_time_at_the_measured_rate(
+    steps_s: float, minutes: float, ranks: int, rounds: int, most: int
+) -> None:
+    shape = BatchShape(ranks * rounds * 4, ranks, rounds)
+    source = source_of(shape, segment_minutes=minutes, segment_blocks=most)
+    steps = [source.segment_steps(None, 0)]
+    assert source.rank_blocks(steps[0]) * ranks <= max(2000, ranks * rounds)
+    for _ in range(20):
+        steps.append(source.segment_steps(steps_s, steps[-1]))
+        assert 1 <= steps[-1] <= 4 * steps[-2]
+    last = steps[-1]
+    assert last == 1 or source.rank_blocks(last) * ranks <= most
+    if last > 1:
+        assert last / steps_s <= minutes * 60 + 1 / steps_s
+    if source.rank_blocks(last + 1) * ranks <= most:
+        assert last / steps_s >= minutes * 60 - 1 / steps_s
+
+
+@given(st.integers(1, 3000), st.floats(1e-3, 20), st.floats(1e-3, 600))
+def test_the_next_segment_is_opened_so_late_that_the_margin_is_left_and_never_with_the_first_batches(
+    num: int, batch_s: float, opening_s: float
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        now = [1000.0]
+        patch.setattr(time, "monotonic", lambda: now[0])
+        pace = Pace(num, opening_s)
+        done = 0
+        while not pace.is_time(done):
+            now[0] += batch_s
+            done += 1
+        rate = pace.segments_s(done)
+    assert done <= num - 1, "it is opened before the last batch is asked for"
+    assert done >= min(0.75 * num, num - 1)
+    left_s = (num - done) * batch_s
+    assert left_s <= 2 * opening_s * (1 + 1e-6) or done == num - 1
+    # Not later than that, where the last quarter lasts for so long.
+    assert left_s + batch_s >= 2 * opening_s * (1 - 1e-6) or done - 1 < 0.75 * num
+    assert rate * num * (batch_s if done else opening_s) == pytest.approx(1, rel=1e-3) or rate == pytest.approx(1e3)
+
+
+def readers_alive() -> set[int]:
+    """Process ids of this process's reader actors."""
+    found = set[int]()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            title = " ".join(process.cmdline())
+            if title.startswith("ray::") and "ReaderActor" in title:
+                found.add(process.pid)
+    return found
+
+
+def stream(catalog: str, **options: Any) -> TileStream:
+    loaded = Catalog.load(catalog)
+    return TileStream(loaded, TilePlan(loaded, mpp={0.5: 1}, size=32), BatchShape(4, 2), readers=(1, 1), **options)
+
+
+@pytest.mark.slow
+def test_one_set_of_readers_lives_until_the_last_quarter_of_a_segment(catalog: str) -> None:
+    cluster.connect(8)
+    num, early, late = 100, set[int](), set[int]()
+    with contextlib.closing(stream(catalog, segment_blocks=2 * num).steps(0, num + 4)) as steps:
+        for step, _ in enumerate(steps):
+            time.sleep(0.1)
+            (early if step < 0.75 * num else late).update(readers_alive())
+    assert len(early) == 1
+    assert late - early, "the second segment has a reader of its own"
+
+
+@pytest.fixture
+def chain(catalog: str) -> Iterator[Any]:
+    cluster.connect(8)
+    started = start_chain(stream(catalog).source)
+    yield started
+    ray.kill(started)
+
+
+@pytest.mark.slow
+def test_a_late_call_of_an_old_generation_is_refused_and_the_living_one_goes_on(chain: Any) -> None:
+    old = ray.get(chain.new_generation.remote())
+    ray.get(chain.segment.remote(old, 0, (0, 100), None, 0))
+    new = ray.get(chain.new_generation.remote())
+    assert new > old
+    stop, share = ray.get(chain.segment.remote(new, 0, (5, 100), None, 0))
+    assert stop == 100
+    with pytest.raises(RayTaskError, match=f"generation {old} of ranks asks for step 7; {new} runs"):
+        ray.get(chain.segment.remote(old, 1, (7, 100), None, 0))
+    ray.get([chain.leave.remote(old, 5, rank) for rank in (0, 1)])
+    ray.get(chain.stall.remote(old, 1, 5, 60.0))
+    assert ray.get(chain.stalled.remote()) is None
+    _, other = ray.get(chain.segment.remote(new, 1, (5, 100), None, 0))
+    shares = [iter(each.iter_batches(batch_size=2, batch_format="numpy")) for each in (share, other)]
+    found = list[list[int]]()
+    taking = [threading.Thread(target=lambda s=s: found.append(next(s)["index"].tolist())) for s in shares]
+    for thread in taking:
+        thread.start()
+    for thread in taking:
+        thread.join(120)
+    assert sorted(found) == [[20, 21], [22, 23]]
+
+
+@pytest.mark.slow
+def test_a_stall_is_blamed_on_a_rank_only_for_the_segment_that_is_waited_for(chain: Any) -> None:
+    generation = ray.get(chain.new_generation.remote())
+    for rank in (0, 1):
+        ray.get(chain.segment.remote(generation, rank, (0, 10), None, 0))
+    ray.get(chain.segment.remote(generation, 0, (10, 20), None, 0))
+    ray.get(chain.stall.remote(generation, 0, 0, 60.0))
+    why = ray.get(chain.stalled.remote())
+    assert why.startswith("rank 0 waited 60 s for a batch: ")
+    assert "has not asked" not in why
+    generation = ray.get(chain.new_generation.remote())
+    assert ray.get(chain.stalled.remote()) is None
+    ray.get(chain.segment.remote(generation, 0, (10, 20), None, 0))
+    ray.get(chain.stall.remote(generation, 0, 10, 60.0))
+    assert ray.get(chain.stalled.remote()) == "rank 0 waited 60 s for a batch: rank 1 has not asked for step 10"
+
+
+def test_pulses_of_many_threads_are_all_heard_and_old_ones_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    pulses, errors = Pulses(), list[BaseException]()
+
+    def beat(thread: int) -> None:
+        try:
+            for i in range(2000):
+                pulses.add(f"{thread}-{i % 50}", Pulse("node", i, 20.0))
+                if i % 100 == 0:
+                    pulses.diagnosis(1, {}, 60.0)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=beat, args=(thread,)) for thread in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert pulses.diagnosis(1, {}, 60.0).startswith("400 of 400 readers are at work")
+    later = time.monotonic() + 3700
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    pulses.add("new", Pulse("node", 7, 20.0))
+    assert list(pulses._heard) == ["new"]
