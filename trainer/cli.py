@@ -12,7 +12,7 @@ from typing import Any
 from streaming.cli import add_bench, add_catalog, add_doctor, add_stream
 from streaming.command_line import OneLineParser, add_command
 from streaming.errors import TilestreamError, root_cause
-from trainer.model_commands import add_embed, add_evaluate, add_export, add_lazyslide, add_picture
+from trainer.model_commands import add_embed, add_evaluate, add_export, add_lazyslide, add_picture, add_report
 from trainer.training_commands import add_capacity, add_sweep, add_train
 
 
@@ -45,7 +45,7 @@ def build_parser() -> ArgumentParser:
     )
     commands: Any = parser.add_subparsers(metavar="COMMAND", required=True)
     data, model = (add_catalog, add_stream, add_doctor), (add_train, add_embed, add_picture, add_lazyslide, add_export)
-    for add in (add_demo, *data, *model, add_evaluate, add_sweep, add_capacity, add_bench):
+    for add in (add_demo, *data, *model, add_report, add_evaluate, add_sweep, add_capacity, add_bench):
         add(commands)
     return parser
 

@@ -19,7 +19,6 @@ from streaming.catalog.build import build_catalog
 from streaming.errors import ConfigError
 from streaming.synthetic.layout import SyntheticSlide
 from streaming.synthetic.svs import write_slide
-from trainer.embed.files import read_embeddings
 from trainer.embed.job import embed
 from trainer.embed.options import EmbedOptions
 from trainer.run.config import read_config
@@ -64,14 +63,7 @@ def run_demo(out: str, *, steps: int = 60, slide_px: tuple[int, int] = (8192, 61
         report = embed(run, [str(folder / "slides" / _name(slides[-1]))], str(folder / "embeddings"), options)
     with _phase(console, "report"):
         path = str(folder / "report.html")
-        write_report(
-            path,
-            config=config,
-            metrics=storage.read_table(storage.join(run, METRICS)),
-            embeddings=read_embeddings(report.files[0]),
-            seconds=time.perf_counter() - started,
-            checkpoint=result.checkpoint,
-        )
+        write_report(path, run, embeddings=report.files)
     for line in result.summary:
         console.print(line, style="dim")
     _say_where(console, folder, path, result.checkpoint, report.files[0], time.perf_counter() - started)

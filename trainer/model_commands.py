@@ -1,4 +1,4 @@
-"""The commands that begin with a trained model: `tilestream embed`, `evaluate`, `picture`, `lazyslide` and `export`."""
+"""The commands that begin with a trained model: `tilestream embed`, `evaluate`, `picture`, `report` and so on."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def add_evaluate(commands: Any) -> None:
         metavar="CHECKPOINT",
         help="a run, an exported folder, a name of timm's hub; embeddings for slides",
     )
-    parser.add_argument("dataset", metavar="DATASET", help="a folder of images by class, a .csv or a .parquet file")
+    parser.add_argument("dataset", metavar="DATASET", help="a folder of images by class, a .csv, .tsv or .parquet file")
     add_scoring(parser)
     parser.add_argument("--out", metavar="URI", help="folder of scores.parquet and scores.json")
     add_storage_options(parser)
@@ -124,6 +124,32 @@ def run_picture(args: Namespace) -> None:
 
     for uri in draw(args.embeddings, args.out, read_options(args, PictureOptions), storage_options(args)):
         out(uri)
+
+
+def add_report(commands: Any) -> None:
+    """`tilestream report`."""
+    parser = add_command(
+        commands,
+        "report",
+        "show a run in one HTML file: slides, tiles, crops, curves, failures, scores, licences",
+        "  tilestream report runs/first --scores scores --embeddings embeddings --out report.html",
+        run_report,
+    )
+    parser.add_argument("run_folder", metavar="RUN", help="a run's folder, or one of its checkpoints/step-…")
+    parser.add_argument("--out", default="report.html", metavar="URI", help="the file (report.html)")
+    of_scores, of_embeddings = "folders of `tilestream evaluate --out`", "files or folders of `tilestream embed`"
+    parser.add_argument("--scores", nargs="+", default=[], metavar="FOLDER", help=of_scores)
+    parser.add_argument("--embeddings", nargs="+", default=[], metavar="URI", help=of_embeddings)
+    add_storage_options(parser)
+
+
+def run_report(args: Namespace) -> None:
+    """Writes the report, and says where."""
+    from trainer.show.run_report import write_report
+
+    options = storage_options(args)
+    write_report(args.out, args.run_folder, scores=args.scores, embeddings=args.embeddings, storage_options=options)
+    out(args.out)
 
 
 def add_lazyslide(commands: Any) -> None:

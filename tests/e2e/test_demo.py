@@ -47,8 +47,8 @@ def test_the_demo_leaves_slides_catalog_checkpoint_embeddings_and_a_self_contain
     page = Page()
     page.feed(report)
     assert page.headings == [
-        *("Slides and their tissue", "Streamed tiles", "Crops as the model sees them", "Training"),
-        *("Embeddings", "Your own slides"),
+        *("Slides and their tissue", "Streamed tiles", "Crops as the model sees them", "Training", "Failures"),
+        *("Embeddings", "Licences", "Your own slides"),
     ]
     assert page.pictures
     assert all(picture.startswith("data:image/jpeg;base64,") for picture in page.pictures)

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -22,8 +22,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from streaming import storage
-from streaming.errors import ConfigError
-from trainer.embed.files import ABOUT, SUFFIXES, Embedded, find_embeddings
+from streaming.catalog.sources import find_slides
+from streaming.errors import ConfigError, SlideError
+from streaming.slide import open_slide
+from trainer.embed.files import ABOUT, SUFFIXES, Embedded, SlideEmbeddings, find_embeddings, read_embeddings
 
 Maker = Literal["tilestream", "TRIDENT", "CLAM"]
 # What ends a name is a suffix if it looks like one: the UUID of TCGA-3C-AALI-01Z-00-DX1.F6E9A5DF-D8FB-… is none.
@@ -123,3 +125,68 @@ def _of_hdf5(uri: str, file: Any) -> FeatureFile | None:
     elif "coords" in file and "patch_size_level0" in file["coords"].attrs:
         maker = "TRIDENT"
     return FeatureFile(uri=uri, maker=maker, slide=slide, num=shape[0], width=shape[1])
+
+
+def read_slides(
+    sources: Sequence[str], slides: Sequence[str] = (), options: storage.StorageOptions | None = None
+) -> list[SlideEmbeddings]:
+    """All that files and folders hold; of others' files, whose slides are looked for among `slides` by name.
+
+    slides are files, folders and globs.
+
+    Raises:
+        ConfigError: there is none, one is broken, or the slide of another's file is not among `slides`.
+        TilestreamError: something can't be read.
+    """
+    files = find_features(sources, options)
+    known: dict[str, str] = {}
+    for info in find_slides(list(slides), options) if slides else []:
+        known |= dict.fromkeys(keys(info.uri), info.uri)
+    return [read_embeddings(f.uri, options) if f.maker == "tilestream" else _foreign(f, known, options) for f in files]
+
+
+def _foreign(file: FeatureFile, slides: Mapping[str, str], options: storage.StorageOptions | None) -> SlideEmbeddings:
+    """A file of TRIDENT or CLAM as ours.
+
+    Raises:
+        ConfigError: its slide is not known, or it has no coordinates.
+        SlideError, StorageError: the slide can't be read.
+    """
+    address = next((slides[key] for key in keys(file.slide) if key in slides), None)
+    if address is None:
+        raise ConfigError(
+            f"{file.uri}: as {file.maker} writes them, which tells no slide's address; name its folder by --slides"
+        )
+    with _opened(file.uri, options) as opened:
+        corners = opened["coords"][:].reshape(-1, 2).astype(np.int64)
+        about, encoder = dict(opened["coords"].attrs), opened["features"].attrs.get("encoder", file.maker)
+    slide = open_slide(address, options)
+    try:
+        (width, height), slide_mpp, bounds = slide.level_dimensions[0], slide.mpp, slide.bounds
+    finally:
+        slide.close()
+    if slide_mpp is None:
+        raise SlideError(f"{address}: no mpp in its metadata, without which its tiles have no size")
+    extent = int(about.get("patch_size_level0", _step(corners)))
+    size = int(about.get("patch_size", extent))
+    embedded = Embedded(
+        slide=address,
+        name=keys(file.slide)[-1],
+        width=width,
+        height=height,
+        slide_mpp=slide_mpp,
+        origin=bounds[:2],
+        mpp=extent * slide_mpp / size,
+        size=size,
+        token="cls",
+        precision="32",
+        model=str(encoder),
+        model_sha256="",
+    )
+    return SlideEmbeddings(file.uri, embedded, corners, read_features(file, options), None)
+
+
+def _step(corners: NDArray[np.int64]) -> int:
+    """The least distance of tiles of a row or a column: their side, where they lie edge to edge; 1 of one tile."""
+    steps = [np.diff(np.unique(axis)) for axis in corners.T]
+    return int(min((step.min() for step in steps if len(step)), default=1))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
@@ -17,13 +17,17 @@ from streaming.errors import ConfigError
 from streaming.slide import SLIDE_SUFFIXES
 from streaming.slide.resample import Pixels
 from streaming.vision import cv2
-from trainer.evaluate.annotations import AnnotatedTiles, Cut, class_names, cut_tiles, read_annotation
+from trainer.evaluate.annotations import AnnotatedTiles, Cut, class_names, cut_tiles
+from trainer.evaluate.geojson import read_annotation
+from trainer.evaluate.tables import SUFFIXES, Row, read_rows
 
 Names = NDArray[np.str_]
-Row = dict[str, str]
 Part = Literal["train", "val", "test"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+_DRIVE = re.compile(r"[A-Za-z]:[\\/](?!/)")
+_WHOLE_PATH = re.compile(rf"/|.*://|{_DRIVE.pattern}")
+_LEFT_BY_OTHERS = ("__MACOSX", "@eaDir", "Thumbs.db")
 _PARTS: dict[str, Part] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 IGNORED = 255
 """Value of a mask where nothing is known."""
@@ -90,17 +94,17 @@ def read_dataset(uri: str, wanted: AnnotatedTiles, options: storage.StorageOptio
     | slide, label | whole slides |
 
     `patient`, `slide`, `site` and `split` (train, val, test) may stand beside them. A folder is CLASS/image or
-    CLASS/PATIENT/image, both also below train, val and test. Relative paths are below the table's folder.
+    CLASS/PATIENT/image, both also below train, val and test; what other programs leave in it is passed over. Relative
+    paths are below the table's folder.
 
     Raises:
         ConfigError: it is no such dataset, labels are missing, there is one class, or an annotation can't be used.
         SlideError: a slide lacks the resolution that is asked for.
         StorageError: it can't be read.
     """
-    suffix = PurePosixPath(uri).suffix.lower()
-    if suffix not in (".csv", ".parquet"):
+    if PurePosixPath(uri).suffix.lower() not in SUFFIXES:
         return _of_folder(uri, options)
-    rows = _read_rows(uri, suffix, options)
+    rows = read_rows(uri, options)
     columns = set(rows[0])
     base = uri.rpartition("/")[0]
     if "annotation" in columns and columns & {"path", "slide"}:
@@ -115,18 +119,6 @@ def read_dataset(uri: str, wanted: AnnotatedTiles, options: storage.StorageOptio
             "annotation, or slide and label"
         )
     return samples
-
-
-def _read_rows(uri: str, suffix: str, options: storage.StorageOptions | None) -> list[Row]:
-    if suffix == ".parquet":
-        found: list[dict[Any, Any]] = storage.read_table(uri, options).to_pylist()
-    else:
-        text = storage.read_bytes(uri, options).decode("utf-8-sig", errors="replace")
-        found = list(csv.DictReader(io.StringIO(text)))
-    if not found:
-        raise ConfigError(f"{uri}: has no rows; a dataset is a table of paths and labels")
-    # Identifiers such as 007 are names, not numbers; a short line of a CSV lacks its last values.
-    return [{k: "" if v is None else str(v).strip() for k, v in row.items() if k is not None} for row in found]
 
 
 def _column(uri: str, rows: Sequence[Row], name: str) -> list[str]:
@@ -146,7 +138,9 @@ def _column(uri: str, rows: Sequence[Row], name: str) -> list[str]:
 
 
 def _places(base: str, values: Sequence[str]) -> list[str]:
-    return [v if "://" in v or v.startswith("/") or not base else storage.join(base, v) for v in values]
+    # Paths of Windows, whole or relative: `C:\slides\a.svs`, `slides\a.svs`.
+    plain = [v.replace("\\", "/") if _DRIVE.match(v) or "/" not in v else v for v in values]
+    return [v if _WHOLE_PATH.match(v) or not base else storage.join(base, v) for v in plain]
 
 
 def _known(uri: str, rows: Sequence[Row], *, slides: Sequence[str] | None = None) -> dict[str, Any]:
@@ -203,10 +197,17 @@ def _of_folder(uri: str, options: storage.StorageOptions | None) -> Samples:
     if named_outright:
         raise ConfigError(f"{uri}: no dataset; give a folder of images by class, a .csv or a .parquet file")
     root = storage.canonical(uri)
-    images = [info.uri for info in infos if PurePosixPath(info.uri).suffix.lower() in IMAGE_SUFFIXES]
-    inside = [image[len(root) :].strip("/").split("/") for image in map(storage.canonical, images)]
+    found = {info.uri: storage.canonical(info.uri)[len(root) :].strip("/").split("/") for info in infos}
+    of_image = {
+        image: parts
+        for image, parts in found.items()
+        if PurePosixPath(image).suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") or part in _LEFT_BY_OTHERS for part in parts)
+    }
+    images, inside = list(of_image), list(of_image.values())
     by_part = bool(inside) and all(parts[0].lower() in _PARTS for parts in inside)
     paths = [parts[by_part:] for parts in inside]
+    _check_folders(uri, images, inside, paths)
     if not images or min(map(len, paths)) < 2:
         loose = next((image for image, parts in zip(images, paths, strict=True) if len(parts) < 2), "no image")
         raise ConfigError(f"{uri}: {loose} is in no class; a dataset is CLASS/image, CLASS/PATIENT/image or a table")
@@ -219,6 +220,24 @@ def _of_folder(uri: str, options: storage.StorageOptions | None) -> Samples:
         patients=np.array([parts[1] for parts in paths]) if all(len(parts) > 2 for parts in paths) else None,
         parts=np.array([_PARTS[parts[0].lower()] for parts in inside]) if by_part else None,
     )
+
+
+def _check_folders(uri: str, images: Sequence[str], inside: Sequence[list[str]], paths: Sequence[list[str]]) -> None:
+    """Refuses a folder of which a part is laid out otherwise than the rest: patients or splits would be lost unseen.
+
+    Raises:
+        ConfigError: naming an image.
+    """
+    depths = np.array([len(parts) for parts in paths])
+    if depths.min(initial=9) == 2 and depths.max(initial=0) > 2:
+        loose, other = images[int(depths.argmin())], images[int(depths.argmax())]
+        raise ConfigError(f"{uri}: {loose} is in no patient's folder, as {other} is; give all one, or none")
+    splits = np.array([parts[0].lower() in _PARTS for parts in inside])
+    if any(parts[0].lower() == "train" for parts in inside) and not splits.all():
+        raise ConfigError(
+            f"{uri}: {images[int(splits.argmin())]} is in no split, as {images[int(splits.argmax())]} is; put it below "
+            "train, val or test, or take it away"
+        )
 
 
 def _masked(uri: str, base: str, rows: Sequence[Row], options: storage.StorageOptions | None) -> Samples:
@@ -270,11 +289,16 @@ def _annotated(
     places = _places(base, _column(uri, rows, "path" if "path" in rows[0] else "slide"))
     files = _places(base, _column(uri, rows, "annotation"))
     found = [read_annotation(file, options) for file in files]
-    has_points = any(shape.points is not None for one in found for shape in one.shapes)
+    has_points = any(shape.points is not None for one in found for shape in one.shapes.shapes)
     target = wanted.target or ("points" if has_points else "class")
-    classes = class_names(found, target)
+    classes, skipped = class_names(found, target), sum(one.skipped for one in found)
     if len(classes) < (1 if target == "points" else 2):
-        raise ConfigError(f"{uri}: its annotations have {len(classes)} class for this task; it needs two or more")
+        raise ConfigError(
+            f"{uri}: its annotations have {len(classes)} class for this task; it needs two or more ({skipped} objects "
+            "have no class or no place)"
+        )
+    if skipped:
+        sys.stderr.write(f"{uri}: {skipped:,} objects of its annotations have no class or no place; left out\n")
     cuts, of_row = list[Cut](), list[int]()
     slide_of = [PurePosixPath(place).suffix.lower() in SLIDE_SUFFIXES for place in places]
     if target == "class" and not all(slide_of):

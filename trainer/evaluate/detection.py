@@ -112,8 +112,18 @@ class _Maps:
                 truth = self.points[chosen[i]]
                 truth = truth[truth[:, 2] == k, :2]
                 for t, least in enumerate(thresholds):
-                    parts[i, t, k] = match_points(truth, places[heights >= least] / self.scale, self.radius_px)
+                    parts[i, t, k] = self._matched(truth, places[heights >= least] / self.scale)
         return parts
+
+    def _matched(self, truth: Points, found: Points) -> tuple[int, int, int]:
+        """Hits, false alarms and misses, but for those so near the tile's edge that their partner may lie beyond it."""
+        hit, right = match_points(truth, found, self.radius_px)
+        height, width = self.features.side
+        border = min(self.radius_px, height / 4, width / 4)  # a small tile keeps its middle
+        inner, found_inner = (
+            ((places >= border) & (places < (width - border, height - border))).all(axis=1) for places in (truth, found)
+        )
+        return int((hit & inner).sum()), int((~right & found_inner).sum()), int((~hit & inner).sum())
 
 
 def score_detection(

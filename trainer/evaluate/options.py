@@ -34,7 +34,7 @@ class EvaluateOptions:
     epochs: int = 20
     """passes that attention MIL takes over the slides, and decoders over the tiles"""
     radius: float = 12.0
-    """px of a tile within which a point counts as found"""
+    """px of a tile within which a point counts as found; nearer to its edge, points do not count"""
     folds: int = 5
     """parts of the cross-validation, where there is no split"""
     seed: int = 0

@@ -201,16 +201,18 @@ def _mean_areas(ranked: Sequence[Sequence[_Ranked]], times: Floats) -> Floats:
     return _over(np.where(there, found, 0).sum(axis=1), there.sum(axis=1)).T
 
 
-def match_points(truth: Floats, found: Floats, radius: float) -> tuple[int, int, int]:
-    """Hits, false alarms and misses of points (n, 2) against (m, 2): as many pairs within the radius as there can be.
+def match_points(truth: Floats, found: Floats, radius: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which of the points (n, 2), and of (m, 2), have a partner within the radius: as many pairs as there can be.
 
     Each point is used once; among pairings of equal number, the nearest.
     """
+    hit, right = np.zeros(len(truth), dtype=bool), np.zeros(len(found), dtype=bool)
     if not len(truth) or not len(found):
-        return 0, len(found), len(truth)
+        return hit, right
     distance = cdist(truth, found)
     # One pair out of reach costs more than all within it, so that the number of those within is the highest.
     far = (min(distance.shape) + 1) * max(radius, 1e-9)
     rows, columns = linear_sum_assignment(np.where(distance <= radius, distance, far))
-    hits = int((distance[rows, columns] <= radius).sum())
-    return hits, len(found) - hits, len(truth) - hits
+    near = distance[rows, columns] <= radius
+    hit[rows[near]] = right[columns[near]] = True
+    return hit, right

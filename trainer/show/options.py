@@ -20,6 +20,8 @@ class PictureOptions:
 
     kind: Kind
     """heatmap, tokens, geojson: a file a slide; neighbours, map: one of all slides"""
+    slides: tuple[str, ...] = ()
+    """files, folders or globs of slides, for embeddings of TRIDENT and CLAM, which tell names alone"""
     dataset: str | None = None
     """labelled tiles, as `tilestream evaluate` takes them, that teach a class (heatmap, geojson)"""
     name: str | None = None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from streaming import storage
-from trainer.embed.files import SlideEmbeddings, find_embeddings, read_embeddings
+from trainer.embed.feature_files import read_slides
+from trainer.embed.files import SlideEmbeddings
 from trainer.show.class_scores import class_scores
 from trainer.show.colours import Floats, principal_colours
 from trainer.show.embedding_map import map_page
@@ -24,7 +25,7 @@ def draw(
         ConfigError: there are no embeddings, or they don't suit the picture.
         TilestreamError: slides, dataset or model can't be read, or `out` can't be written.
     """
-    slides = [read_embeddings(uri, storage_options) for uri in find_embeddings(sources, storage_options)]
+    slides = read_slides(sources, options.slides, storage_options)
     if options.kind in ("neighbours", "map"):
         storage.write_bytes(out, _of_all(slides, options, storage_options), storage_options)
         yield out

@@ -1,8 +1,10 @@
-"""A run in one self-contained HTML file: slides, tiles, crops, curves and a map of embeddings."""
+"""A run in one self-contained HTML file: slides, tiles, crops, curves, failures, embeddings, scores, licences."""
 
 from __future__ import annotations
 
 import html
+import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,13 +18,18 @@ from numpy.typing import NDArray
 from streaming import storage
 from streaming.catalog import Catalog
 from streaming.catalog.tissue import CELL_UM
+from streaming.delivery.failures import FAILURES
+from streaming.errors import ConfigError
 from streaming.reading.reader import TileReader
 from streaming.slide.resample import Pixels
-from trainer.embed.files import SlideEmbeddings
+from trainer.embed.files import SlideEmbeddings, find_embeddings, read_embeddings
+from trainer.evaluate.scoring import SCORES_JSON
 from trainer.recipe.masks import block_masks
 from trainer.recipe.network import build_backbone
+from trainer.run import checkpoints
 from trainer.run.config import Config
 from trainer.run.data import make_stream
+from trainer.run.metrics_log import METRICS
 from trainer.show.colours import principal_colours
 from trainer.show.figures import svg
 from trainer.show.page import jpeg_url, page
@@ -45,27 +52,47 @@ p{margin:4px 0 14px;color:var(--soft);max-width:76ch}img{max-width:100%;display:
 .two{grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr))}
 figure img{width:100%}figcaption{padding-top:8px}
 pre{overflow-x:auto;font:13px/1.5 ui-monospace,monospace;margin:0;white-space:pre-wrap}
+table{border-collapse:collapse;width:100%;font-size:14px}
+td,th{text-align:left;padding:5px 10px 5px 0;border-bottom:1px solid var(--line)}
+th{color:var(--soft);font-weight:500}
 details{margin-top:12px}summary{cursor:pointer}
 """
 
 
 def write_report(
-    out: str, *, config: Config, metrics: pa.Table, embeddings: SlideEmbeddings, seconds: float, checkpoint: str
+    out: str,
+    run: str,
+    *,
+    scores: Sequence[str] = (),
+    embeddings: Sequence[str] = (),
+    storage_options: dict[str, Any] | None = None,
 ) -> None:
     """Writes the report of a run to a local file or URI.
 
-    metrics is the run's `metrics.parquet`, embeddings those of one slide, seconds what all of it took.
+    scores are folders that `tilestream evaluate` wrote to, embeddings files or folders of `tilestream embed`, of which
+    the first slide is drawn.
 
     Raises:
-        TilestreamError: the catalog or its slides can't be read.
+        CheckpointError: the run has no checkpoint.
+        ConfigError: a folder of scores or embeddings holds none.
+        TilestreamError: metrics, the catalog or its slides can't be read.
     """
+    checkpoint = checkpoints.find(run, storage_options)
+    config = checkpoints.read_config(checkpoint, storage_options)
+    folder = checkpoint.rpartition("/checkpoints/")[0]  # not `run.out`: runs are moved
+    metrics = storage.read_table(storage.join(folder, METRICS), storage_options)
+    scored = [_scores_of(folder, storage_options) for folder in scores]
+    drawn = read_embeddings(find_embeddings(embeddings, storage_options)[0], storage_options) if embeddings else None
     catalog = Catalog.load(config.data.catalog or "", config.data.storage_options)
     sections = [
-        _headline(config, catalog, metrics, seconds, checkpoint),
+        _headline(config, catalog, metrics, checkpoint),
         _slides(catalog, config),
         *_tiles_and_crops(config, catalog),
         _curves(metrics, config),
-        _embeddings(embeddings, config),
+        _failures(folder, storage_options),
+        _embeddings(drawn, config) if drawn is not None else "",
+        _scores(scored) if scored else "",
+        _licences(catalog),
         _going_on(config),
     ]
     content = page("tilestream report", _STYLE, f"<main>{''.join(sections)}</main>")
@@ -81,7 +108,7 @@ def _section(title: str, text: str, body: str) -> str:
     return f"<section><h2>{html.escape(title)}</h2><p>{html.escape(text)}</p>{body}</section>"
 
 
-def _headline(config: Config, catalog: Catalog, metrics: pa.Table, seconds: float, checkpoint: str) -> str:
+def _headline(config: Config, catalog: Catalog, metrics: pa.Table, checkpoint: str) -> str:
     loss, speed, waited = (metrics[name].to_numpy() for name in ("loss", "tiles_per_s", "data_wait_share"))
     steady = slice(1, None) if len(speed) > 1 else slice(None)  # the first row holds the cold start
     numbers = [
@@ -92,7 +119,6 @@ def _headline(config: Config, catalog: Catalog, metrics: pa.Table, seconds: floa
         (f"{np.median(speed[steady]):.0f}", "tiles/s, median"),
         (f"{np.mean(waited[steady]):.1%}", "of the time waited for data"),
         (f"{loss[0]:.2f} → {loss[-1]:.2f}", "loss"),
-        (f"{seconds:.0f} s", "from nothing to here"),
     ]
     cards = "".join(
         f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for value, name in numbers
@@ -194,10 +220,9 @@ def _curves(metrics: pa.Table, config: Config) -> str:
         ("koleo", "KoLeo"),
         ("kde", "KDE"),
     ]
-    kept = [(label, metrics[name].to_numpy()) for name, label in terms if name in metrics.column_names]
-    if "validation_loss" in metrics.column_names:  # in some rows alone: elsewhere NaN, which is bridged
-        seen = ~np.isnan(held := metrics["validation_loss"].to_numpy().astype(float))
-        kept.append(("loss, held out", np.interp(step, step[seen], held[seen])))
+    terms.append(("validation_loss", "loss, held out"))  # in some rows alone
+    kept = [(label, _numbers(metrics, name)) for name, label in terms if name in metrics.column_names]
+    kept = [(label, values) for label, values in kept if np.isfinite(values).any()]
     losses = _plot(step, kept, "loss", None)
     speed = [("tiles/s", metrics["tiles_per_s"].to_numpy())]
     waited = ("waited for data, %", 100 * metrics["data_wait_share"].to_numpy())
@@ -206,11 +231,19 @@ def _curves(metrics: pa.Table, config: Config) -> str:
         f"<figure>{losses}<figcaption>loss terms by optimiser step</figcaption></figure>"
         f"<figure>{_plot(step, speed, 'tiles/s', waited)}<figcaption>{html.escape(caption)}</figcaption></figure>"
     )
+    if "knn_accuracy" in metrics.column_names and np.isfinite(followed := _numbers(metrics, "knn_accuracy")).any():
+        line = _plot(step, [("kNN accuracy", followed)], "kNN accuracy", None)
+        figures += f"<figure>{line}<figcaption>kNN accuracy by optimiser step</figcaption></figure>"
     return _section(
         "Training",
         "Loss terms, throughput, and the share of time that the trainer waited for tiles.",
         f'<div class="row two">{figures}</div>',
     )
+
+
+def _numbers(metrics: pa.Table, name: str) -> NDArray[np.float64]:
+    """A column, NaN where a step has none."""
+    return metrics[name].to_numpy().astype(np.float64)
 
 
 def _plot(
@@ -223,10 +256,11 @@ def _plot(
         figure = Figure(figsize=(5.6, 3.3), layout="constrained")
         axes = figure.subplots()
         for (label, values), colour in zip(lines, _LINE_COLOURS, strict=False):
-            axes.plot(step, values, label=label, color=colour, linewidth=1.6)
+            there = np.isfinite(values)
+            axes.plot(step[there], values[there], label=label, color=colour, linewidth=1.6)
         axes.set_xlabel("optimiser step")
         axes.set_ylabel(unit)
-        axes.set_ylim(bottom=min(0.0, *(float(values.min()) for _, values in lines)))
+        axes.set_ylim(bottom=min(0.0, *(float(np.nanmin(values)) for _, values in lines)))
         every = [axes]
         if right is not None:
             other = axes.twinx()
@@ -246,6 +280,63 @@ def _plot(
         labels = [str(line.get_label()) for line in handles]
         figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False, labelcolor=_GREY)
         return svg(figure)
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(value)}</td>' for value in row)}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _failures(folder: str, options: storage.StorageOptions | None, most: int = 12) -> str:
+    uri, text = storage.join(folder, FAILURES), "No tile failed: each that was drawn was read."
+    if not storage.exists(uri, options):
+        return _section("Failures", text, "")
+    counts = Counter[tuple[str, str]]()
+    for row in storage.read_table(uri, options).to_pylist():
+        counts[row["slide"], row["reason"]] += row["count"]
+    if not counts:
+        return _section("Failures", text, "")
+    text = f"{counts.total():,} tiles could not be read, and others were drawn for them; {FAILURES} names all."
+    rows = [(slide, reason, f"{count:,}") for (slide, reason), count in counts.most_common(most)]
+    return _section("Failures", text, _table(("slide", "reason", "tiles"), rows))
+
+
+def _scores_of(folder: str, options: storage.StorageOptions | None) -> dict[str, Any]:
+    uri = storage.join(folder, SCORES_JSON)
+    if not storage.exists(uri, options):
+        raise ConfigError(f"{folder}: no {SCORES_JSON} here; name a folder of `tilestream evaluate --out`")
+    return json.loads(storage.read_bytes(uri, options))
+
+
+def _scores(found: Sequence[dict[str, Any]]) -> str:
+    def number(value: float | None) -> str:
+        return "–" if value is None else f"{value:.3f}"
+
+    rows = [
+        (
+            storage.name_of(about["dataset"]),
+            storage.name_of(about["model"]),
+            *(score["task"], score["metric"], number(score["value"])),
+            "–" if score["low"] is None else f"{number(score['low'])} to {number(score['high'])}",
+            *(f"{score['n']:,}", f"{score['groups'] or '–'}"),
+        )
+        for about in found
+        for score in about["scores"]
+    ]
+    warnings = "".join(f"<p>{html.escape(about['warning'])}</p>" for about in found if about.get("warning"))
+    names = ("dataset", "model", "task", "metric", "value", "95 % interval", "n", "patients or slides")
+    text = "Intervals resample patients or slides; below ten of them there are none."
+    return _section("Scores", text, warnings + _table(names, rows))
+
+
+def _licences(catalog: Catalog) -> str:
+    column = next((name for name in ("license", "licence") if name in catalog.metadata_columns), None)
+    if column is None:
+        return _section("Licences", "The catalog names none: its metadata have no column license.", "")
+    counts = Counter(str(name or "not named") for name in catalog.metadata(column))
+    rows = [(name, f"{count:,}") for name, count in counts.most_common()]
+    return _section("Licences", "Of the slides that it was trained on.", _table(("licence", "slides"), rows))
 
 
 def _embeddings(slide: SlideEmbeddings, config: Config) -> str:

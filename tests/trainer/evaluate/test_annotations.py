@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openslide
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
 
 from streaming import open_slide
 from streaming.errors import ConfigError, SlideError
@@ -144,7 +148,7 @@ def test_a_region_bounds_where_points_are_looked_for(annotated: Callable[..., Sa
 @pytest.mark.parametrize(
     ("features", "wanted", "error", "named"),
     [
-        ([feature(rectangle(0, 0, 9, 9), None)], {}, ConfigError, r"shape 1 \(Polygon\) has no class"),
+        ([feature(rectangle(0, 0, 9, 9), None)], {}, ConfigError, r"0 class for this task.*\(1 objects have no class"),
         ([feature(rectangle(0, 0, 512, 512), "Tumor")], {}, ConfigError, "have 1 class for this task"),
         (
             [feature(rectangle(0, 0, 9, 9), "Tumor"), feature(rectangle(0, 9, 9, 18), "Stroma")],
@@ -167,10 +171,93 @@ def test_annotations_that_can_not_be_used_are_refused_by_name(
         annotated(features, **wanted)
 
 
-def test_what_is_no_geojson_is_refused(table: Write, slides: list[Path], tmp_path: Path) -> None:
-    (tmp_path / "a.geojson").write_text('{"type": "FeatureCollection", "features": [{"geometry": null}]}')
-    with pytest.raises(ConfigError, match=r"a\.geojson: no GeoJSON as QuPath writes it"):
-        read_dataset(table([{"slide": slides[0], "annotation": tmp_path / "a.geojson"}]), AnnotatedTiles())
+def test_unclassified_parents_round_classified_shapes_are_left_out_and_counted(
+    annotated: Callable[..., Samples], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes = [feature(rectangle(0, 0, 256, 256), "A"), feature(rectangle(512, 0, 768, 256), "B")]
+    samples = annotated([feature(rectangle(0, 0, 2048, 1536), None), *shapes])
+    assert places(samples) == [(0, 0), (512, 0)]
+    assert "1 objects of its annotations have no class or no place; left out" in capsys.readouterr().err
+
+
+def test_parts_that_overlap_are_painted_alike(annotated: Callable[..., Samples]) -> None:
+    parts = [rectangle(0, 0, 512, 256)["coordinates"], rectangle(256, 0, 768, 256)["coordinates"]]
+    samples = annotated(
+        [feature({"type": "MultiPolygon", "coordinates": parts}, "A"), feature(rectangle(1024, 0, 1280, 256), "B")]
+    )
+    assert places(samples) == [(0, 0), (256, 0), (512, 0), (1024, 0)]
+
+
+def test_shapes_far_beyond_the_slide_are_cut_off(annotated: Callable[..., Samples]) -> None:
+    far = 10.0**9
+    samples = annotated(
+        [feature(rectangle(-far, -far, 256, far), "A"), feature(rectangle(768, -far, far, far), "B")], target="mask"
+    )
+    assert samples.masks is not None
+    at = places(samples)
+    assert (samples.masks[at.index((0, 0))](64, 64) == 0).all()
+    assert (samples.masks[at.index((1024, 512))](64, 64) == 1).all()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(*[st.integers(-100, 2200)] * 2, *[st.integers(20, 900)] * 2), min_size=1, max_size=12))
+def test_masks_of_many_rectangles_are_pillow_s(
+    annotated: Callable[..., Samples], boxes: list[tuple[int, int, int, int]]
+) -> None:
+    shapes = [
+        feature(rectangle(2 * x, 2 * y, 2 * (x + w), 2 * (y + h)), "AB"[i % 2]) for i, (x, y, w, h) in enumerate(boxes)
+    ]
+    samples = annotated([*shapes, feature(rectangle(0, 0, 2048, 1536), "Region*")], target="mask")
+    image = Image.new("L", (1024, 768), 0)  # a pixel for two of level 0
+    order = sorted(enumerate(boxes), key=lambda one: -one[1][2] * one[1][3])
+    for i, (x, y, w, h) in order:
+        ImageDraw.Draw(image).rectangle((x, y, x + w - 1, y + h - 1), fill=samples.classes.index("AB"[i % 2]))
+    wanted = np.asarray(image)
+    assert samples.masks is not None
+    assert len(samples.masks) == 48
+    for (x, y), mask in zip(places(samples), samples.masks, strict=True):
+        np.testing.assert_array_equal(mask(128, 128), wanted[y // 2 : y // 2 + 128, x // 2 : x // 2 + 128])
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, 2047), st.integers(0, 1535)), min_size=1, max_size=40))
+def test_every_point_is_in_the_tile_round_it(annotated: Callable[..., Samples], points: list[tuple[int, int]]) -> None:
+    mitoses = feature({"type": "MultiPoint", "coordinates": [list(point) for point in points]}, "Mitosis")
+    samples = annotated([mitoses, feature(rectangle(0, 0, 2048, 1536), "Region*")])
+    assert samples.points is not None
+    found = [
+        (x + 2 * px, y + 2 * py)
+        for (x, y), own in zip(places(samples), samples.points, strict=True)
+        for px, py, _ in own.tolist()
+    ]
+    assert sorted(found) == sorted(points)
+
+
+def test_shapes_drawn_in_qupath_lie_where_the_scan_begins(geojson: Write, table: Write, tmp_path: Path) -> None:
+    empty = tuple((0, i) for i in range(64) if i % 8 == 0 or i < 8)  # of 8 × 8 blocks the first row and column
+    made = TiffSlide(
+        vendor="generic", compression="none", width=2048, height=2048, block=(256, 256), mpp=0.5, empty=empty
+    )
+    slide = write_tiff(made, tmp_path / "holes.tif")
+    properties = openslide.OpenSlide(slide).properties
+    x, y = (int(properties[f"openslide.bounds-{axis}"]) for axis in "xy")
+    assert (x, y) == (256, 256)
+    drawn = [
+        feature(rectangle(512 - x, 512 - y, 1024 - x, 1024 - y), "A"),
+        feature(rectangle(1024 - x, 512 - y, 1536 - x, 1024 - y), "B"),
+        feature({"type": "Point", "coordinates": [600 - x, 700 - y]}, "C"),
+    ]
+    uri = table([{"slide": slide, "annotation": geojson(drawn)}])
+    samples = read_dataset(uri, AnnotatedTiles(mpp=0.5, size=512, target="class"))
+    assert samples.labels is not None
+    assert [(*place, samples.classes[i]) for place, i in zip(places(samples), samples.labels, strict=True)] == [
+        (512, 512, "A"),
+        (1024, 512, "B"),
+    ]
+    pointed = read_dataset(uri, AnnotatedTiles(mpp=0.5, size=512, target="points"))
+    assert pointed.points is not None
+    assert places(pointed) == [(512, 512)]
+    assert pointed.points[0].tolist() == [[88, 188, 0]]
 
 
 def test_tiles_of_an_annotation_are_read_where_it_says(annotated: Callable[..., Samples], slides: list[Path]) -> None:

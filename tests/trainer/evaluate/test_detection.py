@@ -10,7 +10,7 @@ import torch
 from tests.made_tokens import FOLD, NUM, PX, SIDE, of_tokens, samples
 from tests.qupath import feature, rectangle
 from trainer.cli import main
-from trainer.evaluate.detection import focal_loss, heatmaps, peaks, score_detection
+from trainer.evaluate.detection import _Maps, focal_loss, heatmaps, peaks, score_detection
 
 Table = Callable[..., str]
 
@@ -35,6 +35,14 @@ def test_peaks_are_the_highest_within_their_radius() -> None:
     ((places, heights),) = peaks(heat, 2, 0.3)
     assert places.tolist() == [[2.5, 2.5], [7.5, 7.5]]
     assert heights.tolist() == pytest.approx([0.9, 0.7])
+
+
+def test_points_whose_partner_may_lie_beyond_the_edge_do_not_count() -> None:
+    truth = np.array([[3.0, 30, 0], [30, 30, 0], [40, 20, 0]])
+    maps = _Maps(features=of_tokens(np.zeros((NUM, SIDE, SIDE, 3))), points=[truth], num_classes=1, radius_px=8)
+    found = np.array([[5.0, 31], [32, 30], [62, 10], [20, 50]])
+    # Of the truth one lies in the border, one is found, one missed; of what is found, one in the border is no alarm.
+    assert maps._matched(truth[:, :2], found) == (1, 1, 1)
 
 
 def test_points_that_tokens_show_are_found_within_the_radius() -> None:

@@ -124,17 +124,26 @@ def test_an_area_s_interval_is_the_percentiles_of_scikit_learns_weighted_areas()
     assert (score.low, score.high) == pytest.approx(tuple(np.quantile(values, (0.025, 0.975))), abs=0.015)
 
 
+def counts(truth: np.ndarray, found: np.ndarray, radius: float) -> tuple[int, int, int]:
+    hit, right = match_points(truth, found, radius)
+    assert hit.sum() == right.sum()
+    return int(hit.sum()), int((~right).sum()), int((~hit).sum())
+
+
 def test_points_match_once_each_and_within_the_radius() -> None:
     truth = np.array([[0.0, 0], [10, 0]])
-    assert match_points(truth, np.array([[1.0, 0], [2, 0]]), 3) == (1, 1, 1)
-    assert match_points(truth, np.array([[3.0, 0], [13, 0]]), 3) == (2, 0, 0)
-    assert match_points(truth, np.zeros((0, 2)), 3) == (0, 0, 2)
-    assert match_points(np.zeros((0, 2)), truth, 3) == (0, 2, 0)
+    assert counts(truth, np.array([[1.0, 0], [2, 0]]), 3) == (1, 1, 1)
+    assert counts(truth, np.array([[3.0, 0], [13, 0]]), 3) == (2, 0, 0)
+    assert counts(truth, np.zeros((0, 2)), 3) == (0, 0, 2)
+    assert counts(np.zeros((0, 2)), truth, 3) == (0, 2, 0)
+    hit, right = match_points(truth, np.array([[13.0, 0], [50, 0]]), 3)
+    assert hit.tolist() == [False, True]
+    assert right.tolist() == [True, False]
 
 
 def test_points_are_paired_so_that_most_match_even_where_the_nearest_pair_would_block_others() -> None:
     truth, found = np.array([[0.0, 0], [4, 0]]), np.array([[3.0, 0], [7, 0]])
-    assert match_points(truth, found, 3) == (2, 0, 0)  # the pair (4, 3) is the nearest, and leaves nothing for 0
+    assert counts(truth, found, 3) == (2, 0, 0)  # the pair (4, 3) is the nearest, and leaves nothing for 0
 
 
 POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=5)
@@ -152,6 +161,6 @@ def test_hits_are_the_largest_matching(truth: list, found: list, radius: int) ->
         return max([largest(row + 1, used), *(1 + largest(row + 1, used | {j}) for j in free)])
 
     a, b = (np.array(points, dtype=float).reshape(-1, 2) for points in (truth, found))
-    hits, false, missed = match_points(a, b, radius)
+    hits, false, missed = counts(a, b, radius)
     assert hits == largest(0, frozenset())
     assert (hits + missed, hits + false) == (len(truth), len(found))

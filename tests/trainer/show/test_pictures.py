@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import jsonschema
 import numpy as np
 import openslide
@@ -20,6 +21,7 @@ from streaming.reading.batch import Batch
 from streaming.synthetic.layout import SyntheticSlide, TissueClass, tissue_classes
 from tests.trainer.publish.test_export import SMALL
 from trainer.cli import main
+from trainer.embed.feature_files import read_slides
 from trainer.embed.files import SlideEmbeddings, find_embeddings, read_embeddings
 from trainer.embed.job import Job
 from trainer.embed.model import load_model, resolve
@@ -126,6 +128,29 @@ def test_parquet_and_hdf5_read_back_alike(
         assert theirs.tokens is not None
         assert ours.tokens.shape == (len(ours.corners), 4, 4, 192)
         assert np.array_equal(ours.tokens, theirs.tokens)
+
+
+@pytest.mark.parametrize("maker", ["TRIDENT", "CLAM"])
+def test_embeddings_of_others_are_drawn_where_their_tiles_lie(
+    embedded: list[SlideEmbeddings], slides: list[Path], tmp_path: Path, maker: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = embedded[0]
+    with h5py.File(tmp_path / f"{slides[0].stem}.h5", "w") as file:
+        file["features"], file["coords"] = ours.features[None], ours.corners.astype(np.int32)
+        if maker == "TRIDENT":
+            file["coords"].attrs.update({"patch_size": 64, "patch_size_level0": 128})
+    command = ["picture", "geojson", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert f"as {maker} writes them, which tells no slide's address; name its" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "--slides", str(slides[0].parent)]) == 0
+    (written,) = (tmp_path / "out").iterdir()
+    assert written.name == f"{slides[0].stem}.geojson"
+    rings = [np.array(one["geometry"]["coordinates"][0]) for one in json.loads(written.read_text())["features"]]
+    assert [ring.min(axis=0).tolist() for ring in rings] == ours.corners.tolist()
+    assert {tuple(np.ptp(ring, axis=0)) for ring in rings} == {(128, 128)}
+    (found,) = read_slides([str(tmp_path)], [str(slides[0])])
+    assert (found.about.mpp, found.about.size) == ((0.5, 64) if maker == "TRIDENT" else (0.25, 128))
 
 
 def test_tiles_as_geojson_are_what_qupath_reads(embedded: list[SlideEmbeddings]) -> None:
