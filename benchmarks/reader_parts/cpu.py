@@ -43,14 +43,16 @@ def cpu_lines(made: Sequence[MadeSlide], tiles: int, turns: int) -> list[Line]:
         found += [line(f"CPU per tile: {what}, at {mpp} / OpenSlide + PIL", *each.of(mpp), "ms") for mpp in MPPS]
         means.append(line(f"mean of the four: {what} / OpenSlide + PIL", *each.mean(), "ms", most=most))
         if corners == "blocks":
-            means.append(line("the same / OpenSlide + PIL with the same corners", *each.mean(same=True), "ms"))
+            means.append(
+                line(f"mean of the four: {what} / OpenSlide + PIL, its corners too", *each.mean(same=True), "ms")
+            )
     for corners, musts in (("anywhere", (0.85, 0.5)), ("blocks", (0.3, 0.25))):
         each = _Contest(wavelets, corners, (0.25, 0.5), tiles // 2, turns)
         for mpp, times, most in zip((0.25, 0.5), ("native", "2×"), musts, strict=True):
             what = f"CPU per tile: JPEG 2000, {times}, corners {corners}"
             found.append(line(f"{what} / OpenSlide + PIL", *each.of(mpp), "ms", most=most))
             if corners == "blocks":
-                found.append(line("the same / OpenSlide + PIL with the same corners", *each.of(mpp, same=True), "ms"))
+                found.append(line(f"{what} / OpenSlide + PIL, its corners too", *each.of(mpp, same=True), "ms"))
     return [*means, *found]
 
 

@@ -124,7 +124,7 @@ def mix_lines(folder: Path, made: Sequence[MadeSlide], latency_ms: int, steps: i
         what = f"the mix {where}, 2 readers, corners {corners}"
         loader = f"{what} / DataLoader (2 workers) + OpenSlide on local files, corners anywhere"
         found.append(line(loader, ours[corners], theirs, "tiles/s", least=least))
-        what = "the same / decoding of the touched blocks alone by 2 processes"
+        decoding = f"{what} / decoding of the touched blocks alone by 2 processes"
         least = of_decoding if corners == "anywhere" else 0.0
-        found.append(line(what, ours[corners], limits[corners], "tiles/s", least=least))
+        found.append(line(decoding, ours[corners], limits[corners], "tiles/s", least=least))
     return found
