@@ -20,6 +20,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 import docstring_parser
 
 from streaming.errors import ConfigError
+from streaming.secrets import hidden
 
 Command = Callable[[Namespace], None]
 Section = TypeVar("Section")
@@ -169,7 +170,7 @@ def storage_options(args: Namespace) -> dict[str, Any]:
         if not separator or not key:
             raise ConfigError(f"--storage {text}; it is KEY=VALUE, for example endpoint_url=http://127.0.0.1:9000")
         options[key] = {"true": True, "false": False}.get(value.lower(), value)
-    return options
+    return hidden(options)
 
 
 def pair(text: str) -> tuple[int, int]:

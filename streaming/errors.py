@@ -3,6 +3,9 @@
 TilestreamError            everything a user can act on; the command line prints it as one line and exits 2
 ├── ConfigError            a configuration or argument that makes no sense (also a ValueError)
 ├── StorageError           a file, bucket or object that can't be reached, read or written
+│   ├── DeniedError        one that may not be read or written with these credentials
+│   ├── MissingError       one that is not there
+│   ├── NoRangesError      one whose server sends whole files only
 │   └── UnreachableError   one that may be reached later: the storage throttles, is in trouble, or does not answer
 ├── SlideError             a slide that can't be opened or decoded, or has no usable mpp
 ├── CatalogError           no catalog, an empty one, or one of another version
@@ -29,6 +32,18 @@ class ConfigError(TilestreamError, ValueError):
 
 class StorageError(TilestreamError):
     """A file, bucket or object that can't be reached, read or written."""
+
+
+class DeniedError(StorageError):
+    """A file, object or bucket that may not be read or written with these credentials."""
+
+
+class MissingError(StorageError):
+    """A file, folder, object or bucket that is not there."""
+
+
+class NoRangesError(StorageError):
+    """An object whose server sends whole files only, so that it must be copied."""
 
 
 class UnreachableError(StorageError):

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import http.client
 import re
+import ssl
 import struct
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from urllib.parse import urlsplit
 
-# What befalls the n-th request: a status ("503", "429"), "reset", "half" (breaks off), "short" and "long" (a range
-# of another length), "stall", or "".
+# What befalls the n-th request: a status ("503", "429"), with content where a colon follows ("400:ExpiredToken"),
+# "reset", "half" (breaks off), "short" and "long" (a range of another length), "stall", "slow" (comes bit by bit),
+# "elsewhere" (a bucket of us-east-1), "redirect" (to the source, or `redirects_to`), or "".
 Mood = Callable[[int], str]
-
-# What makes a library's own tries end sooner than an outage.
-HASTY = {"config_kwargs": {"retries": {"max_attempts": 1}}}
 
 _DATE = "Tue, 24 Nov 2026 12:00:00 GMT"
 
@@ -42,19 +42,32 @@ class FaultyServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(
-        self, source: str | bytes, mood: Mood = lambda n: "", *, stall_s: float = 60, befalls_all: bool = False
+        self,
+        source: str | bytes,
+        mood: Mood = lambda n: "",
+        *,
+        stall_s: float = 60,
+        befalls_all: bool = False,
+        port: int = 0,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", port), _Handler)
+        if tls is not None:
+            self.socket = tls.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+        self.scheme = "https" if tls is not None else "http"
         self.source, self.mood, self.stall_s, self.befalls_all = source, mood, stall_s, befalls_all
+        self.redirects_to = source
         self.etag = '"first"'
         self.asked = list[str]()
         """methods, and ranges where there are"""
-        self.count = self.num_faults = 0
+        self.headers = list[Mapping[str, str]]()
+        """of each request, names in small letters"""
+        self.count = self.num_faults = self.num_broken_off = 0
         self._lock = threading.Lock()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
+        return f"{self.scheme}://127.0.0.1:{self.server_port}"
 
     def __enter__(self) -> FaultyServer:
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -82,12 +95,16 @@ class FaultyServer(ThreadingHTTPServer):
             return self._of_bytes(self.source, headers.get("Range"))
         parts = urlsplit(self.source)
         upstream = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=60)
-        upstream.request(command, path, content or None, dict(headers))
+        # What a server is called may decide what it answers.
+        own = {name: value for name, value in headers.items() if name.lower() != "host"}
+        upstream.request(command, path, content or None, own)
         answer = upstream.getresponse()
-        own = ("connection", "transfer-encoding", "server", "date")
-        found = answer.status, {name: value for name, value in answer.getheaders() if name.lower() not in own}
+        hop = ("connection", "transfer-encoding", "server", "date")
+        found = answer.status, {name: value for name, value in answer.getheaders() if name.lower() not in hop}
         content = answer.read()
         upstream.close()
+        if not any(name.lower() == "content-length" for name in found[1]):
+            found[1]["Content-Length"] = str(len(content))  # it came in chunks
         return *found, content
 
     def _of_bytes(self, content: bytes, wanted: str | None) -> tuple[int, dict[str, str], bytes]:
@@ -95,6 +112,8 @@ class FaultyServer(ThreadingHTTPServer):
         if wanted is None:
             return 200, {**headers, "Content-Length": str(len(content))}, content
         start, end = (int(part) for part in wanted.removeprefix("bytes=").split("-"))
+        if start >= len(content):
+            return 416, {"Content-Length": "0"}, b""
         part = content[start : end + 1]
         headers["Content-Range"] = f"bytes {start}-{start + len(part) - 1}/{len(content)}"
         return 206, {**headers, "Content-Length": str(len(part))}, part
@@ -114,6 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         wanted = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         self.server.asked.append(wanted[0] if wanted else self.command)
+        self.server.headers.append({name.lower(): value for name, value in self.headers.items()})
         mood = self.server.next_mood() if wanted or self.server.befalls_all else ""
         if mood == "stall":
             time.sleep(self.server.stall_s)
@@ -123,10 +143,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             self.close_connection = True
             return
-        if mood.isdigit():
-            self.send_response(int(mood))
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+        if mood[:3].isdigit():
+            self._refuse(int(mood[:3]), mood[4:].encode())
+            return
+        if mood == "elsewhere":
+            self._refuse(301, b"", {"x-amz-bucket-region": "us-east-1"})
+            return
+        if mood == "redirect":
+            self._refuse(307, b"", {"Location": f"{self.server.redirects_to}{self.path}"})
             return
         # Clients write it in capitals or not.
         headers = {name: value for name, value in self.headers.items() if name.lower() != "range"}
@@ -139,6 +163,29 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.close_connection = mood == "half"
-            self.wfile.write(content[: len(content) // 2] if mood == "half" else content)
+            if mood == "slow":
+                self._send_slowly(content)
+            else:
+                self.wfile.write(content[: len(content) // 2] if mood == "half" else content)
+
+    def _refuse(self, status: int, content: bytes, headers: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def _send_slowly(self, content: bytes) -> None:
+        """In two seconds and a bit, never silent for half of one."""
+        piece = -(-len(content) // 8) or 1
+        try:
+            for start in range(0, len(content), piece):
+                time.sleep(0.3)
+                self.wfile.write(content[start : start + piece])
+                self.wfile.flush()
+        except OSError:
+            self.server.num_broken_off += 1
+            raise
 
     do_HEAD = do_PUT = do_POST = do_DELETE = do_GET

@@ -9,6 +9,7 @@ import warnings
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
+from streaming import storage
 from streaming.cli import add_bench, add_catalog, add_doctor, add_stream
 from streaming.command_line import OneLineParser, add_command
 from streaming.errors import TilestreamError, root_cause
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         # What libraries warn their own callers of is nothing that a user of the command could act on.
         warnings.simplefilter("ignore")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    storage.answer_soon()
     try:
         args.run(args)
     except KeyboardInterrupt:

@@ -141,7 +141,7 @@ def _known(
 def _save_part(out: str, slides: Sequence[Inspected], options: storage.StorageOptions | None) -> pa.Table:
     part = part_of(slides)
     name = f"{int(time.time() * 1000)}-{uuid.uuid4().hex[:8]}.parquet"
-    storage.PATIENT(storage.write_table, storage.join(out, schema.PARTS, name), part, options)
+    storage.write_table(storage.join(out, schema.PARTS, name), part, options)
     return part
 
 

@@ -55,7 +55,7 @@ def inspect(
     Its block index is written to the catalog at `out`.
     """
     try:
-        slide = storage.PATIENT(open_slide, info.uri, options, mpp=mpp, expected=info, staging=staging)
+        slide = open_slide(info.uri, options, mpp=mpp, expected=info, staging=staging)
         try:
             image = thumbnail(slide)
             tissue = tissue_of_thumbnail(image)
@@ -63,7 +63,7 @@ def inspect(
                 return Rejected(info.uri, info.size, info.version, "no tissue found")
             if slide.packed_index and out is not None:
                 uri = storage.join(out, schema.BLOCKS, index_name(info))
-                storage.PATIENT(storage.write_bytes, uri, slide.packed_index, options)
+                storage.write_bytes(uri, slide.packed_index, options)
             return Inspected(describe(slide, info, tissue), tissue, odd_glass(image, tissue), slide.left_out)
         finally:
             slide.close()

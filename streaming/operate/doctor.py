@@ -25,7 +25,7 @@ from streaming.catalog import Catalog
 from streaming.errors import PlanError, SlideError, StorageError, TilestreamError
 from streaming.plan import TilePlan
 from streaming.plan.plan import DEFAULT_MPP
-from streaming.storage import clients
+from streaming.storage.clock import clock_skew
 from streaming.storage.ranges import open_ranges, read_range
 from streaming.storage.staging import Staging
 
@@ -185,7 +185,7 @@ def _clock(uri: str, options: storage.StorageOptions) -> Iterator[Finding]:
     if storage.is_local(uri):
         return
     try:
-        skew = clients.clock_skew(uri, options)
+        skew = clock_skew(uri, options)
     except StorageError as error:
         yield Finding(check="clock", state="note", what=str(error), remedy="compare with `date -u` on another machine")
         return

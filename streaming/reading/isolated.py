@@ -13,7 +13,6 @@ from typing import Any
 
 from ray.cloudpickle import cloudpickle
 
-from streaming import storage
 from streaming.catalog import Catalog
 from streaming.counters import UNCOUNTED, Counters
 from streaming.errors import SlideError, StorageError, StreamError
@@ -129,7 +128,7 @@ def _serve(connection: Connection, content: bytes) -> None:
             return
         try:
             if row not in slides:
-                slides[row] = storage.PATIENT(catalog.open_slide, row, options, staging)
+                slides[row] = catalog.open_slide(row, options, staging)
             connection.send(slides[row].read_tile(x, y, mpp, size, tolerance=tolerance))
         except (SlideError, StorageError) as error:
             connection.send(error)

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import ray
 
-from streaming import storage
 from streaming.catalog import Catalog
 from streaming.counters import Counters
 from streaming.errors import ConfigError
@@ -26,6 +25,7 @@ from streaming.reading.batch_reading import BatchReading
 from streaming.reading.hsv_rule import HsvRule
 from streaming.reading.isolated import IsolatedPool
 from streaming.reading.slide_pool import SlidePool
+from streaming.secrets import hidden
 from streaming.slide import Slide
 from streaming.storage.connections import CONNECTIONS
 from streaming.storage.staging import Staging
@@ -38,13 +38,15 @@ class ReaderOptions:
     hsv_rule: HsvRule = field(default_factory=HsvRule)
     """which tiles are taken; the others are replaced"""
     storage_options: dict[str, Any] = field(default_factory=dict)
-    """fsspec's options for the slides' storage"""
+    """options for the slides' storage"""
     staging: Staging = field(default_factory=Staging)
     """where copies of remote slides lie"""
     requests_in_flight: int = 32
     """requests to the storage that a reader keeps under way; 32 of 20 ms are 1,600 a second"""
 
     def __post_init__(self) -> None:
+        # Ray may write down what it hands to an actor.
+        object.__setattr__(self, "storage_options", hidden(self.storage_options))
         if self.requests_in_flight < 1:
             raise ConfigError(f"requests_in_flight is {self.requests_in_flight}; it must be at least 1")
 
@@ -77,7 +79,7 @@ class TileReader:
 
     def _open(self, row: int, count: Counters) -> Slide:
         options = self._options
-        return storage.PATIENT(self._catalog.open_slide, row, options.storage_options, options.staging, count)
+        return self._catalog.open_slide(row, options.storage_options, options.staging, count)
 
     def __call__(self, batch: Batch, *, isolated: bool = False) -> Batch:
         """Reads the tiles of `batch["index"]`, int64 (n,).

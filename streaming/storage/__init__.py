@@ -1,37 +1,31 @@
 """From a URI and its options to bytes: the one seam between object stores and the rest."""
 
+from streaming.storage.addresses import canonical, is_local, join, local_path, name_of, shown
 from streaming.storage.clients import StorageOptions
+from streaming.storage.local_files import whole_file
+from streaming.storage.object_info import ObjectInfo, relative_name
 from streaming.storage.objects import (
-    PATIENT,
-    ObjectInfo,
-    canonical,
     exists,
     expand,
-    is_local,
-    join,
     list_files,
     list_names,
-    local_path,
-    name_of,
-    patient,
     read_bytes,
     read_table,
     reading,
-    relative_name,
     remove,
     stat,
-    storage_errors,
-    whole_file,
     write_bytes,
+    write_stream,
     write_table,
-    writing,
     written_file,
 )
+from streaming.storage.patience import answer_soon
+from streaming.storage.trouble import storage_errors
 
 __all__ = [
-    "PATIENT",
     "ObjectInfo",
     "StorageOptions",
+    "answer_soon",
     "canonical",
     "exists",
     "expand",
@@ -41,17 +35,17 @@ __all__ = [
     "list_names",
     "local_path",
     "name_of",
-    "patient",
     "read_bytes",
     "read_table",
     "reading",
     "relative_name",
     "remove",
+    "shown",
     "stat",
     "storage_errors",
     "whole_file",
     "write_bytes",
+    "write_stream",
     "write_table",
-    "writing",
     "written_file",
 ]

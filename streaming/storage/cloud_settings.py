@@ -1,7 +1,6 @@
-"""What `storage_options` and the environment say of Azure and Google, as fsspec's packages and as obstore want it.
+"""What `storage_options` and the environment say of Azure and Google, as obstore wants it.
 
-Both get the same account, endpoint and credentials, so that a user configures once. Options go before the environment,
-a connection string before single values. Nothing is asked for over the network here.
+Options go before the environment, a connection string before single values. Nothing is asked for over the network here.
 """
 
 from __future__ import annotations
@@ -25,8 +24,21 @@ _AZURE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "client_secret": (("client_secret",), ("AZURE_STORAGE_CLIENT_SECRET", "AZURE_CLIENT_SECRET")),
     "tenant_id": (("tenant_id",), ("AZURE_STORAGE_TENANT_ID", "AZURE_TENANT_ID")),
 }
+AZURE_OPTIONS = frozenset({name for names, _ in _AZURE.values() for name in names} | {"connection_string", "anon"})
+GCS_OPTIONS = frozenset({"token", "endpoint_url", "project", "requester_pays", "anon"})
 # Ways of gcsfs to find credentials, which obstore goes through by itself.
 _GCS_SEARCHES = ("google_default", "cache", "cloud", "browser")
+
+
+def of_account(uri: str, options: Options) -> Options:
+    """The options of an Azure URI, which names the container alone.
+
+    Raises:
+        StorageError: it names an account.
+    """
+    if "@" in uri.split("://", 1)[1].partition("/")[0]:
+        raise StorageError(f"{uri}: names an account; write az://container/… and set AZURE_STORAGE_ACCOUNT_NAME")
+    return options
 
 
 def azure_config(options: Options) -> dict[str, Any]:
@@ -56,32 +68,6 @@ def azure_config(options: Options) -> dict[str, Any]:
     return config
 
 
-def adlfs_options(options: Options) -> dict[str, Any]:
-    """The options of adlfs for the same account.
-
-    Raises:
-        StorageError: as azure_config.
-    """
-    config = azure_config(options)
-    own = {name for names, _ in _AZURE.values() for name in names} | {"connection_string"}
-    rest = {key: value for key, value in options.items() if key not in own}
-    endpoint = config.pop("endpoint", None)
-    anon = config.pop("skip_signature", False)
-    sas = config.pop("sas_key", None)
-    if not endpoint:
-        return {**rest, **config, **({"sas_token": sas} if sas else {})}
-    if not (anon or sas or "account_key" in config):
-        return {**rest, **config, "account_host": endpoint.removeprefix("https://")}
-    # Only in a connection string does adlfs take an address with a scheme, a port or a path.
-    parts = {
-        "BlobEndpoint": endpoint.rstrip("/"),
-        "AccountName": config["account_name"],
-        "AccountKey": config.get("account_key"),
-        "SharedAccessSignature": sas,
-    }
-    return {**rest, "connection_string": ";".join(f"{key}={value}" for key, value in parts.items() if value)}
-
-
 def azure_endpoint(options: Options) -> str:
     """The HTTP address of the account.
 
@@ -105,15 +91,11 @@ def gcs_config(options: Options) -> dict[str, Any]:
     return config
 
 
-def gcsfs_options(options: Options) -> dict[str, Any]:
-    """The options of gcsfs for the same project and credentials."""
-    endpoint, token = _gcs_endpoint(options), _gcs_token(options)
-    if endpoint:
-        # gcsfs 2026 asks by gRPC for the kind of a bucket, in vain and for a minute where the storage speaks HTTP only.
-        # It reads the variable when it is imported, which is after this.
-        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    found = {"endpoint_url": endpoint, "token": token}
-    return {**options, **{key: value for key, value in found.items() if value}}
+def gcs_headers(options: Options) -> dict[str, str]:
+    """Headers of each request: who pays for it."""
+    payer = options.get("requester_pays")
+    payer = options.get("project") if payer is True else payer
+    return {"x-goog-user-project": str(payer)} if payer else {}
 
 
 def gcs_endpoint(options: Options) -> str:
@@ -129,7 +111,7 @@ def _gcs_endpoint(options: Options) -> str | None:
 def _gcs_token(options: Options) -> Any:
     """Path or content of a credentials file, "anon", or one of gcsfs's searches; None for the usual search."""
     names = ("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH", "GOOGLE_APPLICATION_CREDENTIALS")
-    token = options.get("token") or _first(os.environ, names)
+    token = "anon" if options.get("anon") else options.get("token") or _first(os.environ, names)
     # With an endpoint of one's own there is nothing to search for: that would ask Google's servers for credentials.
     return token or ("anon" if _gcs_endpoint(options) else None)
 

@@ -1,4 +1,4 @@
-"""What a process has open to its object stores: one store a bucket, and the threads that wait for answers."""
+"""The requests that a process has under way to all its object stores, and the threads that wait for their answers."""
 
 from __future__ import annotations
 
@@ -11,25 +11,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
 
-from obstore.store import ObjectStore
-
-from streaming.storage import clients
-from streaming.storage.clients import StorageOptions
-from streaming.storage.objects import storage_errors
-
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class Connections:
-    """The stores that were asked for so far, and a bounded number of requests under way to all of them together.
+    """A bounded number of requests under way, to all stores together.
 
-    A process has one, `CONNECTIONS`, from its start to its end: connections, credentials and the bound on requests are
-    shared by all slides that it reads. Safe to use from several threads.
+    A process has one, `CONNECTIONS`, from its start to its end: all slides that it reads share the bound. Safe to use
+    from several threads.
     """
 
     def __init__(self, in_flight: int = 32) -> None:
-        self._stores: dict[tuple[str, str], ObjectStore] = {}
         self._in_flight = in_flight
         # A thread a request: obstore lets go of the interpreter while it waits.
         self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix="ranges")
@@ -45,19 +38,6 @@ class Connections:
             self._in_flight = requests
             # Not shut down: what was handed to the former threads comes to its end there.
             self._threads = ThreadPoolExecutor(requests, thread_name_prefix="ranges")
-
-    def store(self, uri: str, options: StorageOptions | None) -> tuple[ObjectStore, str]:
-        """The store of a URI, which holds the connections to its bucket, and the path within.
-
-        Raises:
-            StorageError: the options make no sense, or there are no credentials.
-        """
-        root, path = clients.split_bucket(uri)
-        key = (root, repr(sorted((options or {}).items(), key=str)) + clients.store_environment())
-        if key not in self._stores:
-            with storage_errors(uri):
-                self._stores[key] = clients.object_store(root, options)
-        return self._stores[key], path
 
     @contextlib.contextmanager
     def urgently(self) -> Generator[None]:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from collections import OrderedDict
+from typing import TYPE_CHECKING
 
 from streaming.counters import UNCOUNTED, Counters
 from streaming.storage.ranges import Ranges
 
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+# A long piece comes in parts, at once.
+PART_NBYTES = 2**21
 _KEPT_NBYTES = 100 * 2**16
 _MAX_NBYTES = 9 * 2**16  # a longer piece is fetched as it is, and kept by nobody
 
@@ -41,7 +48,8 @@ class RangeFile:
             pages = b"".join(self._kept(first, last))
             content = pages[self._at - first * self._page_nbytes : end - first * self._page_nbytes]
         else:
-            content = self._ranges.begin([(self._at, end)], self._count).wait()[0]
+            spans = [(start, min(start + PART_NBYTES, end)) for start in range(self._at, end, PART_NBYTES)]
+            content = b"".join(self._ranges.begin(spans, self._count).wait())
         self._at = end
         return content
 
@@ -72,3 +80,33 @@ class RangeFile:
         while len(self._pages) * nbytes > _KEPT_NBYTES:
             self._pages.popitem(last=False)
         return found
+
+
+class _Raw(io.RawIOBase):
+    """A RangeFile as the io module wants a file."""
+
+    def __init__(self, file: RangeFile) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def readall(self) -> bytes:
+        return self._file.read()
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        view = memoryview(buffer).cast("B")
+        content = self._file.read(len(view))
+        view[: len(content)] = content
+        return len(content)
+
+
+def opened(ranges: Ranges) -> io.BufferedReader:
+    """A file of the io module over ranges, for libraries that insist on one."""
+    return io.BufferedReader(_Raw(RangeFile(ranges)), PART_NBYTES)

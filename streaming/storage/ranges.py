@@ -4,56 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import re
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import obstore
-from obstore.exceptions import GenericError
+from obstore.exceptions import GenericError, NotSupportedError, PermissionDeniedError
 
-from streaming import storage
 from streaming.counters import UNCOUNTED, Counters
-from streaming.errors import SlideError
-from streaming.storage import clients
+from streaming.errors import NoRangesError, SlideError
+from streaming.storage import addresses, clients
+from streaming.storage.addresses import HTTP, is_plain
+from streaming.storage.buckets import Bucket, bucket_at
 from streaming.storage.connections import CONNECTIONS, Connections
+from streaming.storage.object_info import file_version, object_version
+from streaming.storage.trouble import storage_errors
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta  # there is none at run time
 
-T = TypeVar("T")
 Span = tuple[int, int]  # [start, end) in bytes
 
-# Errors that obstore has no class for may pass: throttling, a server's fault, a lost connection, another range than
-# wanted. Not so most refusals (status 4xx): the server would say the same again.
-_LASTING = re.compile(r"status code: 4(?!08|29)\d\d")
 # The object may end before the range does: is it still the one that was opened?
-_OUT_OF_RANGE = re.compile(r"Requested \d+\.\.\d+, got|status code: 416")
-
-
-def _passes(error: BaseException) -> bool:
-    """Whether a request that failed so may succeed when it is sent again."""
-    return isinstance(error, GenericError) and not _LASTING.search(str(error))
-
-
-# obstore could send again by itself, but does not tell how often: throttling would look like slow storage.
-_PATIENT = storage.patient(_passes)
-
-
-def _patiently(ask: Callable[..., T], *arguments: Any) -> tuple[T, int]:
-    """What a request brings, and how often it was sent again."""
-    try:
-        # The first time without tenacity, which would cost a tenth of a request's time.
-        return ask(*arguments), 0
-    except GenericError as error:
-        if not _passes(error):
-            raise
-    time.sleep(random.uniform(0, 0.1))
-    # tenacity keeps its statistics by thread: these are of the call just made.
-    return _PATIENT(ask, *arguments), _PATIENT.statistics["attempt_number"]
+_OUT_OF_RANGE = re.compile(r"Requested \d+\.\.\d+, got|status code: 416|InvalidRange")
 
 
 class PendingBytes(Protocol):
@@ -78,7 +53,7 @@ class Ranges(Protocol):
 
     size: int
     tag: str
-    """what tells its version: ETag, or size and time of modification"""
+    """what tells its version: as `ObjectInfo.version`"""
 
     def begin(self, spans: Sequence[Span], count: Counters = UNCOUNTED) -> PendingBytes:
         """Asks for the bytes [start, end) of each span."""
@@ -99,10 +74,10 @@ class LocalRanges:
             StorageError: the file can't be read.
             SlideError: it has another tag.
         """
-        self._uri, self._path = uri, storage.local_path(uri)
-        with storage.storage_errors(uri):
+        self._uri, self._path = uri, addresses.local_path(uri)
+        with storage_errors(uri):
             stat = os.stat(self._path)
-        self.size, self.tag = stat.st_size, _same(uri, _file_tag(stat), tag)
+        self.size, self.tag = stat.st_size, _same(uri, file_version(stat), tag)
 
     def begin(self, spans: Sequence[Span], count: Counters = UNCOUNTED) -> PendingBytes:
         """Tells the kernel what is wanted, which fetches it meanwhile; it is read when it is waited for.
@@ -130,10 +105,10 @@ class LocalRanges:
         Raises:
             StorageError, SlideError: as `PendingBytes.wait`.
         """
-        with storage.storage_errors(self._uri):
+        with storage_errors(self._uri):
             file = os.open(self._path, os.O_RDONLY)
             try:
-                _same(self._uri, _file_tag(os.fstat(file)), self.tag)
+                _same(self._uri, file_version(os.fstat(file)), self.tag)
                 return [_whole(self._uri, os.pread(file, end - start, start), start, end) for start, end in spans]
             finally:
                 os.close(file)
@@ -159,7 +134,7 @@ class RemoteRanges:
     def __init__(
         self,
         uri: str,
-        options: storage.StorageOptions | None = None,
+        options: clients.StorageOptions | None = None,
         tag: str | None = None,
         connections: Connections = CONNECTIONS,
         size: int | None = None,
@@ -169,15 +144,14 @@ class RemoteRanges:
         Where a listing told the size, nothing is asked either: the first answer tells the tag.
 
         Raises:
-            StorageError: the object can't be reached.
+            StorageError: the object can't be reached, or its server answers no ranges.
         """
-        self._uri, self._connections = uri, connections
-        self._store, self._path = connections.store(uri, options)
-        self.size, self.tag = size or 0, tag or ""
+        self._uri, self._connections = addresses.shown(uri), connections
+        self._bucket, self._key = bucket_at(uri, options)
+        self._get = self._get_plain if is_plain(self._key) else self._get_odd
+        self.size, self.tag = size or 0, (tag or "").strip('"')
         if not tag and size is None:
-            with storage.storage_errors(uri):
-                meta, _ = _patiently(obstore.head, self._store, self._path)
-            self.size, self.tag = meta["size"], _object_tag(meta)
+            self.size, self.tag = self._bucket.ask(uri, lambda: _looked_at(self._bucket, self._key))[0]
 
     def begin(self, spans: Sequence[Span], count: Counters = UNCOUNTED) -> PendingBytes:
         """Sends the requests at once, or as soon as others have come back."""
@@ -190,18 +164,25 @@ class RemoteRanges:
 
     def _read(self, start: int, end: int) -> tuple[bytes, int]:
         """The bytes, and how often the request was sent again: counters belong to the thread that waits for them."""
-        with storage.storage_errors(self._uri):
-            return _patiently(self._get, start, end)
+        return self._bucket.ask(self._uri, lambda: self._get(start, end))
 
-    def _get(self, start: int, end: int) -> bytes:
+    def _get_plain(self, start: int, end: int) -> bytes:
         try:
-            answer = obstore.get(self._store, self._path, options={"range": (start, end)})
+            answer = obstore.get(self._bucket.store, self._key, options={"range": (start, end)})
         except GenericError as error:
             if _OUT_OF_RANGE.search(str(error)):
-                _same(self._uri, _object_tag(obstore.head(self._store, self._path)), self.tag)
+                _same(self._uri, _version(head(self._bucket, self._key)), self.tag)
             raise
-        self.tag = _same(self._uri, _object_tag(answer.meta), self.tag)
+        self.tag = _same(self._uri, _version(answer.meta), self.tag)
         return _whole(self._uri, answer.bytes().to_bytes(), start, end)
+
+    def _get_odd(self, start: int, end: int) -> bytes:
+        """The same by botocore."""
+        asked = self._bucket.s3_object(Key=self._key, Range=f"bytes={start}-{end - 1}")
+        answer = self._bucket.s3_client.get_object(**asked)
+        found = object_version(answer.get("ETag"), answer.get("LastModified"))
+        self.tag = _same(self._uri, found, self.tag)
+        return _whole(self._uri, answer["Body"].read(), start, end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,9 +211,9 @@ def _when_all(answers: Sequence[Future[Any]], call: Callable[[], object]) -> Non
 
 
 def open_ranges(
-    uri: str, options: storage.StorageOptions | None = None, tag: str | None = None, size: int | None = None
+    uri: str, options: clients.StorageOptions | None = None, tag: str | None = None, size: int | None = None
 ) -> Ranges | None:
-    """The ranges of an object, bound to a version by its tag; None where only fsspec knows the store.
+    """The ranges of an object, bound to a version by its tag; None where only fsspec knows the store, or it has none.
 
     With a tag, or a size that a listing told, a remote object is not asked for it.
 
@@ -240,9 +221,55 @@ def open_ranges(
         StorageError: it can't be reached.
         SlideError: it has another tag.
     """
-    if storage.is_local(uri):
+    if addresses.is_local(uri):
         return LocalRanges(uri, tag)
-    return RemoteRanges(uri, options, tag, size=size) if clients.has_ranges(uri) else None
+    return open_remote(uri, options, tag, size) if clients.has_store(uri) else None
+
+
+def open_remote(
+    uri: str, options: clients.StorageOptions | None = None, tag: str | None = None, size: int | None = None
+) -> RemoteRanges | None:
+    """The ranges of an object of a store that obstore knows; None of a web server that sends whole files only.
+
+    Raises:
+        StorageError: it can't be reached.
+    """
+    try:
+        return RemoteRanges(uri, options, tag, size=size)
+    except NoRangesError:
+        return None
+
+
+def head(bucket: Bucket, key: str) -> ObjectMeta:
+    """Size, ETag and time of an object, or the error that tells best why there is none."""
+    if bucket.root.startswith(HTTP):
+        # Many signed addresses are good for GET alone; and a server that answers no ranges is found out.
+        with contextlib.suppress(NotSupportedError):
+            return _head_by_range(bucket, key)
+        return obstore.get(bucket.store, key).meta  # nobody reads the body: it does not come
+    try:
+        return obstore.head(bucket.store, key)
+    except (GenericError, PermissionDeniedError):
+        # A refused HEAD has no content that could tell why: expired credentials, another region.
+        return _head_by_range(bucket, key)
+
+
+def _head_by_range(bucket: Bucket, key: str) -> ObjectMeta:
+    try:
+        return obstore.get(bucket.store, key, options={"range": (0, 1)}).meta
+    except GenericError as error:
+        if _OUT_OF_RANGE.search(str(error)):  # it is empty
+            return obstore.head(bucket.store, key)
+        raise
+
+
+def _looked_at(bucket: Bucket, key: str) -> tuple[int, str]:
+    """Size and version of an object whose ranges are to be read."""
+    if not is_plain(key):
+        found = bucket.s3_client.head_object(**bucket.s3_object(Key=key))
+        return int(found["ContentLength"]), object_version(found.get("ETag"), found.get("LastModified"))
+    meta = _head_by_range(bucket, key) if bucket.root.startswith(HTTP) else head(bucket, key)
+    return meta["size"], _version(meta)
 
 
 def read_range(ranges: Ranges, start: int, end: int, count: Counters = UNCOUNTED) -> bytes:
@@ -259,16 +286,13 @@ def _count(spans: Sequence[Span], count: Counters) -> None:
     count.nbytes += sum(end - start for start, end in spans)
 
 
-def _file_tag(stat: os.stat_result) -> str:
-    return f"{stat.st_size}-{stat.st_mtime_ns}"
-
-
-def _object_tag(meta: ObjectMeta) -> str:
-    return meta["e_tag"] or meta["last_modified"].isoformat()
+def _version(meta: ObjectMeta) -> str:
+    return object_version(meta["e_tag"], meta["last_modified"])
 
 
 def _same(uri: str, found: str, wanted: str | None) -> str:
-    if wanted and found != wanted:
+    # Catalogs of before held the ETag with its quotes.
+    if wanted and found != wanted.strip('"'):
         raise SlideError(
             f"{uri}: changed since it was catalogued (version {found}, not {wanted}); "
             "run `tilestream catalog` on it again"

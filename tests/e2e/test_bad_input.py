@@ -9,7 +9,6 @@ import boto3
 import pyarrow.parquet as pq
 import pytest
 import torch
-from s3fs import S3FileSystem
 from safetensors.torch import save_file
 
 from streaming import cluster
@@ -68,10 +67,7 @@ def test_no_credentials(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    # fsspec keeps a filesystem with the credentials that it found first.
-    S3FileSystem.clear_instance_cache()
     line = refusal(capsys, "catalog", f"{s3_bucket}/slides", "--out", tmp_path / "catalog")
-    S3FileSystem.clear_instance_cache()
     assert f"{s3_bucket}/slides" in line
     assert "AWS_ACCESS_KEY_ID" in line
 
@@ -86,9 +82,7 @@ def closed_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAREFUSED")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "refused")
         boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="closed")
-        S3FileSystem.clear_instance_cache()
         yield "s3://closed"
-        S3FileSystem.clear_instance_cache()
 
 
 def test_a_key_that_the_server_refuses(

@@ -149,7 +149,7 @@ class Job:
                 written += len(piece["x"])
             assert written == slide.num_tiles, "each tile comes once"
         if note := self.note(info):
-            storage.PATIENT(storage.write_bytes, note, self.settings.encode(), self.stores)
+            storage.write_bytes(note, self.settings.encode(), self.stores)
         return written
 
 

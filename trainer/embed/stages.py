@@ -87,7 +87,7 @@ class ReadTiles:
     def _open(self, number: int, count: Counters) -> Slide:
         info = self._slides[number]
         mpp = self._wanted.slide_mpp
-        return storage.PATIENT(open_slide, info.uri, self._storage_options, mpp=mpp, expected=info, count=count)
+        return open_slide(info.uri, self._storage_options, mpp=mpp, expected=info, count=count)
 
     def __call__(self, batch: Batch) -> Batch:
         """The rows of `PlaceTiles` with `tile` uint8 (n, size, size, 3), black where there is a reason."""

@@ -56,9 +56,9 @@ class FolderCheckpointIO(CheckpointIO):
 
     def _save(self, state: dict[str, Any], uri: str) -> None:
         """Writes a checkpoint, then removes what is too old."""
-        storage.PATIENT(checkpoints.write, uri, state, self._config, self._catalog)
+        checkpoints.write(uri, state, self._config, self._catalog)
         self.last_good = uri
-        storage.PATIENT(self._remove_old, int(state["global_step"]))
+        self._remove_old(int(state["global_step"]))
 
     def _remove_old(self, step: int) -> None:
         run = self._config.run.out
@@ -69,7 +69,7 @@ class FolderCheckpointIO(CheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
         """Reads the state; `weights_only` is always true."""
-        return storage.PATIENT(checkpoints.load, str(path), self._options)
+        return checkpoints.load(str(path), self._options)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Removes a checkpoint's folder."""

@@ -136,12 +136,16 @@ def write(uri: str, state: Mapping[str, Any], config: Config, catalog: str) -> N
     """
     step, options = int(state["global_step"]), config.data.storage_options
     storage.remove(storage.join(uri, META), options)  # of a damaged one, passed over before
-    with storage.writing(storage.join(uri, STATE), options) as file:
+
+    def save(file: BinaryIO) -> _Hashing:
         hashing = _Hashing(file)
         try:
             torch.save(state, cast(BinaryIO, hashing))
         except RuntimeError as error:  # "unexpected pos": torch closes its archive over what the file raised
             raise hashing.error or error from None
+        return hashing
+
+    hashing = storage.write_stream(storage.join(uri, STATE), save, options)
     meta = Meta(
         step=step,
         next_index=step * config.train.batch,

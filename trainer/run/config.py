@@ -13,6 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from streaming import storage
 from streaming.errors import ConfigError
 from streaming.plan.universe import HeldOut
+from streaming.secrets import Secret
 from trainer.configs import preset_text, presets
 from trainer.recipe.augment import Augmentation
 from trainer.recipe.free_field import FREE
@@ -67,7 +68,7 @@ class Config:
         return HeldOut(self.watch.validation_slides) if self.watch.validation_slides else None
 
     def to_yaml(self) -> str:
-        """The resolved configuration, as a file that `tilestream train` takes."""
+        """The resolved configuration, as a file that `tilestream train` takes; without secrets of the storage."""
         return yaml.safe_dump(plain(asdict(self)), sort_keys=False)
 
 
@@ -100,9 +101,9 @@ _DICT_FIELDS = frozenset(
 
 
 def plain(value: Any) -> Any:
-    """Nested values as YAML has them: lists for tuples."""
+    """Nested values as YAML has them: lists for tuples, and no secrets."""
     if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
+        return {key: plain(entry) for key, entry in value.items() if not isinstance(entry, Secret)}
     return [plain(entry) for entry in value] if isinstance(value, tuple | list) else value
 
 

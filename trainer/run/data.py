@@ -16,6 +16,7 @@ from streaming.plan.plan import DEFAULT_MPP, MIN_TISSUE
 from streaming.plan.universe import HeldOut, Universe
 from streaming.reading.hsv_rule import HsvRule
 from streaming.reading.reader import ReaderOptions
+from streaming.secrets import hidden
 from streaming.slide.geometry import MPP_TOLERANCE
 from streaming.storage.staging import Staging, default_folder
 from trainer.recipe.free_field import FREE
@@ -28,7 +29,7 @@ class DataConfig:
     catalog: str | None = field(default=None, metadata=FREE)
     """folder or URI that `tilestream catalog` wrote"""
     storage_options: dict[str, Any] = field(default_factory=dict, metadata=FREE)
-    """fsspec's options for all remote URIs of the run; empty: the usual environment variables"""
+    """options for all remote URIs of the run, secrets among them kept from files; empty: the usual variables"""
     mpp: dict[float, float] = field(default_factory=lambda: dict(DEFAULT_MPP))
     """weight of each magnification in µm/px"""
     cohorts: dict[str, float] | None = None
@@ -69,6 +70,7 @@ class DataConfig:
     """disk that those copies may take, in GiB"""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "storage_options", hidden(self.storage_options))
         if not 0 <= self.max_failed_share <= 1:
             raise ValueError(f"max_failed_share is a share from 0 to 1, not {self.max_failed_share}")
         if not self.staging_gb > 0:

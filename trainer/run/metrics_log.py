@@ -103,8 +103,8 @@ class MetricsLog:
                 # Some columns are not in every row, and pyarrow looks at the first one's alone.
                 names = list(dict.fromkeys(name for row in self._rows for name in row))
                 columns = {name: [row.get(name) for row in self._rows] for name in names}
-                storage.PATIENT(storage.write_table, self._uri, pa.table(columns), self._options)
-            storage.PATIENT(self._failures.save)
+                storage.write_table(self._uri, pa.table(columns), self._options)
+            self._failures.save()
         except StorageError as error:
             sys.stderr.write(f"train: metrics are not saved: {error}\n")
 

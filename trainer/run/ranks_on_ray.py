@@ -28,7 +28,7 @@ from streaming.delivery.rank_batches import rank_batches
 from streaming.delivery.segments import Source
 from streaming.delivery.stream import torch_batches
 from streaming.errors import TilestreamError, root_cause
-from streaming.storage import clients
+from streaming.storage import fsspec_view
 from trainer.run.after_step import ProbeKind
 from trainer.run.config import Config
 from trainer.run.data import make_stream
@@ -69,7 +69,7 @@ def _worker(loop: _Loop) -> None:
     found = None
     if rank == 0:
         number: Any = ray.get(loop.chain.new_generation.remote())
-        found = *storage.PATIENT(resume_point, config, loop.catalog, force=True), number
+        found = *resume_point(config, loop.catalog, force=True), number
     start, resume, generation = cast(
         "tuple[int, str | None, int]", ray.train.collective.broadcast_from_rank_zero(found)
     )
@@ -124,7 +124,7 @@ def fit_on_ray(
     messages, orders = (ray.util.queue.Queue(actor_options=cluster.beside_this()) for _ in range(2))
     # Ray Train keeps its own notes in the run's storage, which all nodes reach.
     notes = storage.join(config.run.out, f".ray-{uuid.uuid4().hex[:8]}")
-    fs, path = clients.filesystem(notes, options)
+    fs, path = fsspec_view.filesystem(notes, options)
     handler = cast(Any, FSSpecHandler)(fs)  # its stubs call it abstract
     trainer = TorchTrainer(
         # Not as train_loop_config, which the controller would unpickle, importing all this, too.

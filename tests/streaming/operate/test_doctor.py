@@ -13,7 +13,7 @@ import pytest
 
 from streaming.operate import doctor
 from streaming.operate.doctor import Finding, examine
-from streaming.storage import clients
+from streaming.storage.clock import clock_skew
 from tests.conftest import write_catalog
 from trainer.cli import main
 
@@ -125,9 +125,9 @@ def slow_clock() -> Iterator[Callable[[float], str]]:
 
 
 def test_the_clock_is_compared_with_the_storages_even_where_it_refuses(slow_clock: Callable[[float], str]) -> None:
-    assert abs(clients.clock_skew(slow_clock(0))) < 5
-    assert clients.clock_skew(slow_clock(1000)) == pytest.approx(1000, abs=5)
-    assert clients.clock_skew(slow_clock(-1000)) == pytest.approx(-1000, abs=5)
+    assert abs(clock_skew(slow_clock(0))) < 5
+    assert clock_skew(slow_clock(1000)) == pytest.approx(1000, abs=5)
+    assert clock_skew(slow_clock(-1000)) == pytest.approx(-1000, abs=5)
     (finding,) = doctor._clock(slow_clock(1000), {})
     assert finding.state == "mend"
     assert "ahead of the storage's" in finding.what

@@ -9,6 +9,7 @@ import pytest
 
 from streaming import storage
 from streaming.errors import StorageError
+from streaming.storage import patience
 
 
 def put(bucket: str, *keys: str) -> None:
@@ -83,10 +84,11 @@ def test_a_table_comes_back_as_written_and_a_cut_one_is_refused(tmp_path: Path) 
         storage.read_table(uri)
 
 
-def test_an_address_without_storage_or_a_server_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_an_address_without_storage_or_a_server_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "_first_contact_s", 1.0)
     with pytest.raises(StorageError, match="tape://a: no storage for this address"):
         storage.stat("tape://a")
-    options = {"key": "a", "secret": "b", "endpoint_url": "http://127.0.0.1:9", "config_kwargs": {"retries": None}}
+    options = {"key": "a", "secret": "b", "endpoint_url": "http://127.0.0.1:9", "region": "us-east-1"}
     with pytest.raises(StorageError, match="check AWS_ENDPOINT_URL"):
         storage.stat("s3://bucket/a.svs", options)
 

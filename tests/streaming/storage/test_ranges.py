@@ -33,8 +33,12 @@ def server() -> Iterator[FaultyServer]:
         yield running
 
 
+def options_of(server: FaultyServer) -> dict[str, object]:
+    return {"anon": True, "endpoint_url": server.url, "region": "us-east-1"}
+
+
 def of_s3(server: FaultyServer, tag: str | None = None) -> RemoteRanges:
-    return RemoteRanges("s3://bucket/a.svs", {"anon": True, "endpoint_url": server.url, "region": "us-east-1"}, tag)
+    return RemoteRanges("s3://bucket/a.svs", options_of(server), tag)
 
 
 @pytest.mark.parametrize("moods", [["503"], ["500", "503", "503"], ["429"], ["reset"], ["reset", "503", "reset"]])
@@ -74,7 +78,7 @@ def test_what_can_t_get_better_is_told_at_once(server: FaultyServer, status: str
 
 def test_another_version_of_the_object_is_refused(server: FaultyServer) -> None:
     ranges = of_s3(server)
-    assert (ranges.size, ranges.tag) == (len(CONTENT), '"first"')
+    assert (ranges.size, ranges.tag) == (len(CONTENT), "first")
     server.etag = '"second"'
     with pytest.raises(SlideError, match=r"a\.svs: changed since it was catalogued.*run `tilestream catalog`"):
         read_range(ranges, 0, 10)
@@ -246,19 +250,20 @@ def test_a_download_is_the_object_whatever_befalls_its_parts(
     server: FaultyServer, moods: list[str], tmp_path: Path
 ) -> None:
     server.source = np.random.default_rng(0).bytes(20 * 2**20 + 7)
-    info = storage.stat(f"{server.url}/a.svs")
+    info = storage.stat("s3://bucket/a.svs", options_of(server))
     server.mood = in_turn(moods)
     counted = Counters()
-    download(info, str(tmp_path / "copy"), count=counted)
+    download(info, str(tmp_path / "copy"), options_of(server), counted)
     assert (tmp_path / "copy").read_bytes() == server.source
     assert (counted.requests, counted.nbytes, counted.retries) == (11, info.size, server.num_faults)
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
 def test_a_download_that_can_t_be_whole_leaves_nothing(server: FaultyServer, tmp_path: Path) -> None:
-    info, path = storage.stat(f"{server.url}/a.svs"), str(tmp_path / "copy")
+    path, options = str(tmp_path / "copy"), options_of(server)
+    info = storage.stat("s3://bucket/a.svs", options)
     with pytest.raises(StorageError, match="has 256,000 of 256,001 bytes"):
-        download(replace(info, size=info.size + 1), path)
+        download(replace(info, size=info.size + 1), path, options)
 
     def change(n: int) -> str:
         server.etag = '"second"'
@@ -266,8 +271,8 @@ def test_a_download_that_can_t_be_whole_leaves_nothing(server: FaultyServer, tmp
 
     server.mood = change
     with pytest.raises(SlideError, match="changed since"):
-        download(info, path)
+        download(info, path, options)
     server.mood = lambda n: "403"
     with pytest.raises(StorageError, match="access denied"):
-        download(info, path)
+        download(info, path, options)
     assert not list(tmp_path.iterdir())

@@ -12,11 +12,12 @@ from streaming.catalog import Catalog
 from streaming.delivery.failures import FailureBudget
 from streaming.delivery.stream import BatchShape, TileStream, step_digest
 from streaming.delivery.time_use import TimeUse
+from streaming.errors import StreamError
 from streaming.plan import TilePlan
-from streaming.reading.reader import ReaderOptions
+from streaming.reading.reader import ReaderOptions, TileReader
 from streaming.storage.staging import Staging
 from tests.conftest import write_catalog
-from tests.faulty_server import HASTY, FaultyServer, Mood, down
+from tests.faulty_server import FaultyServer, Mood, down
 from tests.tiff_files import STAGED, write_tiff
 
 
@@ -104,7 +105,7 @@ def all_on_s3(s3_bucket: str, s3_catalog: str, tmp_path_factory: pytest.TempPath
 def test_storage_that_is_down_while_slides_are_opened_costs_no_tile(all_on_s3: str, tmp_path: Path, mood: str) -> None:
     undisturbed, _ = read(make_stream(all_on_s3, tmp_path / "undisturbed"))
     with FaultyServer(os.environ["AWS_ENDPOINT_URL"], befalls_all=True) as server:
-        stream = make_stream(all_on_s3, tmp_path / "copies", endpoint_url=server.url, **HASTY)
+        stream = make_stream(all_on_s3, tmp_path / "copies", endpoint_url=server.url)
         assert stream.plan[0].size == 32, "the tissue is here"
         server.mood = down(mood, 4)
         assert read(stream)[0] == undisturbed
@@ -114,7 +115,7 @@ def test_storage_that_is_down_while_slides_are_opened_costs_no_tile(all_on_s3: s
 def test_a_file_is_written_once_storage_is_back(s3_bucket: str) -> None:
     uri = f"{s3_bucket}/faults/file"
     with FaultyServer(os.environ["AWS_ENDPOINT_URL"], down("503", 2), befalls_all=True) as server:
-        with storage.written_file(lambda: uri, {"endpoint_url": server.url, **HASTY}) as path:
+        with storage.written_file(lambda: uri, {"endpoint_url": server.url}) as path:
             Path(path).write_bytes(b"pixels")
         assert server.num_faults > 1
     assert storage.read_bytes(uri) == b"pixels"
@@ -127,3 +128,22 @@ def test_storage_that_stands_still_for_a_minute_costs_no_tile(s3_catalog: str, u
         assert read(make_stream(s3_catalog, endpoint_url=server.url)) == (undisturbed, server.num_faults)
         # What was asked for first is asked for again each 20 s.
         assert server.num_faults > 30
+
+
+@pytest.mark.parametrize(("status", "said"), [("403", "access denied"), ("404", "not found")])
+@pytest.mark.parametrize("num_slides", [3, 12])
+def test_a_bucket_that_refuses_all_is_asked_little(
+    s3_bucket: str, slides: list[Path], tmp_path: Path, num_slides: int, status: str, said: str
+) -> None:
+    uris = [f"{s3_bucket}/refused/{i}.svs" for i in range(num_slides)]
+    for i, uri in enumerate(uris):
+        storage.write_bytes(uri, slides[i % len(slides)].read_bytes())
+    catalog = Catalog.load(write_catalog(tmp_path, uris))
+    with FaultyServer(os.environ["AWS_ENDPOINT_URL"], lambda n: status, befalls_all=True) as server:
+        options = ReaderOptions(storage_options={"endpoint_url": server.url})
+        reader = TileReader(TilePlan(catalog, mpp={0.5: 1}, size=32), catalog, options)
+        with pytest.raises(StreamError, match=f"{said}; check the") as caught:
+            reader({"index": np.arange(16)})
+        if num_slides == 12:
+            assert "slides that this reader asked for can't be read" in str(caught.value)
+        assert server.count <= 100, "16 tiles of four requests or so, and hardly any replacement"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from streaming.errors import CheckpointError, StorageError
-from tests.faulty_server import HASTY, FaultyServer, down
+from tests.faulty_server import FaultyServer, down
 from trainer.run import checkpoints
 from trainer.run.background_checkpoints import FolderCheckpointIO
 from trainer.run.checkpoints import (
@@ -206,7 +206,7 @@ def test_a_checkpoint_goes_to_an_object_store_in_pieces_and_comes_back(config: C
 
 def test_storage_that_is_down_for_a_while_costs_no_checkpoint(config: Config, s3_bucket: str) -> None:
     with FaultyServer(os.environ["AWS_ENDPOINT_URL"], befalls_all=True) as server:
-        options = {"endpoint_url": server.url, "default_block_size": 5 * 2**20, **HASTY}
+        options = {"endpoint_url": server.url}
         data, run = replace(config.data, storage_options=options), replace(config.run, out=f"{s3_bucket}/outage")
         config = replace(config, run=run, data=data)
         server.mood = down("503", 3)
