@@ -7,17 +7,21 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any, Generic, TypeVar
 
 from streaming.counters import UNCOUNTED, Counters
-from streaming.errors import SlideError, StorageError
+from streaming.errors import DeniedError, MissingError, SlideError, StorageError, StreamError
 from streaming.slide import PendingTile, Slide
 from streaming.slide.resample import Pixels
 
 Key = TypeVar("Key", bound=Hashable)
 # A slide of a remote catalog costs a request or two to open, and at first nearly every tile is of a new one.
 _MAX_OPENING = 16
+# A slide that is denied or gone is not asked for again for so long: each of a batch's tiles would ask anew.
+_REFUSED_S = 60.0
+# So many of these, and more than were read: it is not the slides.
+_MANY_REFUSED = 8
 
 
 class SlidePool(Generic[Key]):
@@ -30,6 +34,9 @@ class SlidePool(Generic[Key]):
         self._opener, self._max_open = opener, max_open
         self._slides: dict[Key, Future[Slide]] = {}
         self._recent: OrderedDict[Key, None] = OrderedDict()
+        self._refused: dict[Key, tuple[StorageError, float]] = {}
+        """slides that are denied or gone: why, and since when as time.monotonic"""
+        self._read = set[Key]()
         self._lock = threading.Lock()
         self._openers = ThreadPoolExecutor(_MAX_OPENING, thread_name_prefix="open")
 
@@ -49,8 +56,17 @@ class SlidePool(Generic[Key]):
 
         Raises:
             SlideError, StorageError: the slide can't be opened, or it is no tile.
+            StreamError: most of the slides that were asked for are denied or gone.
         """
-        tile = self._slide(key, count).begin_tile(x, y, mpp, size, tolerance=tolerance, count=count)
+        if known := self._refused.get(key):
+            error, since = known
+            if monotonic() - since < _REFUSED_S:
+                raise type(error)(*error.args)
+        try:
+            tile = self._slide(key, count).begin_tile(x, y, mpp, size, tolerance=tolerance, count=count)
+        except (DeniedError, MissingError) as error:
+            self.refused(key, error)
+            raise
         return _PooledTile(self, key, tile)
 
     def _slide(self, key: Key, count: Counters) -> Slide:
@@ -89,6 +105,29 @@ class SlidePool(Generic[Key]):
                 opened.set_exception(error)
         return opened
 
+    def refused(self, key: Key, error: StorageError) -> None:
+        """Notes that a slide is denied or gone.
+
+        Raises:
+            StreamError: so are most of the slides that were asked for.
+        """
+        with self._lock:
+            self._refused[key] = error, monotonic()
+            self._read.discard(key)
+            num_refused, num_read = len(self._refused), len(self._read)
+        if num_refused >= _MANY_REFUSED and num_refused > num_read:
+            raise StreamError(
+                f"{num_refused} of the {num_refused + num_read} slides that this reader asked for can't be read, the "
+                f"last: {error}"
+            )
+
+    def was_read(self, key: Key) -> None:
+        """Notes that a tile of a slide came."""
+        if key not in self._read:
+            with self._lock:
+                self._read.add(key)
+                self._refused.pop(key, None)
+
     def forget(self, key: Key) -> None:
         """Lets go of a slide; whoever asks for it again opens it anew."""
         with self._lock:
@@ -110,6 +149,10 @@ class _PooledTile:
     def fill(self, out: Pixels) -> None:
         try:
             self.tile.fill(out)
+            self.pool.was_read(self.key)
+        except (DeniedError, MissingError) as error:
+            self.pool.refused(self.key, error)
+            raise
         except SlideError:
             # OpenSlide answers every later read with the first error: a new handle may still read the rest.
             self.pool.forget(self.key)
