@@ -17,9 +17,10 @@ from urllib.parse import urljoin
 
 import obstore
 from fsspec.utils import glob_translate
+from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
 from streaming.errors import MissingError
-from streaming.storage import addresses
+from streaming.storage import addresses, trouble
 from streaming.storage.addresses import HTTP, S3, is_plain
 from streaming.storage.buckets import Bucket, bucket_at
 from streaming.storage.clients import StorageOptions
@@ -87,8 +88,15 @@ class ObjectFiles:
 
         def written() -> T:
             file = obstore.open_writer(bucket.uploads, key, buffer_size=_PART_NBYTES, max_concurrency=_PARTS_AT_ONCE)
-            result = write(cast(BinaryIO, _Copying(file)))
-            file.close()  # only now, and only if all went well, is it there
+            try:
+                result = write(cast(BinaryIO, _Copying(file)))
+                file.close()  # only now, and only if all went well, is it there
+            except OSError as error:
+                if not trouble.answered(error):
+                    # obstore's files do not tell why a server was not reached: a certificate, a name.
+                    with contextlib.suppress(FileNotFoundError, PermissionDeniedError, UnauthenticatedError):
+                        head(bucket, key)
+                raise
             return result
 
         return bucket.ask(uri, written)[0]

@@ -80,7 +80,7 @@ _RULES = (
     ),
     _Rule(
         "the bucket does not exist; check the address and the endpoint",
-        text="NoSuchBucket|bucket does not exist|ContainerNotFound|container does not exist",
+        text="NoSuchBucket|bucket does not exist|no bucket named|ContainerNotFound|container does not exist",
         told_as=MissingError,
     ),
     _Rule(_NOT_FOUND, kind=(FileNotFoundError, NotADirectoryError), told_as=MissingError),
