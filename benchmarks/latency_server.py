@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,15 +42,42 @@ http {{
   server {{
     listen 127.0.0.1:{port};
     root {folder};
-    location / {{ access_by_lua_block {{ ngx.sleep({latency_s}) }} }}
+    location / {{
+      access_by_lua_block {{
+        ngx.sleep({latency_s})
+        local prefix = ngx.req.get_uri_args()["prefix"]
+        if prefix then ngx.req.set_uri(ngx.var.uri .. "/" .. prefix .. "{listing}", false) end
+      }}
+    }}
   }}
 }}
 """
 
 
+# What a bucket answers when it is asked what lies below a prefix: a file there, made beforehand.
+LISTING = "listing.xml"
+
+
+def write_listing(folder: Path, prefix: str) -> None:
+    """Makes the answer of a bucket, whose root is `folder`, to what lies below a prefix that ends in a slash."""
+    entries = "".join(
+        f"<Contents><Key>{prefix}{path.name}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+        f'<ETag>"{path.stat().st_size:x}"</ETag><Size>{path.stat().st_size}</Size></Contents>'
+        for path in sorted((folder / prefix).iterdir())
+        if path.name != LISTING
+    )
+    (folder / prefix / LISTING).write_text(
+        f"<ListBucketResult><Name>{folder.name}</Name><Prefix>{prefix}</Prefix><MaxKeys>1000</MaxKeys>"
+        f"<IsTruncated>false</IsTruncated>{entries}</ListBucketResult>"
+    )
+
+
 @dataclass(frozen=True)
 class LatencyServer:
-    """A running server; a folder below its root is a bucket of anonymous, path-style reads."""
+    """A running server; a folder below its root is a bucket of anonymous, path-style reads.
+
+    It lists what lies below the prefixes that `write_listing` was given.
+    """
 
     url: str
     log: Path
@@ -81,7 +109,9 @@ def serve(folder: Path, latency_s: float) -> Iterator[LatencyServer]:
     if _has_nginx():
         # Started as root, nginx reads files as nobody.
         user = "user root;\n" if os.getuid() == 0 else ""
-        config = _CONFIG.format(modules=_MODULES, work=work, port=port, folder=folder.resolve(), latency_s=latency_s)
+        config = _CONFIG.format(
+            modules=_MODULES, work=work, port=port, folder=folder.resolve(), latency_s=latency_s, listing=LISTING
+        )
         (work / "nginx.conf").write_text(user + config)
         command = ["nginx", "-p", str(work), "-c", str(work / "nginx.conf"), "-e", str(work / "error.log")]
     else:
@@ -110,7 +140,10 @@ async def _answer(
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
             await asyncio.sleep(latency_s)
             method, target, _ = head.split(" ", 2)
-            path = folder / target.split("?")[0].lstrip("/")
+            address = urllib.parse.urlsplit(target)
+            path = folder / address.path.lstrip("/")
+            if "prefix" in (query := urllib.parse.parse_qs(address.query)):
+                path = path / query["prefix"][0] / LISTING
             if not path.is_file():
                 writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
                 continue

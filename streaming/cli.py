@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from streaming import storage
+from streaming.catalog.idc import IdcOptions
 from streaming.command_line import (
+    SLIDES_HELP,
     add_command,
     add_options,
     add_storage_options,
@@ -55,8 +57,9 @@ def add_catalog(commands: Any) -> None:
         "  tilestream catalog s3://bucket/slides /data/more/*.svs --out s3://bucket/catalog --metadata patients.csv",
         run_catalog,
     )
-    parser.add_argument("slides", nargs="+", metavar="SLIDES", help="files, folders, globs, s3:// (or other) prefixes")
+    parser.add_argument("slides", nargs="+", metavar="SLIDES", help=SLIDES_HELP)
     parser.add_argument("--out", required=True, metavar="URI", help="folder of the catalog; extended if it exists")
+    add_options(parser, IdcOptions, where={"metavar": "SQL"}, idc_index={"metavar": "URI"})
     parser.add_argument("--mpp", type=float, metavar="µm/px", help="level-0 mpp of slides whose metadata has none")
     parser.add_argument(
         "--metadata",
@@ -78,6 +81,7 @@ def run_catalog(args: Namespace) -> None:
         args.out,
         mpp=args.mpp,
         metadata_csv=args.metadata,
+        idc=read_options(args, IdcOptions),
         options=storage_options(args),
         staging=Staging(),
         verbose=args.verbose,

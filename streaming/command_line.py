@@ -20,7 +20,10 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 import docstring_parser
 
 from streaming.errors import ConfigError
+from streaming.mirrors import default_mirrors, read_mirrors
 from streaming.secrets import hidden
+
+SLIDES_HELP = "files, folders, globs, s3:// (or other) prefixes, idc:COLLECTION, tables (.csv .tsv .txt .parquet)"
 
 Command = Callable[[Namespace], None]
 Section = TypeVar("Section")
@@ -156,13 +159,20 @@ def add_storage_options(parser: ArgumentParser) -> None:
         default=[],
         help="an fsspec option (endpoint_url, key, secret, region, anon, …); else the usual environment variables",
     )
+    parser.add_argument(
+        "--mirrors",
+        metavar="FROM=TO",
+        action="append",
+        default=[],
+        help="read slides of s3://FROM at another address (gs://…, a folder); may be repeated; else TILESTREAM_MIRRORS",
+    )
 
 
 def storage_options(args: Namespace) -> dict[str, Any]:
-    """The storage options of a command line.
+    """The storage options of a command line, with the mirrors of slides among them.
 
     Raises:
-        ConfigError: one is not KEY=VALUE.
+        ConfigError: one is not KEY=VALUE, or a mirror not FROM=TO.
     """
     options: dict[str, Any] = {}
     for text in args.storage:
@@ -170,7 +180,9 @@ def storage_options(args: Namespace) -> dict[str, Any]:
         if not separator or not key:
             raise ConfigError(f"--storage {text}; it is KEY=VALUE, for example endpoint_url=http://127.0.0.1:9000")
         options[key] = {"true": True, "false": False}.get(value.lower(), value)
-    return hidden(options)
+    # Told here, since workers on other machines have another environment.
+    mirrors = read_mirrors(args.mirrors) or default_mirrors()
+    return hidden({**options, "mirrors": mirrors} if mirrors else options)
 
 
 def pair(text: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Any
 # What says where a storage is and how it is asked; whatever else is given may open it.
 _PUBLIC = frozenset(
     {"account_host", "account_name", "addressing_style", "anon", "endpoint_url", "profile", "project", "region"}
-    | {"requester_pays", "timeout_s", "verify"}
+    | {"mirrors", "requester_pays", "timeout_s", "verify"}
 )
 
 

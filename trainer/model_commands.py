@@ -6,7 +6,16 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from streaming.command_line import add_command, add_options, add_storage_options, out, read_options, storage_options
+from streaming.catalog.idc import IdcOptions
+from streaming.command_line import (
+    SLIDES_HELP,
+    add_command,
+    add_options,
+    add_storage_options,
+    out,
+    read_options,
+    storage_options,
+)
 from trainer.embed.options import EmbedOptions
 from trainer.evaluate.annotations import AnnotatedTiles
 from trainer.evaluate.options import EvaluateOptions
@@ -27,8 +36,9 @@ def add_embed(commands: Any) -> None:
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a run or one of its checkpoints/step-…, an export, or a timm model"
     )
-    parser.add_argument("slides", nargs="+", metavar="SLIDES", help="files, folders, globs, s3:// (or other) prefixes")
+    parser.add_argument("slides", nargs="+", metavar="SLIDES", help=SLIDES_HELP)
     parser.add_argument("--out", required=True, metavar="URI", help="folder of the files; done slides stay")
+    add_options(parser, IdcOptions, where={"metavar": "SQL"}, idc_index={"metavar": "URI"})
     add_options(parser, EmbedOptions, readers={"metavar": "MIN:MAX"}, slide_mpp={"metavar": "µm/px"})
     add_storage_options(parser)
 
@@ -40,7 +50,8 @@ def run_embed(args: Namespace) -> None:
     from trainer.embed.job import embed
 
     options = read_options(args, EmbedOptions)
-    report = embed(args.checkpoint, args.slides, args.out, options, storage_options(args), verbose=args.verbose)
+    stores, idc = storage_options(args), read_options(args, IdcOptions)
+    report = embed(args.checkpoint, args.slides, args.out, options, stores, idc, verbose=args.verbose)
     for entry in report.rejected[:5]:
         sys.stderr.write(f"rejected: {entry.slide}: {entry.reason}\n")
     rejected = f"{len(report.rejected)} rejected"

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import ray.data
 
 from streaming import cluster, storage
 from streaming.catalog import Catalog, schema
-from streaming.catalog.inspection import Inspected, Rejected, inspect
-from streaming.catalog.metadata_csv import read_metadata, stand_in_mpp, with_metadata
-from streaming.catalog.sources import find_slides
+from streaming.catalog.idc import IdcOptions
+from streaming.catalog.inspection import Inspected, Rejected, inspect_named
+from streaming.catalog.metadata_csv import lookup, read_metadata, stand_in_mpp, with_metadata
+from streaming.catalog.named import Named
+from streaming.catalog.selection import find, folder_of, work_line
 from streaming.catalog.tissue import Colour
 from streaming.catalog.tissue_map import TissueMap
 from streaming.catalog.writing import merge, part_of, write
@@ -27,6 +31,9 @@ from streaming.slide.geometry import MANY_PIXELS
 from streaming.storage.staging import Staging
 
 _SAVE_EVERY_S = 20.0
+# Slides of a task, the tasks that there are at least (for a machine may have many cores), and slides that a task looks
+# at side by side.
+_LOT, _MIN_LOTS, _AT_ONCE = 16, 32, 8
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ def build_catalog(
     *,
     mpp: float | None = None,
     metadata_csv: str | None = None,
+    idc: IdcOptions | None = None,
     options: storage.StorageOptions | None = None,
     staging: Staging | None = None,
     verbose: bool = False,
@@ -73,13 +81,22 @@ def build_catalog(
         raise ConfigError(f"--mpp {mpp}; it is µm per pixel, a number above 0")
     metadata = read_metadata(metadata_csv, options) if metadata_csv else {}
     passed_over = Counter[str]()
-    slides = find_slides(sources, options, passed_over)
+    slides = {named.uri: named for named in find(sources, options, idc, passed_over)}
     staging = staging or Staging()
     tables, tissue = _known(out, options, staging)
-    todo = [(info, stand_in_mpp(metadata, info.uri, mpp)) for info in _changed(slides, tables, tissue)]
+
+    def told(slide: str) -> Mapping[str, str]:
+        """What sources and CSV tell of a slide, by its address or its series'."""
+        named = slides.get(slide) or slides.get(folder_of(slide))
+        return {**(named.metadata if named else {}), **(lookup(metadata, slide) or {})}
+
+    todo = [(named, stand_in_mpp(told(named.uri), named.uri, mpp)) for named in _changed(slides, tables, tissue)]
     rejected, odd_glass, without_levels = list[Rejected](), list[tuple[str, Colour]](), list[tuple[str, float]]()
     left_out = list[tuple[str, str]]()
     if todo:
+        if any(not storage.is_local(named.uri) for named, _ in todo):
+            line = work_line([named for named, _ in todo], len(slides) - len(todo))
+            sys.stderr.write(f"catalog: {line}\n")
         cluster.connect(num_cpus=2, verbose=verbose)
         for inspected in _inspected(todo, rejected, options, staging, storage.canonical(out)):
             tables.append(_save_part(out, inspected, options))
@@ -88,8 +105,8 @@ def build_catalog(
             costs = [(slide.row.slide, slide.coarse_cost) for slide in inspected]
             without_levels += [(slide, cost) for slide, cost in costs if cost >= MANY_PIXELS]
     table, cells = merge(tables, tissue)
-    table, unmatched = with_metadata(table, metadata) if metadata else (table, 0)
-    _write_rejected(out, rejected, {info.uri for info in slides}, options)
+    table = with_metadata(table, told)
+    _write_rejected(out, rejected, slides.keys(), options)
     if table.num_rows == 0:
         raise CatalogError(
             f"{rejected[0].slide}: {rejected[0].reason} ({len(rejected)} of {len(slides)} slides rejected, none left; "
@@ -97,10 +114,11 @@ def build_catalog(
         )
     write(out, table, cells, options)
     storage.remove(storage.join(out, schema.PARTS), options)
-    added, skipped = len(todo) - len(rejected), len(slides) - len(todo)
+    names = cast("list[str]", table["slide"].to_pylist())
+    unmatched = sum(lookup(metadata, slide) is None for slide in names) if metadata else 0
     return BuildReport(
-        added=added,
-        skipped=skipped,
+        added=len(todo) - len(rejected),
+        skipped=len(slides) - len(todo),
         rejected=rejected,
         total=table.num_rows,
         unmatched=unmatched,
@@ -111,13 +129,17 @@ def build_catalog(
     )
 
 
-def _changed(
-    slides: Sequence[storage.ObjectInfo], tables: Sequence[pa.Table], tissue: TissueMap | None
-) -> list[storage.ObjectInfo]:
-    """The slides that earlier runs do not know, or know in another version."""
+def _changed(slides: Mapping[str, Named], tables: Sequence[pa.Table], tissue: TissueMap | None) -> list[Named]:
+    """What earlier runs do not know, or know in another version."""
     known, _ = merge(tables, tissue)
-    versions = dict(zip(known["slide"].to_pylist(), known["version"].to_pylist(), strict=True))
-    return [info for info in slides if versions.get(info.uri) != info.version]
+    slides_known = cast("list[str]", known["slide"].to_pylist())
+    versions = dict(zip(slides_known, known["version"].to_pylist(), strict=True))
+    done = versions.keys() | {folder_of(slide) for slide in versions}
+    return [
+        named
+        for named in slides.values()
+        if (versions.get(named.uri) != named.info.version if named.info else named.uri not in done)
+    ]
 
 
 def _known(
@@ -146,7 +168,7 @@ def _save_part(out: str, slides: Sequence[Inspected], options: storage.StorageOp
 
 
 def _inspected(
-    todo: Sequence[tuple[storage.ObjectInfo, float | None]],
+    todo: Sequence[tuple[Named, float | None]],
     rejected: list[Rejected],
     options: storage.StorageOptions | None,
     staging: Staging,
@@ -170,40 +192,63 @@ def _inspected(
 
 
 def inspect_all(
-    slides: Sequence[tuple[storage.ObjectInfo, float | None]],
+    slides: Sequence[tuple[Named, float | None]],
     options: storage.StorageOptions | None,
     staging: Staging,
     out: str,
 ) -> Iterator[Inspected | Rejected]:
-    """Inspects slides, each with its stand-in mpp, as a Ray Data job; results come as they are done."""
+    """Inspects what sources name, each with its stand-in mpp, as Ray Data jobs; results come as they are done."""
+    pending = {named.uri: (named, mpp) for named, mpp in slides}
+    # In lots, for a task costs more than the little that is read of a slide. A slide that kills its process (a crash of
+    # its decoder) takes its lot along: those are looked at once more, each by itself.
+    for size in sorted({1, min(_LOT, -(-len(pending) // _MIN_LOTS))}, reverse=True):
+        left = list(pending.values())
+        lots = [left[start : start + size] for start in range(0, len(left), size)]
+        for named, result in _lots_inspected(lots, options, staging, out, max_retries=3 if size == 1 else 0):
+            del pending[named]
+            yield result
+    for named, _ in pending.values():
+        version = named.info.version if named.info else ""
+        reason = "the process that read it died; is the file damaged?"
+        yield Rejected(named.uri, named.nbytes, version, reason)
+
+
+def _lots_inspected(
+    lots: Sequence[Sequence[tuple[Named, float | None]]],
+    options: storage.StorageOptions | None,
+    staging: Staging,
+    out: str,
+    max_retries: int,
+) -> Iterator[tuple[str, Inspected | Rejected]]:
+    """What became of each slide of the lots, by what the source names; none of a lot whose process died."""
 
     def task(item: dict[str, Any]) -> dict[str, Any]:
-        info, mpp = pickle.loads(item["item"])
-        return {"result": pickle.dumps(inspect(info, mpp, options, staging, out))}
+        lot: Sequence[tuple[Named, float | None]] = pickle.loads(item["item"])
+        # While one waits for its bytes, others are decoded.
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            found = list(pool.map(lambda entry: inspect_named(entry[0], entry[1], options, staging, out), lot))
+        return {"result": pickle.dumps([(named.uri, result) for (named, _), result in zip(lot, found, strict=True)])}
 
-    items = [{"item": pickle.dumps(slide)} for slide in slides]
-    # One slide a block: a slide that kills its process (a decoder's crash) costs itself alone. Ray Data would start the
-    # process again for ever; three times do for nodes that are lost.
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(task, max_retries=3)
+    if not lots:
+        return
+    items = [{"item": pickle.dumps(lot)} for lot in lots]
+    # Ray Data would start a process that died again for ever; three times do for nodes that are lost.
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(task, max_retries=max_retries)
     dataset.context.max_errored_blocks = -1
-    pending = {info.uri: info for info, _ in slides}
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for item in batch["result"]:
-            result: Inspected | Rejected = pickle.loads(item.as_py())
-            del pending[result.slide if isinstance(result, Rejected) else result.row.slide]
-            yield result
-    for info in pending.values():
-        yield Rejected(info.uri, info.size, info.version, "the process that read it died; is the file damaged?")
+            yield from pickle.loads(item.as_py())
 
 
 def _write_rejected(
-    out: str, rejected: Sequence[Rejected], seen: set[str], options: storage.StorageOptions | None
+    out: str, rejected: Sequence[Rejected], seen: Container[str], options: storage.StorageOptions | None
 ) -> None:
     """Replaces the record of the slides seen in this run; what other runs rejected stays."""
     uri = storage.join(out, schema.REJECTED)
     table = pa.Table.from_pylist([asdict(entry) for entry in rejected], schema=schema.REJECTED_SCHEMA)
     if storage.exists(uri, options):
         earlier = storage.read_table(uri, options)
-        keep = [slide not in seen for slide in earlier["slide"].to_pylist()]
+        slides = cast("list[str]", earlier["slide"].to_pylist())
+        keep = [slide not in seen and folder_of(slide) not in seen for slide in slides]
         table = pa.concat_tables([earlier.filter(pa.array(keep, pa.bool_())), table])
     storage.write_table(uri, table.sort_by("slide"), options)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import posixpath
+from dataclasses import dataclass, replace
 
 from streaming import storage
 from streaming.catalog import schema
+from streaming.catalog.named import Named
 from streaming.catalog.schema import SlideRow
+from streaming.catalog.selection import slide_of
 from streaming.catalog.tissue import Colour, TissueGrid, odd_glass, thumbnail, tissue_of_thumbnail
 from streaming.errors import SlideError, StorageError
 from streaming.slide import Slide, geometry, open_slide
+from streaming.slide.block_index import unpack
+from streaming.slide.multi_file import as_one
 from streaming.storage.staging import Staging
 
 COARSE_MPP = 2.0  # the coarsest magnification of most recipes
@@ -43,6 +48,22 @@ class Rejected:
     reason: str
 
 
+def inspect_named(
+    named: Named,
+    mpp: float | None,
+    options: storage.StorageOptions | None,
+    staging: Staging,
+    out: str | None = None,
+) -> Inspected | Rejected:
+    """Row and tissue of what a source names, as `inspect`; a series that can't be used goes by its folder."""
+    try:
+        info = slide_of(named, options)
+    except (SlideError, StorageError) as error:
+        return Rejected(named.uri, named.nbytes, "", str(error).removeprefix(f"{named.uri}: "))
+    found = inspect(info, mpp, options, staging, out)
+    return replace(found, slide=named.uri) if isinstance(found, Rejected) else found
+
+
 def inspect(
     info: storage.ObjectInfo,
     mpp: float | None,
@@ -57,6 +78,7 @@ def inspect(
     try:
         slide = open_slide(info.uri, options, mpp=mpp, expected=info, staging=staging)
         try:
+            info = _as_opened(info, slide)
             image = thumbnail(slide)
             tissue = tissue_of_thumbnail(image)
             if not tissue.fraction.any():
@@ -69,6 +91,14 @@ def inspect(
             slide.close()
     except (SlideError, StorageError) as error:
         return Rejected(info.uri, info.size, info.version, str(error).removeprefix(f"{info.uri}: "))
+
+
+def _as_opened(info: storage.ObjectInfo, slide: Slide) -> storage.ObjectInfo:
+    """The slide by its address, size and version: of a series, those of the files that turned out to be its levels."""
+    if not info.files or slide.packed_index is None:
+        return info
+    files, folder = {file.uri: file for file in info.files}, posixpath.dirname(slide.uri)
+    return as_one([files[storage.join(folder, entry.name)] for entry in unpack(slide.packed_index).objects])
 
 
 def describe(slide: Slide, info: storage.ObjectInfo, tissue: TissueGrid) -> SlideRow:

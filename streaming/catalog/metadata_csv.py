@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 from typing import cast
 
@@ -16,7 +17,7 @@ from streaming.errors import ConfigError
 _KEY_COLUMNS = ("slide", "uri", "path", "filename", "file", "slide_id", "name")
 
 
-Metadata = dict[str, dict[str, str]]
+Metadata = Mapping[str, Mapping[str, str]]
 """{a slide's key: {column: value}}"""
 
 
@@ -40,7 +41,7 @@ def read_metadata(uri: str, options: storage.StorageOptions | None) -> Metadata:
         raise ConfigError(f"{uri}: a CSV with a header of a slide column and at least one more is needed, not {names}")
     lower = {name.strip().lower(): name for name in names}
     key = next((lower[name] for name in _KEY_COLUMNS if name in lower), names[0])
-    metadata: Metadata = {}
+    metadata: dict[str, dict[str, str]] = {}
     for row in rows:
         values = {n.strip().lower(): (row[n] or "").strip() for n in names if n != key and (row[n] or "").strip()}
         slide = (row[key] or "").strip()
@@ -49,18 +50,19 @@ def read_metadata(uri: str, options: storage.StorageOptions | None) -> Metadata:
     return metadata
 
 
-def _lookup(metadata: Metadata, uri: str) -> dict[str, str] | None:
+def lookup(metadata: Metadata, uri: str) -> Mapping[str, str] | None:
+    """What a CSV tells of a slide."""
     name = storage.name_of(uri)
     return next((metadata[key] for key in (uri, name, PurePosixPath(name).stem) if key in metadata), None)
 
 
-def stand_in_mpp(metadata: Metadata, uri: str, default: float | None) -> float | None:
-    """The µm/px that serve a slide whose own metadata has none: the CSV's column `mpp`, else the default.
+def stand_in_mpp(values: Mapping[str, str], uri: str, default: float | None) -> float | None:
+    """The µm/px that serve a slide whose own metadata has none: a table's column `mpp`, else the default.
 
     Raises:
-        ConfigError: the CSV's is no number above 0.
+        ConfigError: the table's is no number above 0.
     """
-    text = (_lookup(metadata, uri) or {}).get("mpp")
+    text = values.get("mpp")
     if text is None:
         return default
     try:
@@ -68,17 +70,17 @@ def stand_in_mpp(metadata: Metadata, uri: str, default: float | None) -> float |
     except ValueError:
         mpp = 0.0
     if not mpp > 0:
-        raise ConfigError(f"{uri}: mpp {text!r} in the CSV; it is µm per pixel, a number above 0")
+        raise ConfigError(f"{uri}: mpp {text!r} in the table; it is µm per pixel, a number above 0")
     return mpp
 
 
-def with_metadata(table: pa.Table, metadata: Metadata) -> tuple[pa.Table, int]:
-    """The table with the CSV's columns joined, and how many slides the CSV does not know; those keep what they had."""
-    found = [_lookup(metadata, cast(str, slide.as_py())) for slide in table["slide"]]
+def with_metadata(table: pa.Table, told: Callable[[str], Mapping[str, str]]) -> pa.Table:
+    """The table with the columns that are told of each slide, by its address; columns of which nothing is told stay."""
     joined = [
-        before if values is None else json.dumps(values, sort_keys=True)
-        for before, values in zip(table["metadata"].to_pylist(), found, strict=True)
+        json.dumps(json.loads(before) | dict(told(slide)), sort_keys=True)
+        for before, slide in zip(
+            cast("list[str]", table["metadata"].to_pylist()), cast("list[str]", table["slide"].to_pylist()), strict=True
+        )
     ]
     at = table.schema.get_field_index("metadata")
-    table = table.set_column(at, "metadata", pa.array(joined, pa.string()))
-    return table, sum(values is None for values in found)
+    return table.set_column(at, "metadata", pa.array(joined, pa.string()))

@@ -172,10 +172,20 @@ class TilePlan:
         return self._chooser.num_tiles
 
     @property
+    def shares(self) -> NDArray[np.float64]:
+        """Each slide's share of all tiles, float64 (slides,); they sum to 1."""
+        return self._chooser.shares
+
+    @property
+    def patients(self) -> Indices:
+        """The number of each slide's patient, int64 (slides,)."""
+        return self._chooser.patients
+
+    @property
     def drawn_from(self) -> tuple[int, int]:
         """How many slides the tiles come from, and of how many patients."""
-        drawn = self._chooser.shares > 0
-        return int(drawn.sum()), len(np.unique(self._chooser.patients[drawn]))
+        drawn = self.shares > 0
+        return int(drawn.sum()), len(np.unique(self.patients[drawn]))
 
     @property
     def is_exhaustive(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from streaming import storage
@@ -46,74 +47,79 @@ def open_slide(
     OpenSlide, remote ones on a copy in `staging`. Of DICOM any object of the series may be named, in whose folder the
     others lie. mpp (µm/px at level 0) serves where the metadata has none. With a block index the slide's tags are not
     read at all. With `expected`, a slide of another size or version is refused, and where that tells the files of a
-    slide, they are not searched for. What opening takes is added to `count`.
+    slide, they are not searched for. Mirrors among the options change where it is read, not what it is called
+    (`streaming.storage.places`). What opening takes is added to `count`.
 
     Raises:
         SlideError: it is no slide, is broken, or is not the version that was expected.
         StorageError: it can't be reached.
     """
+    place = storage.place_of(uri, storage_options)
+    at, options = place.uri, place.options
     if index is not None:
-        return BlockSlide(uri, _ranges_of(uri, index, storage_options), index, mpp)
+        return BlockSlide(uri, _ranges_of(place, index), index, mpp)
     if expected is not None and expected.files and not is_multi_file(uri):
-        return _open_series(expected.files, storage_options, mpp, count)
+        return _open_series(uri, place, [place.there(file) for file in expected.files], mpp, count)
     if uri.lower().endswith(DICOM_SUFFIXES):
-        return _open_dicom(uri, storage_options, mpp, expected, count)
-    files = members(uri, storage_options)
-    _check_version(uri, as_one(files), expected)
-    ranges = None if is_multi_file(uri) else open_ranges(uri, storage_options)
+        return _open_dicom(uri, place, mpp, expected, count)
+    files = members(at, options)
+    _check_version(uri, as_one(files), expected, place)
+    ranges = None if is_multi_file(uri) else open_ranges(at, options)
     if ranges is None:
-        return open_staged(files, storage_options, mpp, staging or Staging(), count)
+        return open_staged(files, options, mpp, staging or Staging(), count)
     start = read_range(ranges, 0, min(_MAGIC_NBYTES, ranges.size), count)
     # As OpenSlide does: a file that is both is what its suffix tells.
     if start[128:] == b"DICM" and not uri.lower().endswith((".tif", ".tiff")):
-        return _open_dicom(uri, storage_options, mpp, expected, count)
-    tiff = read_tiff(uri, ranges, start, count)
+        return _open_dicom(uri, place, mpp, expected, count)
+    tiff = read_tiff(at, ranges, start, count)
     if tiff is None:
-        return open_staged(files, storage_options, mpp, staging or Staging(), count)
-    return _blocked(uri, tiff, ranges, mpp)
+        return open_staged(files, options, mpp, staging or Staging(), count)
+    return _blocked(uri, place, tiff, ranges, mpp)
 
 
-def _check_version(uri: str, found: storage.ObjectInfo, expected: storage.ObjectInfo | None) -> None:
-    if expected is not None and (found.size, found.version) != (expected.size, expected.version):
+def _check_version(
+    uri: str, found: storage.ObjectInfo, expected: storage.ObjectInfo | None, place: storage.Place
+) -> None:
+    if expected is not None and (
+        found.size != expected.size or (not place.by_size and found.version != expected.version)
+    ):
         raise SlideError(f"{uri}: changed since it was catalogued; run `tilestream catalog` on it again")
 
 
 def _open_dicom(
-    uri: str,
-    options: storage.StorageOptions | None,
-    mpp: float | None,
-    expected: storage.ObjectInfo | None,
-    count: Counters,
+    uri: str, place: storage.Place, mpp: float | None, expected: storage.ObjectInfo | None, count: Counters
 ) -> BlockSlide:
     """The slide that a DICOM object belongs to, the rest of which lies beside it."""
     from streaming.slide.dicom_series import series_of
 
-    files = series_of(uri, options)
-    _check_version(uri, as_one(files), expected)
-    return _open_series(files, options, mpp, count)
+    files = series_of(place.uri, place.options)
+    _check_version(uri, as_one(files), expected, place)
+    return _open_series(uri, place, files, mpp, count)
 
 
 def _open_series(
-    files: Sequence[storage.ObjectInfo], options: storage.StorageOptions | None, mpp: float | None, count: Counters
+    uri: str, place: storage.Place, files: Sequence[storage.ObjectInfo], mpp: float | None, count: Counters
 ) -> BlockSlide:
     # Its parser is imported for DICOM alone: a quarter of a second that no reader of a catalog needs.
     from streaming.slide.dicom_series import read_series
 
-    slide, ranges = read_series(files, options, count)
-    uri = storage.join(posixpath.dirname(files[0].uri), slide.objects[0].name)
-    return _blocked(uri, slide, ranges, mpp)
+    slide, ranges = read_series(files, place.options, count)
+    return _blocked(storage.join(posixpath.dirname(uri), slide.objects[0].name), place, slide, ranges, mpp)
 
 
-def _blocked(uri: str, slide: BlockedSlide, ranges: Ranges, mpp: float | None) -> BlockSlide:
+def _blocked(uri: str, place: storage.Place, slide: BlockedSlide, ranges: Ranges, mpp: float | None) -> BlockSlide:
+    if place.by_size:
+        slide = replace(slide, objects=tuple(replace(entry, tag=storage.BY_SIZE) for entry in slide.objects))
     packed = block_index.pack(slide, geometry.plausible_mpp(uri, slide.mpp))
     return BlockSlide(uri, ranges, block_index.unpack(packed), mpp, packed, slide.left_out)
 
 
-def _ranges_of(uri: str, index: BlockIndex, options: storage.StorageOptions | None) -> Ranges:
+def _ranges_of(place: storage.Place, index: BlockIndex) -> Ranges:
     """The ranges of the objects that an index tells of, whose names begin where the slide's address does."""
 
     def opened(entry: SlideObject) -> Ranges:
-        ranges = open_ranges(storage.join(posixpath.dirname(uri), entry.name), options, entry.tag)
+        tag = storage.BY_SIZE if place.by_size else entry.tag
+        ranges = open_ranges(storage.join(posixpath.dirname(place.uri), entry.name), place.options, tag, entry.size)
         assert ranges is not None, "only slides whose ranges can be read have an index"
         return ranges
 

@@ -204,6 +204,8 @@ def _grouped(parts: Sequence[_Part], uri: str) -> list[list[_Part]]:
     """The objects of each level, the finest first; parts of a level are of one picture."""
     sizes: dict[tuple[int, int], list[_Part]] = {}
     for part in sorted(parts, key=lambda part: (part.instance.order, part.info.uri)):
+        if part.instance.series != parts[0].instance.series:
+            raise SlideError(f"{part.info.uri}: of another series than the others here; name their folder as a source")
         size = part.instance.width, part.instance.height
         if min(size) < 1:
             raise SlideError(f"{part.info.uri}: a level of {size[0]} × {size[1]} px; {_COMPARE}")

@@ -20,21 +20,26 @@ from streaming.storage.objects import (
     written_file,
 )
 from streaming.storage.patience import answer_soon
+from streaming.storage.places import BY_SIZE, Place, identified, place_of
 from streaming.storage.trouble import storage_errors
 
 __all__ = [
+    "BY_SIZE",
     "ObjectInfo",
+    "Place",
     "StorageOptions",
     "answer_soon",
     "canonical",
     "exists",
     "expand",
+    "identified",
     "is_local",
     "join",
     "list_files",
     "list_names",
     "local_path",
     "name_of",
+    "place_of",
     "read_bytes",
     "read_table",
     "reading",

@@ -1,8 +1,8 @@
 """Which options and variables a storage takes: the one place that makes obstore's stores of them.
 
 `storage_options` have fsspec's names (s3fs's, adlfs's, gcsfs's), plus `region`, `requester_pays`, `query` and, for all,
-`timeout_s`, `verify` and `proxy`; what they leave open comes from the usual variables and profiles. A run may mix
-storages, so that options of another one are passed over; a name that none knows is refused.
+`timeout_s`, `verify`, `proxy` and `mirrors` (see `places`); what they leave open comes from the usual variables and
+profiles. A run may mix storages, so that options of another one are passed over; a name that none knows is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NAMES: dict[str, frozenset[str]] = {
     AZURE: cloud_settings.AZURE_OPTIONS,
     GCS: cloud_settings.GCS_OPTIONS,
     "http": frozenset({"headers", "query"}),
-    "all": frozenset({"timeout_s", "verify", "proxy"}),
+    "all": frozenset({"timeout_s", "verify", "proxy", "mirrors"}),
 }
 # What decides what a store is, besides its options.
 _VARIABLES = ("AWS_", "GOOGLE_", "AZURE_", "STORAGE_EMULATOR_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")

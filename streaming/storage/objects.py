@@ -11,7 +11,7 @@ import glob
 import os
 import tempfile
 from collections.abc import Callable, Generator
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -181,15 +181,19 @@ def remove(uri: str, storage_options: StorageOptions | None = None) -> None:
         _files(uri, storage_options).remove(uri)
 
 
-def read_table(uri: str, storage_options: StorageOptions | None = None) -> pa.Table:
-    """A Parquet file as an Arrow table.
+def read_table(
+    uri: str,
+    storage_options: StorageOptions | None = None,
+    filters: list[Any] | None = None,
+) -> pa.Table:
+    """A Parquet file as an Arrow table; of the rows that pass filters such as `("Modality", "=", "SM")`.
 
     Raises:
         StorageError: it does not exist, can't be read, or is no Parquet.
     """
     content = read_bytes(uri, storage_options)
     try:
-        return pq.read_table(pa.BufferReader(content))
+        return pq.read_table(pa.BufferReader(content), filters=filters)
     except pa.ArrowInvalid as error:
         raise StorageError(f"{shown(uri)}: not a whole Parquet file ({error}); write it again") from error
 

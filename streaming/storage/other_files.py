@@ -123,7 +123,11 @@ class OtherFiles:
         self._ask(uri, removed)
 
     def _fs(self, uri: str) -> tuple[AbstractFileSystem, str]:
-        own = {name: value for name, value in revealed(self.options).items() if name not in ("timeout_s", "region")}
+        own = {
+            name: value
+            for name, value in revealed(self.options).items()
+            if name not in ("timeout_s", "region", "mirrors")
+        }
         try:
             # A listing must show what another process wrote a second ago, so no listing is cached.
             return url_to_fs(uri, **own, use_listings_cache=False)

@@ -67,17 +67,19 @@ class Ranges(Protocol):
 class LocalRanges:
     """Ranges of a file; opened for each, so that thousands of slides hold no descriptors."""
 
-    def __init__(self, uri: str, tag: str | None = None) -> None:
-        """A tag (see `Ranges.tag`) binds it to that version.
+    def __init__(self, uri: str, tag: str | None = None, size: int | None = None) -> None:
+        """A tag (see `Ranges.tag`) binds it to that version, without one a size does.
 
         Raises:
             StorageError: the file can't be read.
-            SlideError: it has another tag.
+            SlideError: it has another tag or size.
         """
         self._uri, self._path = uri, addresses.local_path(uri)
         with storage_errors(uri):
             stat = os.stat(self._path)
         self.size, self.tag = stat.st_size, _same(uri, file_version(stat), tag)
+        if not tag and size is not None:
+            _same_size(uri, self.size, size)
 
     def begin(self, spans: Sequence[Span], count: Counters = UNCOUNTED) -> PendingBytes:
         """Tells the kernel what is wanted, which fetches it meanwhile; it is read when it is waited for.
@@ -141,7 +143,8 @@ class RemoteRanges:
     ) -> None:
         """A tag binds it to that version of the object, without asking for it now.
 
-        Where a listing told the size, nothing is asked either: the first answer tells the tag.
+        Where a listing or a catalog told the size, nothing is asked either: the first answer tells the tag, and is of
+        an object of that size.
 
         Raises:
             StorageError: the object can't be reached, or its server answers no ranges.
@@ -166,14 +169,21 @@ class RemoteRanges:
         """The bytes, and how often the request was sent again: counters belong to the thread that waits for them."""
         return self._bucket.ask(self._uri, lambda: self._get(start, end))
 
+    def _seen(self, tag: str, size: int) -> None:
+        """Refuses another version than the one that was opened; of the first answer, the size tells that."""
+        if not self.tag:
+            _same_size(self._uri, size, self.size)
+        self.tag = _same(self._uri, tag, self.tag)
+
     def _get_plain(self, start: int, end: int) -> bytes:
         try:
             answer = obstore.get(self._bucket.store, self._key, options={"range": (start, end)})
         except GenericError as error:
             if _OUT_OF_RANGE.search(str(error)):
-                _same(self._uri, _version(head(self._bucket, self._key)), self.tag)
+                found = head(self._bucket, self._key)
+                self._seen(_version(found), found["size"])
             raise
-        self.tag = _same(self._uri, _version(answer.meta), self.tag)
+        self._seen(_version(answer.meta), answer.meta["size"])
         return _whole(self._uri, answer.bytes().to_bytes(), start, end)
 
     def _get_odd(self, start: int, end: int) -> bytes:
@@ -181,7 +191,7 @@ class RemoteRanges:
         asked = self._bucket.s3_object(Key=self._key, Range=f"bytes={start}-{end - 1}")
         answer = self._bucket.s3_client.get_object(**asked)
         found = object_version(answer.get("ETag"), answer.get("LastModified"))
-        self.tag = _same(self._uri, found, self.tag)
+        self._seen(found, int(answer["ContentRange"].rpartition("/")[2]))
         return _whole(self._uri, answer["Body"].read(), start, end)
 
 
@@ -215,14 +225,14 @@ def open_ranges(
 ) -> Ranges | None:
     """The ranges of an object, bound to a version by its tag; None where only fsspec knows the store, or it has none.
 
-    With a tag, or a size that a listing told, a remote object is not asked for it.
+    With a tag, or a size that a listing or a catalog told, a remote object is not asked for it.
 
     Raises:
         StorageError: it can't be reached.
-        SlideError: it has another tag.
+        SlideError: it has another tag, or without one another size.
     """
     if addresses.is_local(uri):
-        return LocalRanges(uri, tag)
+        return LocalRanges(uri, tag, size)
     return open_remote(uri, options, tag, size) if clients.has_store(uri) else None
 
 
@@ -288,6 +298,14 @@ def _count(spans: Sequence[Span], count: Counters) -> None:
 
 def _version(meta: ObjectMeta) -> str:
     return object_version(meta["e_tag"], meta["last_modified"])
+
+
+def _same_size(uri: str, found: int, wanted: int) -> None:
+    if found != wanted:
+        raise SlideError(
+            f"{uri}: changed since it was catalogued ({found:,} bytes, not {wanted:,}); copy it anew, or run "
+            "`tilestream catalog` on it again"
+        )
 
 
 def _same(uri: str, found: str, wanted: str | None) -> str:

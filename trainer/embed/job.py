@@ -22,8 +22,9 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataIterator
 
 from streaming import cluster, storage
+from streaming.catalog.idc import IdcOptions
 from streaming.catalog.inspection import Rejected
-from streaming.catalog.sources import find_slides
+from streaming.catalog.selection import slides_of_all
 from streaming.errors import ConfigError, SlideError
 from streaming.progress import ProgressLine
 from streaming.reading.batch import Batch
@@ -182,6 +183,7 @@ def embed(
     out: str,
     options: EmbedOptions,
     storage_options: dict[str, Any] | None = None,
+    idc: IdcOptions | None = None,
     *,
     verbose: bool = False,
 ) -> EmbedReport:
@@ -202,7 +204,7 @@ def embed(
     found = resolve(model, stores)
     # What is wrong with the model is told before anything starts.
     job = Job(found, load_model(found, options=stores).digest, out, options, stores)
-    slides = find_slides(sources, stores)
+    slides = slides_of_all(sources, stores, idc)
     files = job.files(slides)
     todo = job.undone(slides)
     tiles, rejected = _embed_all(job, todo, verbose=verbose) if todo else (0, [])

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,12 +54,14 @@ def export(
         raise ConfigError(f"{out}: holds other files than an export's; name another folder")
     found = checkpoints.find(checkpoint_uri, storage_options)
     config, backbone = load_backbone(found, storage_options)
-    about = description(config, backbone, checkpoints.read_meta(found, storage_options), options.token)
+    meta = checkpoints.read_meta(found, storage_options)
+    about = description(config, backbone, meta, options.token)
     folder = Path(tempfile.mkdtemp(prefix="tilestream-export-"))
     try:
         write = {"timm": write_timm, "transformers": write_transformers}[options.layout]
         write(folder, config, backbone, about)
-        (folder / "README.md").write_text(model_card(config, about, options.name, options.license, options.layout))
+        card = model_card(config, about, meta.sources, options.name, options.license, options.layout)
+        (folder / "README.md").write_text(card)
         for task in options.eva:
             settings = json.loads((folder / "config.json").read_text())
             content = eva_config(task, out, settings, options.name, storage_options)
@@ -88,6 +91,7 @@ def description(config: Config, backbone: Backbone, meta: checkpoints.Meta, toke
         "steps": meta.step,
         "tiles_seen": meta.next_index,
         "catalog": meta.catalog,
+        "sources": [asdict(source) for source in meta.sources],
         "checkpoint_sha256": meta.sha256,
     }
 

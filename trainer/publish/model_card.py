@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from trainer.run.config import Config
+from trainer.run.slide_sources import SlideSource
 
 _LOAD = {
     "timm": """import timm, torch
@@ -31,8 +33,13 @@ _EMBED = {
 }
 
 
-def model_card(config: Config, about: dict[str, Any], name: str, license: str, layout: str) -> str:
-    """The card as Markdown with the header that model hubs read; `about` is `trainer.publish.export.description`."""
+def model_card(
+    config: Config, about: dict[str, Any], sources: Sequence[SlideSource], name: str, license: str, layout: str
+) -> str:
+    """The card as Markdown with the header that model hubs read.
+
+    `about` is `trainer.publish.export.description`, `sources` what was trained on.
+    """
     mpps = ", ".join(f"{mpp:g}" for mpp in about["mpp"])
     weights = ", ".join(f"{mpp:g}: {weight:g}" for mpp, weight in sorted(config.data.mpp.items()))
     off = f", µm/px up to {config.data.mpp_tolerance:.0%} off" if config.data.mpp_tolerance else ""
@@ -74,8 +81,28 @@ standard deviation {about["std"]}. Embedding: {about["embedding"]}, {about["embe
 | seed | {config.run.seed} |
 | checkpoint | SHA-256 `{about["checkpoint_sha256"]}` |
 
+## Slides
+{_slides(sources)}
 ## Limits
 
 For research. Not validated for diagnosis. Slides of other scanners, stains or organs than those of the training data
 may be embedded less well.
 """
+
+
+def _slides(sources: Sequence[SlideSource]) -> str:
+    """Where the slides are from, and under which licences: those of the data ask to be named."""
+    if not sources:
+        return "\nThe checkpoint does not tell which slides were trained on.\n"
+    rows = [
+        f"| {source.collection or 'not told'} | {source.slides:,} | {source.patients:,} | {source.share:.1%} "
+        f"| {source.license or 'not told'} | {_linked(source.doi)} |"
+        for source in sources
+    ]
+    head = "| collection | slides | patients | tiles | licence | DOI |\n|---|---|---|---|---|---|"
+    total = f"{sum(source.slides for source in sources):,} slides, as the catalog told when the training was started."
+    return "\n".join(["", total, "", head, *rows, ""])
+
+
+def _linked(doi: str | None) -> str:
+    return f"[{doi}](https://doi.org/{doi})" if doi else "not told"

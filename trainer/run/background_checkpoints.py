@@ -5,6 +5,7 @@ Apart from `checkpoint`, since those who do not train need no Lightning, whose i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -22,8 +23,8 @@ class FolderCheckpointIO(CheckpointIO):
     most. Lightning's `AsyncCheckpointIO` queues without bound and tells of a failure one checkpoint late.
     """
 
-    def __init__(self, config: Config, catalog: str) -> None:
-        self._config, self._catalog = config, catalog
+    def __init__(self, config: Config, catalog: str, sources: Sequence[checkpoints.SlideSource] = ()) -> None:
+        self._config, self._catalog, self._sources = config, catalog, sources
         self._options = config.data.storage_options
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
@@ -56,7 +57,7 @@ class FolderCheckpointIO(CheckpointIO):
 
     def _save(self, state: dict[str, Any], uri: str) -> None:
         """Writes a checkpoint, then removes what is too old."""
-        checkpoints.write(uri, state, self._config, self._catalog)
+        checkpoints.write(uri, state, self._config, self._catalog, self._sources)
         self.last_good = uri
         self._remove_old(int(state["global_step"]))
 

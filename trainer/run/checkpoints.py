@@ -14,7 +14,7 @@ import json
 import logging
 import pickle
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO, cast
 
@@ -26,6 +26,7 @@ from streaming import storage
 from streaming.errors import CheckpointError, ConfigError
 from streaming.slide.versions import pixel_libraries
 from trainer.run.config import Config, parse_config
+from trainer.run.slide_sources import SlideSource
 
 STATE, META, CONFIG = "state.ckpt", "meta.json", "config.yaml"
 _BEFORE_THE_FIELD: dict[str, dict[str, Any]] = {
@@ -52,6 +53,8 @@ class Meta:
     sha256: str
     libraries: dict[str, str] = field(default_factory=dict[str, str])
     """versions of what makes pixels, where the checkpoint was written; of older checkpoints, none"""
+    sources: list[SlideSource] = field(default_factory=list[SlideSource])
+    """what was trained on, as the catalog told when the run was started; of older checkpoints, none"""
     version: int = 1
 
 
@@ -122,7 +125,9 @@ class _Hashing:
         self._file.flush()
 
 
-def write(uri: str, state: Mapping[str, Any], config: Config, catalog: str) -> None:
+def write(
+    uri: str, state: Mapping[str, Any], config: Config, catalog: str, sources: Sequence[SlideSource] = ()
+) -> None:
     """Writes Lightning's state and the configuration, then the note that vouches for them.
 
     Args:
@@ -130,6 +135,7 @@ def write(uri: str, state: Mapping[str, Any], config: Config, catalog: str) -> N
         state: with `global_step`, and else what `torch.save` takes.
         config: what was trained, and where its storage is.
         catalog: fingerprint of the catalog.
+        sources: what is trained on.
 
     Raises:
         StorageError: it can't be written; what is there vouches for nothing.
@@ -153,6 +159,7 @@ def write(uri: str, state: Mapping[str, Any], config: Config, catalog: str) -> N
         nbytes=hashing.nbytes,
         sha256=hashing.sha256.hexdigest(),
         libraries=pixel_libraries(),
+        sources=list(sources),
     )
     storage.write_bytes(storage.join(uri, CONFIG), config.to_yaml().encode(), options)
     storage.write_bytes(storage.join(uri, META), json.dumps(asdict(meta), indent=1).encode(), options)
@@ -165,7 +172,9 @@ def read_meta(uri: str, options: storage.StorageOptions | None = None) -> Meta:
         CheckpointError: it is not one of this version.
     """
     try:
-        return Meta(**json.loads(storage.read_bytes(storage.join(uri, META), options)))
+        found: dict[str, Any] = json.loads(storage.read_bytes(storage.join(uri, META), options))
+        sources = [SlideSource(**source) for source in found.pop("sources", [])]
+        return Meta(**found, sources=sources)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{uri}: {META} is damaged or of another version ({error}); take another step") from error
 

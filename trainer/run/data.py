@@ -10,6 +10,7 @@ from streaming.delivery.failures import MAX_FAILED_SHARE
 from streaming.delivery.segments import Readers
 from streaming.delivery.stream import BatchShape, TileStream
 from streaming.errors import ConfigError
+from streaming.mirrors import default_mirrors
 from streaming.plan import TilePlan
 from streaming.plan.footprints import Corners
 from streaming.plan.plan import DEFAULT_MPP, MIN_TISSUE
@@ -30,6 +31,8 @@ class DataConfig:
     """folder or URI that `tilestream catalog` wrote"""
     storage_options: dict[str, Any] = field(default_factory=dict, metadata=FREE)
     """options for all remote URIs of the run, secrets among them kept from files; empty: the usual variables"""
+    mirrors: dict[str, str] = field(default_factory=default_mirrors, metadata=FREE)
+    """where slides are read instead of at the addresses of the catalog, by the beginning of the address"""
     mpp: dict[float, float] = field(default_factory=lambda: dict(DEFAULT_MPP))
     """weight of each magnification in µm/px"""
     cohorts: dict[str, float] | None = None
@@ -78,6 +81,11 @@ class DataConfig:
         if self.requests_in_flight < 1:
             raise ValueError(f"requests_in_flight is {self.requests_in_flight}; it must be at least 1")
 
+    @property
+    def slide_options(self) -> dict[str, Any]:
+        """The options for the storage of slides: these alone may be read in mirrors."""
+        return {**self.storage_options, **({"mirrors": self.mirrors} if self.mirrors else {})}
+
 
 def staging(data: DataConfig) -> Staging:
     """Where a configuration puts copies of remote objects."""
@@ -121,7 +129,7 @@ def make_stream(
     """The stream of a run of that seed, in batches of that shape, of the tiles of `make_plan`."""
     reader = ReaderOptions(
         hsv_rule=data.hsv_rule,
-        storage_options=data.storage_options,
+        storage_options=data.slide_options,
         staging=staging(data),
         requests_in_flight=data.requests_in_flight,
     )

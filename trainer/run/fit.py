@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +21,7 @@ from trainer.run.background_checkpoints import FolderCheckpointIO
 from trainer.run.config import Config
 from trainer.run.device_feed import DeviceFeed
 from trainer.run.metrics_log import Report
+from trainer.run.slide_sources import SlideSource
 from trainer.run.step_batches import StepBatches
 from trainer.run.stop_signals import Signals
 from trainer.run.strategy import OneDevice, Replicas, Shards, autocast_precision, prepare
@@ -88,11 +90,12 @@ def fit(
     signals: Signals,
     place: Place | None = None,
     probe: ProbeKind | None = None,
+    sources: Sequence[SlideSource] = (),
 ) -> None:
     """Trains to the last step, or until told to stop, in this process: alone, or as a rank at its place."""
     # Its advice (more workers for the loader, a product to try) does not apply here.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    train, to_storage = config.train, FolderCheckpointIO(config, catalog)
+    train, to_storage = config.train, FolderCheckpointIO(config, catalog, sources)
     if place is None:
         strategy = OneDevice(torch.device("cuda" if train.gpu else "cpu"))
     else:

@@ -35,6 +35,7 @@ from trainer.run.data import make_stream
 from trainer.run.fit import Place, fit
 from trainer.run.metrics_log import Failed, MetricsLog
 from trainer.run.resuming import resume_point
+from trainer.run.slide_sources import SlideSource, slide_sources
 from trainer.run.step_batches import StepBatches
 from trainer.run.stop_signals import Signals, passing_on, terminated
 
@@ -59,6 +60,7 @@ class _Loop:
     orders: ray.util.queue.Queue
     """of the driver to rank 0"""
     probe: ProbeKind | None
+    trained_on: list[SlideSource]
 
 
 def _worker(loop: _Loop) -> None:
@@ -81,7 +83,7 @@ def _worker(loop: _Loop) -> None:
         leaving=lambda: ray.train.get_preemption_info() is not None,
     )
     place = Place(ray.train.torch.get_device(), RayLightningEnvironment())
-    fit(config, loop.catalog, batches, resume, loop.messages.put, signals, place, loop.probe)
+    fit(config, loop.catalog, batches, resume, loop.messages.put, signals, place, loop.probe, loop.trained_on)
 
 
 def _order(orders: ray.util.queue.Queue) -> Callable[[], bool]:
@@ -119,7 +121,8 @@ def fit_on_ray(
     cluster.connect(slots, verbose=verbose, ignore_sigterm=True)
     if train.gpu and (have := cluster.gpus()) < train.ranks:  # Ray Train waits without a word
         sys.stderr.write(f"train: waiting for GPUs: the ranks need {train.ranks}, the cluster has {have} so far\n")
-    source = make_stream(data, config.run.seed, train.shape, catalog, config.held_out).source
+    stream = make_stream(data, config.run.seed, train.shape, catalog, config.held_out)
+    source, trained_on = stream.source, slide_sources(catalog, stream.plan)
     chain = start_chain(source)
     messages, orders = (ray.util.queue.Queue(actor_options=cluster.beside_this()) for _ in range(2))
     # Ray Train keeps its own notes in the run's storage, which all nodes reach.
@@ -128,7 +131,7 @@ def fit_on_ray(
     handler = cast(Any, FSSpecHandler)(fs)  # its stubs call it abstract
     trainer = TorchTrainer(
         # Not as train_loop_config, which the controller would unpickle, importing all this, too.
-        partial(_worker, _Loop(config, catalog.fingerprint, source, chain, messages, orders, probe)),
+        partial(_worker, _Loop(config, catalog.fingerprint, source, chain, messages, orders, probe, trained_on)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=train.ranks,
             use_gpu=train.gpu,

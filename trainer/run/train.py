@@ -19,6 +19,7 @@ from trainer.run.fit import check_model, fit
 from trainer.run.metrics_log import Failed, MetricsLog
 from trainer.run.ranks_on_ray import fit_on_ray
 from trainer.run.resuming import library_changes, resume_point
+from trainer.run.slide_sources import slide_sources
 from trainer.run.step_batches import StepBatches
 from trainer.run.stop_signals import Signals, terminated
 from trainer.run.validation import held_out_stream
@@ -101,11 +102,12 @@ def train(
             if config.train.ranks != 1:
                 raise ConfigError(f"train.ranks is {config.train.ranks}; --debug runs one rank: add --train.ranks 1")
             stream = make_stream(config.data, config.run.seed, config.train.shape, catalog, config.held_out)
-            source = stream.local_batches(start, steps)
-            batches = StepBatches(source, start, config, lambda failures: log.add(Failed(0, failures)))
+            tiles = stream.local_batches(start, steps)
+            batches = StepBatches(tiles, start, config, lambda failures: log.add(Failed(0, failures)))
             with terminated() as stop:
                 signals = Signals(stop=stop.is_set, begin=stop.listen)
-                fit(config, catalog.fingerprint, batches, resume, log.add, signals, probe=probe)
+                sources = slide_sources(catalog, stream.plan)
+                fit(config, catalog.fingerprint, batches, resume, log.add, signals, probe=probe, sources=sources)
         else:
             fit_on_ray(config, catalog, log, probe, verbose=verbose)
     reached = checkpoints.steps_of(out, options)[-1]

@@ -132,7 +132,7 @@ def _slides(catalog: Catalog, config: Config, most: int = 8) -> str:
     patients = catalog.metadata("patient") if "patient" in catalog.metadata_columns else [None] * len(catalog)
     for number in range(min(most, len(catalog))):
         row = catalog[number]
-        image = slide_thumbnail(row.slide, row.mpp, 520, config.data.storage_options).astype(np.float64)
+        image = slide_thumbnail(row.slide, row.mpp, 520, config.data.slide_options).astype(np.float64)
         cell = image.shape[1] * CELL_UM / (row.width * row.mpp)  # a cell's side in pixels of the picture
         enough = catalog.tissue_grid(number).fraction >= 255 * config.data.min_tissue
         ys, xs = ((np.arange(n) / cell).astype(int) for n in image.shape[:2])
@@ -342,7 +342,7 @@ def _licences(catalog: Catalog) -> str:
 def _embeddings(slide: SlideEmbeddings, config: Config) -> str:
     about, name = slide.about, storage.name_of(slide.about.slide)
     (colours,), explained = principal_colours([slide.features])
-    image = slide_thumbnail(about.slide, about.slide_mpp, 620, config.data.storage_options)
+    image = slide_thumbnail(about.slide, about.slide_mpp, 620, config.data.slide_options)
     painted = image.copy()
     scale = image.shape[1] / about.width
     for corner, colour in zip(slide.corners, colours, strict=True):

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from streaming import storage
 from streaming.catalog import Catalog, build
-from streaming.catalog.inspection import Inspected, Rejected, inspect
+from streaming.catalog.inspection import Inspected, Rejected, inspect_named
+from streaming.catalog.named import Named
 from streaming.catalog.tissue import Colour, odd_glass, otsu, thumbnail, tissue_of_thumbnail, window_fraction
 from streaming.slide import open_slide
 from streaming.vision import cv2
@@ -118,8 +118,8 @@ def test_the_catalog_command_tells_of_five_slides_with_odd_glass_and_counts_the_
         pixels = twice(grey) if number != 3 else grey
         tifffile.imwrite(tmp_path / f"{number}.tif", pixels, tile=(256, 256), photometric="rgb")
 
-    def here(slides: Sequence[tuple[storage.ObjectInfo, float | None]], *rest: Any) -> Iterator[Inspected | Rejected]:
-        return (inspect(*slide, *rest) for slide in slides)
+    def here(slides: Sequence[tuple[Named, float | None]], *rest: Any) -> Iterator[Inspected | Rejected]:
+        return (inspect_named(*slide, *rest) for slide in slides)
 
     monkeypatch.setattr(build, "inspect_all", here)
     monkeypatch.setattr(build.cluster, "connect", lambda **_: None)

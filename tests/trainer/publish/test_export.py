@@ -17,10 +17,24 @@ from trainer.publish.options import ExportOptions
 from trainer.run import checkpoints
 from trainer.run.config import Config, read_config
 from trainer.run.fit import make_module
+from trainer.run.slide_sources import SlideSource
 
 SMALL = [
     *("--augment.global_size", "64", "--augment.local_size", "32", "--data.tile_size", "64"),
     *("--model.num_prototypes", "32", "--model.head_hidden", "16", "--model.head_bottleneck", "8"),
+]
+
+
+SOURCES = [
+    SlideSource(
+        collection="tcga_brca",
+        license="CC BY 3.0",
+        doi="10.5281/zenodo.12689962",
+        slides=1060,
+        patients=1000,
+        share=0.75,
+    ),
+    SlideSource(collection=None, license=None, doi=None, slides=12, patients=3, share=0.25),
 ]
 
 
@@ -32,7 +46,7 @@ def saved(out: Path, *overrides: str) -> str:
     for weight in module.parameters():
         weight.data += 0.05 * torch.randn(weight.shape, generator=generator)
     uri = checkpoints.checkpoint_uri(str(out), 3)
-    checkpoints.write(uri, {"state_dict": module.state_dict(), "global_step": 3}, config, "0123")
+    checkpoints.write(uri, {"state_dict": module.state_dict(), "global_step": 3}, config, "0123", SOURCES)
     return str(out)
 
 
@@ -103,7 +117,12 @@ def test_the_card_is_filled_in_and_the_weights_are_no_pickle(tmp_path: Path) -> 
     run, out = saved(tmp_path / "run"), tmp_path / "export"
     export(run, str(out), ExportOptions(license="cc-by-4.0", name="tiny"))
     card = (out / "README.md").read_text()
-    for text in ("license: cc-by-4.0", "# tiny", "0.25, 0.5, 1, 2 µm/px", "3 steps of 32 tiles: 96 tiles"):
+    doi = "10.5281/zenodo.12689962"
+    for text in (
+        *("license: cc-by-4.0", "# tiny", "0.25, 0.5, 1, 2 µm/px", "3 steps of 32 tiles: 96 tiles", "1,072 slides"),
+        f"| tcga_brca | 1,060 | 1,000 | 75.0% | CC BY 3.0 | [{doi}](https://doi.org/{doi}) |",
+        "| not told | 12 | 3 | 25.0% | not told | not told |",
+    ):
         assert text in card, text
     assert load_file(out / "model.safetensors")
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]

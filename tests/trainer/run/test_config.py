@@ -132,6 +132,7 @@ def test_the_fields_that_are_free_are_those_that_do_not_change_what_is_trained()
         *(f"data.{name}" for name in ("reader_labels", "segment_minutes", "segment_blocks", "stall_s")),
         *(f"data.{name}" for name in ("staging", "staging_gb")),
         "data.requests_in_flight",
+        "data.mirrors",
         "model.init",
         *(f"train.{name}" for name in ("ranks", "gpu", "rank_cpus", "rank_labels", "rank_resources", "strategy")),
         *(f"train.{name}" for name in ("compile", "activation_checkpointing", "log_every", "checkpoint_every")),
