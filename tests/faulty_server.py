@@ -185,7 +185,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(content[start : start + piece])
                 self.wfile.flush()
         except OSError:
-            self.server.num_broken_off += 1
+            # What a write is answered with, beside its status, clients may not wait for.
+            self.server.num_broken_off += self.command == "GET"
             raise
 
     do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
