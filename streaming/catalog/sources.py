@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from streaming import storage
 from streaming.errors import CatalogError
 from streaming.slide import SLIDE_SUFFIXES
-from streaming.slide.multi_file import as_one, is_multi_file, may_be_dicom, members
+from streaming.slide.multi_file import as_one, is_companion, is_multi_file, may_be_dicom, members
 
 if TYPE_CHECKING:
     from streaming.slide.dicom_series import Series
@@ -46,7 +46,7 @@ def find_slides(
         kinds |= dicom.kinds
         plain = [o for o in objects if o.uri not in dicom.told]
         if not outright:
-            plain = [o for o in plain if o.uri.lower().endswith(SLIDE_SUFFIXES) and not _is_hidden(o.uri)]
+            plain = [o for o in plain if o.uri.lower().endswith(SLIDE_SUFFIXES) and not is_companion(o.uri)]
         if not plain and not dicom.slides:
             told = counted(Counter(_kinds((o.uri for o in objects), kinds)))
             what = f"none of its {len(objects)} files is a slide: {told}" if objects else "is empty"
@@ -97,11 +97,6 @@ def _sorted_dicom(
     kinds = {uri: kind for uri, kind in found.others.items() if uri in named}
     belonging = {info.uri for slide in slides for info in (*slide.levels, *slide.beside)}
     return _Dicom(slides, kinds, belonging | kinds.keys())
-
-
-def _is_hidden(uri: str) -> bool:
-    """Whether it is such as macOS lays beside a file: `._a.svs`."""
-    return storage.name_of(uri).startswith("._")
 
 
 def counted(kinds: Counter[str]) -> str:

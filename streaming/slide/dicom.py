@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import re
 import struct
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -22,11 +24,6 @@ from pydicom.tag import Tag
 
 from streaming.errors import SlideError, TilestreamError
 from streaming.storage.range_file import RangeFile
-
-# What pydicom says of odd values could hold one, and nobody here could mend it.
-logging.getLogger("pydicom").addHandler(logging.NullHandler())
-warnings.filterwarnings("ignore", module="pydicom")
-config.settings.reading_validation_mode = config.IGNORE
 
 PAGE_NBYTES = 2**14
 """Of a header, read at once: most end within, but for a colour profile."""
@@ -119,7 +116,8 @@ def read_instance(uri: str, file: RangeFile) -> Instance:
         StorageError: it can't be read.
     """
     try:
-        return _instance(_header(file, _TAGS, _END_OF_SIZES))
+        with _quiet():
+            return _instance(_header(file, _TAGS, _END_OF_SIZES))
     except TilestreamError:
         raise
     except Exception as error:  # of bytes that are no DICOM, pydicom raises nearly anything
@@ -137,27 +135,61 @@ def read_picture(uri: str, file: RangeFile) -> tuple[Picture, Ints | None]:
         StorageError: it can't be read.
     """
     try:
-        header = _header(file, _TAGS, _PIXEL_DATA)
-        picture = _picture(header, file)
-        is_full = header.get("DimensionOrganizationType") == "TILED_FULL"
-        if is_full and picture.spacing_um:
-            return picture, None
-        groups = _header(file, ("PerFrameFunctionalGroupsSequence",), _PIXEL_DATA)
-        frames = groups.get("PerFrameFunctionalGroupsSequence") or []
-        if frames and not picture.spacing_um:
-            picture = replace(picture, spacing_um=_spacing(frames[0]))
-        if is_full or not frames:
-            return picture, None
-        corners = _corners(frames)
+        with _quiet():
+            picture, corners = _picture_and_corners(file)
     except TilestreamError:
         raise
     except Exception as error:  # of bytes that are no DICOM, pydicom raises nearly anything
         raise _no_sense(uri, error) from None
-    if len(corners) != picture.num_frames:
+    if corners is not None and len(corners) != picture.num_frames:
         raise SlideError(
             f"{uri}: positions of {len(corners):,} frames for {picture.num_frames:,}; compare it with its source"
         )
     return picture, corners
+
+
+def _picture_and_corners(file: RangeFile) -> tuple[Picture, Ints | None]:
+    header = _header(file, _TAGS, _PIXEL_DATA)
+    picture = _picture(header, file)
+    is_full = header.get("DimensionOrganizationType") == "TILED_FULL"
+    if is_full and picture.spacing_um:
+        return picture, None
+    groups = _header(file, ("PerFrameFunctionalGroupsSequence",), _PIXEL_DATA)
+    frames = groups.get("PerFrameFunctionalGroupsSequence") or []
+    if frames and not picture.spacing_um:
+        picture = replace(picture, spacing_um=_spacing(frames[0]))
+    return picture, None if is_full or not frames else _corners(frames)
+
+
+_quiet_lock = threading.Lock()
+_quiet_until = ExitStack()
+_num_quiet = 0
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within it pydicom checks no values and tells nothing of them: what it tells could hold a patient's name.
+
+    Its settings, its log and the filters of warnings are the whole process's, whose other parts may read DICOM, too. So
+    they are as they were once no thread is within it.
+    """
+    global _num_quiet
+    with _quiet_lock:
+        if _num_quiet == 0:
+            log = logging.getLogger("pydicom")
+            _quiet_until.callback(setattr, log, "disabled", log.disabled)
+            log.disabled = True
+            _quiet_until.enter_context(config.disable_value_validation())
+            _quiet_until.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", module="pydicom")
+        _num_quiet += 1
+    try:
+        yield
+    finally:
+        with _quiet_lock:
+            _num_quiet -= 1
+            if _num_quiet == 0:
+                _quiet_until.close()
 
 
 def _no_sense(uri: str, error: BaseException) -> SlideError:

@@ -102,16 +102,7 @@ def _by_tiff(uri: str, file: RangeFile, picture: Picture) -> tuple[Ints, Ints] |
             nbytes = np.array(page.databytecounts, np.int64)
     except StorageError:
         raise
-    except (
-        tifffile.TiffFileError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        OverflowError,
-        MemoryError,
-        struct.error,
-    ):
+    except _NONSENSE:
         return None
     if not len(offsets) == len(nbytes) == picture.num_frames:
         if picture.num_planes > 1 or picture.num_parts != 1:

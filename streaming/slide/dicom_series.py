@@ -318,9 +318,11 @@ def _form(uri: str, picture: Picture) -> BlockFormat:
     is_known = codec is not None and colours in _COLOURS[codec] and picture.bits == (8, 8, 0)
     is_known &= picture.samples == (1 if colours == _GREY else 3) and not (codec == "NONE" and picture.is_planar)
     if codec is None or not is_known:
+        planes = " in planes" if picture.is_planar else ""
         raise SlideError(
-            f"{uri}: {picture.samples} × {picture.bits[1]} bits of {colours} in transfer syntax {picture.syntax} are "
-            "not read; 8-bit RGB, YBR and grey (MONOCHROME2) in JPEG, JPEG 2000, JPEG-LS or none are"
+            f"{uri}: {picture.samples} × {picture.bits[1]} bits of {colours}{planes} in transfer syntax "
+            f"{picture.syntax} are not read; 8-bit RGB, YBR and grey (MONOCHROME2) in JPEG, JPEG 2000, JPEG-LS or none "
+            "are"
         )
     prefix = jpeg_prefix(b"", rgb=colours == _RGB) if codec == "JPEG" else b""
     return BlockFormat(codec, picture.tile_width, picture.tile_height, prefix, samples=picture.samples)

@@ -26,10 +26,16 @@ def is_multi_file(uri: str) -> bool:
     return _suffix(uri) in MULTI_FILE_SUFFIXES
 
 
+def is_companion(uri: str) -> bool:
+    """Whether it is such as macOS lays beside a file: `._a.svs`."""
+    return storage.name_of(uri).startswith("._")
+
+
 def may_be_dicom(uri: str) -> bool:
     """Whether an object may be DICOM by its name: by the suffix, or without one, or called by its UID."""
     name, suffix = storage.name_of(uri), _suffix(uri)
-    return not name.startswith(".") and (suffix in (*DICOM_SUFFIXES, "") or suffix[1:].isdigit())
+    is_odd = (suffix == "" or suffix[1:].isdigit()) and not name.startswith(".")
+    return is_odd or (suffix in DICOM_SUFFIXES and not is_companion(uri))
 
 
 def members(uri: str, options: storage.StorageOptions | None = None) -> list[storage.ObjectInfo]:

@@ -2,13 +2,16 @@
 
 import re
 import shutil
+import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import openslide
 import pytest
+from pydicom import DataElement, config, dcmread
 
 from streaming import storage
 from streaming.catalog import Catalog
@@ -147,6 +150,7 @@ BROKEN = [
     (Kind(tables="none", changes=(("TotalPixelMatrixRows", 3000),)), "", r"48 frames for \d+ places"),
     (Kind(sparse=True, changes=(("Rows", 250),)), "", r"frame \d+: at pixel .* no place of its own"),
     (Kind(mpp=(0.25, 0.5)), "", "pixels of 0.25 × 0.5 µm are not square"),
+    (Kind(codec="none", changes=(("PlanarConfiguration", 1),)), "", "bits of RGB in planes in transfer syntax"),
     (Kind(changes=(("BitsStored", 12),)), "", r"3 × 12 bits of RGB|3 × 12 bits of YBR_FULL_422"),
     (Kind(changes=(("PhotometricInterpretation", "PALETTE COLOR"),)), "", "bits of PALETTE COLOR in transfer syntax"),
     (Kind(changes=(("SharedFunctionalGroupsSequence", None),)), "", "no mpp in its metadata"),
@@ -165,6 +169,30 @@ def test_a_broken_series_is_one_error_that_names_object_and_frame(
     assert "no mpp" in told or re.search(named, str(caught.value))
     assert "Doe" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_pydicom_tells_nobody_what_it_read_and_is_left_as_it_was(
+    slides: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    """A damaged header has a name for a character set; pydicom's settings are those of the whole program."""
+    caplog.set_level("DEBUG")
+    kind = Kind(changes=(("SpecificCharacterSet", "ISO_IR 192"),))
+    paths = write_series(tmp_path, slides[0], kind)
+    for path in paths[:2]:
+        path.write_bytes(path.read_bytes().replace(b"ISO_IR 192", b"Doe^Jane99"))
+    caplog.clear()
+    recwarn.clear()
+    filters = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        assert {slide.mpp for slide in pool.map(lambda _: open_slide(str(paths[0])), range(16))} == {0.25}
+    assert not caplog.records
+    assert not recwarn.list
+    assert list(warnings.filters) == filters
+    with pytest.warns(UserWarning, match="Doe"):
+        str(dcmread(paths[0]).PatientName)
+    with pytest.warns(UserWarning, match="exceeds the maximum length"):
+        DataElement("PixelSpacing", "DS", "1.23456789012345678901", config.settings.reading_validation_mode)
+    assert "Doe" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["google_jpeg", "google_jpeg2000", "google_raw"])
@@ -189,8 +217,10 @@ def test_a_real_jpeg_ls_series_has_the_pixels_of_the_same_picture_in_raw() -> No
 def many(slides: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of five series, with what may lie beside them."""
     folder = tmp_path_factory.mktemp("many")
-    for number, suffix in enumerate((".dcm", ".dcm", ".dicom", "", ".123")):
-        write_series(folder, slides[number % 3], Kind(number=number, suffix=suffix))
+    for number, suffix in enumerate((".dcm", ".DCM", ".dicom", "", ".123")):
+        paths = write_series(folder, slides[number % 3], Kind(number=number, suffix=suffix))
+        if suffix == ".dicom":
+            paths[1].rename(folder / f".{paths[1].name}")
     for name in OTHERS:
         shutil.copy(REAL / name, folder)
     (folder / "._a.dcm").write_bytes(b"\0\5\x16\7")
