@@ -11,7 +11,7 @@ import re
 import struct
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -167,7 +167,7 @@ _num_quiet = 0
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Within it pydicom checks no values and tells nothing of them: what it tells could hold a patient's name.
 
     Its settings, its log and the filters of warnings are the whole process's, whose other parts may read DICOM, too. So
