@@ -143,8 +143,8 @@ def _arguments(words: Sequence[str], folder: Path) -> list[str]:
     for said, meant in STAND_INS.items():
         rest = [word.replace(said, str(folder / meant)) for word in rest]
     asks_only = {"--fields", "--print_config"} & set(rest)
-    too_large = ("--dry-run",) if "midnight-12k" in rest else ()
-    return [name, *rest, *(() if asks_only else SMALLER.get(name, ())), *too_large]
+    smaller = ("--dry-run",) if "midnight-12k" in rest else SMALLER.get(name, ())
+    return [name, *rest, *(() if asks_only else smaller)]
 
 
 @pytest.mark.slow

@@ -191,7 +191,8 @@ class RemoteRanges:
         asked = self._bucket.s3_object(Key=self._key, Range=f"bytes={start}-{end - 1}")
         answer = self._bucket.s3_client.get_object(**asked)
         found = object_version(answer.get("ETag"), answer.get("LastModified"))
-        self._seen(found, int(answer["ContentRange"].rpartition("/")[2]))
+        size = answer.get("ContentRange", "").rpartition("/")[2] or answer["ContentLength"]
+        self._seen(found, int(size))
         return _whole(self._uri, answer["Body"].read(), start, end)
 
 

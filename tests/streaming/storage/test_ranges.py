@@ -217,7 +217,7 @@ def test_an_object_whose_size_is_known_is_not_asked_for_it_and_its_first_answer_
     ranges = open_ranges("s3://bucket/a.svs", options, size=len(CONTENT))
     assert not server.asked
     assert read_range(ranges, 5, 9) == CONTENT[5:9]
-    assert (ranges.size, ranges.tag, len(server.asked)) == (len(CONTENT), '"first"', 1)
+    assert (ranges.size, ranges.tag, len(server.asked)) == (len(CONTENT), "first", 1)
     server.etag = '"second"'
     with pytest.raises(SlideError, match=r"a\.svs: changed since it was catalogued"):
         read_range(ranges, 5, 9)
