@@ -193,7 +193,11 @@ def read_table(
     """
     content = read_bytes(uri, storage_options)
     try:
-        return pq.read_table(pa.BufferReader(content), filters=filters)
+        # In this thread alone: Arrow's own let go of the bytes at some later time, and where Python has ended
+        # meanwhile, the process aborts: "terminate called without an active exception" (apache/arrow#34314).
+        with pq.ParquetFile(pa.BufferReader(content)) as file:
+            table = file.read(use_threads=False)
+        return table if filters is None else table.filter(pq.filters_to_expression(filters))
     except pa.ArrowInvalid as error:
         raise StorageError(f"{shown(uri)}: not a whole Parquet file ({error}); write it again") from error
 

@@ -73,7 +73,8 @@ def read_features(file: FeatureFile, options: storage.StorageOptions | None = No
     """
     with _opened(file.uri, options) as opened:
         if isinstance(opened, pq.ParquetFile):
-            rows = cast(Any, opened.read(["embedding"])["embedding"].combine_chunks())
+            # Arrow's own threads may let go of the file when Python has ended, which aborts (`storage.read_table`).
+            rows = cast(Any, opened.read(["embedding"], use_threads=False)["embedding"].combine_chunks())
             values = rows.flatten().to_numpy(zero_copy_only=False)
         else:
             values = opened["features"][:]
@@ -105,7 +106,7 @@ def _of_parquet(uri: str, file: pq.ParquetFile) -> FeatureFile | None:
     num = file.metadata.num_rows
     if not num or not {"embedding", "slide"} <= set(file.schema_arrow.names):
         return None
-    first = next(file.iter_batches(1, columns=["slide", "embedding"]))
+    first = next(file.iter_batches(1, columns=["slide", "embedding"], use_threads=False))
     slide, width = str(first["slide"][0].as_py()), len(cast(Any, first["embedding"])[0])
     return FeatureFile(uri=uri, maker="tilestream", slide=slide, num=num, width=width)
 

@@ -1,6 +1,8 @@
 """URIs, listings, whole writes, and what storage errors say."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import boto3
@@ -82,6 +84,20 @@ def test_a_table_comes_back_as_written_and_a_cut_one_is_refused(tmp_path: Path) 
     storage.write_bytes(uri, storage.read_bytes(uri)[:-9])
     with pytest.raises(StorageError, match="not a whole Parquet file"):
         storage.read_table(uri)
+
+
+def test_reading_a_table_leaves_no_thread_that_python_s_end_could_abort(tmp_path: Path) -> None:
+    # In a process whose Arrow has no threads yet.
+    uri = str(tmp_path / "table.parquet")
+    table = pa.table({name: range(3000) for name in "abcdefgh"}, metadata={"version": "3"})
+    storage.write_table(uri, table)
+    assert storage.read_table(uri).equals(table, check_metadata=True)
+    code = (
+        "import os, sys\nfrom streaming import storage\nbefore = os.listdir('/proc/self/task')\n"
+        "storage.read_table(sys.argv[1])\nassert os.listdir('/proc/self/task') == before"
+    )
+    done = subprocess.run([sys.executable, "-c", code, uri], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_address_without_storage_or_a_server_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
