@@ -29,13 +29,21 @@ def with_those_above(levels: Sequence[BlockLevel]) -> list[BlockLevel]:
         empty = np.flatnonzero(finer.nbytes == 0)
         rows, columns = finer.grid
         next_rows, next_columns = level.grid
-        # As OpenSlide counts them, though levels need not lie so: it takes a whole number of blocks for one.
-        across, down = max(1, round(columns / next_columns)), max(1, round(rows / next_rows))
+        down, across = blocks_for_one((rows, columns), (next_rows, next_columns))
         above = empty // columns // down * next_columns + empty % columns // across
         nbytes = level.nbytes.copy()
         nbytes[above[above < len(nbytes)]] = 0
         found.append(replace(level, nbytes=nbytes))
     return found
+
+
+def blocks_for_one(grid: tuple[int, int], next_grid: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of a level's blocks that OpenSlide counts for one of the next level, though it need not lie so.
+
+    Rounded, halves up. Where one of them is 0, and a block is empty, OpenSlide 4.0.1 divides by it.
+    """
+    rows, columns = ((2 * own + other) // (2 * other) for own, other in zip(grid, next_grid, strict=True))
+    return rows, columns
 
 
 def are_cheap(levels: Sequence[BlockLevel]) -> bool:

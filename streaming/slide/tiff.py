@@ -6,6 +6,7 @@ Levels, downsamples and mpp are told as OpenSlide tells them; label, macro and t
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -16,7 +17,7 @@ from streaming import storage
 from streaming.counters import UNCOUNTED, Counters
 from streaming.errors import SlideError, StorageError
 from streaming.slide.block_level import BlockedSlide, BlockLevel, SlideObject, first_header
-from streaming.slide.empty_blocks import are_cheap, with_those_above
+from streaming.slide.empty_blocks import are_cheap, blocks_for_one, with_those_above
 from streaming.slide.geometry import Rectangle
 from streaming.slide.tiff_blocks import blocks_of, check_block_size
 from streaming.slide.tiff_vendors import PAINTS_EMPTY_BLOCKS, TELLS_BOUNDS, pyramid_of
@@ -60,6 +61,8 @@ def _slide(uri: str, tiff: tifffile.TiffFile, ranges: Ranges, count: Counters) -
             return None
         raise SlideError(f"{uri}: a stripped TIFF, of which a tile takes whole rows; convert it with `{_CONVERT}`")
     pyramid = pyramid_of(_pages(uri, tiff))
+    if pyramid is not None and pyramid.vendor in PAINTS_EMPTY_BLOCKS:
+        _check_empty_blocks(uri, pyramid.pages)
     if pyramid is None or any(b[0] >= a[0] for a, b in pairwise(pyramid.sizes)):
         return None
     levels: list[BlockLevel] = []
@@ -102,6 +105,20 @@ def _check_old_jpeg(uri: str, number: int, level: BlockLevel, ranges: Ranges, co
             f"{uri}: level {number}: old-style JPEG (compression 6), whose blocks are no whole JPEGs; convert it with "
             f"`{_CONVERT}`"
         )
+
+
+def _check_empty_blocks(uri: str, levels: Sequence[tifffile.TiffPage]) -> None:
+    """Refuses what makes OpenSlide 4.0.1 divide by 0, which ends the process."""
+    grids = [(-(-page.imagelength // page.tilelength), -(-page.imagewidth // page.tilewidth)) for page in levels]
+    has_empty = False
+    for number, (grid, next_grid) in enumerate(pairwise(grids)):
+        nbytes = levels[number].databytecounts
+        has_empty = has_empty or len(nbytes) < grid[0] * grid[1] or not all(nbytes)
+        if has_empty and not (min(*grid, *next_grid) and all(blocks_for_one(grid, next_grid))):
+            raise SlideError(
+                f"{uri}: level {number} has empty blocks, and is of {grid[1]} × {grid[0]} blocks where level "
+                f"{number + 1} is of {next_grid[1]} × {next_grid[0]}; compare it with its source"
+            )
 
 
 def _looked_into(level: BlockLevel, ranges: Ranges, count: Counters) -> BlockLevel | None:

@@ -16,6 +16,7 @@ import tifffile
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from streaming.errors import SlideError
 from streaming.slide import Slide, open_slide
 from streaming.slide.block_level import BlockLevel
 from streaming.slide.codecs import BlockFormat
@@ -226,6 +227,28 @@ def test_empty_blocks_of_an_aperio_pyramid_are_painted_from_finer_levels_as_open
                 wanted = np.asarray(theirs.read_region(location, level, (200, 200)))
                 off = np.abs(tile - np.where(wanted[..., 3:] == 0, 255, wanted[..., :3]))
                 assert off[np.isin(wanted[..., 3], (0, 255))].max(initial=0) <= level
+
+
+@pytest.mark.parametrize("empty", [(0, 2), (0, 14), (0, 9)])
+def test_halves_of_a_block_count_as_openslide_rounds_them(tmp_path: Path, empty: tuple[int, int]) -> None:
+    # Of 5 × 5 blocks, and of 2 × 2: two and a half each way.
+    made = TiffSlide(width=320, height=320, block=(64, 64), downsamples=(1, 4), compression="deflate", empty=(empty,))
+    path = write_tiff(made, tmp_path / "slide.svs")
+    with openslide.OpenSlide(path) as theirs:
+        wanted = np.asarray(theirs.read_region((0, 0), 1, (80, 80)))
+    opaque, clear = wanted[..., 3] == 255, wanted[..., 3] == 0
+    got = open_slide(str(path)).read_region((0, 0), 1, (80, 80)).astype(int)
+    assert np.abs(got - wanted[..., :3])[opaque].max() <= 1
+    # Seen where a block that lies over the empty one is painted, not where it is shown as stored.
+    assert not got[clear].any()
+
+
+def test_empty_blocks_below_a_level_of_far_more_blocks_are_refused_where_openslide_divides_by_0(tmp_path: Path) -> None:
+    empty = ((0, 3),)
+    made = TiffSlide(width=1280, height=1280, block=(64, 64), downsamples=(4, 1), compression="deflate", empty=empty)
+    path = write_tiff(made, tmp_path / "slide.svs")
+    with pytest.raises(SlideError, match="5 × 5 blocks where level 1 is of 20 × 20"):
+        open_slide(str(path))
 
 
 def test_a_tile_over_an_empty_block_is_the_same_however_it_is_reduced(tmp_path: Path) -> None:
