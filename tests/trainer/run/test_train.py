@@ -135,7 +135,7 @@ def test_a_run_does_not_go_on_with_what_does_not_fit_it(
 
 
 def test_debugging_several_ranks_is_refused(config: Config) -> None:
-    run = replace(config, train=replace(config.train, ranks=2))
+    run = replace(config, train=replace(config.train, ranks=2), mask=replace(config.mask, group_size=2))
     with pytest.raises(ConfigError, match=r"--train\.ranks 1"):
         train(run, debug=True)
 
