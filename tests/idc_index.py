@@ -26,7 +26,7 @@ _NUMBERS = {
 _SCHEMA = pa.schema([(name, _NUMBERS.get(name, pa.large_string())) for name in _COLUMNS])
 
 
-def series(collection: str, patient: str, uuid: str, **others: Any) -> dict[str, Any]:
+def series(collection: str | None, patient: str, uuid: str, **others: Any) -> dict[str, Any]:
     """A row of the index: a series of slides, unless told otherwise."""
     return {
         "collection_id": collection,

@@ -66,6 +66,12 @@ def find_series(
         series = _chosen(series, asked.where)
     if not series.num_rows:
         raise ConfigError(f"{' '.join(SCHEME + p for p in patterns)}: no series left by --where {asked.where}")
+    for name in _NEEDED:
+        if name != "PatientID" and series[name].null_count:
+            raise ConfigError(
+                f"{index.uri(_SERIES)}: {series[name].null_count:,} of the series asked for have no {name}; "
+                f'leave them out by --where "{name} IS NOT NULL", or take another index'
+            )
     found = list(_named(series, index.companion(_OF_COLLECTIONS)))
     files = index.companion(_OF_FILES)
     return found if files is None else _with_levels(found, series["SeriesInstanceUID"].to_pylist(), files)
@@ -113,7 +119,9 @@ class _Index:
 
 
 def _of_collections(series: pa.Table, patterns: Sequence[str], uri: str) -> pa.Table:
-    known = cast("list[str]", pc.unique(series["collection_id"]).to_pylist())
+    known = cast("list[str]", pc.unique(series["collection_id"].drop_null()).to_pylist())
+    if not known:
+        raise ConfigError(f"{uri}: no collection with slides (Modality SM) is there; take another index")
     wanted: set[str] = set()
     for pattern in patterns:
         found = {name for name in known if fnmatchcase(name, pattern.lower())}
@@ -144,7 +152,7 @@ def _chosen(series: pa.Table, where: str) -> pa.Table:
         database.executemany(f"INSERT INTO series VALUES ({', '.join('?' * len(names))})", zip(*columns, strict=True))
         try:
             rows = database.execute(f"SELECT rowid - 1 FROM series WHERE ({where}\n) ORDER BY rowid").fetchall()
-        except (sqlite3.Error, sqlite3.Warning) as error:
+        except (sqlite3.Error, sqlite3.Warning, UnicodeError) as error:
             raise ConfigError(f"--where {where}: {error}; columns: {', '.join(names)}") from error
     return series.take(pa.array([row for (row,) in rows], pa.int64()))
 

@@ -121,6 +121,7 @@ def test_companions_tell_organs_more_columns_and_the_files_of_levels(tmp_path: P
         (["*"], {"where": "SeriesDescripton LIKE 'FFPE%'"}, "no such column: SeriesDescripton; columns: collection_id"),
         (["*"], {"where": "1=1); DROP TABLE series; --"}, "--where 1=1"),
         (["*"], {"where": "1 +"}, "syntax error"),
+        (["*"], {"where": "\udc80"}, "surrogates not allowed"),
         (["*"], {"idc_index": "nowhere"}, "there is no idc_index.parquet"),
         (["*"], {"idc_index": "folder/index.parquet"}, "must be idc_index.parquet"),
     ],
@@ -137,6 +138,17 @@ def test_a_table_of_something_else_is_no_index(tmp_path: Path) -> None:
     pq.write_table(pa.table({"Modality": ["SM"], "collection_id": ["a"]}), tmp_path / "idc_index.parquet")
     with pytest.raises(ConfigError, match="no index of IDC: it has no column PatientID"):
         find_series(["a"], IdcOptions(idc_index=str(tmp_path)))
+
+
+def test_an_index_with_gaps_is_told_by_the_column(tmp_path: Path) -> None:
+    rows = [series("a", "p", "u1"), series("a", "p", "u2", series_aws_url=None), series(None, "p", "u3")]
+    folder = write_index(tmp_path / "gaps", rows)
+    with pytest.raises(ConfigError, match="1 of the series asked for have no series_aws_url; leave them out by"):
+        found(folder, "a")
+    assert found(folder, "a", where="series_aws_url IS NOT NULL") == [f"{BUCKET}/u1"]
+    folder = write_index(tmp_path / "none", [series("a", "p", "u1", Modality="CT")])
+    with pytest.raises(ConfigError, match=r"idc_index\.parquet: no collection with slides"):
+        found(folder, "a")
 
 
 def test_without_the_package_the_user_is_told_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
