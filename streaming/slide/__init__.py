@@ -14,7 +14,15 @@ from streaming.slide import block_index, geometry
 from streaming.slide.block_index import BlockIndex
 from streaming.slide.block_level import BlockedSlide, SlideObject
 from streaming.slide.block_slide import BlockSlide
-from streaming.slide.multi_file import DICOM_SUFFIXES, MULTI_FILE_SUFFIXES, as_one, is_multi_file, members
+from streaming.slide.multi_file import (
+    DICOM_MAGIC_NBYTES,
+    DICOM_SUFFIXES,
+    MULTI_FILE_SUFFIXES,
+    as_one,
+    is_dicom,
+    is_multi_file,
+    members,
+)
 from streaming.slide.openslide_slide import open_staged
 from streaming.slide.slide import PendingTile, Slide
 from streaming.slide.tiff import read_tiff
@@ -28,7 +36,6 @@ SLIDE_SUFFIXES = (
     *MULTI_FILE_SUFFIXES,
     *DICOM_SUFFIXES,
 )
-_MAGIC_NBYTES = 132  # the longest: DICOM's, behind its preamble
 
 
 def open_slide(
@@ -67,9 +74,10 @@ def open_slide(
     ranges = None if is_multi_file(uri) else open_ranges(at, options)
     if ranges is None:
         return open_staged(files, options, mpp, staging or Staging(), count)
-    start = read_range(ranges, 0, min(_MAGIC_NBYTES, ranges.size), count)
+    # DICOM's is the longest magic.
+    start = read_range(ranges, 0, min(DICOM_MAGIC_NBYTES, ranges.size), count)
     # As OpenSlide does: a file that is both is what its suffix tells.
-    if start[128:] == b"DICM" and not uri.lower().endswith((".tif", ".tiff")):
+    if is_dicom(start) and not uri.lower().endswith((".tif", ".tiff")):
         return _open_dicom(uri, place, mpp, expected, count)
     tiff = read_tiff(at, ranges, start, count)
     if tiff is None:

@@ -23,12 +23,12 @@ from pydicom.filereader import read_partial
 from pydicom.tag import Tag
 
 from streaming.errors import SlideError, TilestreamError
+from streaming.slide.multi_file import DICOM_MAGIC_NBYTES, is_dicom
 from streaming.storage.range_file import RangeFile
 
 PAGE_NBYTES = 2**14
 """Of a header, read at once: most end within, but for a colour profile."""
 
-MAGIC_NBYTES = 132
 OF_OTHER_PLANE = -(2**40)
 
 _WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"  # VL Whole Slide Microscopy Image Storage
@@ -101,11 +101,6 @@ class Picture:
     """where the value of PixelData begins"""
     pixels_nbytes: int | None
     """its length, None where frames are items"""
-
-
-def is_dicom(start: bytes) -> bool:
-    """Whether an object that begins so (`MAGIC_NBYTES` do) is a DICOM file."""
-    return start[128:MAGIC_NBYTES] == b"DICM"
 
 
 def read_instance(uri: str, file: RangeFile) -> Instance:
@@ -217,7 +212,7 @@ class _Bounded:
 def _header(file: RangeFile, tags: Sequence[str], end: int) -> Dataset:
     """Some elements in front of one; the file is left at that one."""
     file.seek(0)
-    start = file.read(MAGIC_NBYTES)
+    start = file.read(DICOM_MAGIC_NBYTES)
     if not is_dicom(start):
         raise ValueError("no DICOM")
     file.seek(0)

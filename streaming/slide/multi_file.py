@@ -12,6 +12,7 @@ from streaming import storage
 # Formats whose pixels lie in other files than the one that is opened.
 MULTI_FILE_SUFFIXES = (".mrxs", ".vms", ".vmu")
 DICOM_SUFFIXES = (".dcm", ".dicom")
+DICOM_MAGIC_NBYTES = 132  # its magic lies behind a preamble
 # What a Hamamatsu text names; OpenSlide reads none that is larger (KEY_FILE_MAX_SIZE of its hamamatsu.c).
 _NAMED = re.compile(r"^\s*(?:ImageFile|MapFile|OptimisationFile|MacroImage)[^=\n]*=[ \t]*(.+?)\s*$", re.MULTILINE)
 _MAX_TEXT = 2**16
@@ -36,6 +37,11 @@ def may_be_dicom(uri: str) -> bool:
     name, suffix = storage.name_of(uri), _suffix(uri)
     is_odd = (suffix == "" or suffix[1:].isdigit()) and not name.startswith(".")
     return is_odd or (suffix in DICOM_SUFFIXES and not is_companion(uri))
+
+
+def is_dicom(start: bytes) -> bool:
+    """Whether an object that begins so (`DICOM_MAGIC_NBYTES` do) is a DICOM file."""
+    return start[128:DICOM_MAGIC_NBYTES] == b"DICM"
 
 
 def members(uri: str, options: storage.StorageOptions | None = None) -> list[storage.ObjectInfo]:

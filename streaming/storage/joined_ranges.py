@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from streaming.counters import UNCOUNTED, Counters
-from streaming.storage.ranges import PendingBytes, Ranges, Span
+from streaming.storage.ranges import PendingBytes, Ranges, Span, when_all
 
 
 class JoinedRanges:
@@ -64,18 +64,10 @@ class _Parts:
     numbers: Sequence[Sequence[int]]
 
     def when_ready(self, call: Callable[[], object]) -> None:
-        _when_all(self.parts, call)
+        when_all(self.parts, lambda part, then: part.when_ready(then), call)
 
     def wait(self) -> list[bytes]:
         contents: dict[int, bytes] = {}
         for part, numbers in zip(self.parts, self.numbers, strict=True):
             contents.update(zip(numbers, part.wait(), strict=True))
         return [contents[number] for number in range(len(contents))]
-
-
-def _when_all(parts: Sequence[PendingBytes], call: Callable[[], object]) -> None:
-    if not parts:
-        call()
-        return
-    first, *rest = parts
-    first.when_ready(lambda: _when_all(rest, call))

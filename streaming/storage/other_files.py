@@ -15,7 +15,7 @@ from streaming.errors import StorageError
 from streaming.secrets import revealed
 from streaming.storage import addresses
 from streaming.storage.clients import StorageOptions
-from streaming.storage.object_info import ObjectInfo
+from streaming.storage.object_info import ObjectInfo, object_version
 from streaming.storage.patience import Patience
 from streaming.storage.trouble import storage_errors
 
@@ -146,5 +146,5 @@ def _info(fs: AbstractFileSystem, entry: Mapping[str, Any]) -> ObjectInfo:
     etag = entry.get("ETag") or entry.get("etag")
     times = ("mtime", "LastModified", "last_modified", "Last-Modified")
     changed = next((entry[name] for name in times if entry.get(name)), "")
-    version = str(etag).strip('"') if etag else repr(changed)
+    version = object_version(str(etag), None) if etag else repr(changed)
     return ObjectInfo(str(fs.unstrip_protocol(entry["name"])), int(entry.get("size") or 0), version)

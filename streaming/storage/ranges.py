@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import obstore
 from obstore.exceptions import GenericError, NotSupportedError, PermissionDeniedError
@@ -25,6 +25,7 @@ from streaming.storage.trouble import storage_errors
 if TYPE_CHECKING:
     from obstore import ObjectMeta  # there is none at run time
 
+T = TypeVar("T")
 Span = tuple[int, int]  # [start, end) in bytes
 
 # The object may end before the range does: is it still the one that was opened?
@@ -204,7 +205,7 @@ class _Requests:
     count: Counters
 
     def when_ready(self, call: Callable[[], object]) -> None:
-        _when_all(self.answers, call)
+        when_all(self.answers, _when_done, call)
 
     def wait(self) -> list[bytes]:
         results = [answer.result() for answer in self.answers]
@@ -212,13 +213,22 @@ class _Requests:
         return [content for content, _ in results]
 
 
-def _when_all(answers: Sequence[Future[Any]], call: Callable[[], object]) -> None:
-    """Calls once all have come. None is handed those before it: in a circle, their bytes would stay in memory."""
-    if not answers:
+def when_all(
+    parts: Sequence[T], when_one: Callable[[T, Callable[[], object]], object], call: Callable[[], object]
+) -> None:
+    """Calls once all parts have come, of which `when_one` calls for one.
+
+    None is handed those before it: in a circle, their bytes would stay in memory.
+    """
+    if not parts:
         call()
         return
-    first, *rest = answers
-    first.add_done_callback(lambda _: _when_all(rest, call))
+    first, *rest = parts
+    when_one(first, lambda: when_all(rest, when_one, call))
+
+
+def _when_done(answer: Future[Any], call: Callable[[], object]) -> None:
+    answer.add_done_callback(lambda _: call())
 
 
 def open_ranges(
