@@ -1,6 +1,7 @@
 """How long segments are, when the next one is opened, and what becomes of ranks and readers that come late."""
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -92,8 +93,9 @@ def stream(catalog: str, **options: Any) -> TileStream:
 def test_one_set_of_readers_lives_until_the_last_quarter_of_a_segment(catalog: str) -> None:
     cluster.connect(8)
     num, early, late = 100, set[int](), set[int]()
-    with contextlib.closing(stream(catalog, segment_blocks=2 * num).steps(0, num + 4)) as steps:
-        for step, _ in enumerate(steps):
+    # The second segment is as long as the first: the reader of a few blocks would be gone before anybody looked.
+    with contextlib.closing(stream(catalog, segment_blocks=2 * num).steps(0, 2 * num)) as steps:
+        for step, _ in enumerate(itertools.islice(steps, num + 4)):
             time.sleep(0.1)
             (early if step < 0.75 * num else late).update(readers_alive())
     assert len(early) == 1
