@@ -249,7 +249,8 @@ def decode_box(pending: PendingBox, out: Pixels) -> None:
             x0, x1 = max(left, column * wide), min(right, column * wide + wide)
             try:
                 compressed = content[offset - run.start : offset - run.start + nbytes]
-                block = decode(compressed, level.form, scale, y1 - run.row * high)
+                across, down = column * wide, run.row * high
+                block = decode(compressed, level.form, scale, (x0 - across, y0 - down, x1 - across, y1 - down))
             except (ValueError, RuntimeError, MemoryError) as error:
                 reason, (uri, at_byte) = " ".join(str(error).split()), pending.ranges.locate(offset)
                 number = run.plane * level.blocks_of_plane + run.row * level.columns + column

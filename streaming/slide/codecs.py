@@ -100,10 +100,11 @@ def jpeg_prefix(tables: bytes, *, rgb: bool) -> bytes:
     return _SOI + adobe + tables.removeprefix(_SOI).removesuffix(b"\xff\xd9")
 
 
-def decode(block: bytes, form: BlockFormat, scale: int = 1, rows: int | None = None) -> Pixels:
+def decode(block: bytes, form: BlockFormat, scale: int = 1, area: tuple[int, int, int, int] | None = None) -> Pixels:
     """The pixels of a block, uint8 (height / scale, width / scale, 3); a scale above 1 only of `BlockFormat.scales`.
 
-    Where only the block's first `rows` (in its own pixels) are wanted, those below may be missing or of any content.
+    Where only an area is wanted (left, top, right and bottom in the block's own pixels), pixels outside of it may be of
+    any content, and rows below it missing.
     Grey is given as three equal channels, 16 bits as 8, what is transparent over white. The pixels may lie in memory
     that this thread's next call overwrites.
 
@@ -111,10 +112,10 @@ def decode(block: bytes, form: BlockFormat, scale: int = 1, rows: int | None = N
         ValueError: it is damaged, or of another size than the level's blocks.
     """
     if form.codec == "JPEG":
-        return _decode_jpeg(block, form, scale, form.height if rows is None else rows)
+        return _decode_jpeg(block, form, scale, form.height if area is None else area[3])
     if form.is_jpeg2000:
         size, ycbcr = (form.width, form.height), form.codec == "JP2K_YCBCR"
-        pixels = decode_jpeg2000(block, size, scale, ycbcr=ycbcr, samples=form.samples)
+        pixels = decode_jpeg2000(block, size, scale, ycbcr=ycbcr, samples=form.samples, area=area)
     else:
         pixels = _rgb_of(_decode_samples(block, form), form)
     wanted = (form.height // scale, form.width // scale, 3)

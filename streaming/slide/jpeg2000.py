@@ -12,8 +12,9 @@ import imagecodecs
 import numpy as np
 from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
 
+from streaming.slide.openjpeg import decode_planes
 from streaming.slide.resample import Pixels, resize, scratch
-from streaming.vision import cv2
+from streaming.slide.ycbcr import Painter, painter, rgb_of_ycbcr
 
 HEAD_NBYTES = 512
 """Of a codestream, what holds its image's size, its components and how often it can be halved."""
@@ -31,6 +32,10 @@ _MAX_PRECINCTS, _MAX_CODE_BLOCKS, _MAX_PACKETS = 2**16, 2**19, 2**18
 # Chroma that is not subsampled is converted to RGB here. Where it is, OpenJPEG's callers (imagecodecs, Pillow) convert
 # by themselves, but only for these two subsamplings.
 _WHOLE, _SUBSAMPLED = ((1, 1),) * 3, (((1, 1), (2, 1), (2, 1)), ((1, 1), (2, 2), (2, 2)))
+
+# A code-block is of 64 px of a band; the wavelet reaches three further. Decoding an area costs a fifth more than the
+# whole where it leaves out nothing, and as much where it leaves out a quarter of the finest code-blocks.
+_CODE_BLOCK_PX, _REACH_PX, _WORTHWHILE = 64, 3, 0.6
 
 
 @dataclass(frozen=True)
@@ -187,10 +192,19 @@ def _parts_of(size: tuple[int, int], style: bytes) -> tuple[int, int]:
     return precincts, code_blocks
 
 
-def decode_jpeg2000(block: bytes, size: tuple[int, int], scale: int, *, ycbcr: bool, samples: int = 3) -> Pixels:
+def decode_jpeg2000(
+    block: bytes,
+    size: tuple[int, int],
+    scale: int,
+    *,
+    ycbcr: bool,
+    samples: int = 3,
+    area: tuple[int, int, int, int] | None = None,
+) -> Pixels:
     """Its pixels as RGB, uint8 (height / scale, width / scale, 3); size: the width and height that it must have.
 
-    Of one sample they are grey, three equal channels.
+    Of one sample they are grey, three equal channels. Where only an area is wanted (left, top, right and bottom in the
+    block's pixels), those outside of it may be of any content.
 
     Where scale is above 1, a pixel is the wavelet's sample at the first pixel of those that it stands for; see
     `streaming.slide.resample.centre`. They may lie in memory that this thread's next call overwrites.
@@ -207,19 +221,62 @@ def decode_jpeg2000(block: bytes, size: tuple[int, int], scale: int, *, ycbcr: b
             "which are not decoded here"
         )
     header.check_parts()
-    ycbcr = ycbcr and header.subsampling == _WHOLE
+    ycbcr, is_whole = ycbcr and samples == 3, header.subsampling == _WHOLE[:samples]
+    if header.is_at_origin and block[:2] == _SOC:
+        # What else a file's boxes say of colours, imagecodecs knows.
+        part = _area_of(block, header, scale, area, painter(scale, ycbcr=ycbcr, is_whole=is_whole))
+        if part is not None:
+            return part
+    ycbcr = ycbcr and is_whole
     if scale > 1 and header.is_at_origin:
         reduced = _as_three(_reduced(block, scale))
         if reduced is not None and reduced.shape == (size[1] // scale, size[0] // scale, 3):
-            return _rgb_of_ycbcr(reduced) if ycbcr else reduced
+            return rgb_of_ycbcr(reduced) if ycbcr else reduced
     # Whole: with fewer halvings than the level's first block it is averaged below, and if it is damaged, this tells.
     pixels = cast(Pixels, _as_three(imagecodecs.jpeg2k_decode(block)))
-    pixels = _rgb_of_ycbcr(pixels) if ycbcr else pixels
+    pixels = rgb_of_ycbcr(pixels) if ycbcr else pixels
     if scale == 1 or pixels.shape[:2] != size[::-1]:
         return pixels
     out = scratch("reduced", size[1] // scale, size[0] // scale)
     resize(pixels, out)
     return out
+
+
+def _area_of(
+    block: bytes,
+    header: Header,
+    scale: int,
+    area: tuple[int, int, int, int] | None,
+    paint: Painter,
+) -> Pixels | None:
+    """A codestream's pixels, of which those within an area are right; None where OpenJPEG can't be asked for them."""
+    whole = left, top, right, bottom = 0, 0, header.width, header.height
+    if area is not None and _share_of_code_blocks(area, whole, scale) <= _WORTHWHILE:
+        unit = 2 * scale  # so that subsampled chroma has a sample at its corner
+        left, top = area[0] // unit * unit, area[1] // unit * unit
+        right, bottom = (min(-(-at // unit) * unit, most) for at, most in zip(area[2:], whole[2:], strict=True))
+    wanted = left, top, right, bottom
+    planes = decode_planes(block, scale.bit_length() - 1, wanted if wanted != whole else None)
+    if planes is None:
+        return None
+    out = scratch("block", header.height // scale, header.width // scale)
+    shown = out[top // scale : bottom // scale, left // scale : right // scale]
+    if planes[0].shape != shown.shape[:2]:
+        return None
+    painted = paint(planes, shown)
+    assert np.shares_memory(painted, shown), "rows of uint8 are painted in place"
+    return out
+
+
+def _share_of_code_blocks(area: tuple[int, int, int, int], whole: tuple[int, int, int, int], scale: int) -> float:
+    """How many of the finest code-blocks an area needs, of all; usual ones are reckoned with, larger ones are rare."""
+    share = 1.0
+    for start, stop, length in zip(area[:2], area[2:], whole[2:], strict=True):
+        band = max(1, length // (2 * scale))
+        first = max(0, start // (2 * scale) - _REACH_PX) // _CODE_BLOCK_PX
+        last = min(band - 1, stop // (2 * scale) + _REACH_PX) // _CODE_BLOCK_PX
+        share *= (last - first + 1) / -(-band // _CODE_BLOCK_PX)
+    return share
 
 
 def _as_three(pixels: Any) -> Any:
@@ -230,8 +287,7 @@ def _as_three(pixels: Any) -> Any:
 def _reduced(block: bytes, scale: int) -> Pixels | None:
     """It without its finest wavelets, None where they are all that it has or it is damaged.
 
-    By Pillow: imagecodecs has no such option. Half of 256 px costs 0.6 ms where the whole is 1.1 by imagecodecs, 1.9 by
-    Pillow. Its colours are converted where imagecodecs converts them.
+    By Pillow: imagecodecs has no such option. Its colours are converted where imagecodecs converts them.
     """
     try:
         image = Jpeg2KImageFile(io.BytesIO(block))
@@ -240,11 +296,3 @@ def _reduced(block: bytes, scale: int) -> Pixels | None:
     except (OSError, SyntaxError, ValueError):
         return None
     return np.asarray(image)
-
-
-def _rgb_of_ycbcr(pixels: Pixels) -> Pixels:
-    """BT.601 full range, as JFIF has it: what OpenSlide makes of Aperio's 33003. In integers, so the same anywhere."""
-    height, width = pixels.shape[:2]
-    swapped, out = scratch("ycrcb", height, width), scratch("block", height, width)
-    cv2.mixChannels([pixels], [swapped], [0, 0, 1, 2, 2, 1])
-    return cast(Pixels, cv2.cvtColor(swapped, cv2.COLOR_YCrCb2RGB, dst=out))

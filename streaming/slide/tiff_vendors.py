@@ -12,8 +12,8 @@ import tifffile
 # Vendors of whose slides OpenSlide paints empty blocks from finer levels.
 PAINTS_EMPTY_BLOCKS = ("aperio",)
 
-# Those of whose empty blocks it tells the bounds of the scan.
-TELLS_BOUNDS = ("generic-tiff",)
+# Those of whose empty blocks it tells the bounds of the scan. An OME-TIFF is a generic one to it.
+TELLS_BOUNDS = ("generic-tiff", "ome")
 
 _XMP, _NDPI_FORMAT = 700, 65420
 _UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0}  # TIFF's ResolutionUnit: inch, cm

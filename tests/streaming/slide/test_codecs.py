@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -12,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from streaming.slide import codecs, jpeg2000, resample
+from streaming.slide import codecs, jpeg2000, openjpeg, resample, ycbcr
+from streaming.synthetic.jpeg2000 import jpeg2000_ycbcr
 from streaming.vision import cv2
 from tests.tiff_files import TiffSlide, encode, level_pixels, restyled
 
@@ -24,6 +28,11 @@ def outcome(read: Callable[[], np.ndarray]) -> np.ndarray | str:
         return read().copy()
     except ValueError as error:
         return str(error)
+
+
+def first(form: codecs.BlockFormat, rows: int) -> tuple[int, int, int, int]:
+    """The area of a block's first rows."""
+    return 0, 0, form.width, rows
 
 
 @st.composite
@@ -50,7 +59,7 @@ def test_the_first_rows_of_a_block_are_those_of_the_whole(made, data: st.DataObj
     scale, rows = data.draw(st.sampled_from([1, 2, 4, 8])), data.draw(st.integers(1, form.height))
     whole = codecs.decode(block, form, scale).copy()
     wanted = -(-rows // scale)
-    np.testing.assert_array_equal(codecs.decode(block, form, scale, rows)[:wanted], whole[:wanted])
+    np.testing.assert_array_equal(codecs.decode(block, form, scale, first(form, rows))[:wanted], whole[:wanted])
 
 
 @PROPERTY
@@ -66,7 +75,7 @@ def test_the_first_rows_of_a_damaged_block_are_an_error_or_those_of_the_whole_as
     junk = data.draw(st.sampled_from([b"\xff\x00" * 16, rng.bytes(40), b"\xff\xd9", b""]))
     damaged = block[:at] + junk + block[at + len(junk) :] if junk else block[:at]
     whole = outcome(lambda: codecs.decode(damaged, form))
-    part = outcome(lambda: codecs.decode(damaged, form, 1, rows))
+    part = outcome(lambda: codecs.decode(damaged, form, 1, first(form, rows)))
     if not isinstance(whole, str):
         assert not isinstance(part, str)
     if not isinstance(part, str):
@@ -92,7 +101,7 @@ def test_the_first_rows_of_a_sound_block_are_decoded_alone(
 
     monkeypatch.setattr(codecs, "_decode_into", counted)
     for rows in (1, 100, 200, 256):
-        codecs.decode(block, form, scale, rows)
+        codecs.decode(block, form, scale, first(form, rows))
     enough = [-(-(rows + 2 * scale) // 16) * 16 for rows in (1, 100, 200)]
     assert heights == [rows // scale for rows in (*enough, 256)]
 
@@ -126,6 +135,88 @@ def test_jpeg_2000_at_a_smaller_size_is_the_average_of_its_pixels_in_their_colou
     assert 10 * np.log10(255**2 / np.mean(off**2)) > {1: 38, 2: 38, 4: 31}[scale]
 
 
+@lru_cache
+def wavelet_block(kind: str, width: int, height: int, code_block: int = 64) -> tuple[bytes, codecs.BlockFormat]:
+    """A noisy JPEG 2000: rgb by either wavelet, whole or in tiles, grey, or YCbCr of a subsampling."""
+    coarse = np.random.default_rng(0).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3)).astype(np.uint8)
+    content = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    if kind in SUBSAMPLINGS:
+        block = jpeg2000_ycbcr(content, SUBSAMPLINGS[kind], 44)
+    else:
+        file = io.BytesIO()
+        options: dict[str, Any] = {"codeblock_size": (code_block,) * 2, "num_resolutions": 4, "no_jp2": True}
+        if kind != "reversible":
+            options |= {"irreversible": True, "quality_mode": "dB", "quality_layers": (38, 44)}
+        if kind == "tiles":
+            options["tile_size"] = (128, 128)
+        Image.fromarray(content[..., 1] if kind == "grey" else content).save(file, format="JPEG2000", **options)
+        block = file.getvalue()
+    codec = "JP2K_YCBCR" if kind in SUBSAMPLINGS else "JP2K_RGB"
+    halvings = jpeg2000.read_header(block).halvings
+    return block, codecs.BlockFormat(codec, width, height, halvings=halvings, samples=1 if kind == "grey" else 3)
+
+
+SUBSAMPLINGS = {"444": (1, 1), "422": (2, 1), "420": (2, 2)}
+
+
+@PROPERTY
+@given(
+    st.sampled_from(["rgb", "reversible", "tiles", "grey", *SUBSAMPLINGS]),
+    st.sampled_from([(256, 256), (240, 320), (328, 200), (72, 64)]),
+    st.sampled_from([16, 64]),
+    st.sampled_from([1, 2, 4, 8]),
+    st.data(),
+)
+def test_an_area_of_a_jpeg_2000_block_is_what_imagecodecs_and_pillow_make_of_the_whole(
+    kind: str, size: tuple[int, int], code_block: int, scale: int, data: st.DataObject
+) -> None:
+    assert openjpeg.library() is not None, "the wheels that are tested with have it"
+    block, form = wavelet_block(kind, *size, code_block)
+    left, top = (data.draw(st.integers(0, length - 1)) for length in size)
+    right, bottom = data.draw(st.integers(left + 1, size[0])), data.draw(st.integers(top + 1, size[1]))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(jpeg2000, "decode_planes", lambda *_: None)
+        whole = codecs.decode(block, form, scale).copy()
+    shown = np.s_[top // scale : -(-bottom // scale), left // scale : -(-right // scale)]
+    part = codecs.decode(block, form, scale, (left, top, right, bottom))
+    np.testing.assert_array_equal(part[shown], whole[shown])
+
+
+def test_a_small_area_of_a_jpeg_2000_block_is_decoded_alone() -> None:
+    block, form = wavelet_block("rgb", 256, 256)
+    for plane in openjpeg.decode_planes(block, 0, (128, 192, 256, 256)):
+        assert plane.shape == (64, 128)
+    outside = codecs.decode(block, form).copy()
+    resample.scratch("block", 256, 256).fill(7)
+    part = codecs.decode(block, form, 1, (140, 200, 250, 250))
+    assert (part[:190] == 7).all()
+    assert (part[192:, 140:250] == outside[192:, 140:250])[8:58].all()
+
+
+@pytest.mark.parametrize("offsets", ["imagecodecs", "pillow"])
+def test_every_pair_of_chroma_has_the_offsets_of_the_library_that_they_are_named_for(offsets: str) -> None:
+    red, green, blue = getattr(ycbcr, f"_{offsets}_offsets")()
+    chroma = np.arange(256) - 128
+    for got, wanted in (
+        (red, 1.402 * chroma),
+        (green.reshape(256, 256), -0.344136 * chroma[:, None] - 0.714136 * chroma),
+        (blue, 1.772 * chroma),
+    ):
+        assert np.abs(got - wanted).max() <= 1.1
+
+
+def test_without_openjpeg_itself_blocks_are_decoded_by_imagecodecs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openjpeg, "_INTERFACE", {"opj_of_another_time": (None, ())})
+    block, form = wavelet_block("422", 256, 256)
+    with_it = codecs.decode(block, form).copy()
+    openjpeg.library.cache_clear()
+    try:
+        assert openjpeg.library() is None
+        np.testing.assert_array_equal(codecs.decode(block, form, 1, (0, 0, 9, 9)), with_it)
+    finally:
+        openjpeg.library.cache_clear()
+
+
 @pytest.mark.parametrize("scale", [2, 4, 8])
 @pytest.mark.parametrize("size", [(1, 1), (2, 1), (40, 33)])
 def test_samples_are_moved_to_the_middle_of_what_they_stand_for(scale: int, size: tuple[int, int]) -> None:
@@ -146,7 +237,13 @@ def test_every_ycbcr_becomes_the_rgb_of_pillow_within_one_grey_level() -> None:
     grid = np.arange(0, 256, 3, dtype=np.uint8)
     pixels = np.stack(np.meshgrid(grid, grid, grid), axis=-1).reshape(-1, len(grid), 3)
     wanted = np.asarray(Image.fromarray(pixels, "YCbCr").convert("RGB")).astype(int)
-    assert np.abs(jpeg2000._rgb_of_ycbcr(pixels) - wanted).max() <= 1
+    assert np.abs(ycbcr.rgb_of_ycbcr(pixels) - wanted).max() <= 1
+
+
+def without_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jpeg2000.imagecodecs, "jpeg2k_decode", None)
+    monkeypatch.setattr(jpeg2000, "Jpeg2KImageFile", None)
+    monkeypatch.setattr(jpeg2000, "decode_planes", None)
 
 
 def of_4096_px(block: bytes) -> bytes:
@@ -199,8 +296,7 @@ def with_style(where: str, **claims: int) -> bytes:
 def test_a_block_of_more_parts_than_there_is_memory_for_is_refused_before_it_is_decoded(
     monkeypatch: pytest.MonkeyPatch, where: str, claims: dict[str, int], told: str, scale: int
 ) -> None:
-    for name in ("jpeg2k_decode", "Jpeg2KImageFile"):
-        monkeypatch.setattr(jpeg2000.imagecodecs if name == "jpeg2k_decode" else jpeg2000, name, None)
+    without_decoders(monkeypatch)
     form = codecs.BlockFormat("JP2K_RGB", 4096, 4096, halvings=3)
     with pytest.raises(ValueError, match=told):
         codecs.decode(of_4096_px(with_style(where, **claims)), form, scale)
@@ -255,8 +351,7 @@ def test_a_header_that_lies_is_told_before_anything_is_allocated(
     lying[at : at + len(lie)] = lie
     if told == "65536 tiles":
         lying[28:32] = (1).to_bytes(4)
-    # Neither decoder is reached: their memory is not what is to save us.
-    for name in ("jpeg2k_decode", "Jpeg2KImageFile"):
-        monkeypatch.setattr(jpeg2000.imagecodecs if name == "jpeg2k_decode" else jpeg2000, name, None)
+    # No decoder is reached: their memory is not what is to save us.
+    without_decoders(monkeypatch)
     with pytest.raises(ValueError, match=told):
         codecs.decode(bytes(lying), codecs.BlockFormat("JP2K_RGB", 256, 256, halvings=5), scale)
