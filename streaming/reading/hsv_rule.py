@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from streaming.slide import resample
 from streaming.slide.resample import Pixels
 from streaming.vision import cv2
 
@@ -26,6 +26,8 @@ _MOST_ROUNDS_TO_90 = int(((3 * _VALUES * _HDIV + 2048 - (90 << 12)) // _HDIV).ma
 # Pixels that are looked at together: a tile of 256 px in halves. More parts are decided earlier, but cost more
 # calls; larger parts do not stay in the processor's cache.
 _STRIP = 40_000
+
+_own = threading.local()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,13 +104,8 @@ class ColourPlanes:
     """
 
     def __init__(self, tile: Pixels, saturation: int, value: int) -> None:
-        height, width = tile.shape[:2]
-        # Eight bytes apart: were all planes aligned alike, OpenCV's split would write them past the processor's cache,
-        # and the rule would take twice as long.
-        apart = height * width + 8
-        planes = resample.scratch("hsv", 3, apart).reshape(9, apart)[:, :-8].reshape(9, height, width)
-        self._red, self._green, self._blue, self._excess, self._largest, *self._free = planes
-        self._value, (self._least, self._far) = value, _least_difference(saturation, value)
+        self._red, self._green, self._blue, self._excess, self._largest, *self._free = _planes(*tile.shape[:2])
+        self._value, self._bounds = value, _difference_bounds(saturation, value)
         cv2.split(tile, [self._red, self._green, self._blue])
         cv2.subtract(self._blue, self._green, self._excess)  # 0 where blue is below green
         cv2.max(self._red, self._blue, self._largest)
@@ -116,7 +113,7 @@ class ColourPlanes:
     def surely(self) -> Pixels:
         """Not 0 where blue is so far above green that neither hue nor saturation is in doubt, uint8 (h, w)."""
         inside, bright = self._free[:2]
-        cv2.threshold(self._excess, self._far - 1, 255, cv2.THRESH_BINARY, inside)
+        cv2.threshold(self._excess, self._bounds.far - 1, 255, cv2.THRESH_BINARY, inside)
         # Green is not the largest component of these.
         cv2.threshold(self._largest, self._value - 1, 255, cv2.THRESH_BINARY, bright)
         cv2.bitwise_and(inside, bright, inside)
@@ -128,7 +125,10 @@ class ColourPlanes:
         cv2.max(self._largest, self._green, largest)
         cv2.min(cv2.min(self._red, self._green, difference), self._blue, difference)
         cv2.subtract(largest, difference, difference)
-        cv2.compare(difference, cv2.LUT(largest, self._least, inside), cv2.CMP_GE, inside)
+        cv2.convertScaleAbs(difference, inside, self._bounds.factor, self._bounds.more)
+        cv2.compare(inside, largest, cv2.CMP_GE, inside)
+        cv2.threshold(largest, self._value - 1, 255, cv2.THRESH_BINARY, difference)
+        cv2.bitwise_and(inside, difference, inside)
         cv2.subtract(largest, self._blue, bluish)
         cv2.threshold(bluish, _MOST_ROUNDS_TO_90, 255, cv2.THRESH_BINARY_INV, bluish)
         cv2.bitwise_or(bluish, self._excess, bluish)
@@ -136,12 +136,31 @@ class ColourPlanes:
         return inside
 
 
-@lru_cache(maxsize=8)
-def _least_difference(saturation: int, value: int) -> tuple[NDArray[np.uint8], int]:
-    """By a pixel's value, uint8 (256,): what its components must differ by to have that saturation.
+def _planes(height: int, width: int) -> list[Pixels]:
+    """Nine planes, uint8 (height, width), this thread's; nearly all tiles are of one size, for which they are kept."""
+    kept: list[Pixels] | None = getattr(_own, "planes", None)
+    if kept is None or kept[0].shape != (height, width):
+        # Eight bytes apart: were all planes aligned alike, OpenCV's split would write them past the processor's cache,
+        # and the rule would take twice as long.
+        apart = height * width + 8
+        kept = list(np.empty((9, apart), np.uint8)[:, :-8].reshape(9, height, width))
+        _own.planes = kept
+    return kept
 
-    255, which they never do, where the value is too low. And by how much blue must be above green to be in no doubt.
-    """
+
+class _Bounds(NamedTuple):
+    """What a pixel's components must differ by, by its value, to have a saturation."""
+
+    far: int
+    """surely enough for any value, and blue so far above green has a hue of 90 and more"""
+    factor: float
+    more: float
+    """a difference times the factor, and this, is not below the value where the saturation is reached"""
+
+
+@lru_cache(maxsize=8)
+def _difference_bounds(saturation: int, value: int) -> _Bounds:
     enough = (_VALUES[:, None] * _SDIV + 2048 >> 12) >= saturation
-    least = np.where(value <= _VALUES, enough.argmax(axis=0), 255).astype(np.uint8)
-    return least, max(_MOST_ROUNDS_TO_0 + 1, int(least[value:].max()))
+    far = max(_MOST_ROUNDS_TO_0 + 1, int(enough.argmax(axis=0)[value:].max()))
+    # It rounds up from a half; one more is for the rounding of SDIV and of the product.
+    return _Bounds(far, 255 / (saturation - 0.5), 1) if saturation else _Bounds(far, 0, 255)
