@@ -39,6 +39,7 @@ from streaming.storage.staging import Staging
 BLOCK, MPP, BATCH = 256, 0.25, 128
 STORE = {"anon": True, "endpoint_url": "http://127.0.0.1:9", "region": "us-east-1"}  # nothing is ever asked of it
 _WARM_UP = 64  # series that are catalogued before it counts, by processes that import what they need
+PACK = 16  # indexes in a pack, as the builder writes them
 KINDS = 16  # so many slides differ; the others are copies of them under other names
 
 
@@ -92,8 +93,11 @@ def make(folder: str, slides: int, blocks: int) -> tuple[int, int]:
     Path(folder, BLOCKS).mkdir(parents=True)
     entries: list[dict[str, object]] = []
     for number in range(slides):
-        content, name = indexes[number % KINDS][0], f"slide{number:05}.svs-{number:016x}"
-        Path(folder, BLOCKS, name).write_bytes(content)
+        first = number // PACK * PACK
+        pack = [indexes[of % KINDS][0] for of in range(first, min(slides, first + PACK))]
+        at, name = sum(map(len, pack[: number % PACK])), f"{number // PACK:032x}-{sum(map(len, pack))}"
+        if number % PACK == 0:
+            Path(folder, BLOCKS, name).write_bytes(b"".join(pack))
         row = SlideRow(
             slide=f"s3://bucket/a/folder/of/some/length/slide{number:05}.svs",
             size=10**9,
@@ -116,7 +120,8 @@ def make(folder: str, slides: int, blocks: int) -> tuple[int, int]:
             ],
             backend="blocks",
             index=name,
-            index_nbytes=len(content),
+            index_at=at,
+            index_nbytes=len(pack[number % PACK]),
             tissue_rows=rows,
             tissue_columns=columns,
             tissue_threshold=20.0,

@@ -18,17 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from streaming.slide.block_index import unpack
 
 from benchmarks.common import SIZE, made_slides
 from benchmarks.latency_server import serve
 from benchmarks.reader import cpu_ms
 from benchmarks.table import TURNS, Line, arguments, line, report
 from streaming import storage
+from streaming.catalog.index_packs import save_indexes
 from streaming.catalog.inspection import Rejected, inspect
 from streaming.catalog.sources import find_slides
 from streaming.counters import Counters
 from streaming.slide import Slide, open_slide
-from streaming.slide.index_files import open_index
 from streaming.slide.multi_file import as_one
 from streaming.storage.staging import Staging
 from tests.dicom_files import Kind, write_series
@@ -61,7 +62,7 @@ def indexed(uri: str, files: Sequence[storage.ObjectInfo] = ()) -> Slide:
     slide = open_slide(uri, expected=as_one(files) if files else None)
     index = Path(tempfile.mkdtemp()) / "index"
     index.write_bytes(slide.packed_index or b"")
-    return open_slide(uri, index=open_index(str(index)))
+    return open_slide(uri, index=unpack(index.read_bytes()))
 
 
 def tile_lines(svs: Path, files: Sequence[storage.ObjectInfo], tiles: int) -> list[Line]:
@@ -111,9 +112,9 @@ def _catalogued(files: Sequence[storage.ObjectInfo], options: dict[str, Any], co
     """How many series were inspected, the same again and again."""
     from streaming.slide.dicom_series import sort_objects
 
-    def one(number: int) -> int:
+    def one(_: int) -> int:
         (series,) = sort_objects(files, options).slides
-        found = inspect(as_one(series.levels), None, options, Staging(), f"{out}/{number}")
+        (found,) = save_indexes([inspect(as_one(series.levels), None, options, Staging())], out, None)
         assert not isinstance(found, Rejected), found
         return 1
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
+from streaming.catalog.index_packs import save_indexes
 from streaming.catalog.inspection import inspect
 from streaming.catalog.sources import find_slides
 from streaming.catalog.writing import merge, part_of, write
@@ -31,7 +32,7 @@ def write_catalog(
     folder: Path | str, slides: Sequence[Path | str], mpp: float | None = None, staging: Staging | None = None
 ) -> str:
     infos = find_slides(list(map(str, slides)), None)
-    found = [inspect(info, mpp, None, staging or Staging(), str(folder)) for info in infos]
+    found = save_indexes([inspect(info, mpp, None, staging or Staging()) for info in infos], str(folder), None)
     write(str(folder), *merge([part_of(found)], None), None)
     return str(folder)
 

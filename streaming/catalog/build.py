@@ -18,6 +18,7 @@ import ray.data
 from streaming import cluster, storage
 from streaming.catalog import Catalog, schema
 from streaming.catalog.idc import IdcOptions
+from streaming.catalog.index_packs import save_indexes
 from streaming.catalog.inspection import Inspected, Rejected, inspect_named
 from streaming.catalog.metadata_csv import lookup, read_metadata, stand_in_mpp, with_metadata
 from streaming.catalog.named import Named
@@ -226,7 +227,8 @@ def _lots_inspected(
         lot: Sequence[tuple[Named, float | None]] = pickle.loads(item["item"])
         # While one waits for its bytes, others are decoded.
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            found = list(pool.map(lambda entry: inspect_named(entry[0], entry[1], options, staging, out), lot))
+            looked_at = list(pool.map(lambda entry: inspect_named(entry[0], entry[1], options, staging), lot))
+        found = save_indexes(looked_at, out, options)
         return {"result": pickle.dumps([(named.uri, result) for (named, _), result in zip(lot, found, strict=True)])}
 
     if not lots:

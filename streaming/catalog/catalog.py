@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from streaming import storage
 from streaming.catalog import schema
+from streaming.catalog.index_packs import IndexPacks
 from streaming.catalog.schema import SlideRow
 from streaming.catalog.tissue import TissueGrid
 from streaming.catalog.tissue_map import TissueMap, file_nbytes, padded
 from streaming.counters import UNCOUNTED, Counters
 from streaming.errors import CatalogError
 from streaming.slide import Slide, open_slide
-from streaming.slide.index_files import open_index, open_staged_index
+from streaming.slide.block_index import read_index
 from streaming.storage.staging import Staging
 
 
@@ -48,12 +49,15 @@ class Catalog:
     table: pa.Table = field(repr=False)
     fingerprint: str
     tissue: TissueMap = field(repr=False, compare=False)
+    indexes: IndexPacks = field(repr=False, compare=False)
 
     @classmethod
     def load(
         cls, uri: str, storage_options: storage.StorageOptions | None = None, staging: Staging | None = None
     ) -> Catalog:
-        """Reads a catalog from its folder; its tissue is read when it is asked for, a remote one's by a staged copy.
+        """Reads a catalog from its folder; tissue and block indexes are read when they are asked for.
+
+        Of a remote catalog they come part by part, into a copy that the node's processes share.
 
         Raises:
             CatalogError: there is none, it is empty, or it is of another version.
@@ -84,7 +88,9 @@ class Catalog:
         nbytes = file_nbytes(int(padded(schema.num_cells(table)).sum()))
         # Its name tells its content, so the storage need not be asked for its version.
         info = storage.ObjectInfo(storage.join(uri, schema.tissue_name(fingerprint)), nbytes, fingerprint)
-        return cls(uri, table, fingerprint, TissueMap(info, storage_options, staging))
+        tissue = TissueMap(info, storage_options, staging)
+        # A column that is one array is looked up at once.
+        return cls(uri, table.combine_chunks(), fingerprint, tissue, IndexPacks(uri, table, storage_options, staging))
 
     def __getstate__(self) -> dict[str, Any]:
         # Its fields alone: what was worked out on demand is large, and another thread may be adding to it just now.
@@ -105,7 +111,9 @@ class Catalog:
         entry = self[row]
         assert entry.tissue_offset is not None, "what is in a catalog has its place in the tissue"
         shape = entry.tissue_rows, entry.tissue_columns
-        cells = self.tissue.cells[entry.tissue_offset : entry.tissue_offset + shape[0] * shape[1]]
+        begin, size = (np.array([n], np.int64) for n in (entry.tissue_offset, shape[0] * shape[1]))
+        everything, _ = self.tissue.grids(begin, padded(size))
+        cells = everything[entry.tissue_offset : entry.tissue_offset + shape[0] * shape[1]]
         return TissueGrid(fraction=cells.reshape(shape), threshold=entry.tissue_threshold)
 
     def open_slide(
@@ -115,25 +123,15 @@ class Catalog:
         staging: Staging,
         count: Counters = UNCOUNTED,
     ) -> Slide:
-        """The slide of a row, by its block index if it has one; an index that lies remote is staged first.
-
-        What that takes is added to `count`.
+        """The slide of a row, by its block index if it has one; what that takes is added to `count`.
 
         Raises:
             SlideError: it can't be opened, or is not the version that was catalogued.
             StorageError: it can't be reached.
             CatalogError: its block index is damaged.
         """
-        slide, size, version, mpp, name, index_nbytes = self._opening[row]
-        index = None
-        if name is not None:
-            uri = storage.join(self.uri, schema.BLOCKS, name)
-            if storage.is_local(uri):
-                index = open_index(uri)
-            else:
-                # Its name tells its content, so the storage need not be asked for its version.
-                entry = storage.ObjectInfo(uri, index_nbytes, name)
-                index = open_staged_index(entry, storage_options, staging, count)
+        slide, size, version, mpp, pack, at, nbytes = (column[row].as_py() for column in self._opening)
+        index = None if pack is None else read_index(self.indexes.index(pack, at, nbytes), count)
         info = storage.ObjectInfo(slide, size, version)
         return open_slide(slide, storage_options, mpp=mpp, index=index, expected=info, staging=staging, count=count)
 
@@ -161,10 +159,10 @@ class Catalog:
         return [entry.get(name) for entry in self._metadata]
 
     @cached_property
-    def _opening(self) -> list[tuple[Any, ...]]:
-        # A row of Arrow's costs a millisecond to look up, and a reader soon opens every slide.
-        names = ("slide", "size", "version", "mpp", "index", "index_nbytes")
-        return list(zip(*(self.table[name].to_pylist() for name in names), strict=True))
+    def _opening(self) -> list[Any]:
+        # Chunked, a value would cost five times as much to look up; lists of all would be 100 MB at 100,000 slides.
+        names = ("slide", "size", "version", "mpp", "index", "index_at", "index_nbytes")
+        return [self.table[name].combine_chunks() for name in names]
 
     @cached_property
     def _metadata(self) -> list[dict[str, str]]:

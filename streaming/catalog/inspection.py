@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import posixpath
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from streaming import storage
-from streaming.catalog import schema
 from streaming.catalog.named import Named
 from streaming.catalog.schema import SlideRow
 from streaming.catalog.selection import slide_of
@@ -30,6 +29,8 @@ class Inspected:
     """red, green and blue of its glass, if far from grey"""
     left_out: str = ""
     """what of it is never read, such as further focal planes"""
+    index: bytes | None = field(default=None, repr=False)
+    """its block index, until it is saved in a pack; none where OpenSlide serves"""
 
     @property
     def coarse_cost(self) -> float:
@@ -53,14 +54,13 @@ def inspect_named(
     mpp: float | None,
     options: storage.StorageOptions | None,
     staging: Staging,
-    out: str | None = None,
 ) -> Inspected | Rejected:
-    """Row and tissue of what a source names, as `inspect`; a series that can't be used goes by its folder."""
+    """What `inspect` tells of what a source names; a series that can't be used goes by its folder."""
     try:
         info = slide_of(named, options)
     except (SlideError, StorageError) as error:
         return Rejected(named.uri, named.nbytes, "", str(error).removeprefix(f"{named.uri}: "))
-    found = inspect(info, mpp, options, staging, out)
+    found = inspect(info, mpp, options, staging)
     return replace(found, slide=named.uri) if isinstance(found, Rejected) else found
 
 
@@ -69,12 +69,8 @@ def inspect(
     mpp: float | None,
     options: storage.StorageOptions | None,
     staging: Staging,
-    out: str | None = None,
 ) -> Inspected | Rejected:
-    """A slide's row and tissue, or why it has none; mpp stands in where the metadata has none.
-
-    Its block index is written to the catalog at `out`.
-    """
+    """A slide's row, tissue and block index, or why it has none; mpp stands in where the metadata has none."""
     try:
         slide = open_slide(info.uri, options, mpp=mpp, expected=info, staging=staging)
         try:
@@ -83,10 +79,8 @@ def inspect(
             tissue = tissue_of_thumbnail(image)
             if not tissue.fraction.any():
                 return Rejected(info.uri, info.size, info.version, "no tissue found")
-            if slide.packed_index and out is not None:
-                uri = storage.join(out, schema.BLOCKS, index_name(info))
-                storage.write_bytes(uri, slide.packed_index, options)
-            return Inspected(describe(slide, info, tissue), tissue, odd_glass(image, tissue), slide.left_out)
+            row, glass = describe(slide, info, tissue), odd_glass(image, tissue)
+            return Inspected(row, tissue, glass, slide.left_out, slide.packed_index)
         finally:
             slide.close()
     except (SlideError, StorageError) as error:
@@ -133,15 +127,10 @@ def describe(slide: Slide, info: storage.ObjectInfo, tissue: TissueGrid) -> Slid
         bounds=slide.bounds,
         levels=levels,
         backend=slide.backend,
-        index=index_name(info) if slide.packed_index else None,
-        index_nbytes=len(slide.packed_index or b""),
+        index=None,
+        index_nbytes=0,
         tissue_rows=rows,
         tissue_columns=columns,
         tissue_threshold=tissue.threshold,
         tissue_mm2=tissue.area_mm2,
     )
-
-
-def index_name(info: storage.ObjectInfo) -> str:
-    """The file of a slide's block index: its name, and a digest of its address and version."""
-    return f"{storage.name_of(info.uri)}-{info.digest[:16]}"

@@ -1,8 +1,8 @@
 """What a catalog is on disk: its files, their columns, and the version that both belong to.
 
 A catalog is a folder with `slides.parquet` (one row a slide), `tissue-….bin` (the tissue of all slides, mapped by every
-reader), `blocks/` (where each slide's compressed blocks lie, a file a slide), `rejected.parquet` (slides that could not
-be used, with the reason) and, while it is being built, `parts/`, whose rows hold their tissue themselves.
+reader), `blocks/` (where the slides' compressed blocks lie, in packs: `index_packs`), `rejected.parquet` (slides that
+could not be used, with the reason) and, while it is being built, `parts/`, whose rows hold their tissue themselves.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from streaming import storage
 from streaming.errors import CatalogError
 
-VERSION = 6
+VERSION = 7
 SLIDES, REJECTED, PARTS, BLOCKS = "slides.parquet", "rejected.parquet", "parts", "blocks"
 
 LEVEL_TYPE = pa.struct(
@@ -45,8 +45,9 @@ SCHEMA = pa.schema(
         ("bounds", pa.list_(pa.int64(), 4)),
         ("levels", pa.list_(LEVEL_TYPE)),
         ("backend", pa.string()),
-        # The block index's file in `blocks/` and its size; none where OpenSlide serves.
+        # The pack in `blocks/` with its block index, where in it, and its size; none where OpenSlide serves.
         ("index", pa.string()),
+        ("index_at", pa.int64()),
         ("index_nbytes", pa.int64()),
         ("tissue_rows", pa.int32()),
         ("tissue_columns", pa.int32()),
@@ -89,6 +90,7 @@ class SlideRow:
     tissue_offset: int | None = None
     tissue_total: int | None = None
     metadata: str = "{}"
+    index_at: int = 0
 
     @property
     def info(self) -> storage.ObjectInfo:

@@ -13,6 +13,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from streaming import storage
 from streaming.errors import CatalogError
+from streaming.storage.sparse_copy import RemoteFile, SparseCopy
 from streaming.storage.staging import Staging
 
 CHUNK = 64
@@ -57,8 +59,17 @@ def write_tissue(file: BinaryIO, tissue: Iterable[Cells]) -> None:
     file.write(_MAGIC + (len(running) - 1).to_bytes(8, "little"))
 
 
+@dataclass(frozen=True, slots=True)
+class _Mapped:
+    memory: mmap.mmap
+    cells: Cells
+    sums: NDArray[np.int64]
+    copy: SparseCopy | None
+    """of a remote file, what of it has come"""
+
+
 class TissueMap:
-    """The tissue file of a catalog, mapped when it is first asked for; a remote one is staged on local disk before.
+    """The tissue file of a catalog, mapped when it is first asked for; a remote one by a copy that comes part by part.
 
     Pickles as its address, so that what holds one crosses Ray small. Safe to use from several threads.
     """
@@ -70,7 +81,7 @@ class TissueMap:
         self._forget()
 
     def _forget(self) -> None:
-        self._mapped: tuple[mmap.mmap, Cells, NDArray[np.int64]] | None = None
+        self._mapped: _Mapped | None = None
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -86,9 +97,9 @@ class TissueMap:
 
         Raises:
             CatalogError: the file is missing or damaged.
-            StorageError: it can't be staged.
+            StorageError: it can't be fetched.
         """
-        return self._map()[1]
+        return self._whole().cells
 
     @property
     def sums(self) -> NDArray[np.int64]:
@@ -97,34 +108,65 @@ class TissueMap:
         Raises:
             CatalogError, StorageError: as `cells`.
         """
-        return self._map()[2]
+        return self._whole().sums
+
+    def grids(self, begin: NDArray[np.int64], size: NDArray[np.int64]) -> tuple[Cells, NDArray[np.int64]]:
+        """Cells and running sums as above, of which those of some grids are there: their first cells and sizes (n,).
+
+        Sizes are those of the file, so whole chunks. Of the others, what is read may be wrong.
+
+        Raises:
+            CatalogError, StorageError: as `cells`.
+        """
+        mapped = self._map()
+        if mapped.copy is not None:
+            sums_at = _HEADER + len(mapped.cells)
+            first, last = sums_at + begin // CHUNK * 8, sums_at + ((begin + size) // CHUNK + 1) * 8
+            starts = np.concatenate([_HEADER + begin, first])
+            ends = np.concatenate([_HEADER + begin + size, last])
+            mapped.copy.fetch(zip(starts.tolist(), ends.tolist(), strict=True))
+        return mapped.cells, mapped.sums
 
     def release(self) -> None:
         """Lets go of the pages that were read; they stay in the system's cache, which all processes share."""
         if self._mapped is not None and self._info.size > _LARGE:
-            self._mapped[0].madvise(mmap.MADV_DONTNEED)
+            self._mapped.memory.madvise(mmap.MADV_DONTNEED)
 
-    def _map(self) -> tuple[mmap.mmap, Cells, NDArray[np.int64]]:
+    def _whole(self) -> _Mapped:
+        mapped = self._map()
+        if mapped.copy is not None:
+            mapped.copy.fetch([(0, self._info.size)])
+        return mapped
+
+    def _map(self) -> _Mapped:
         if self._mapped is None:
             with self._lock:
                 if self._mapped is None:
                     self._mapped = self._open()
         return self._mapped
 
-    def _open(self) -> tuple[mmap.mmap, Cells, NDArray[np.int64]]:
-        uri = self._info.uri
-        # Its name tells its content, so the storage need not be asked for its version.
-        path = storage.local_path(uri) if storage.is_local(uri) else self._staging.fetch(self._info, self._options)
-        try:
-            with open(path, "rb") as file:
-                nbytes = os.fstat(file.fileno()).st_size
-                if nbytes != self._info.size:
-                    raise CatalogError(f"{uri}: {nbytes:,} bytes, not {self._info.size:,}; build the catalog anew")
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise CatalogError(f"{uri}: can't read the tissue ({error.strerror}); build the catalog anew") from error
+    def _open(self) -> _Mapped:
+        uri, copy = self._info.uri, None
+        if storage.is_local(uri):
+            mapped = self._local()
+        else:
+            copy = SparseCopy([RemoteFile(uri, self._info.size)], self._options, self._staging)
+            copy.fetch([(0, _HEADER)])
+            mapped = mmap.mmap(copy.file, 0, access=mmap.ACCESS_READ)
+        nbytes = len(mapped)
         chunks = int.from_bytes(mapped[len(_MAGIC) : len(_MAGIC) + 8], "little")
         if mapped[: len(_MAGIC)] != _MAGIC or file_nbytes(chunks * CHUNK) != nbytes:
             raise CatalogError(f"{uri}: no tissue of this version; build the catalog anew")
         cells = np.frombuffer(mapped, np.uint8, chunks * CHUNK, _HEADER)
-        return mapped, cells, np.frombuffer(mapped, np.int64, chunks + 1, _HEADER + chunks * CHUNK)
+        return _Mapped(mapped, cells, np.frombuffer(mapped, np.int64, chunks + 1, _HEADER + chunks * CHUNK), copy)
+
+    def _local(self) -> mmap.mmap:
+        uri = self._info.uri
+        try:
+            with open(storage.local_path(uri), "rb") as file:
+                nbytes = os.fstat(file.fileno()).st_size
+                if nbytes != self._info.size:
+                    raise CatalogError(f"{uri}: {nbytes:,} bytes, not {self._info.size:,}; build the catalog anew")
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise CatalogError(f"{uri}: can't read the tissue ({error.strerror}); build the catalog anew") from error

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from streaming.catalog import Catalog
 from streaming.catalog.tissue import CELL_UM, window_fraction
-from streaming.catalog.tissue_map import CHUNK, padded
+from streaming.catalog.tissue_map import CHUNK, Cells, padded
 from streaming.errors import ConfigError, PlanError
 from streaming.plan.counter_random import Indices, hashed, hashed_further, unit
 from streaming.plan.decisions import Decision
@@ -282,7 +282,8 @@ class TilePlan:
 
         slide = self._chooser.slides(choice, attempt, trial)
         footprint = self._chooser.footprints.at(choice.mpp_row, slide)
-        cell = self._drawn_cell(slide, number(Decision.CELL))
+        cells, sums = self._tissue.grids(*self._grids(slide))
+        cell = self._drawn_cell(slide, number(Decision.CELL), cells, sums)
         column, row = cell % self._columns[slide], cell // self._columns[slide]
         cell_px = CELL_UM / self._slide_mpp[slide]
         x_point, y_point = (column + number(Decision.CELL_X)) * cell_px, (row + number(Decision.CELL_Y)) * cell_px
@@ -292,12 +293,19 @@ class TilePlan:
             at_x = corner_on_blocks(footprint, 0, x_point, number(Decision.BLOCK_X), number(Decision.IN_BLOCK_X))
             at_y = corner_on_blocks(footprint, 1, y_point, number(Decision.BLOCK_Y), number(Decision.IN_BLOCK_Y))
             x, y = np.where(footprint.has_grid(0), at_x, x), np.where(footprint.has_grid(1), at_y, y)
-        share = self._tissue_share(slide, x, y, choice.mpp_row, footprint)
+        share = self._tissue_share(slide, x, y, choice.mpp_row, footprint, cells)
         return _Places(slide, x, y, share >= self.min_tissue)
 
-    def _drawn_cell(self, slide: NDArray[np.int32], number: NDArray[np.float64]) -> Indices:
+    def _grids(self, slide: NDArray[np.int32]) -> tuple[Indices, Indices]:
+        """Where the tissue of some slides lies, each once: the first cells, and how many."""
+        slides = np.unique(slide)
+        return self._start[slides], self._padded[slides]
+
+    def _drawn_cell(
+        self, slide: NDArray[np.int32], number: NDArray[np.float64], cells: Cells, sums: Indices
+    ) -> Indices:
         """A cell of each slide's tissue grid, as likely as it has tissue."""
-        sums, start = self._tissue.sums, self._start[slide]
+        start = self._start[slide]
         wanted = sums[start // CHUNK] + (number * self._total[slide]).astype(np.int64)
         # By bisection among the slide's own chunks, the last one whose sum is not above `wanted`. `searchsorted` would
         # look all over the file of all slides, and bring in a page or more with each look.
@@ -306,19 +314,21 @@ class TilePlan:
             middle = (chunk + behind) // 2
             before = sums[middle] <= wanted
             chunk, behind = np.where(before, middle, chunk), np.where(before, behind, middle)
-        cells = self._tissue.cells[chunk[:, None] * CHUNK + np.arange(CHUNK)]
-        passed = cells.cumsum(axis=1, dtype=np.int32) <= (wanted - sums[chunk])[:, None]
+        passed = (
+            cells[chunk[:, None] * CHUNK + np.arange(CHUNK)].cumsum(axis=1, dtype=np.int32)
+            <= (wanted - sums[chunk])[:, None]
+        )
         return chunk * CHUNK + passed.sum(axis=1) - start
 
     def _tissue_share(
-        self, slide: NDArray[np.int32], x: Indices, y: Indices, mpp_row: Indices, footprint: Footprint
+        self, slide: NDArray[np.int32], x: Indices, y: Indices, mpp_row: Indices, footprint: Footprint, cells: Cells
     ) -> NDArray[np.float64]:
         share = np.zeros(len(slide))
         for row in np.unique(mpp_row):
             at = np.flatnonzero(mpp_row == row)
             on, cell_px = slide[at], CELL_UM / self._slide_mpp[slide[at]]
             share[at] = window_fraction(
-                self._tissue.cells,
+                cells,
                 self._start[on],
                 self._rows[on],
                 self._columns[on],

@@ -108,7 +108,8 @@ class BatchReading:
         for name in ("slide", "x", "y"):
             self._columns[name][at] = getattr(specs, name)
         self._columns["mpp"][at] = specs.own_mpp
-        self._pool.open_all(np.unique(specs.slide).tolist(), self._count)
+        tiles = list(zip(*(a.tolist() for a in (specs.slide, specs.x, specs.y, specs.mpp)), strict=True))
+        self._pool.prepare(tiles, specs.size, self._plan.mpp_tolerance, self._count)
         started = perf_counter()
         for i, row in enumerate(rows):
             self._begin(row, specs, i)

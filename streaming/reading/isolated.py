@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
@@ -36,7 +36,9 @@ class IsolatedPool:
         self._content = cloudpickle.dumps((catalog, storage_options, staging))
         self._process: SpawnProcess | None = None
 
-    def open_all(self, keys: Iterable[int], count: Counters = UNCOUNTED) -> None:
+    def prepare(
+        self, tiles: Sequence[tuple[int, int, int, float]], size: int, tolerance: float, count: Counters = UNCOUNTED
+    ) -> None:
         """Nothing: slides are opened where they are read."""
 
     def begin_tile(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from time import monotonic, perf_counter
@@ -14,10 +15,14 @@ from streaming.counters import UNCOUNTED, Counters
 from streaming.errors import DeniedError, MissingError, SlideError, StorageError, StreamError
 from streaming.slide import PendingTile, Slide
 from streaming.slide.resample import Pixels
+from streaming.storage.ranges import Span
+from streaming.storage.sparse_copy import SparseCopy
 
 Key = TypeVar("Key", bound=Hashable)
 # A slide of a remote catalog costs a request or two to open, and at first nearly every tile is of a new one.
 _MAX_OPENING = 16
+# Each takes some 4 KB.
+_MAX_SLIDES = 2**14
 # A slide that is denied or gone is not asked for again for so long: each of a batch's tiles would ask anew.
 _REFUSED_S = 60.0
 # So many of these, and more than were read: it is not the slides.
@@ -27,7 +32,8 @@ _MANY_REFUSED = 8
 class SlidePool(Generic[Key]):
     """Slides kept open; what is no slide is not tried again. Safe to use from several threads.
 
-    Of slides that OpenSlide serves, the least recently used one is let go of for the next; others hold nothing open.
+    Of slides that OpenSlide serves, the least recently used one is let go of for the next; others hold nothing open but
+    take memory, so there is a bound to their number, too.
     """
 
     def __init__(self, opener: Callable[[Key, Counters], Slide], max_open: int = 64) -> None:
@@ -47,6 +53,27 @@ class SlidePool(Generic[Key]):
         if new:
             for taken in self._openers.map(self._counted, new):
                 count.add(taken)
+        count.open_s += perf_counter() - started
+
+    def prepare(
+        self, tiles: Sequence[tuple[Key, int, int, float]], size: int, tolerance: float, count: Counters = UNCOUNTED
+    ) -> None:
+        """Has what tiles (slide, x, y, mpp) need but their bytes: opens slides, and fetches parts of their indexes.
+
+        All come side by side; what can't be had is told by `begin_tile`.
+        """
+        self.open_all(dict.fromkeys(tile[0] for tile in tiles), count)
+        started = perf_counter()
+        wanted: dict[SparseCopy, list[Span]] = {}
+        for key, x, y, mpp in tiles:
+            opened = self._slides.get(key)
+            if opened is not None and opened.done() and opened.exception() is None:
+                found = opened.result().copied(x, y, mpp, size, tolerance)
+                if found is not None:
+                    wanted.setdefault(found[0], []).extend(found[1])
+        for copy, spans in wanted.items():
+            with contextlib.suppress(StorageError):
+                copy.fetch(spans, count)
         count.open_s += perf_counter() - started
 
     def begin_tile(
@@ -97,6 +124,9 @@ class SlidePool(Generic[Key]):
         """The slide, or why it can't be opened; whoever asks first opens it, others wait for the result."""
         with self._lock:
             first = key not in self._slides
+            if first and len(self._slides) >= _MAX_SLIDES:
+                # The one that was opened first: of slides drawn at random it is as good as any.
+                self._slides.pop(next(iter(self._slides)))
             opened = self._slides.setdefault(key, Future())
         if first:
             try:

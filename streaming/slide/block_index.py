@@ -1,4 +1,4 @@
-"""The block index: one small file a slide that tells how to read its blocks, and where each lies, without the slide.
+"""The block index: some bytes a slide that tell how to read its blocks, and where each lies, without the slide.
 
     magic, length of the header │ header: JSON │ table of level 0 │ table of level 1 │ …
 
@@ -7,17 +7,18 @@ the next. A table is records of 64 blocks in the grid's order: the offset of the
 lengths, then the gaps before each, both in as few bytes as the level needs (scanners write blocks one after the other:
 no gaps, two or three bytes of length, so some 2.2 to 3.2 bytes a block; blocks in no order take up to 8 bytes of gap
 more). One
-block's place costs one small read, which the page cache shares between all processes of a node. `index_files` is where
-those bytes come from.
+block's place costs one small read, which the page cache shares between all processes of a node. Where those bytes come
+from is `IndexBytes`.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +28,12 @@ from streaming.errors import CatalogError
 from streaming.slide.block_level import BlockedSlide, BlockLevel, SlideObject
 from streaming.slide.codecs import BlockFormat
 from streaming.slide.geometry import Rectangle
+from streaming.storage.ranges import Span
 
-_MAGIC = b"tilestream blocks 4\n"
+if TYPE_CHECKING:
+    from streaming.storage.sparse_copy import SparseCopy
+
+_MAGIC = b"tilestream blocks 5\n"
 _BODY = len(_MAGIC) + 8
 _RECORD = 64
 
@@ -54,6 +59,10 @@ class IndexBytes(Protocol):
         """
         ...
 
+    def copied(self, spans: Sequence[Span]) -> tuple[SparseCopy, list[Span]] | None:
+        """Where some spans of it lie in a copy that is fetched part by part; None where it needs no fetching."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class _InMemory:
@@ -63,6 +72,9 @@ class _InMemory:
     def read(self, offset: int, size: int, count: Counters = UNCOUNTED) -> bytes:
         del count  # it costs nothing
         return self.content[offset : offset + size]
+
+    def copied(self, spans: Sequence[Span]) -> None:
+        del spans
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +102,15 @@ class IndexedLevel:
         """Blocks that cover the level once; those of further planes follow."""
         return self.columns * -(-self.height // self.form.height)
 
+    @property
+    def _record_nbytes(self) -> int:
+        return 8 + _RECORD * (self.length_bytes + self.gap_bytes)
+
+    def span(self, first: int, last: int) -> Span:
+        """The bytes of the index that `places` reads."""
+        size = self._record_nbytes
+        return self.at + first // _RECORD * size, self.at + (last // _RECORD + 1) * size
+
     def places(self, first: int, last: int, count: Counters = UNCOUNTED) -> tuple[list[int], list[int]]:
         """Offsets and lengths of the blocks first to last (row by row, both included).
 
@@ -98,10 +119,10 @@ class IndexedLevel:
             StorageError: it lies remote and can't be fetched.
         """
         wide, gap_wide = self.length_bytes, self.gap_bytes
-        size = 8 + _RECORD * (wide + gap_wide)
+        size, (start, stop) = self._record_nbytes, self.span(first, last)
         begin, end = first // _RECORD, last // _RECORD + 1
-        raw = self.index.read(self.at + begin * size, (end - begin) * size, count)
-        if len(raw) != (end - begin) * size:
+        raw = self.index.read(start, stop - start, count)
+        if len(raw) != stop - start:
             raise CatalogError(f"{self.index.name}: the block index is cut off; build the catalog anew")
         offsets: list[int] = []
         lengths: list[int] = []
@@ -140,14 +161,16 @@ def pack(slide: BlockedSlide, mpp: float | None) -> bytes:
     """The index of a slide as a file's content."""
     levels: list[dict[str, Any]] = []
     tables: list[bytes] = []
+    forms: list[BlockFormat] = []  # mostly one for all levels, with half a kilobyte of tables
     at = 0
     for level in slide.levels:
         table, length_bytes, gap_bytes = _table(level)
-        form = level.form
+        if level.form not in forms:
+            forms.append(level.form)
         levels.append(
             {
                 "size": [level.width, level.height],
-                "form": asdict(form) | {"prefix": base64.b64encode(form.prefix).decode()},
+                "form": forms.index(level.form),
                 "at": at,
                 "bytes": [length_bytes, gap_bytes],
             }
@@ -156,6 +179,7 @@ def pack(slide: BlockedSlide, mpp: float | None) -> bytes:
         at += len(table)
     objects = [[entry.name, entry.size, entry.tag] for entry in slide.objects]
     about = {"objects": objects, "vendor": slide.vendor, "mpp": mpp, "bounds": slide.bounds, "levels": levels}
+    about["forms"] = [asdict(form) | {"prefix": base64.b64encode(form.prefix).decode()} for form in forms]
     header = json.dumps(about).encode()
     return b"".join([_MAGIC, len(header).to_bytes(8, "little"), header, *tables])
 
@@ -182,7 +206,8 @@ def read_index(index: IndexBytes, count: Counters = UNCOUNTED) -> BlockIndex:
         header = json.loads(start[_BODY:end])
     except ValueError as error:
         raise CatalogError(f"{index.name}: the block index is cut off; build the catalog anew") from error
-    levels = tuple(_level(entry, end, index) for entry in header["levels"])
+    forms = [_form(**entry) for entry in header["forms"]]
+    levels = tuple(_level(entry, forms[entry["form"]], end, index) for entry in header["levels"])
     objects = tuple(SlideObject(*entry) for entry in header["objects"])
     bounds = tuple(header["bounds"]) if header["bounds"] else None
     return BlockIndex(objects, header["vendor"], header["mpp"], bounds, levels)
@@ -194,11 +219,11 @@ def _form(prefix: str, **rest: Any) -> BlockFormat:
     return BlockFormat(prefix=base64.b64decode(prefix), **rest)
 
 
-def _level(entry: dict[str, Any], tables_at: int, index: IndexBytes) -> IndexedLevel:
+def _level(entry: dict[str, Any], form: BlockFormat, tables_at: int, index: IndexBytes) -> IndexedLevel:
     return IndexedLevel(
         width=entry["size"][0],
         height=entry["size"][1],
-        form=_form(**entry["form"]),
+        form=form,
         index=index,
         at=tables_at + entry["at"],
         length_bytes=entry["bytes"][0],

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,7 +19,10 @@ from streaming.slide.geometry import LevelBox
 from streaming.slide.resample import Pixels
 from streaming.slide.slide import Slide
 from streaming.slide.tiff_vendors import PAINTS_EMPTY_BLOCKS
-from streaming.storage.ranges import PendingBytes, Ranges
+from streaming.storage.ranges import PendingBytes, Ranges, Span
+
+if TYPE_CHECKING:
+    from streaming.storage.sparse_copy import SparseCopy
 
 # Blocks that lie apart by no more bytes than this are fetched by one request: such gaps are alignment, not a block.
 _MAX_GAP = 64
@@ -171,30 +174,32 @@ class BlockSlide(Slide):
         scale = geometry.decode_scale(box, size, level.form.scales_for(box.width / size)) if inside and not exact else 1
         return self._begin(box, scale, count)
 
+    def copied(self, x: int, y: int, mpp: float, size: int, tolerance: float) -> tuple[SparseCopy, list[Span]] | None:
+        """What `begin_tile` reads of the block index, where that is a copy that is fetched part by part."""
+        try:
+            box = self.tile_box(x, y, mpp, size, exact=False, tolerance=tolerance)
+        except SlideError:
+            return None  # `begin_tile` tells it
+        level = self._levels[box.level]
+        return level.index.copied([level.span(first, last) for *_, first, last in _rows(level, _edges(level, box))])
+
     def _begin(self, box: LevelBox, scale: int, count: Counters, background: int = 255) -> PendingBox:
         """Asks for the blocks of a rectangle."""
         level = self._levels[box.level]
-        edges = left, top, right, bottom = (
-            max(box.x, 0),
-            max(box.y, 0),
-            min(box.x + box.width, level.width),
-            min(box.y + box.height, level.height),
-        )
+        edges = left, top, right, bottom = _edges(level, box)
         if left >= right or top >= bottom:
             return PendingBox(self._ranges, level, box, edges, scale, [], None, False, background, count, [])
         is_covered = (left, top, right - left, bottom - top) == (box.x, box.y, box.width, box.height)
-        first, last = left // level.form.width, (right - 1) // level.form.width
+        first_column = left // level.form.width
         runs: list[_Run] = []
         unpainted: list[_Unpainted] = []
-        for plane in range(level.form.planes):
-            for row in range(top // level.form.height, (bottom - 1) // level.form.height + 1):
-                at = plane * level.blocks_of_plane + row * level.columns
-                offsets, nbytes = level.places(at + first, at + last, count)
-                is_covered = is_covered and all(nbytes)
-                runs += _runs(plane, row, first, offsets, nbytes)
-                if self._paints and box.level:
-                    empty = [column for column, size in enumerate(nbytes, first) if not size]
-                    unpainted += [self._unpainted(box.level, edges, row, at, background, count) for at in empty]
+        for plane, row, first, last in _rows(level, edges):
+            offsets, nbytes = level.places(first, last, count)
+            is_covered = is_covered and all(nbytes)
+            runs += _runs(plane, row, first_column, offsets, nbytes)
+            if self._paints and box.level:
+                empty = [column for column, size in enumerate(nbytes, first_column) if not size]
+                unpainted += [self._unpainted(box.level, edges, row, at, background, count) for at in empty]
         coming = self._ranges.begin([(run.start, run.end) for run in runs], count)
         scale = 1 if unpainted else scale  # what is painted is averaged, as OpenSlide does
         return PendingBox(
@@ -218,6 +223,24 @@ class BlockSlide(Slide):
 
     def close(self) -> None:
         """Holds nothing open."""
+
+
+def _edges(level: IndexedLevel, box: LevelBox) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of what of a box lies on the level."""
+    right, bottom = min(box.x + box.width, level.width), min(box.y + box.height, level.height)
+    return max(box.x, 0), max(box.y, 0), right, bottom
+
+
+def _rows(level: IndexedLevel, edges: tuple[int, int, int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """Plane and row of the grid, and the first and last block in it, of each row of blocks within some edges."""
+    left, top, right, bottom = edges
+    if left >= right or top >= bottom:
+        return
+    first, last = left // level.form.width, (right - 1) // level.form.width
+    for plane in range(level.form.planes):
+        for row in range(top // level.form.height, (bottom - 1) // level.form.height + 1):
+            at = plane * level.blocks_of_plane + row * level.columns
+            yield plane, row, at + first, at + last
 
 
 def decode_box(pending: PendingBox, out: Pixels) -> None:

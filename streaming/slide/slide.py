@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from streaming.counters import UNCOUNTED, Counters
 from streaming.slide.geometry import MPP_TOLERANCE, LevelBox, Rectangle, checked_tile_box
 from streaming.slide.resample import Pixels
+from streaming.storage.ranges import Span
+
+if TYPE_CHECKING:
+    from streaming.storage.sparse_copy import SparseCopy
 
 
 class PendingTile(Protocol):
@@ -70,6 +74,11 @@ class Slide(Protocol):
     ) -> PendingTile:
         """Asks for the bytes of a tile as `read_tile` describes it; what it takes is added to `count`."""
         ...
+
+    def copied(self, x: int, y: int, mpp: float, size: int, tolerance: float) -> tuple[SparseCopy, list[Span]] | None:
+        """What `begin_tile` reads of a copy that is fetched part by part, so that many tiles' parts come at once."""
+        del x, y, mpp, size, tolerance
+        return None
 
     def tile_box(self, x: int, y: int, mpp: float, size: int, *, exact: bool, tolerance: float) -> LevelBox:
         """The part of a level that a tile shows which `read_tile` describes.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar, cast
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
+from streaming.counters import UNCOUNTED, Counters
 from streaming.errors import StorageError
 from streaming.secrets import revealed
 from streaming.storage import addresses
@@ -70,6 +71,22 @@ class OtherFiles:
         def content() -> bytes:
             fs, path = self._fs(uri)
             return cast(bytes, fs.cat_file(path))
+
+        return self._ask(uri, content)
+
+    def part(self, uri: str, start: int, end: int) -> bytes:
+        """The bytes of a file from `start` to `end`.
+
+        Raises:
+            StorageError: they can't be had.
+        """
+
+        def content() -> bytes:
+            fs, path = self._fs(uri)
+            found = cast(bytes, fs.cat_file(path, start=start, end=end))
+            if len(found) != end - start:
+                raise OSError(f"{len(found):,} bytes instead of {end - start:,}")
+            return found
 
         return self._ask(uri, content)
 
@@ -140,6 +157,43 @@ class OtherFiles:
         with _LOCK:
             patience = _PATIENCE.setdefault(addresses.split(uri)[0], Patience())
         return patience.ask(uri, call)[0]
+
+
+class OtherRanges:
+    """As `streaming.storage.ranges.Ranges` describes, of a file whose size is known; read when it is waited for."""
+
+    tag = ""
+
+    def __init__(self, uri: str, size: int, options: StorageOptions | None) -> None:
+        self.size, self._uri, self._files = size, uri, OtherFiles(options or {})
+
+    def begin(self, spans: Sequence[tuple[int, int]], count: Counters = UNCOUNTED) -> _OtherPart:
+        count.requests += len(spans)
+        count.nbytes += sum(end - start for start, end in spans)
+        return _OtherPart(self, spans)
+
+    def locate(self, offset: int) -> tuple[str, int]:
+        return self._uri, offset
+
+    def read(self, start: int, end: int) -> bytes:
+        """The bytes from `start` to `end`.
+
+        Raises:
+            StorageError: they can't be had.
+        """
+        return self._files.part(self._uri, start, end)
+
+
+@dataclass(frozen=True, slots=True)
+class _OtherPart:
+    ranges: OtherRanges
+    spans: Sequence[tuple[int, int]]
+
+    def when_ready(self, call: Callable[[], object]) -> None:
+        call()
+
+    def wait(self) -> list[bytes]:
+        return [self.ranges.read(start, end) for start, end in self.spans]
 
 
 def _info(fs: AbstractFileSystem, entry: Mapping[str, Any]) -> ObjectInfo:

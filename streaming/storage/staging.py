@@ -1,7 +1,7 @@
 """The cache of a node: copies of remote objects on local disk, for what can only be read from a file.
 
-It is shared by all processes of a node: a copy appears under its name only when whole, and the least recently used ones
-make room for the next.
+It is shared by all processes of a node: a copy is found only when it is whole, and the least recently used ones make
+room for the next. `node_cache` counts them.
 """
 
 from __future__ import annotations
@@ -9,42 +9,79 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import platform
 import shutil
 import tempfile
-import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from filelock import FileLock
-
 from streaming import storage
 from streaming.counters import UNCOUNTED, Counters
-from streaming.errors import NodeError, SlideError, StorageError
+from streaming.errors import SlideError, StorageError
+from streaming.storage.addresses import is_plain
 from streaming.storage.download import download
+from streaming.storage.node_cache import cache_at
 
 T = TypeVar("T")
 
-# How often a copy is staged anew that is evicted before it was read; after that, the cache is told to be too small.
+# How often a copy is staged anew that vanished before it was read: something else removes files there.
 TRIES = 3
-# A download to which nothing was added for so long is taken for one whose process died.
-_DEAD_S = 3600
-
-
-def default_folder() -> str:
-    """Where copies lie unless told otherwise: `TILESTREAM_STAGING`, else below the system's temporary folder."""
-    return os.environ.get("TILESTREAM_STAGING", os.path.join(tempfile.gettempdir(), "tilestream-staging"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Staging:
     """Where copies of remote slides lie, and how much disk they may take together."""
 
-    folder: str = field(default_factory=default_folder)
+    folder: str | None = None
+    """none: what `TILESTREAM_STAGING` of the machine that reads says, else a folder of the user's own below the
+    system's temporary one"""
     max_bytes: int = 100 * 2**30
+
+    @property
+    def path(self) -> str:
+        """The folder on this machine."""
+        own = os.path.join(tempfile.gettempdir(), f"tilestream-staging-{os.geteuid()}")
+        return self.folder or os.environ.get("TILESTREAM_STAGING") or own
+
+    @contextlib.contextmanager
+    def holding(
+        self,
+        info: storage.ObjectInfo,
+        options: storage.StorageOptions | None,
+        files: Sequence[storage.ObjectInfo] = (),
+        count: Counters = UNCOUNTED,
+    ) -> Generator[str]:
+        """The local path of an object's copy, downloaded unless it is there, which stays until the block ends.
+
+        `files` are those of a slide, the one to open first, and `info` is all of them as one object: they are staged
+        and evicted together, whole or not at all, and only in the versions that `files` tells.
+
+        Raises:
+            StorageError: it can't be read, or the cache or its disk has no room for it.
+            SlideError: it, or one of `files`, has changed.
+            NodeError: the cache can't be used on this machine.
+        """
+        cache, key = cache_at(self.path), info.digest[:32]
+        entry = cache.folder / key
+        path = _inside(entry, storage.name_of(info.uri), info)
+        if cache.take(key, path.name, info.size, self.max_bytes, info.uri):
+            count.staged_hits += 1
+        else:
+            count.staged_misses += 1
+            try:
+                _download_all(entry, info, files, options, count)
+            except BaseException as error:
+                cache.dropped(key)
+                cause = error.__cause__
+                if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+                    raise StorageError(cache.disk_full(info.uri, info.size)) from error
+                raise
+            cache.filled(key)
+        try:
+            yield str(path)
+        finally:
+            cache.let_go(key)
 
     def fetch(
         self,
@@ -53,37 +90,9 @@ class Staging:
         files: Sequence[storage.ObjectInfo] = (),
         count: Counters = UNCOUNTED,
     ) -> str:
-        """The local path of an object's copy, downloaded unless it is there.
-
-        `files` are those of a slide, the one to open first, and `info` is all of them as one object: they are staged
-        and evicted together, whole or not at all, and only in the versions that `files` tells.
-
-        Raises:
-            StorageError: it can't be read, or is larger than the whole cache.
-            SlideError: it, or one of `files`, has changed.
-            NodeError: the disk has no room for it.
-        """
-        entry = Path(self.folder, info.digest[:32])
-        path = entry / storage.name_of(info.uri)
-        Path(self.folder).mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{entry}.lock"):
-            if path.exists():
-                count.staged_hits += 1
-                # Another process may evict it at any moment: whoever opens it finds out.
-                with contextlib.suppress(FileNotFoundError):
-                    os.utime(path)
-            else:
-                count.staged_misses += 1
-                self._make_room(info)
-                shutil.rmtree(entry, ignore_errors=True)
-                try:
-                    _download_all(entry, info, files, options, count)
-                except StorageError as error:
-                    cause = error.__cause__
-                    if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
-                        raise self._disk_full(info) from error
-                    raise
-        return str(path)
+        """The path of an object's copy as `holding`, which may be evicted from now on."""
+        with self.holding(info, options, files, count) as path:
+            return path
 
     def use(
         self,
@@ -93,59 +102,15 @@ class Staging:
         files: Sequence[storage.ObjectInfo] = (),
         count: Counters = UNCOUNTED,
     ) -> T:
-        """What `read` makes of the copy's path; it raises FileNotFoundError where the copy was evicted meanwhile.
+        """What `read` makes of the copy's path; it raises FileNotFoundError where somebody removed the copy meanwhile.
 
         Raises:
-            StorageError, SlideError: as `fetch`; or the copy is evicted again and again.
+            StorageError, SlideError, NodeError: as `holding`; or the copy vanishes again and again.
         """
         for _ in range(TRIES):
-            with contextlib.suppress(FileNotFoundError):
-                return read(self.fetch(info, options, files, count))
-        raise StorageError(f"{info.uri}: its staged copy is evicted again and again; raise staging_gb")
-
-    def _make_room(self, info: storage.ObjectInfo) -> None:
-        if info.size > self.max_bytes:
-            raise StorageError(
-                f"{info.uri}: {info.size:,} bytes don't fit the staging cache of {self.max_bytes:,}; raise staging_gb"
-            )
-        with FileLock(os.path.join(self.folder, "evict.lock")):
-            entries = sorted(_entries(self.folder))
-            # The disk may be smaller than the cache may become, or filled by others.
-            over = info.size - shutil.disk_usage(self.folder).free
-            excess = max(sum(nbytes for _, nbytes, _ in entries) + info.size - self.max_bytes, over)
-            for used_at, nbytes, entry in entries:
-                # A part is another process's download under way; nothing is added any more if that process died.
-                part = ".part-" in entry
-                dead = ".gone-" in entry or (part and time.time() - used_at > _DEAD_S)
-                if not dead and (part or excess <= 0):
-                    continue
-                # Renamed first, so that nobody finds a part of it. Whoever has a file of it open keeps reading that.
-                gone = f"{entry}.gone-{uuid.uuid4().hex[:8]}"
-                os.rename(entry, gone)
-                shutil.rmtree(gone, ignore_errors=True)
-                excess -= nbytes
-        if shutil.disk_usage(self.folder).free < info.size:
-            raise self._disk_full(info)
-
-    def _disk_full(self, info: storage.ObjectInfo) -> NodeError:
-        free = shutil.disk_usage(self.folder).free
-        return NodeError(
-            f"{info.uri}: its copy of {info.size:,} bytes does not fit the disk of {self.folder} on "
-            f"{platform.node()}, {free:,} bytes free; free some, or set data.staging or TILESTREAM_STAGING to another"
-        )
-
-
-def _entries(folder: str) -> Iterator[tuple[float, int, str]]:
-    """When each copy (a folder with all its files) was last used, its bytes, and its path."""
-    for entry in list(os.scandir(folder)):
-        if not entry.is_dir():
-            continue
-        stats: list[os.stat_result] = []
-        # A download that ends meanwhile has another name.
-        with contextlib.suppress(FileNotFoundError):
-            stats += [os.stat(os.path.join(at, name)) for at, _, names in os.walk(entry.path) for name in names]
-        used_at = max((stat.st_mtime for stat in stats), default=time.time())
-        yield used_at, sum(stat.st_size for stat in stats), entry.path
+            with contextlib.suppress(FileNotFoundError), self.holding(info, options, files, count) as path:
+                return read(path)
+        raise StorageError(f"{info.uri}: its copy vanishes again and again; what else removes files in {self.path}?")
 
 
 def _download_all(
@@ -155,13 +120,21 @@ def _download_all(
     options: storage.StorageOptions | None,
     count: Counters,
 ) -> None:
-    part = Path(f"{entry}.part-{uuid.uuid4().hex[:8]}")
-    try:
-        for file in files or [info]:
-            download(file, str(part / storage.relative_name(file, info)), options, count)
-        for file in files:
-            if storage.stat(file.uri, options) != file:
-                raise SlideError(f"{file.uri}: changed while it was copied; run `tilestream catalog` on it again")
-        os.rename(part, entry)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(entry, ignore_errors=True)  # what somebody left who removed the database
+    entry.mkdir(mode=0o700)
+    for file in files or [info]:
+        download(file, str(_inside(entry, storage.relative_name(file, info), file)), options, count)
+    for file in files:
+        if storage.stat(file.uri, options) != file:
+            raise SlideError(f"{file.uri}: changed while it was copied; run `tilestream catalog` on it again")
+
+
+def _inside(entry: Path, name: str, info: storage.ObjectInfo) -> Path:
+    """A file of an entry, whatever a listing calls it.
+
+    Raises:
+        StorageError: its name leads elsewhere.
+    """
+    if not name or not is_plain(name):
+        raise StorageError(f"{info.uri}: its name leads out of the folder for its copy; rename it")
+    return entry / name

@@ -19,7 +19,7 @@ from streaming.reading.hsv_rule import HsvRule
 from streaming.reading.reader import ReaderOptions
 from streaming.secrets import hidden
 from streaming.slide.geometry import MPP_TOLERANCE
-from streaming.storage.staging import Staging, default_folder
+from streaming.storage.staging import Staging
 from trainer.recipe.free_field import FREE
 
 
@@ -67,8 +67,8 @@ class DataConfig:
     """micro-batches that a segment has at most"""
     stall_s: float | None = field(default=Readers.stall_s, metadata=FREE)
     """seconds that a rank waits for a batch before the run stops and says why; none: for ever"""
-    staging: str = field(default_factory=default_folder, metadata=FREE)
-    """local folder for copies of remote slides"""
+    staging: str | None = field(default=None, metadata=FREE)
+    """local folder for copies of remote slides; none: what `TILESTREAM_STAGING` of the reader's own node says"""
     staging_gb: float = field(default=100.0, metadata=FREE)
     """disk that those copies may take, in GiB"""
 

@@ -83,7 +83,7 @@ def test_a_plan_and_a_catalog_cross_processes_without_their_tissue(tmp_path: Pat
     assert np.array_equal(catalog.tissue_grid(7).fraction, noise(7))
 
 
-def test_a_remote_catalog_gives_the_same_tiles_by_one_staged_copy(s3_bucket: str, tmp_path: Path) -> None:
+def test_a_remote_catalog_gives_the_same_tiles_by_a_copy_of_what_is_read(s3_bucket: str, tmp_path: Path) -> None:
     slides = [slide(name, noise(i)) for i, name in enumerate("abc")]
     plans = []
     for out in (str(tmp_path / "local"), f"{s3_bucket}/made-catalog"):
@@ -92,7 +92,24 @@ def test_a_remote_catalog_gives_the_same_tiles_by_one_staged_copy(s3_bucket: str
     local, remote = (plan.specs(np.arange(2000)) for plan in (plans[0], pickle.loads(pickle.dumps(plans[1]))))
     for name in ("slide", "x", "y", "mpp"):
         assert np.array_equal(getattr(local, name), getattr(remote, name))
-    assert len(list((tmp_path / "staged").glob("*/tissue-*"))) == 1
+    (copy,) = (tmp_path / "staged").glob("*/data")
+    assert copy.stat().st_size == next((tmp_path / "local").glob("tissue-*")).stat().st_size
+
+
+def test_of_remote_tissue_those_slides_come_that_tiles_are_drawn_on(s3_bucket: str, tmp_path: Path) -> None:
+    slides = [slide(f"{i:03}", noise(i)) for i in range(100)]  # of 10,000 cells each
+    out = f"{s3_bucket}/tissue-in-parts"
+    write(out, *merge([part_of(slides)], None), None)
+    catalog = Catalog.load(out, None, Staging(folder=str(tmp_path)))
+    (copy,) = tmp_path.glob("*/data") if TilePlan(catalog, seed=3).specs(np.arange(2)) else ()
+    assert copy.stat().st_size > 10**6
+    assert copy.stat().st_blocks * 512 <= 8 * 2**15
+    # A sum, a grid, and all of it are what was written, whatever has come before.
+    assert np.array_equal(catalog.tissue_grid(77).fraction, noise(77))
+    padding = -10_000 % 64
+    assert np.array_equal(
+        catalog.tissue.cells, np.concatenate([np.pad(noise(i).ravel(), (0, padding)) for i in range(100)])
+    )
 
 
 def test_places_are_drawn_in_proportion_to_their_tissue(tmp_path: Path) -> None:

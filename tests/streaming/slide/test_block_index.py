@@ -8,14 +8,18 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streaming.catalog.index_packs import FilePart
 from streaming.errors import CatalogError
 from streaming.slide import open_slide
-from streaming.slide.block_index import pack, unpack
+from streaming.slide.block_index import BlockIndex, pack, read_index, unpack
 from streaming.slide.block_level import BlockedSlide, BlockLevel, SlideObject
 from streaming.slide.codecs import BlockFormat
-from streaming.slide.index_files import open_index
 
 OBJECTS = (SlideObject("a.svs", 9_000, "tag"), SlideObject("parts/b.svs", 2**40, '"other"'))
+
+
+def open_index(path: Path) -> BlockIndex:
+    return read_index(FilePart(str(path), 0, 2**40))
 
 
 def level(offsets: np.ndarray, nbytes: np.ndarray, columns: int) -> BlockLevel:
@@ -69,11 +73,11 @@ def test_an_index_on_disk_reads_as_in_memory_and_as_tifffile_has_it(slides: list
     path.write_bytes(content)
     with tifffile.TiffFile(slides[0]) as tiff:
         pages = [page for page in tiff.pages if page.is_tiled]
-        for page, mine, theirs in zip(pages, open_index(str(path)).levels, unpack(content).levels, strict=True):
+        for page, mine, theirs in zip(pages, open_index(path).levels, unpack(content).levels, strict=True):
             for indexed in (mine, theirs):
                 offsets, nbytes = indexed.places(0, len(page.dataoffsets) - 1)
                 assert (offsets, nbytes) == (list(page.dataoffsets), list(page.databytecounts))
-    slide = open_slide(str(slides[0]), index=open_index(str(path)))
+    slide = open_slide(str(slides[0]), index=open_index(path))
     assert np.array_equal(
         slide.read_tile(700, 500, 0.25, 256), open_slide(str(slides[0])).read_tile(700, 500, 0.25, 256)
     )
@@ -83,14 +87,14 @@ def test_a_missing_a_foreign_and_a_cut_index_are_told(slides: list[Path], tmp_pa
     content = open_slide(str(slides[0])).packed_index
     path = tmp_path / "index"
     with pytest.raises(CatalogError, match=r"index: can't read this block index \(No such file"):
-        open_index(str(path))
+        open_index(path)
     path.write_bytes(b"something else")
     with pytest.raises(CatalogError, match="not a block index"):
-        open_index(str(path))
+        open_index(path)
     path.write_bytes(content[:200])
     with pytest.raises(CatalogError, match="cut off"):
-        open_index(str(path))
+        open_index(path)
     path.write_bytes(content[:-9])
-    last = open_index(str(path)).levels[-1]
+    last = open_index(path).levels[-1]
     with pytest.raises(CatalogError, match="cut off"):
         last.places(0, last.columns)

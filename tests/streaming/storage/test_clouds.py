@@ -14,6 +14,7 @@ import pytest
 from benchmarks.latency_server import serve
 from streaming import storage
 from streaming.catalog import Catalog
+from streaming.catalog.index_packs import save_indexes
 from streaming.catalog.inspection import inspect
 from streaming.catalog.sources import find_slides
 from streaming.catalog.writing import merge, part_of, write
@@ -67,7 +68,8 @@ def assert_serves_a_catalog(root: str, slides: list[Path], options: Options, tmp
     found = find_slides([f"{root}/slides"], options)
     assert [info.uri for info in found] == [f"{root}/slides/{path.name}" for path in slides]
     assert_same_pixels(found[0].uri, slides[0], options)
-    write(out, *merge([part_of([inspect(info, None, options, staging, out) for info in found])], None), options)
+    looked_at = save_indexes([inspect(info, None, options, staging) for info in found], out, options)
+    write(out, *merge([part_of(looked_at)], None), options)
     catalog = Catalog.load(out, options, staging)
     reader = TileReader(
         TilePlan(catalog, mpp={0.5: 1}, size=64), catalog, ReaderOptions(storage_options=options, staging=staging)
