@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from streaming.slide.block_index import unpack
 
 from benchmarks.common import SIZE, made_slides
 from benchmarks.latency_server import serve
@@ -30,6 +29,7 @@ from streaming.catalog.inspection import Rejected, inspect
 from streaming.catalog.sources import find_slides
 from streaming.counters import Counters
 from streaming.slide import Slide, open_slide
+from streaming.slide.block_index import unpack
 from streaming.slide.multi_file import as_one
 from streaming.storage.staging import Staging
 from tests.dicom_files import Kind, write_series
