@@ -114,6 +114,13 @@ def openslide_rate(plan: TilePlan, paths: list[Path], skip: int, count: int) -> 
     return rate(iter(loader), skip, count)
 
 
+def _show_libraries(home: Path) -> None:
+    """Lets a virtual environment see the libraries of this one."""
+    libraries = sysconfig.get_path("purelib"), str(Path(torch.__file__).parents[1])
+    own = next(home.glob("lib/python*/site-packages"))
+    own.joinpath("libraries.pth").write_text("\n".join(dict.fromkeys(libraries)) + "\n")
+
+
 def peer(name: str, packages: Sequence[str], folder: Path, **work: Any) -> dict[str, float] | None:
     """What `peers/with_<name>.py` measures, in a virtual environment of its own; None, and why on stderr, if it can't.
 
@@ -121,12 +128,12 @@ def peer(name: str, packages: Sequence[str], folder: Path, **work: Any) -> dict[
     """
     home = folder / "peers" / name
     python = home / "bin" / "python"
-    if not (home / "installed").exists():
+    is_made = (home / "installed").exists()
+    if not is_made:
         sys.stderr.write(f"installing {' '.join(packages)}\n")
         venv.create(home, with_pip=False, clear=True, symlinks=True)
-        libraries = sysconfig.get_path("purelib"), str(Path(torch.__file__).parents[1])
-        own = next(home.glob("lib/python*/site-packages"))
-        own.joinpath("libraries.pth").write_text("\n".join(dict.fromkeys(libraries)) + "\n")
+    _show_libraries(home)  # those of now: it may have been made from another environment
+    if not is_made:
         command = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--prefix", home, *packages]
         if (made := subprocess.run(command, capture_output=True, text=True)).returncode:
             sys.stderr.write(f"{name}: can't be installed: {(made.stderr.strip().splitlines() or ['?'])[-1]}\n")

@@ -54,7 +54,7 @@ MADE = (
     TiffSlide(vendor="generic", subsampling=(2, 1), downsamples=(1, 4), bigtiff=True),
     TiffSlide(vendor="philips", subsampling=(1, 1), downsamples=(1, 2)),
     TiffSlide(compression="jp2k-rgb", block=(128, 128), downsamples=(1, 2)),
-    TiffSlide(compression="jp2k-ycbcr", block=(128, 128)),
+    TiffSlide(compression="jp2k-ycbcr", downsamples=(1, 2)),  # blocks that are large enough to be decoded in part
     TiffSlide(vendor="generic", compression="lzw", predictor=True, byte_order=">", bigtiff=True, downsamples=(1, 2)),
     TiffSlide(vendor="generic", compression="deflate", predictor=True, downsamples=(1, 2), shuffled=True, gap=9),
     TiffSlide(compression="deflate", byte_order=">"),
