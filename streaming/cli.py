@@ -136,6 +136,8 @@ def add_stream(commands: Any) -> None:
     parser.add_argument("--steps", type=pair, default=(0, 100), metavar="A:B", help="steps A to B-1 (0:100)")
     parser.add_argument("--batch", type=int, default=256, metavar="G", help="tiles of a step, over all ranks (256)")
     parser.add_argument("--ranks", type=int, default=1, metavar="W", help="consumers that share the batch (1)")
+    shared = "consumers that share a dataset of Ray Data, and their part of the readers (all)"
+    parser.add_argument("--ranks-per-stream", type=int, metavar="N", help=shared)
     count = {"flag": "--readers", "metavar": "MIN:MAX"}
     add_options(parser, Readers, only=("count", "segment_minutes"), count=count, segment_minutes={"metavar": "MIN"})
     in_flight = {"flag": "--in-flight", "metavar": "N"}
@@ -212,7 +214,13 @@ def run_stream(args: Namespace) -> None:
         return
     reader, readers = read_options(args, ReaderOptions, storage_options=options), read_options(args, Readers)
     stream = TileStream(
-        catalog, plan, shape, reader=reader, readers=readers.count, segment_minutes=readers.segment_minutes
+        catalog,
+        plan,
+        shape,
+        reader=reader,
+        readers=readers.count,
+        segment_minutes=readers.segment_minutes,
+        ranks_per_stream=args.ranks_per_stream,
     )
     _pull(stream, readers.count[1], args)
 

@@ -39,6 +39,10 @@ class Counters:
     """byte ranges asked for"""
     retries: float = 0.0
     """how often one of them was sent again: throttled, broken off, refused by a server in trouble"""
+    throttled: float = 0.0
+    """how often of these because the storage throttled"""
+    held_s: float = 0.0
+    """seconds that requests were held back because it did, summed over them"""
     nbytes: float = 0.0
     """bytes of those ranges"""
     staged_hits: float = 0.0

@@ -1,8 +1,9 @@
 """An endless stream as a chain of segments, and the actor that makes them.
 
 Ray Data plans all blocks of a dataset before the first (1 ms each), so a run is cut into segments: datasets that last
-some minutes each, the next one opened before one ends. One small actor, the `Chain`, makes them and says how long they
-are; it outlives the trainer's workers, hears the readers' pulse, and says why a stream stands still.
+some minutes each, the next one opened before one ends. One small actor, the `Chain`, makes them for a group of ranks
+and says how long they are, hears the readers' pulse, and says why a stream stands still. Each group has its own, beside
+its ranks: nothing is central.
 """
 
 from __future__ import annotations
@@ -25,83 +26,103 @@ from streaming.errors import StreamError
 class _Segment:
     stop: int
     """the step after its last one"""
-    splits: list[DataIterator]
+    shares: dict[int, DataIterator]
+    """by rank"""
+    is_lost: bool = False
+    """whether each rank has a dataset of its own for the rest of it"""
     present: set[int] = field(default_factory=set[int])
     """ranks that have asked for it"""
     left: set[int] = field(default_factory=set[int])
 
     def kill(self) -> None:
-        """Ends the segment's dataset and its readers."""
-        # All shares come from one actor of Ray's, which runs the dataset and owns its readers. Ray has no public way to
-        # end it: it goes when nobody holds a share any more, but a rank that hangs in one holds it for ever. Hence the
+        """Ends the segment's datasets and their readers."""
+        # Shares come from an actor of Ray's, which runs the dataset and owns its readers. Ray has no public way to end
+        # it: it goes when nobody holds a share any more, but a rank that hangs in one holds it for ever. Hence the
         # private `_coord_actor`, of Ray 2.60.
-        ray.kill(cast(Any, self.splits[0])._coord_actor)
+        for coordinator in {cast(Any, share)._coord_actor for share in self.shares.values()}:
+            ray.kill(coordinator)
 
 
 class Chain:
-    """The actor that makes segments when ranks ask for them, and drops those that all ranks have left.
+    """The actor that makes a group's segments when its ranks ask for them, and drops those that all of them have left.
 
-    A generation is a set of ranks that started together, by a rising number; a new one (Ray Train started its workers
-    again) drops what the one before had, and calls of older ones that come late are refused.
+    Nothing that it knows is needed to go on: where it dies, its segments' datasets end with it, Ray starts it again,
+    and each rank tells how far it has come (`again`).
     """
 
     def __init__(self, source: Source) -> None:
         cluster.quiet()
         self._source, self._lock = source, threading.Lock()
-        self._generation, self._segments = 0, dict[int, _Segment]()
+        self._segments = dict[int, _Segment]()
         self._stalled: str | None = None
         self._pulses = Pulses()
 
-    def new_generation(self) -> int:
-        """Begins one; its number."""
-        with self._lock:
-            for segment in self._segments.values():
-                segment.kill()
-            self._generation, self._segments, self._stalled = self._generation + 1, {}, None
-            return self._generation
-
     def segment(
-        self, generation: int, rank: int, steps: tuple[int, int], steps_s: float | None, before: int
+        self, rank: int, steps: tuple[int, int], steps_s: float | None, before: int
     ) -> tuple[int, DataIterator]:
         """A rank's share of the segment that begins with the first of some steps [start, stop), and where that ends.
 
         steps_s is the rate at which the segment before, of `before` steps, went; None: there is none. Of all ranks' the
         first one's counts.
-
-        Raises:
-            StreamError: the generation is not the newest one.
         """
         start, stop = steps
         with self._lock:
-            if generation != self._generation:
-                raise StreamError(f"generation {generation} of ranks asks for step {start}; {self._generation} runs")
             if start not in self._segments:
                 stop = min(stop, start + self._source.segment_steps(steps_s, before))
-                me = ray.get_runtime_context().current_actor
-                dataset = self._source.dataset(start, stop, me)
-                self._segments[start] = _Segment(stop, dataset.streaming_split(self._source.ranks, equal=True))
+                dataset = self._source.dataset(start, stop, _this())
+                shares = dataset.streaming_split(len(self._source.group), equal=True)
+                self._segments[start] = _Segment(stop, dict(zip(self._source.group, shares, strict=True)))
             segment = self._segments[start]
             segment.present.add(rank)
-            return segment.stop, segment.splits[rank]
+            if segment.is_lost:
+                segment.shares[rank] = self._rest(start, segment.stop, rank, 0)
+            return segment.stop, segment.shares[rank]
 
-    def leave(self, generation: int, start: int, rank: int) -> None:
+    def again(self, rank: int, steps: tuple[int, int], num_done: int) -> tuple[int, DataIterator]:
+        """A rank's share of a segment [start, stop) whose dataset was lost, without the batches that it has.
+
+        A dataset of all ranks would begin when all have asked for it; but one that still has a batch may wait, in the
+        middle of a step, for another one that has none. So each gets its own for the rest of the segment.
+
+        Raises:
+            StreamError: the stream was ended, because it stood still.
+        """
+        start, stop = steps
+        with self._lock:
+            if self._stalled:
+                raise StreamError(self._stalled)
+            # Where nobody has begun with it, one that this chain made since it was started again may be shorter.
+            segment = self._segments.setdefault(start, _Segment(stop, {}, is_lost=True))
+            if not segment.is_lost:
+                # The others', if they have asked, are lost, too, or would wait for this rank for ever.
+                segment.kill()
+                segment.is_lost, segment.shares = True, {}
+            segment.present.add(rank)
+            segment.shares[rank] = self._rest(start, segment.stop, rank, num_done)
+            return segment.stop, segment.shares[rank]
+
+    def _rest(self, start: int, stop: int, rank: int, num_done: int) -> DataIterator:
+        alone = self._source.part(range(rank, rank + 1))
+        return alone.dataset(start, stop, _this(), skip=num_done).streaming_split(1, equal=True)[0]
+
+    def leave(self, start: int, rank: int) -> None:
         """Notes that a rank has taken all of a segment."""
         with self._lock:
-            if generation != self._generation or start not in self._segments:
+            if start not in self._segments:
                 return
             segment = self._segments[start]
             segment.left.add(rank)
-            if len(segment.left) == self._source.ranks:
+            if len(segment.left) == len(self._source.group):
                 segment.kill()
                 del self._segments[start]
 
-    def stall(self, generation: int, rank: int, start: int, waited_s: float) -> None:
+    def stall(self, rank: int, start: int, waited_s: float) -> None:
         """Ends the stream, because a rank waits for too long for a batch of the segment from step `start` on.
 
         `stalled` then tells all ranks why.
         """
         with self._lock:
-            if generation != self._generation or self._stalled:
+            if self._stalled:
                 return
             readers = self._source.readers
             why = self._late_rank(start) or self._pulses.diagnosis(readers.cpus, readers.labels, waited_s)
@@ -112,7 +133,9 @@ class Chain:
     def _late_rank(self, start: int) -> str | None:
         """Ray gives nothing of a segment before all ranks have asked for it."""
         segment = self._segments.get(start)
-        absent = set(range(self._source.ranks)) - segment.present if segment else set[int]()
+        if segment is None or segment.is_lost:
+            return None
+        absent = set(self._source.group) - segment.present
         return f"rank {min(absent)} has not asked for step {start}" if absent else None
 
     def stalled(self) -> str | None:
@@ -132,7 +155,16 @@ class Chain:
         self._pulses.end(index)
 
 
-def start_chain(source: Source) -> ActorHandle[Any]:
-    """The chain of a stream, on the driver's node. Its end is `ray.kill`."""
+def start_chain(source: Source, name: str | None = None) -> ActorHandle[Any]:
+    """The chain of a source, on this process's node; by a name, all that ask for it get the same one.
+
+    It ends with the process that asked first, or by `ray.kill`; else it is started again.
+    """
     actor: Any = ray.remote(Chain)
-    return actor.options(max_concurrency=8, **cluster.beside_this()).remote(source)
+    named = {"name": name, "get_if_exists": True} if name else {}
+    lasting = {"max_restarts": -1, "max_task_retries": -1}
+    return actor.options(max_concurrency=8, **lasting, **named, **cluster.beside_this()).remote(source)
+
+
+def _this() -> ActorHandle[Any]:
+    return ray.get_runtime_context().current_actor

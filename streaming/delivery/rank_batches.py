@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -14,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import ray
 from ray.actor import ActorHandle
 from ray.data import DataIterator
-from ray.exceptions import OutOfDiskError, RayError
+from ray.exceptions import ObjectLostError, OutOfDiskError, RayActorError, RayError
 
 from streaming.delivery.segments import Source
 from streaming.errors import NodeError, StreamError
@@ -27,6 +26,8 @@ _MARGIN = 2.0
 # But not before this share of it: where its readers hold all slots, the next one's begin when they end, which counts as
 # a long opening.
 _EARLIEST = 0.75
+# How often in a row a segment's dataset may be lost before any batch of it has come.
+_LOSSES = 5
 # An answer of the chain, which does nothing that takes time; past this its node is lost or overrun.
 _ANSWER_S = 300.0
 
@@ -34,12 +35,13 @@ _ANSWER_S = 300.0
 def rank_batches(
     chain: ActorHandle[Any],
     source: Source,
-    generation: int,
     rank: int,
     steps: tuple[int, int],
     read: Callable[[DataIterator], Iterator[T]],
 ) -> Iterator[T]:
     """A rank's micro-batches of the steps [first, last), segment after segment; `read` turns a share into batches.
+
+    chain and source are its group's. Where the chain or a segment's dataset is lost, it goes on after the last batch.
 
     Raises:
         StreamError: it waited for longer than `stall_s`; names the stage that stands still.
@@ -49,39 +51,78 @@ def rank_batches(
 
     def open_segment(first: int, steps_s: float | None, before: int) -> _Opened[T]:
         asked = time.monotonic()
-        answer: Any = ray.get(chain.segment.remote(generation, rank, (first, stop), steps_s, before))
-        end, share = answer
-        batches = read(share)
-        return _Opened(end, itertools.chain([next(batches)], batches), time.monotonic() - asked)
+        answer: Any = ray.get(chain.segment.remote(rank, (first, stop), steps_s, before))
+        segment = _Segment(chain, rank, (first, answer[0]), answer[1], read)
+        return _Opened(segment, segment.take(), time.monotonic() - asked)
 
-    watchdog = _Watchdog(chain, generation, rank, source.readers.stall_s)
+    watchdog = _Watchdog(chain, rank, source.readers.stall_s)
     try:
         opening = _in_background(open_segment, start, None, 0)
         while opening:
             with watchdog.waiting(start):
                 opened = opening.result()
-            pace, opening = Pace(source.rank_blocks(opened.stop - start), opened.took_s), None
-            for num_done in itertools.count():
-                if not opening and opened.stop < stop and pace.is_time(num_done):
-                    steps_s = pace.segments_s(num_done) * (opened.stop - start)
-                    opening = _in_background(open_segment, opened.stop, steps_s, opened.stop - start)
-                with watchdog.waiting(start):
-                    batch = next(opened.batches, None)
-                if batch is None:
-                    break
+            segment, batch = opened.segment, opened.first
+            num = source.rank_blocks(segment.stop - start)
+            pace, opening = Pace(num, opened.took_s), None
+            # Counted: the last rank to end would ask those who have gone already whether there is more.
+            for num_done in range(num):
+                if not opening and segment.stop < stop and pace.is_time(num_done):
+                    steps_s = pace.segments_s(num_done) * (segment.stop - start)
+                    opening = _in_background(open_segment, segment.stop, steps_s, segment.stop - start)
+                if num_done:
+                    with watchdog.waiting(start):
+                        batch = segment.take()
                 yield batch
-            chain.leave.remote(generation, start, rank)
-            start = opened.stop
+            chain.leave.remote(start, rank)
+            start = segment.stop
     finally:
         watchdog.done.set()
 
 
+class _Segment(Generic[T]):
+    """A rank's batches of the steps [start, stop), which come from another dataset where theirs is lost."""
+
+    def __init__(
+        self,
+        chain: ActorHandle[Any],
+        rank: int,
+        steps: tuple[int, int],
+        share: DataIterator,
+        read: Callable[[DataIterator], Iterator[T]],
+    ) -> None:
+        self._chain, self._rank, self._read = chain, rank, read
+        self._start, self.stop = steps
+        self._batches, self._num_done, self._losses = read(share), 0, 0
+
+    def take(self) -> T:
+        """The next batch.
+
+        Raises:
+            RayError: it can't be had.
+        """
+        while True:
+            try:
+                batch = next(self._batches)
+            # The chain, or Ray's actor that runs the dataset; or the blocks that these made or held.
+            except (RayActorError, ObjectLostError):
+                self._losses += 1
+                if self._losses > _LOSSES:
+                    raise
+                asked = self._chain.again.remote(self._rank, (self._start, self.stop), self._num_done)
+                answer: Any = ray.get(asked)
+                assert not self._num_done or answer[0] == self.stop, "who has begun with it knows its end"
+                self.stop, self._batches = answer[0], self._read(answer[1])
+            else:
+                self._losses, self._num_done = 0, self._num_done + 1
+                return batch
+
+
 @dataclass(frozen=True)
 class _Opened(Generic[T]):
-    """A segment that has begun: the step after its last one, a rank's batches, and what its opening took."""
+    """A segment that has begun, its first batch, and what its opening took."""
 
-    stop: int
-    batches: Iterator[T]
+    segment: _Segment[T]
+    first: T
     took_s: float
 
 
@@ -125,8 +166,8 @@ def _in_background(work: Callable[..., T], *arguments: Any) -> Future[T]:
 class _Watchdog:
     """Looks from a thread of its own whether its rank waits for too long; then the chain ends the stream."""
 
-    def __init__(self, chain: ActorHandle[Any], generation: int, rank: int, stall_s: float | None) -> None:
-        self._chain, self._generation, self._rank = chain, generation, rank
+    def __init__(self, chain: ActorHandle[Any], rank: int, stall_s: float | None) -> None:
+        self._chain, self._rank = chain, rank
         self._since: tuple[float, int] | None = None
         """since when it waits, and for which segment, by its first step"""
         self.done = threading.Event()
@@ -164,7 +205,7 @@ class _Watchdog:
             if (since := self._since) is None or (waited_s := time.monotonic() - since[0]) < stall_s:
                 continue
             try:
-                told = self._chain.stall.remote(self._generation, self._rank, since[1], waited_s)
+                told = self._chain.stall.remote(self._rank, since[1], waited_s)
                 ray.get(told, timeout=_ANSWER_S)
             except RayError:
                 ray.kill(self._chain)  # it does not answer: whoever waits for it gets an error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from streaming.reading.reader import ReaderOptions
 _FIRST_BLOCKS = 2000
 # So that the next segment is planned, 1 ms a block, while the last quarter of this one lasts.
 _GROWTH = 4
+# What Ray Data takes of the cluster's object store for blocks, where it has it alone.
+_STORE_SHARE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,37 +54,87 @@ class Readers:
         if self.stall_s is not None and not self.stall_s > 0:
             raise ConfigError(f"stall_s is {self.stall_s}; it must be above 0, or none for no limit")
 
+    def part(self, first: int, stop: int, of: int) -> Readers:
+        """The share of the parts [first, stop) of so many.
+
+        A share below one reader is a reader that takes as much less of a CPU slot: all shares take together what the
+        whole does, or the last ones would wait for slots that the first ones hold until their segments end.
+        """
+
+        def share(number: int) -> int:
+            return max(1, number * stop // of - number * first // of)
+
+        least = self.count[0] * (stop - first) / of
+        if least >= 1:
+            return replace(self, count=(share(self.count[0]), max(share(self.count[0]), share(self.count[1]))))
+        # Ray counts slots in ten-thousandths.
+        cpus = max(1, math.floor(self.cpus * least * 10_000)) / 10_000
+        return replace(self, count=(1, max(1, math.floor(self.count[1] / self.count[0]))), cpus=cpus)
+
+
+def groups_of(ranks: int, ranks_per_stream: int | None) -> list[range]:
+    """The ranks that share a dataset: so many each, the last ones may be fewer; none: all.
+
+    Raises:
+        ConfigError: there can't be so many.
+    """
+    if ranks_per_stream is not None and ranks_per_stream < 1:
+        raise ConfigError(f"ranks_per_stream is {ranks_per_stream}; it must be at least 1")
+    each = ranks_per_stream or ranks
+    return [range(first, min(first + each, ranks)) for first in range(0, ranks, each)]
+
 
 @dataclass(frozen=True)
 class Source:
-    """All that a segment's dataset is made of; plan and catalog are one copy a node, in shared memory."""
+    """All that a segment's dataset is made of; plan and catalog are one copy a node, in shared memory.
+
+    It is of the blocks of a group of ranks, of all or some. Which rank gets a block does not depend on the groups.
+    """
 
     plan: ray.ObjectRef[TilePlan]
     catalog: ray.ObjectRef[Catalog]
     options: ReaderOptions
-    readers: Readers
+    all_readers: Readers
+    """those of all groups"""
     batch: int
     micro: int
     ranks: int
     batches_at_once: int
     """batches that a reader works on"""
+    group: range
+    """the ranks whose blocks these are"""
+
+    def part(self, group: range) -> Source:
+        """The same for some of the ranks, with their share of the readers and of the object store."""
+        return replace(self, group=group)
+
+    @property
+    def readers(self) -> Readers:
+        """This group's share of the readers."""
+        return self.all_readers.part(self.group.start, self.group.stop, self.ranks)
 
     def segment_steps(self, steps_s: float | None, before: int) -> int:
         """Steps of a segment, after one of so many steps that went at that rate; None: it is the first."""
-        most = self.readers.segment_blocks
+        most, blocks_a_step = self.all_readers.segment_blocks, self.rank_blocks(1) * len(self.group)
         if steps_s is None:
-            return max(1, min(most, _FIRST_BLOCKS) * self.micro // self.batch)
-        wanted = min(round(self.readers.segment_minutes * 60 * steps_s), _GROWTH * before)
-        return max(1, min(most * self.micro // self.batch, wanted))
+            return max(1, min(most, _FIRST_BLOCKS) // blocks_a_step)
+        wanted = min(round(self.all_readers.segment_minutes * 60 * steps_s), _GROWTH * before)
+        return max(1, min(most // blocks_a_step, wanted))
 
     def rank_blocks(self, num_steps: int) -> int:
         """Micro-batches that one rank gets of so many steps."""
         return num_steps * self.batch // (self.micro * self.ranks)
 
-    def dataset(self, start: int, stop: int, chain: ActorHandle[Any] | None = None) -> Dataset:
-        """The micro-batches of steps [start, stop), in order, one a block, with `TileReader`'s columns."""
-        least, most = self.readers.count
-        indices = np.arange(start * self.batch, stop * self.batch, dtype=np.int64).reshape(-1, self.micro)
+    def dataset(self, start: int, stop: int, chain: ActorHandle[Any] | None = None, skip: int = 0) -> Dataset:
+        """The group's micro-batches of steps [start, stop), in order, one a block, with `TileReader`'s columns.
+
+        The first ones are left out: `skip` of each rank.
+        """
+        readers = self.readers
+        least, most = readers.count
+        # A step's blocks go round the ranks, one after the other.
+        rounds = np.arange(start * self.batch, stop * self.batch, dtype=np.int64).reshape(-1, self.ranks, self.micro)
+        indices = rounds[skip:, self.group.start : self.group.stop].reshape(-1, self.micro)
         # The indices are put into the object store here: `ray.data.range` would make them in tasks of its own, each of
         # which costs Ray as much as a task that reads tiles.
         blocks: list[Any] = [pa.table({"index": pa.array(row)}) for row in indices]
@@ -98,13 +151,17 @@ class Source:
                 # Two more lie ready: what a lost reader was given must be given to another one.
                 max_tasks_in_flight_per_actor=self.batches_at_once + 2,
             ),
-            num_cpus=self.readers.cpus,
+            num_cpus=readers.cpus,
         )
         context = dataset.context
         context.execution_options.preserve_order = True
-        context.execution_options.label_selector = dict(self.readers.labels)
+        context.execution_options.label_selector = dict(readers.labels)
         # A micro-batch is a block whatever its size: Ray would cut those over 128 MiB.
         context.target_max_block_size = None
         # Ray would end a stream that nobody took from for half an hour, which is no fault: a trainer may validate.
         context.execution_no_progress_timeout_s = -1
+        if len(self.group) < self.ranks:
+            # Each dataset takes the object store for its own. A share of it grows with the cluster, where a number of
+            # bytes (`ExecutionOptions.resource_limits`) would be that of the nodes that there were at its start.
+            context.override_object_store_memory_limit_fraction = _STORE_SHARE * len(self.group) / self.ranks
         return dataset

@@ -22,7 +22,7 @@ from ray.data.collate_fn import NumpyBatchCollateFn
 from streaming.catalog import Catalog
 from streaming.delivery.chain import start_chain
 from streaming.delivery.rank_batches import rank_batches
-from streaming.delivery.segments import Readers, Source
+from streaming.delivery.segments import Readers, Source, groups_of
 from streaming.errors import ConfigError, StreamError
 from streaming.plan import TilePlan
 from streaming.reading.batch import Batch
@@ -63,8 +63,8 @@ class BatchShape:
 class TileStream:
     """The tiles of a plan, in steps of a global batch, through Ray Data.
 
-    readers is the least and the most reader actors; Ray Data adds them as the consumers ask for more. For the rest see
-    `segments.Readers`.
+    readers is the least and the most reader actors; Ray Data adds them as the consumers ask for more. So many ranks as
+    ranks_per_stream says share a dataset, by default all; the steps are the same. For the rest see `segments.Readers`.
     """
 
     def __init__(
@@ -80,8 +80,10 @@ class TileStream:
         segment_minutes: float = Readers.segment_minutes,
         segment_blocks: int = Readers.segment_blocks,
         stall_s: float | None = Readers.stall_s,
+        ranks_per_stream: int | None = None,
     ) -> None:
         self.catalog, self.plan, self.shape = catalog, plan, shape
+        self._groups = groups_of(shape.ranks, ranks_per_stream)
         self.reader = reader or ReaderOptions()
         self._readers = Readers(
             count=readers,
@@ -99,7 +101,17 @@ class TileStream:
         # Of a tile as large as a scanner's blocks; larger ones have more.
         requests_per_tile = 1 if self.plan.corners == "blocks" else 2
         at_once = batches_at_once(self.reader.requests_in_flight, shape.micro, requests_per_tile)
-        return Source(plan, catalog, self.reader, self._readers, shape.batch, shape.micro, shape.ranks, at_once)
+        return Source(
+            plan,
+            catalog,
+            self.reader,
+            self._readers,
+            shape.batch,
+            shape.micro,
+            shape.ranks,
+            at_once,
+            group=range(shape.ranks),
+        )
 
     def dataset(self, start: int, stop: int) -> Dataset:
         """The micro-batches of steps [start, stop), all planned at once; `steps` plans them in segments.
@@ -126,13 +138,16 @@ class TileStream:
         """
         check_steps(start, stop)
         shape, source = self.shape, self.source
-        chain = start_chain(source)
+        parts = [source.part(group) for group in self._groups]
+        chains = [start_chain(part) for part in parts]
         read = partial(_numpy_batches, micro=shape.micro)
         try:
-            generation: Any = ray.get(chain.new_generation.remote())
             with ThreadPoolExecutor(shape.ranks) as pool:
-                span = start, stop
-                ranks = [rank_batches(chain, source, generation, rank, span, read) for rank in range(shape.ranks)]
+                ranks = [
+                    rank_batches(chain, part, rank, (start, stop), read)
+                    for chain, part in zip(chains, parts, strict=True)
+                    for rank in part.group
+                ]
                 for step in range(start, stop):
                     batches: list[Batch] = []
                     for _ in range(shape.accumulate):
@@ -141,7 +156,8 @@ class TileStream:
                     check_step(step, shape.batch, np.concatenate([batch["index"] for batch in batches]))
                     yield batches
         finally:
-            ray.kill(chain)
+            for chain in chains:
+                ray.kill(chain)
 
 
 def check_steps(start: int, stop: int) -> None:

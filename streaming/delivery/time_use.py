@@ -15,8 +15,6 @@ from streaming.reading.batch import Batch, counters_of
 
 # A consumer that waits for less than this share of its time is what bounds the stream.
 _HARDLY = 0.1
-# Of the requests, sent again: more than what connections that are lost now and then come to.
-_THROTTLED = 0.02
 _KEPT_WAITS = 100_000
 
 
@@ -66,6 +64,7 @@ class TimeUse:
             "fetch_bytes": float(self.totals["nbytes"]),
             "fetch_requests": float(self.totals["requests"]),
             "fetch_retries": float(self.totals["retries"]),
+            "fetch_throttled": float(self.totals["throttled"]),
             "staging_hits": float(self.totals["staged_hits"]),
             "staging_misses": float(self.totals["staged_misses"]),
             "wait_share": self.waited_s / wall_s if wall_s > 0 else 0.0,
@@ -92,13 +91,13 @@ class TimeUse:
         """What to do about a group of stages that takes most of the readers' time."""
         match group:
             case "storage":
-                again = self.totals["retries"] / max(1.0, self.totals["requests"])
-                if again <= _THROTTLED:
+                # Of the requests under way, all are held back where the brake is what bounds the stream.
+                if self.totals["held_s"] <= self.totals["fetch_s"]:
                     return f"storage: {of_time} is waiting for bytes; add readers or raise `requests_in_flight`"
                 return (
-                    f"storage: {of_time} is waiting for bytes, and {again:.0%} of requests were sent again, as when it "
-                    "throttles; lower `requests_in_flight`, spread the slides over more prefixes, or have its limit "
-                    "raised"
+                    f"storage: {of_time} is waiting for bytes, and it throttles ({self.totals['throttled']:,.0f} "
+                    "requests turned down), so that the readers of a node ask more slowly together; spread the slides "
+                    "over more prefixes, or have its limit raised"
                 )
             case "opening":
                 return (
@@ -132,7 +131,7 @@ class TimeUse:
         tiles, total = max(1.0, self.totals["tiles"]), self.totals
         lines = [
             f"storage: {total['requests']:,.0f} requests ({total['requests'] / tiles:.2f} a tile; "
-            f"{total['retries']:,.0f} sent again), "
+            f"{total['retries']:,.0f} sent again, {total['throttled']:,.0f} of them throttled), "
             f"{total['nbytes'] / 1e6:,.1f} MB ({total['nbytes'] / tiles / 1000:.1f} KB a tile); staged copies: "
             f"{total['staged_hits']:,.0f} found, {total['staged_misses']:,.0f} downloaded"
         ]

@@ -12,7 +12,8 @@ from obstore.store import ObjectStore
 
 from streaming.secrets import revealed
 from streaming.storage import addresses, clients, s3_settings, trouble
-from streaming.storage.patience import Patience
+from streaming.storage.brake import Brake
+from streaming.storage.patience import Patience, Tries
 
 T = TypeVar("T")
 
@@ -22,7 +23,7 @@ class Bucket:
 
     def __init__(self, root: str, options: clients.StorageOptions) -> None:
         self.root, self.options = root, options
-        self._patience, self._lock = Patience(), threading.Lock()
+        self._patience, self._lock = Patience(Brake(f"{root} {clients.endpoint(options)}")), threading.Lock()
         self._region: str | None = None
         self._stores: dict[bool, ObjectStore] = {}
         self._settings: s3_settings.S3Settings | None = None
@@ -63,8 +64,8 @@ class Bucket:
             self._settings = s3_settings.settings(self.options, self._region)
         return self._settings
 
-    def ask(self, uri: str, call: Callable[[], T]) -> tuple[T, int]:
-        """What a call to this bucket brings, and how often it was made again, as `Patience.ask` tells.
+    def ask(self, uri: str, call: Callable[[], T]) -> tuple[T, Tries]:
+        """What a call to this bucket brings, and what that took, as `Patience.ask` tells.
 
         Raises:
             StorageError: it can't be had.

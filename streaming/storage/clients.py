@@ -61,6 +61,14 @@ def environment() -> str:
     return repr(sorted((name, value) for name, value in os.environ.items() if name.upper().startswith(names)))
 
 
+def endpoint(options: StorageOptions) -> str:
+    """What tells storages apart that have buckets of one name."""
+    variables = sorted(
+        (name, value) for name, value in os.environ.items() if "_ENDPOINT" in name or "_BASE_URL" in name
+    )
+    return repr((options.get("endpoint_url"), variables))
+
+
 def silence_s(options: StorageOptions) -> float:
     """Seconds without a byte after which a request is sent anew: `timeout_s`.
 

@@ -11,10 +11,11 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 from streaming.errors import TilestreamError
 from streaming.storage import trouble
+from streaming.storage.brake import Brake
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,16 +35,29 @@ def answer_soon() -> None:
     _first_contact_s = _FIRST_CONTACT_S
 
 
+class Tries(NamedTuple):
+    """What an answer took besides its request."""
+
+    retries: int = 0
+    """how often that was sent again"""
+    throttled: int = 0
+    """how often of these because the storage throttled"""
+    held_s: float = 0.0
+    """seconds that the brake held it back"""
+
+
 class Patience:
     """That of a process with one storage. Safe to use from several threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, brake: Brake | None = None) -> None:
+        """With a brake, a storage that throttles is asked more slowly by all of the node."""
+        self._brake = brake
         self.reached = False
         """whether it has answered anything yet"""
 
     def ask(
         self, uri: str, call: Callable[[], T], mend: Callable[[BaseException], bool] = lambda _: False
-    ) -> tuple[T, int]:
+    ) -> tuple[T, Tries]:
         """What a call brings, and how often it was made again because the storage failed in a way that passes.
 
         `mend` is told each error; where it says that it has done something about it, the call is made again at once.
@@ -51,17 +65,24 @@ class Patience:
         Raises:
             StorageError: it can't be had, an UnreachableError if not within five minutes.
         """
-        num_failed, first_failed_at, mended, told = 0, 0.0, False, False
+        num_failed, num_throttled, held_s = 0, 0, 0.0
+        first_failed_at, mended, told = 0.0, False, False
         while True:
+            held_s += self._brake.wait() if self._brake else 0.0
+            sent_at = time.monotonic()
             try:
                 result = call()
             except TilestreamError:
                 raise
             except Exception as error:
                 now = time.monotonic()
-                first_failed_at = first_failed_at or now
+                # What the brake held back was not asked for.
+                first_failed_at = first_failed_at or now - held_s
                 self.reached = self.reached or trouble.answered(error)
-                waited = now - first_failed_at
+                waited = now - first_failed_at - held_s
+                if self._brake and trouble.throttles(error):
+                    num_throttled += 1
+                    self._brake.throttled(sent_at)
                 if not mended and mend(error):
                     mended, pause = True, 0.0
                 elif trouble.passes(error) and waited < (_OUTAGE_S if self.reached else _first_contact_s):
@@ -77,4 +98,6 @@ class Patience:
                 time.sleep(pause)
             else:
                 self.reached = True
-                return result, num_failed
+                if self._brake:
+                    self._brake.answered()
+                return result, Tries(num_failed, num_throttled, held_s)

@@ -20,6 +20,7 @@ from streaming.storage.addresses import HTTP, is_plain
 from streaming.storage.buckets import Bucket, bucket_at
 from streaming.storage.connections import CONNECTIONS, Connections
 from streaming.storage.object_info import file_version, object_version
+from streaming.storage.patience import Tries
 from streaming.storage.trouble import storage_errors
 
 if TYPE_CHECKING:
@@ -166,8 +167,8 @@ class RemoteRanges:
         """The object's address, and the same offset."""
         return self._uri, offset
 
-    def _read(self, start: int, end: int) -> tuple[bytes, int]:
-        """The bytes, and how often the request was sent again: counters belong to the thread that waits for them."""
+    def _read(self, start: int, end: int) -> tuple[bytes, Tries]:
+        """The bytes, and what they took besides: counters belong to the thread that waits for them."""
         return self._bucket.ask(self._uri, lambda: self._get(start, end))
 
     def _seen(self, tag: str, size: int) -> None:
@@ -201,7 +202,7 @@ class RemoteRanges:
 class _Requests:
     """Requests under way, one for each of the ranges, in their order."""
 
-    answers: Sequence[Future[tuple[bytes, int]]]
+    answers: Sequence[Future[tuple[bytes, Tries]]]
     count: Counters
 
     def when_ready(self, call: Callable[[], object]) -> None:
@@ -209,7 +210,10 @@ class _Requests:
 
     def wait(self) -> list[bytes]:
         results = [answer.result() for answer in self.answers]
-        self.count.retries += sum(retries for _, retries in results)
+        for _, tries in results:
+            self.count.retries += tries.retries
+            self.count.throttled += tries.throttled
+            self.count.held_s += tries.held_s
         return [content for content, _ in results]
 
 

@@ -122,6 +122,11 @@ def passes(error: BaseException) -> bool:
     return _is_of_storage(error) and _rule(error).passes
 
 
+def throttles(error: BaseException) -> bool:
+    """Whether a storage that answers says that it is asked too much."""
+    return _status(error) in ("429", "503")
+
+
 def has_expired(error: BaseException) -> bool:
     """Whether new credentials would help."""
     return _rule(error) is _EXPIRED

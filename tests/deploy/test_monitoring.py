@@ -103,8 +103,10 @@ def test_prometheus_takes_every_query(tmp_path: Path) -> None:
          {"failed": "0+1x90", "tiles": "0+1000x90"}),
         ("TilestreamStorageSlow", {"fetch": "0+100x90", "requests": "0+100x90"},
          {"fetch": "0+10x90", "requests": "0+100x90"}),
-        ("TilestreamStorageThrottles", {"retries": "0+10x90", "requests": "0+100x90"},
+        ("TilestreamStorageBreaksOff", {"retries": "0+10x90", "requests": "0+100x90"},
          {"retries": "0+1x90", "requests": "0+100x90"}),
+        ("TilestreamStorageThrottles", {"held": "0+50x90", "requests": "0+100x90"},
+         {"held": "0+1x90", "requests": "0+100x90"}),
         ("TilestreamLossNaN", {"loss": "5" + " NaN" * 90}, {"loss": "5x90"}),
     ],
 )  # fmt: skip
@@ -121,6 +123,7 @@ def test_an_alert_fires_in_its_trouble_and_only_then(
         "fetch": 'ray_tilestream_stage_seconds_total{stage="fetch"}',
         "requests": "ray_tilestream_fetch_requests_total",
         "retries": "ray_tilestream_fetch_retries_total",
+        "held": "ray_tilestream_fetch_held_seconds_total",
     }
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "alerts", "rules": rules()}]}))
 

@@ -32,6 +32,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.long]
 # happen shows nothing: of slides on a disk, no read is sent again.
 EXPORTED = {f"ray_{name}_bucket" if metric.bounds else f"ray_{name}" for name, metric in METRICS.items()}
 EXPORTED -= {"ray_tilestream_fetch_retries_total", "ray_tilestream_validation_loss"}
+EXPORTED -= {"ray_tilestream_fetch_throttled_total", "ray_tilestream_fetch_held_seconds_total"}
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).parent / "ray"
 

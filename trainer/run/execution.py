@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from streaming.delivery.segments import groups_of
 from streaming.delivery.stream import BatchShape
 from trainer.recipe.free_field import FREE
 
@@ -36,6 +37,8 @@ class TrainConfig:
     """tiles of an optimiser step, over all ranks and accumulation rounds"""
     ranks: int = field(default=1, metadata=FREE)
     """trainer workers"""
+    ranks_per_stream: int | None = field(default=None, metadata=FREE)
+    """ranks that share a dataset of Ray Data, with their part of the readers; none: those of a node"""
     accumulate: int = 1
     """rounds of gradient accumulation within a step"""
     gpu: bool = field(default=False, metadata=FREE)
@@ -75,6 +78,7 @@ class TrainConfig:
             raise ValueError(f"checkpoint_minutes is {self.checkpoint_minutes}; it must be above 0, or none")
         if self.max_restarts < 0:
             raise ValueError(f"max_restarts is {self.max_restarts}; it must not be negative")
+        groups_of(self.ranks, self.ranks_per_stream)
         _ = self.shape  # tells at once when the ranks don't divide the batch
 
     @property

@@ -32,9 +32,9 @@ Row = dict[str, float]
 
 @dataclass(frozen=True)
 class Failed:
-    """Tiles that a rank could not get, and the generation of ranks (`streaming.delivery.chain`) that it is one of."""
+    """Tiles that a rank could not get, and the generation of ranks, those that started together, that it is one of."""
 
-    generation: int
+    generation: str
     failures: list[Failure]
 
 
@@ -57,7 +57,7 @@ class MetricsLog:
             earlier: list[Row] = storage.read_table(self._uri, self._options).to_pylist()
             self._rows = [row for row in earlier if row["step"] <= start]
         self._failures = FailureLog(config.run.out, self._options, start * config.train.batch)
-        self._generation = 0
+        self._generation = ""
         self._progress = ProgressLine("train", "steps", total=config.train.steps)
 
     def __enter__(self) -> MetricsLog:

@@ -16,7 +16,6 @@ import ray.train.collective
 import ray.train.torch
 import ray.util.queue
 from pyarrow.fs import FSSpecHandler, PyFileSystem
-from ray.actor import ActorHandle
 from ray.train import UserCallback
 from ray.train.lightning import RayLightningEnvironment
 from ray.train.torch import TorchTrainer
@@ -25,13 +24,14 @@ from streaming import cluster, storage
 from streaming.catalog import Catalog
 from streaming.delivery.chain import start_chain
 from streaming.delivery.rank_batches import rank_batches
-from streaming.delivery.segments import Source
+from streaming.delivery.segments import Source, groups_of
 from streaming.delivery.stream import torch_batches
 from streaming.errors import TilestreamError, root_cause
 from streaming.storage import fsspec_view
 from trainer.run.after_step import ProbeKind
 from trainer.run.config import Config
 from trainer.run.data import make_stream
+from trainer.run.execution import TrainConfig
 from trainer.run.fit import Place, fit
 from trainer.run.metrics_log import Failed, MetricsLog
 from trainer.run.resuming import resume_point
@@ -54,7 +54,6 @@ class _Loop:
     catalog: str
     """its fingerprint"""
     source: Source
-    chain: ActorHandle[Any]
     messages: ray.util.queue.Queue
     """of rank 0 to the driver"""
     orders: ray.util.queue.Queue
@@ -68,15 +67,15 @@ def _worker(loop: _Loop) -> None:
     config = loop.config
     rank = ray.train.get_context().get_world_rank()
     # One looks where the run stands, so that no two can see different checkpoints; the driver has compared recipes.
-    found = None
-    if rank == 0:
-        number: Any = ray.get(loop.chain.new_generation.remote())
-        found = *resume_point(config, loop.catalog, force=True), number
+    found = (*resume_point(config, loop.catalog, force=True), uuid.uuid4().hex) if rank == 0 else None
     start, resume, generation = cast(
-        "tuple[int, str | None, int]", ray.train.collective.broadcast_from_rank_zero(found)
+        "tuple[int, str | None, str]", ray.train.collective.broadcast_from_rank_zero(found)
     )
+    source = loop.source.part(_group(config.train))
+    # On the node of the first one that asks, whose end ends it: ranks that are started again have chains of their own.
+    chain = start_chain(source, f"chain-{generation}-{source.group.start}")
     read = partial(torch_batches, micro=config.train.shape.micro)
-    tiles = rank_batches(loop.chain, loop.source, generation, rank, (start, config.train.steps), read)
+    tiles = rank_batches(chain, source, rank, (start, config.train.steps), read)
     batches = StepBatches(tiles, start, config, lambda failures: loop.messages.put(Failed(generation, failures)))
     signals = Signals(
         stop=_order(loop.orders) if rank == 0 else lambda: False,
@@ -84,6 +83,16 @@ def _worker(loop: _Loop) -> None:
     )
     place = Place(ray.train.torch.get_device(), RayLightningEnvironment())
     fit(config, loop.catalog, batches, resume, loop.messages.put, signals, place, loop.probe, loop.trained_on)
+
+
+def _group(train: TrainConfig) -> range:
+    """The ranks that share a dataset with this one."""
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    if train.ranks_per_stream is None:
+        first = rank - context.get_local_rank()  # Ray Train numbers them node by node
+        return range(first, first + context.get_local_world_size())
+    return next(group for group in groups_of(train.ranks, train.ranks_per_stream) if rank in group)
 
 
 def _order(orders: ray.util.queue.Queue) -> Callable[[], bool]:
@@ -123,7 +132,6 @@ def fit_on_ray(
         sys.stderr.write(f"train: waiting for GPUs: the ranks need {train.ranks}, the cluster has {have} so far\n")
     stream = make_stream(data, config.run.seed, train.shape, catalog, config.held_out)
     source, trained_on = stream.source, slide_sources(catalog, stream.plan)
-    chain = start_chain(source)
     messages, orders = (ray.util.queue.Queue(actor_options=cluster.beside_this()) for _ in range(2))
     # Ray Train keeps its own notes in the run's storage, which all nodes reach.
     notes = storage.join(config.run.out, f".ray-{uuid.uuid4().hex[:8]}")
@@ -131,7 +139,7 @@ def fit_on_ray(
     handler = cast(Any, FSSpecHandler)(fs)  # its stubs call it abstract
     trainer = TorchTrainer(
         # Not as train_loop_config, which the controller would unpickle, importing all this, too.
-        partial(_worker, _Loop(config, catalog.fingerprint, source, chain, messages, orders, probe, trained_on)),
+        partial(_worker, _Loop(config, catalog.fingerprint, source, messages, orders, probe, trained_on)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=train.ranks,
             use_gpu=train.gpu,
@@ -154,6 +162,5 @@ def fit_on_ray(
     except SystemExit as error:  # Ray Train's own handler of Ctrl-C ends so, and says nothing
         raise KeyboardInterrupt from error
     finally:
-        ray.kill(chain)
         with contextlib.suppress(TilestreamError):
             storage.remove(notes, options)

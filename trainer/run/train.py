@@ -103,7 +103,7 @@ def train(
                 raise ConfigError(f"train.ranks is {config.train.ranks}; --debug runs one rank: add --train.ranks 1")
             stream = make_stream(config.data, config.run.seed, config.train.shape, catalog, config.held_out)
             tiles = stream.local_batches(start, steps)
-            batches = StepBatches(tiles, start, config, lambda failures: log.add(Failed(0, failures)))
+            batches = StepBatches(tiles, start, config, lambda failures: log.add(Failed("", failures)))
             with terminated() as stop:
                 signals = Signals(stop=stop.is_set, begin=stop.listen)
                 sources = slide_sources(catalog, stream.plan)

@@ -12,14 +12,13 @@ import pytest
 import ray
 from hypothesis import given
 from hypothesis import strategies as st
-from ray.exceptions import RayTaskError
 
 from streaming import cluster
 from streaming.catalog import Catalog
 from streaming.delivery.chain import start_chain
 from streaming.delivery.pulses import Pulse, Pulses
 from streaming.delivery.rank_batches import Pace
-from streaming.delivery.segments import Readers, Source
+from streaming.delivery.segments import Readers, Source, groups_of
 from streaming.delivery.stream import BatchShape, TileStream
 from streaming.plan import TilePlan
 from streaming.reading.reader import ReaderOptions
@@ -28,7 +27,15 @@ from streaming.reading.reader import ReaderOptions
 def source_of(shape: BatchShape, **readers: Any) -> Source:
     nothing: Any = None
     return Source(
-        nothing, nothing, ReaderOptions(), Readers(**readers), shape.batch, shape.micro, shape.ranks, batches_at_once=2
+        nothing,
+        nothing,
+        ReaderOptions(),
+        Readers(**readers),
+        shape.batch,
+        shape.micro,
+        shape.ranks,
+        batches_at_once=2,
+        group=range(shape.ranks),
     )
 
 
@@ -102,6 +109,31 @@ def test_one_set_of_readers_lives_until_the_last_quarter_of_a_segment(catalog: s
     assert late - early, "the second segment has a reader of its own"
 
 
+@given(st.integers(1, 40), st.none() | st.integers(1, 50))
+def test_groups_are_all_ranks_in_order_and_only_the_last_is_smaller(ranks: int, each: int | None) -> None:
+    groups = groups_of(ranks, each)
+    assert [rank for group in groups for rank in group] == list(range(ranks))
+    assert {len(group) for group in groups[:-1]} <= {each}
+    assert 1 <= len(groups[-1]) <= (each or ranks)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.tuples(st.integers(1, 99), st.integers(0, 99)), st.floats(0.1, 4))
+def test_the_readers_of_all_groups_take_the_slots_that_were_given_to_all(
+    ranks: int, each: int, count: tuple[int, int], cpus: float
+) -> None:
+    least, most = count[0], count[0] + count[1]
+    whole = source_of(BatchShape(ranks, ranks), count=(least, most), cpus=cpus)
+    shares = [(whole.part(group), len(group) / ranks) for group in groups_of(ranks, each)]
+    for share, part in shares:
+        assert share.readers.count[0] == pytest.approx(least * part, abs=1)
+        assert share.readers.count[1] * share.readers.cpus == pytest.approx(most * part * cpus, abs=2 * cpus)
+        assert 1 <= share.readers.count[0] <= share.readers.count[1]
+    taken = sum(share.readers.count[0] * share.readers.cpus for share, _ in shares)
+    assert taken <= least * cpus * (1 + 1e-9) + 1e-4 * len(shares)
+    if len(shares) == 1:
+        assert shares[0][0].readers == whole.all_readers
+
+
 @pytest.fixture
 def chain(catalog: str) -> Iterator[Any]:
     cluster.connect(8)
@@ -111,44 +143,36 @@ def chain(catalog: str) -> Iterator[Any]:
 
 
 @pytest.mark.slow
-def test_a_late_call_of_an_old_generation_is_refused_and_the_living_one_goes_on(chain: Any) -> None:
-    old = ray.get(chain.new_generation.remote())
-    ray.get(chain.segment.remote(old, 0, (0, 100), None, 0))
-    new = ray.get(chain.new_generation.remote())
-    assert new > old
-    stop, share = ray.get(chain.segment.remote(new, 0, (5, 100), None, 0))
-    assert stop == 100
-    with pytest.raises(RayTaskError, match=f"generation {old} of ranks asks for step 7; {new} runs"):
-        ray.get(chain.segment.remote(old, 1, (7, 100), None, 0))
-    ray.get([chain.leave.remote(old, 5, rank) for rank in (0, 1)])
-    ray.get(chain.stall.remote(old, 1, 5, 60.0))
-    assert ray.get(chain.stalled.remote()) is None
-    _, other = ray.get(chain.segment.remote(new, 1, (5, 100), None, 0))
-    shares = [iter(each.iter_batches(batch_size=2, batch_format="numpy")) for each in (share, other)]
-    found = list[list[int]]()
-    taking = [threading.Thread(target=lambda s=s: found.append(next(s)["index"].tolist())) for s in shares]
-    for thread in taking:
-        thread.start()
-    for thread in taking:
-        thread.join(120)
-    assert sorted(found) == [[20, 21], [22, 23]]
+def test_all_ranks_of_a_group_get_one_chain_and_those_that_are_started_again_another(catalog: str) -> None:
+    cluster.connect(8)
+    source = stream(catalog).source
+    chains = [start_chain(source, name) for name in ("a-0", "a-0", "b-0")]
+    try:
+        assert chains[0]._actor_id == chains[1]._actor_id != chains[2]._actor_id
+        for chain in (chains[0], chains[2]):
+            assert ray.get(chain.segment.remote(0, (5, 100), None, 0))[0] == 100
+    finally:
+        for chain in chains:
+            ray.kill(chain)
 
 
 @pytest.mark.slow
-def test_a_stall_is_blamed_on_a_rank_only_for_the_segment_that_is_waited_for(chain: Any) -> None:
-    generation = ray.get(chain.new_generation.remote())
+def test_a_stall_is_blamed_on_a_rank_only_for_the_segment_that_is_waited_for(catalog: str, chain: Any) -> None:
     for rank in (0, 1):
-        ray.get(chain.segment.remote(generation, rank, (0, 10), None, 0))
-    ray.get(chain.segment.remote(generation, 0, (10, 20), None, 0))
-    ray.get(chain.stall.remote(generation, 0, 0, 60.0))
+        ray.get(chain.segment.remote(rank, (0, 10), None, 0))
+    ray.get(chain.segment.remote(0, (10, 20), None, 0))
+    ray.get(chain.stall.remote(0, 0, 60.0))
     why = ray.get(chain.stalled.remote())
     assert why.startswith("rank 0 waited 60 s for a batch: ")
     assert "has not asked" not in why
-    generation = ray.get(chain.new_generation.remote())
-    assert ray.get(chain.stalled.remote()) is None
-    ray.get(chain.segment.remote(generation, 0, (10, 20), None, 0))
-    ray.get(chain.stall.remote(generation, 0, 10, 60.0))
-    assert ray.get(chain.stalled.remote()) == "rank 0 waited 60 s for a batch: rank 1 has not asked for step 10"
+    other = start_chain(stream(catalog).source)
+    try:
+        assert ray.get(other.stalled.remote()) is None
+        ray.get(other.segment.remote(0, (10, 20), None, 0))
+        ray.get(other.stall.remote(0, 10, 60.0))
+        assert ray.get(other.stalled.remote()) == "rank 0 waited 60 s for a batch: rank 1 has not asked for step 10"
+    finally:
+        ray.kill(other)
 
 
 def test_pulses_of_many_threads_are_all_heard_and_old_ones_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

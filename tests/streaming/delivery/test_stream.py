@@ -48,6 +48,8 @@ def test_senseless_shapes_steps_and_readers_are_refused(catalog: str) -> None:
         stream(catalog, BatchShape(8), segment_minutes=0)
     with pytest.raises(ConfigError, match="stall_s is 0"):
         stream(catalog, BatchShape(8), stall_s=0)
+    with pytest.raises(ConfigError, match="ranks_per_stream is 0"):
+        stream(catalog, BatchShape(8), ranks_per_stream=0)
     with pytest.raises(ConfigError, match="readers"):
         stream(catalog, BatchShape(8), readers=(2, 1))
 
@@ -87,10 +89,15 @@ def test_ranks_rounds_readers_and_segments_change_nothing_in_a_step(catalog: str
         (BatchShape(16), (1, 1), {}),
         (BatchShape(16, 2, 2), (4, 4), {"segment_blocks": 1}),
         (BatchShape(16, 4), (1, 2), {"segment_blocks": 4, "segment_minutes": 1e-6}),
+        (BatchShape(16, 4), (2, 3), {"ranks_per_stream": 2}),
+        # The last group is smaller, and there are fewer readers than groups.
+        (BatchShape(16, 4), (1, 1), {"ranks_per_stream": 3}),
     ):
         steps = list(stream(catalog, shape, readers=readers, **segment).steps(0, 3))
         assert [len(batches) for batches in steps] == [shape.ranks * shape.accumulate] * 3
         assert [step_digest(batches) for batches in steps] == wanted
+        micro = [batch["index"].tolist() for batches in steps for batch in batches]
+        assert micro == np.arange(48).reshape(-1, shape.micro).tolist(), "a rank's batches do not depend on groups"
         for step, batches in enumerate(steps):
             order = np.argsort(np.concatenate([batch["index"] for batch in batches]))
             for name in ("slide", "x", "y", "mpp", "filtered"):

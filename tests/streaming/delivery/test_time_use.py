@@ -49,14 +49,13 @@ def test_the_bottleneck_is_named_with_its_remedy(seconds: dict[str, float], wait
 
 def test_storage_that_throttles_is_named_with_its_remedy() -> None:
     found = use(fetch=60, decode=40)
-    found.totals.update({"requests": 200, "retries": 3})
+    found.totals.update({"requests": 200, "retries": 6, "throttled": 4, "held_s": 59})
     assert "add readers" in found.bottleneck(10.0)
-    found.totals.update({"retries": 3})
-    assert re.search(
-        "storage: 60% .* 3% of requests were sent again.*lower `requests_in_flight`", found.bottleneck(10.0)
-    )
+    found.totals.update({"held_s": 900})
+    assert re.search(r"storage: 60% .* throttles \(4 requests turned down\).*more prefixes", found.bottleneck(10.0))
     assert found.numbers(10.0)["fetch_retries"] == 6
-    assert "200 requests (2.00 a tile; 6 sent again)" in found.lines(10.0)[0]
+    assert found.numbers(10.0)["fetch_throttled"] == 4
+    assert "200 requests (2.00 a tile; 6 sent again, 4 of them throttled)" in found.lines(10.0)[0]
 
 
 def test_time_in_no_stage_is_shown_and_can_be_the_bottleneck() -> None:
@@ -134,7 +133,7 @@ def test_ray_s_endpoint_shows_what_readers_and_ranks_counted(catalog: str) -> No
         export_wait(wait)
     # Files need no second try: one that storage had made wait.
     tried = {"index": np.zeros(1), "filtered": np.zeros(1), "failures": pack_failures([[]])}
-    export_read({**tried, "counters": pack_counters(Counters(retries=3), 1)})
+    export_read({**tried, "counters": pack_counters(Counters(retries=3, throttled=2, held_s=0.5), 1)})
     total = Counter[str]()
     for batch in batches:
         total.update(counters_of(batch).as_dict())
@@ -144,6 +143,8 @@ def test_ray_s_endpoint_shows_what_readers_and_ranks_counted(catalog: str) -> No
         ("tilestream_tiles_total", ""): 64,
         ("tilestream_fetch_requests_total", ""): total["requests"],
         ("tilestream_fetch_retries_total", ""): 3,
+        ("tilestream_fetch_throttled_total", ""): 2,
+        ("tilestream_fetch_held_seconds_total", ""): 0.5,
         ("tilestream_fetch_bytes_total", ""): total["nbytes"],
         ("tilestream_blocks_total", ""): total["blocks"],
         ("tilestream_tiles_replaced_total", "filtered"): filtered,
