@@ -3,7 +3,7 @@
 What a storage limits is a rate, so a rate is what the brake holds (a number of requests under way would follow from it,
 but would have to be counted, and a reader that is killed takes its count along). While nobody throttles, requests are
 only counted. A throttled answer (429, 503) sets the rate to a part of what the storage was seen to answer in a second,
-and each further one lowers it by that part (multiplicative decrease); then it grows by as much every second (additive
+and each further one leaves that part of it (multiplicative decrease); then it grows by as much every second (additive
 increase), as TCP's congestion avoidance does (RFC 5681). Of all answers to what was sent before the rate was lowered,
 none lowers it again.
 
@@ -44,7 +44,7 @@ _STALE_S = 600.0
 
 
 @dataclass(slots=True)
-class _State:
+class BrakeState:
     """What the processes of a node share; times as time.monotonic, which all of them have in common."""
 
     rate: float = 0.0
@@ -145,13 +145,13 @@ class Brake:
             state.throttled(time.monotonic(), sent_at)
 
     @contextlib.contextmanager
-    def _shared(self) -> Generator[_State]:
+    def _shared(self) -> Generator[BrakeState]:
         """The state, which nobody else sees or changes meanwhile."""
         with self._lock:
             memory = self._memory or self._mapped()
             fcntl.lockf(self._file, fcntl.LOCK_EX)
             try:
-                state = _State(*_LAYOUT.unpack_from(memory))
+                state = BrakeState(*_LAYOUT.unpack_from(memory))
                 yield state
                 _LAYOUT.pack_into(memory, 0, *astuple(state))
             finally:

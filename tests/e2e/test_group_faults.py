@@ -146,12 +146,14 @@ def test_two_runs_on_one_cluster_get_each_its_batches(nodes: Cluster, catalog: s
 
 
 def test_a_training_whose_chains_are_killed_goes_on_without_new_ranks(catalog: str, tmp_path: Path) -> None:
+    num_steps = 16
+
     def train(name: str, disturb: Any) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor], str]:
         out = tmp_path / name
         command = [*TILESTREAM, "train", "debug", "--data.catalog", catalog, "--data.mpp", "{0.5: 1}", *SMALL]
-        command += ["--run.out", str(out), "--train.steps", "40", "--train.batch", "8", "--train.ranks", "2"]
-        command += ["--train.ranks_per_stream", "1", "--data.segment_blocks", "12", "--data.readers", "[2,2]"]
-        command += ["--train.log_every", "1", "--train.checkpoint_every", "1000"]
+        command += ["--run.out", str(out), "--train.steps", str(num_steps), "--train.batch", "4", "--train.ranks", "2"]
+        command += ["--train.ranks_per_stream", "1", "--data.segment_blocks", "8", "--data.readers", "[2,2]"]
+        command += ["--train.log_every", "1", "--train.checkpoint_every", "1000", "--augment.num_local", "1"]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
             try:
                 disturb(running)
@@ -160,7 +162,7 @@ def test_a_training_whose_chains_are_killed_goes_on_without_new_ranks(catalog: s
                 assert running.wait(timeout=300) == 0, said
             finally:
                 kill_tree(running)
-        weights = checkpoints.load(checkpoints.checkpoint_uri(str(out), 40))["state_dict"]
+        weights = checkpoints.load(checkpoints.checkpoint_uri(str(out), num_steps))["state_dict"]
         return pq.read_table(out / "metrics.parquet").to_pylist(), weights, said
 
     def kill(running: subprocess.Popen[str]) -> None:
@@ -179,6 +181,6 @@ def test_a_training_whose_chains_are_killed_goes_on_without_new_ranks(catalog: s
     assert "restart" not in said
     wanted = [(row["step"], row["first_index"], row["loss"]) for row in rows]
     assert [(row["step"], row["first_index"], row["loss"]) for row in again] == wanted
-    assert len({row["time"] for row in again}) == 40
+    assert len({row["time"] for row in again}) == num_steps
     assert weights.keys() == same.keys()
     assert all(torch.equal(weights[key], same[key]) for key in weights)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streaming.storage.brake import Brake, _State
+from streaming.storage.brake import Brake, BrakeState
 from tests.faulty_server import FaultyServer
 
 
@@ -38,7 +38,7 @@ class Bucket:
         return taken
 
 
-def ask_for(seconds: float, bucket: Bucket, state: _State, in_flight: int, latency_s: float, start: float) -> None:
+def ask_for(seconds: float, bucket: Bucket, state: BrakeState, in_flight: int, latency_s: float, start: float) -> None:
     """So many requests of four processes, each followed by the next one, by a clock that is only told."""
     events = [(start, n, -1.0) for n in range(in_flight)]
     turns = [0.0] * 4
@@ -68,7 +68,7 @@ def ask_for(seconds: float, bucket: Bucket, state: _State, in_flight: int, laten
 def test_little_is_turned_down_in_a_throttled_minute_and_what_is_allowed_is_used(
     limit: float, in_flight: int, latency_s: float
 ) -> None:
-    bucket, state = Bucket(limit), _State()
+    bucket, state = Bucket(limit), BrakeState()
     ask_for(60, bucket, state, in_flight, latency_s, start=1000.0)
     assert bucket.answered + bucket.refused <= 1.3 * bucket.answered
     wanted = min(limit, in_flight / latency_s) * 60
@@ -78,7 +78,7 @@ def test_little_is_turned_down_in_a_throttled_minute_and_what_is_allowed_is_used
 @given(st.integers(32, 128), st.floats(0.03, 0.1))
 @settings(max_examples=5, deadline=None)
 def test_a_storage_that_throttles_no_more_is_asked_as_fast_as_before(in_flight: int, latency_s: float) -> None:
-    state = _State()
+    state = BrakeState()
     ask_for(5, Bucket(200), state, in_flight, latency_s, start=1000.0)
     assert state.rate or in_flight / latency_s <= 200
     free = Bucket(1e9)
@@ -88,7 +88,7 @@ def test_a_storage_that_throttles_no_more_is_asked_as_fast_as_before(in_flight: 
 
 
 def test_answers_to_what_was_sent_before_it_slowed_down_slow_it_down_no_further() -> None:
-    state = _State()
+    state = BrakeState()
     for n in range(100):
         state.answered(1000 + n / 100)
     state.throttled(1001.0, 1000.99)
@@ -105,7 +105,7 @@ def test_answers_to_what_was_sent_before_it_slowed_down_slow_it_down_no_further(
 
 
 def test_a_file_of_before_the_machine_was_started_holds_nobody_back() -> None:
-    state = _State(rate=10, due=90_000, raised_at=90_000, full=1000)
+    state = BrakeState(rate=10, due=90_000, raised_at=90_000, full=1000)
     assert state.next_at(5.0) == 5.0
     assert state.rate == 0
 
