@@ -153,7 +153,16 @@ def test_a_training_whose_chains_are_killed_goes_on_without_new_ranks(catalog: s
         command = [*TILESTREAM, "train", "debug", "--data.catalog", catalog, "--data.mpp", "{0.5: 1}", *SMALL]
         command += ["--run.out", str(out), "--train.steps", str(num_steps), "--train.batch", "4", "--train.ranks", "2"]
         command += ["--train.ranks_per_stream", "1", "--data.segment_blocks", "8", "--data.readers", "[2,2]"]
-        command += ["--train.log_every", "1", "--train.checkpoint_every", "1000", "--augment.num_local", "1"]
+        command += [
+            "--train.log_every",
+            "1",
+            "--train.checkpoint_every",
+            "1000",
+            "--augment.num_local",
+            "1",
+            "--mask.group_size",
+            "2",
+        ]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
             try:
                 disturb(running)
