@@ -167,11 +167,13 @@ def _of_span(page: str, span: str) -> Iterator[str]:
 # Of ray job submit, of docker build, and what stands for any field.
 _OPTIONS_OF_OTHERS = {"--working-dir", "--build-arg", "--section.key"}
 _MADE_BY_USERS = {"bach.yaml"}
+_MADE_BY_EXPORT = {"trident_encoder.py", "patho_bench_encoder.py", "thunder_model.py"}
 
 
 def _exists(page: str, name: str) -> bool:
     """Whether a file lies in the repository, or beside the page."""
-    return name in _MADE_BY_USERS or any((base / name).exists() for base in (ROOT, (ROOT / page).parent))
+    made = name in _MADE_BY_USERS | _MADE_BY_EXPORT
+    return made or any((base / name).exists() for base in (ROOT, (ROOT / page).parent))
 
 
 def _begins_here(page: str, name: str) -> bool:
@@ -241,7 +243,7 @@ def _benchmark_options(name: str) -> set[str]:
 @cache
 def _sources() -> str:
     """All code, and what the usual clients of S3 take from the environment by themselves."""
-    files = [path for folder in ("streaming", "trainer", "deploy") for path in (ROOT / folder).rglob("*.*")]
+    files = [path for folder in ("streaming", "trainer", "deploy", "tests") for path in (ROOT / folder).rglob("*.*")]
     code = (path.read_text() for path in files if path.suffix in (".py", ".yaml"))
     return "\n".join((*code, "AWS_SECRET_ACCESS_KEY AWS_ACCESS_KEY_ID RAY_API_SERVER_ADDRESS"))
 

@@ -122,7 +122,10 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             name = "tumour" if kind == TissueClass.TUMOUR else "other"
             tiles.append(f"{path},{name},{768 * column},{768 * row},0.5,256,{slide.patient}")
     shutil.copy(folder / "patient0.svs", more / "again.svs")
-    for name, lines in (("tiles.csv", tiles), ("slides.csv", labels), ("patients.csv", patients)):
+    parts = ("split", "train", "train", "val", "test")
+    split = [f"{row},{parts[0 if i == 0 else int(row[-1]) + 1]}" for i, row in enumerate(tiles)]
+    tables = {"tiles.csv": tiles, "split.csv": split, "slides.csv": labels, "patients.csv": patients}
+    for name, lines in tables.items():
         Path(name).write_text("\n".join(lines) + "\n")
     Path("bach.yaml").write_text(TASK)
     # What is installed by the extra `idc`, and the bucket that it tells of.
@@ -144,6 +147,8 @@ def _arguments(words: Sequence[str], folder: Path) -> list[str]:
         rest = [word.replace(said, str(folder / meant)) for word in rest]
     asks_only = {"--fields", "--print_config"} & set(rest)
     smaller = ("--dry-run",) if "midnight-12k" in rest else SMALLER.get(name, ())
+    if "eva" in rest:
+        smaller = ("--steps", "5")
     return [name, *rest, *(() if asks_only else smaller)]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +28,42 @@ _READERS = 8
 _AHEAD = 4
 
 
+class Shown(NamedTuple):
+    """What a model is shown of a tile."""
+
+    pixels: Pixels
+    """uint8 (H, W, 3)"""
+    whole: tuple[int, int]
+    """height and width in px of the tile of which they are the middle"""
+
+
+Fit = Callable[[Pixels], Shown]
+"""How a tile is brought to the size that the model sees."""
+
+
+def as_they_are(pixels: Pixels) -> Shown:
+    """Tiles of their own size, which must all be of one then."""
+    return Shown(pixels, (pixels.shape[0], pixels.shape[1]))
+
+
+def resized_to(side: int) -> Fit:
+    """Tiles resized to a square of `side` px."""
+
+    def fit(pixels: Pixels) -> Shown:
+        if pixels.shape[:2] == (side, side):
+            return as_they_are(pixels)
+        resized = np.empty((side, side, 3), dtype=np.uint8)
+        resize(pixels, resized)
+        return as_they_are(resized)
+
+    return fit
+
+
 class TileFiles:
     """Reads tiles wherever they are, in threads; slides stay open."""
 
-    def __init__(self, options: storage.StorageOptions | None, size: int | None = None) -> None:
-        """`size` is what images are resized to; None: as they are, which must all be of one size then."""
-        self._options, self._size = options, size
+    def __init__(self, options: storage.StorageOptions | None, fit: Fit = as_they_are) -> None:
+        self._options, self._fit = options, fit
         self._pool: SlidePool[tuple[str, float, float | None]] = SlidePool(self._open)
 
     def _open(self, key: tuple[str, float, float | None], count: Counters) -> Slide:
@@ -41,8 +72,8 @@ class TileFiles:
         checked_mpp(uri, slide.mpp, wanted)
         return slide
 
-    def read(self, tile: Tile) -> Pixels:
-        """One tile, uint8 (H, W, 3).
+    def read(self, tile: Tile) -> Shown:
+        """One tile.
 
         Raises:
             SlideError: it can't be read, or the slide lacks its resolution.
@@ -55,19 +86,15 @@ class TileFiles:
             pixels = np.empty((region.size, region.size, 3), dtype=np.uint8)
             key = (tile.uri, region.mpp, region.slide_mpp)
             self._pool.begin_tile(key, region.x, region.y, region.mpp, region.size, tolerance=0.0).fill(pixels)
-        if self._size is None or pixels.shape[:2] == (self._size, self._size):
-            return pixels
-        resized = np.empty((self._size, self._size, 3), dtype=np.uint8)
-        resize(pixels, resized)
-        return resized
+        return self._fit(pixels)
 
-    def batches(self, tiles: Sequence[Tile], batch: int) -> Iterator[Pixels]:
-        """Tiles uint8 (n, H, W, 3), so many at once, in order, read a few batches ahead.
+    def batches(self, tiles: Sequence[Tile], batch: int) -> Iterator[tuple[Pixels, list[tuple[int, int]]]]:
+        """Tiles uint8 (n, H, W, 3) and the size of the whole of each, so many at once, in order, read ahead.
 
         Raises:
             SlideError, StorageError: as `read`; images differ in size.
         """
-        waiting, queued = iter(tiles), deque[Future[Pixels]]()
+        waiting, queued = iter(tiles), deque[Future[Shown]]()
         shape: tuple[int, ...] | None = None
         with ThreadPoolExecutor(_READERS) as threads:
             while True:
@@ -79,13 +106,13 @@ class TileFiles:
                 except BaseException:
                     threads.shutdown(cancel_futures=True)
                     raise
-                shape = shape or found[0].shape
-                if other := next((pixels.shape for pixels in found if pixels.shape != shape), None):
+                shape = shape or found[0].pixels.shape
+                if other := next((one.pixels.shape for one in found if one.pixels.shape != shape), None):
                     raise SlideError(
                         f"{tiles[0].uri} and others: {shape[1]} × {shape[0]} px, and {other[1]} × {other[0]} px; "
                         "give one --resize for all"
                     )
-                yield np.stack(found)
+                yield np.stack([one.pixels for one in found]), [one.whole for one in found]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +124,9 @@ class Features:
     patches: NDArray[np.float16] | None
     """patch tokens (N, rows, columns, D), mapped; None where they are not wanted"""
     side: tuple[int, int]
-    """height and width of the tiles in px"""
+    """height and width of the tiles in px, as the model saw them"""
+    whole: tuple[tuple[int, int], ...] = ()
+    """of each tile, before its middle was cut out"""
 
 
 def extract(
@@ -105,7 +134,7 @@ def extract(
     tiles: Sequence[Tile],
     *,
     patches: Scratch | None = None,
-    resize_to: int | None = None,
+    fit: Fit = as_they_are,
     batch: int = 64,
     options: storage.StorageOptions | None = None,
     progress: Callable[[int], None] = lambda _: None,
@@ -118,8 +147,10 @@ def extract(
     """
     embeddings: list[NDArray[np.float32]] = []
     held: NDArray[np.float16] | None = None
+    whole: list[tuple[int, int]] = []
     done, side = 0, (0, 0)
-    for pixels in TileFiles(options, resize_to).batches(tiles, batch):
+    for pixels, wholes in TileFiles(options, fit).batches(tiles, batch):
+        whole += wholes
         tokens = model.tokens(pixels)
         embeddings.append(model.embedding(tokens).cpu().numpy())
         side = (pixels.shape[1], pixels.shape[2])
@@ -131,4 +162,4 @@ def extract(
             held[done : done + len(pixels)] = own.half().cpu().numpy()
         done += len(pixels)
         progress(done)
-    return Features(embeddings=np.concatenate(embeddings), patches=held, side=side)
+    return Features(embeddings=np.concatenate(embeddings), patches=held, side=side, whole=tuple(whole))

@@ -57,7 +57,9 @@ class KnnWatch:
         # As many for each rank, so that all pass the same number of batches through what may be sharded.
         count = math.ceil(len(samples) / num_ranks)
         own = [samples.tiles[(at * num_ranks + rank) % len(samples)] for at in range(count)]
-        self._tiles = np.concatenate(list(TileFiles(config.data.storage_options).batches(own, _BATCH)))
+        self._tiles = np.concatenate(
+            [pixels for pixels, _ in TileFiles(config.data.storage_options).batches(own, _BATCH)]
+        )
         self._config = config
 
     @staticmethod

@@ -5,7 +5,7 @@ Apart from the code that obeys them, so that the command line can read them with
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 from streaming.errors import ConfigError
@@ -14,6 +14,7 @@ from trainer.evaluate.annotations import AnnotatedTiles
 
 Task = Literal["knn", "linear", "logistic", "quality", "slide", "segmentation", "detection"]
 TASKS: tuple[Task, ...] = get_args(Task)
+Protocol = Literal["quick", "eva"]
 
 PROBE_STEPS = 12_500
 """arXiv 2404.15217, as kaiko's eva has it"""
@@ -25,12 +26,14 @@ class EvaluateOptions:
 
     tasks: tuple[Task, ...] = ()
     """knn, linear, logistic, quality; slide; segmentation; detection; none: those that suit the dataset"""
+    protocol: Protocol = "quick"
+    """quick: ours, cross-validated where there is no split; eva: that of kaiko's eva 0.4.5, several runs on a split"""
     token: Token | None = None
     """class token, mean patch token, or both; none: cls, or what an exported model says"""
     k: int = 20
     """neighbours of kNN, purity and robustness index"""
     steps: int = PROBE_STEPS
-    """steps of the linear probe"""
+    """steps of the linear probe; for eva, at most"""
     epochs: int = 20
     """passes that attention MIL takes over the slides, and decoders over the tiles"""
     radius: float = 12.0
@@ -42,7 +45,7 @@ class EvaluateOptions:
     batch: int = 64
     """tiles that the model sees at once"""
     resize: int | None = None
-    """side in px that tiles are resized to; none: as they are"""
+    """side in px that tiles are resized to; none: as they are, and 224 for eva"""
     grid: AnnotatedTiles = field(default_factory=AnnotatedTiles)
     """which tiles of annotated slides"""
     gpu: bool = False
@@ -56,6 +59,12 @@ class EvaluateOptions:
         for name in ("k", "steps", "epochs", "batch", "resize"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if self.protocol not in get_args(Protocol):
+            raise ConfigError(f"protocol {self.protocol!r}; take one of {', '.join(get_args(Protocol))}")
+        if self.protocol == "eva":
+            own = {field.name: field.default for field in fields(self) if field.name in ("epochs", "folds")}
+            if changed := [name for name, default in own.items() if getattr(self, name) != default]:
+                raise ConfigError(f"protocol eva has its own {changed[0]}; leave out --{changed[0]}")
         if not self.radius > 0:
             raise ConfigError(f"radius is {self.radius}; it must be above 0")
         if self.folds < 2:

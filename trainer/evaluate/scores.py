@@ -40,6 +40,8 @@ class Score:
     """tiles, slides or points that were scored"""
     groups: int = 0
     """patients or slides that they are of"""
+    stdev: float = math.nan
+    """standard deviation over runs of the head; NaN where it was trained once"""
 
 
 def bootstrap(

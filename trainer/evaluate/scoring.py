@@ -18,18 +18,19 @@ from streaming import storage
 from streaming.errors import ConfigError
 from streaming.progress import ProgressLine
 from trainer.embed.model import Model, load_model
-from trainer.evaluate import mil, probes, quality
+from trainer.evaluate import eva, eva_masks, mil, probes, quality
 from trainer.evaluate.annotations import AnnotatedTiles, Target
 from trainer.evaluate.datasets import Samples, read_dataset
 from trainer.evaluate.detection import score_detection
-from trainer.evaluate.features import extract
-from trainer.evaluate.options import EvaluateOptions, Task
+from trainer.evaluate.features import as_they_are, extract, resized_to
+from trainer.evaluate.options import PROBE_STEPS, EvaluateOptions, Task
 from trainer.evaluate.probes import Embeddings, Ints
 from trainer.evaluate.scores import Score, balanced_accuracy
 from trainer.evaluate.scratch import scratch
 from trainer.evaluate.segmentation import painted, score_segmentation
 from trainer.evaluate.splits import Fold, held_out, leak_warning, make_folds
 
+_BY_EVA: tuple[Task, ...] = ("linear", "slide", "segmentation")
 _OF_TILES: tuple[Task, ...] = ("knn", "linear", "logistic", "quality")
 SCORES = "scores.parquet"
 SCORES_JSON = "scores.json"
@@ -57,14 +58,16 @@ def evaluate(
     """
     options = options or EvaluateOptions()
     samples = labelled(dataset, options, storage_options)
-    warning = leak_warning(samples)
+    folds, warning = _folds(samples, options)
     if warning is not None:
         sys.stderr.write(f"tilestream: warning: {warning}\n")
-    folds = make_folds(samples, options.folds, options.seed)
     if samples.whole_slides:
         with scratch(options.scratch) as room:
             bags = mil.read_bags(source, samples, room, storage_options)
-            scores = mil.score_slides(bags, samples, folds, options.epochs, options.seed, _device(options))
+            if options.protocol == "eva":
+                scores = eva.score_slides(bags, samples, folds[0], options.seed, _device(options))
+            else:
+                scores = mil.score_slides(bags, samples, folds, options.epochs, options.seed, _device(options))
     else:
         scores = evaluate_model(load_model(source, options.token, storage_options), samples, options, storage_options)
     if out is not None:
@@ -79,10 +82,20 @@ def labelled(dataset: str, options: EvaluateOptions, storage_options: dict[str, 
         raise ConfigError("no GPU is visible to PyTorch here; leave out --gpu")
     samples = read_dataset(dataset, _wanted(options), storage_options)
     _tasks(options, samples)
-    for fold in make_folds(samples, options.folds, options.seed):
+    for fold in _folds(samples, options)[0]:
         if samples.points is not None:
             held_out(samples, fold, options.seed)
     return samples
+
+
+def _folds(samples: Samples, options: EvaluateOptions) -> tuple[list[Fold], str | None]:
+    """What is learnt from and scored by the protocol, and what is to be told of it; errors as `make_folds`."""
+    if options.protocol == "eva":
+        fold, warning = eva.eva_fold(samples)
+        if options.steps != PROBE_STEPS:
+            warning = f"{options.steps:,} steps at most instead of {PROBE_STEPS:,}: the scores are not eva's"
+        return [fold], warning
+    return make_folds(samples, options.folds, options.seed), leak_warning(samples)
 
 
 def evaluate_model(
@@ -90,20 +103,29 @@ def evaluate_model(
 ) -> list[Score]:
     """Scores a model in memory on samples; errors as `evaluate`."""
     tasks = _tasks(options, samples)
-    folds = make_folds(samples, options.folds, options.seed)
-    device = _device(options)
+    folds, _ = _folds(samples, options)
+    device, by_eva = _device(options), options.protocol == "eva"
+    fit = as_they_are if options.resize is None else resized_to(options.resize)
+    if by_eva:
+        fit = partial(eva.resize_and_crop, side=options.resize or eva.SIDE)
     model = model.on(device)
     with scratch(options.scratch) as room:
         with ProgressLine("evaluate", "tiles", total=len(samples)) as progress:
             features = extract(
                 model,
                 samples.tiles,
-                resize_to=options.resize,
+                fit=fit,
                 patches=room if samples.labels is None else None,
                 batch=options.batch,
                 options=storage_options,
                 progress=progress.update,
             )
+        if by_eva and samples.masks is not None:
+            cropped = eva_masks.cropped_masks(samples, features, room)
+            return eva_masks.score_masks(features, cropped, samples, folds[0], options.seed, device)
+        if by_eva:
+            setting = replace(eva.TILES, steps=options.steps)
+            return eva.score_tiles(features.embeddings, samples, folds[0], options.seed, device, setting)
         if samples.masks is not None:
             masks = painted(samples, features.side, room)
             return score_segmentation(features, masks, samples, folds, options.epochs, options.seed, device)
@@ -174,6 +196,11 @@ def _tasks(options: EvaluateOptions, samples: Samples) -> tuple[Task, ...]:
     elif samples.points is not None:
         possible = ("detection",)
     default: tuple[Task, ...] = tuple(task for task in possible if task != "logistic")
+    if options.protocol == "eva":
+        possible = tuple(task for task in possible if task in _BY_EVA)
+        default = possible
+        if not possible:
+            raise ConfigError(f"{samples.source}: eva has no protocol for points; take --protocol quick")
     if wrong := [task for task in options.tasks if task not in possible]:
         raise ConfigError(f"{samples.source}: can't be scored by {wrong[0]}; take some of {', '.join(possible)}")
     return options.tasks or default
@@ -201,7 +228,7 @@ def _number(value: Any) -> Any:
 _SCHEMA = pa.schema(
     [
         *(pa.field(name, pa.string()) for name in ("task", "metric")),
-        *(pa.field(name, pa.float64()) for name in ("value", "low", "high")),
+        *(pa.field(name, pa.float64()) for name in ("value", "low", "high", "stdev")),
         *(pa.field(name, pa.int64()) for name in ("n", "groups")),
     ]
 )
@@ -210,12 +237,14 @@ _SCHEMA = pa.schema(
 def table_lines(scores: Sequence[Score]) -> list[str]:
     """The scores as a table for a terminal."""
     width = max(len("metric"), *(len(score.metric) for score in scores))
+    by_runs = any(not math.isnan(score.stdev) for score in scores)
     lines = [f"{'task':<13} {'metric':<{width}} {'value':>8}  {'95 % interval':<17} {'n':>8} {'groups':>9}"]
+    lines[0] += f" {'± of runs':>9}" if by_runs else ""
     for score in scores:
         known = not math.isnan(score.low)
         interval = f"{score.low:.3f} to {score.high:.3f}" if known else "–"
         lines.append(
             f"{score.task:<13} {score.metric:<{width}} {score.value:>8.3f}  {interval:<17} {score.n:>8,} "
-            f"{score.groups or '–':>9}"
+            f"{score.groups or '–':>9}" + (f" {score.stdev:>9.3f}" if by_runs else "")
         )
     return lines

@@ -26,6 +26,7 @@ from streaming import storage
 from streaming.errors import ConfigError
 from trainer.embed.model import load_backbone
 from trainer.embed.options import Token
+from trainer.publish import benchmarks
 from trainer.publish.kaiko_eva import eva_config, eva_name
 from trainer.publish.model_card import model_card
 from trainer.publish.options import ExportOptions
@@ -33,7 +34,10 @@ from trainer.recipe.backbone import Backbone, timm_options
 from trainer.run import checkpoints
 from trainer.run.config import Config
 
-FILES = re.compile(r"README\.md|(preprocessor_)?config\.json|model\.safetensors|eva-.*\.yaml")
+FILES = re.compile(
+    r"README\.md|(preprocessor_)?config\.json|model\.safetensors|eva-.*\.yaml|"
+    + "|".join(map(re.escape, benchmarks.FILES))
+)
 
 
 def export(
@@ -66,6 +70,14 @@ def export(
             settings = json.loads((folder / "config.json").read_text())
             content = eva_config(task, out, settings, options.name, storage_options)
             (folder / eva_name(task)).write_text(content)
+        asked = {
+            benchmarks.TRIDENT_FILE: options.trident,
+            benchmarks.PATHO_BENCH_FILE: options.patho_bench,
+            benchmarks.THUNDER_FILE: options.thunder,
+        }
+        for file in (file for file, wanted in asked.items() if wanted):
+            content = benchmarks.benchmark_file(file, options.name, about["embedding_dim"])
+            (folder / file).write_text(content)
         # The configuration last: a folder without it is no model to anybody.
         names = sorted((path.name for path in folder.iterdir()), key=lambda name: name == "config.json")
         written = [storage.join(out, name) for name in names]

@@ -318,6 +318,8 @@ def _scores(found: Sequence[dict[str, Any]]) -> str:
             storage.name_of(about["dataset"]),
             storage.name_of(about["model"]),
             *(score["task"], score["metric"], number(score["value"])),
+            # Scores of before `stdev` have none.
+            number(score.get("stdev")),
             "–" if score["low"] is None else f"{number(score['low'])} to {number(score['high'])}",
             *(f"{score['n']:,}", f"{score['groups'] or '–'}"),
         )
@@ -325,7 +327,7 @@ def _scores(found: Sequence[dict[str, Any]]) -> str:
         for score in about["scores"]
     ]
     warnings = "".join(f"<p>{html.escape(about['warning'])}</p>" for about in found if about.get("warning"))
-    names = ("dataset", "model", "task", "metric", "value", "95 % interval", "n", "patients or slides")
+    names = ("dataset", "model", "task", "metric", "value", "± of runs", "95 % interval", "n", "patients or slides")
     text = "Intervals resample patients or slides; below ten of them there are none."
     return _section("Scores", text, warnings + _table(names, rows))
 
