@@ -1,7 +1,8 @@
 """What a large catalog costs whoever opens it: `tilestream bench catalog`.
 
-A catalog of made slides (block indexes and tissue of real size, some 3 GB, removed afterwards) is opened in fresh
-processes, by one that does what a reader does: plans tiles and finds their blocks, of slides all over.
+A catalog of made slides (block indexes and tissue of real size, removed afterwards) is opened in fresh processes, by
+one that does what a reader does: plans tiles and finds their blocks, of slides all over. The same catalog is then
+opened on S3 with 20 ms latency by nodes that know nothing of it yet.
 """
 
 from __future__ import annotations
@@ -29,15 +30,21 @@ from streaming.catalog.tissue_map import Cells
 from streaming.catalog.writing import write
 from streaming.counters import UNCOUNTED, Counters
 from streaming.plan import TilePlan
+from streaming.plan.plan import TileSpecs
+from streaming.reading.slide_pool import SlidePool
 from streaming.slide.block_index import pack
 from streaming.slide.block_level import BlockedSlide, BlockLevel, SlideObject
 from streaming.slide.block_slide import BlockSlide
 from streaming.slide.codecs import BlockFormat
+from streaming.slide.geometry import MPP_TOLERANCE
 from streaming.storage.ranges import Span
 from streaming.storage.staging import Staging
 
 BLOCK, MPP, BATCH = 256, 0.25, 128
 STORE = {"anon": True, "endpoint_url": "http://127.0.0.1:9", "region": "us-east-1"}  # nothing is ever asked of it
+LATENCY_S = 0.02
+REMOTE_BATCHES = 40
+PARTS = ["local", "remote", "series"]
 _WARM_UP = 64  # series that are catalogued before it counts, by processes that import what they need
 PACK = 16  # indexes in a pack, as the builder writes them
 KINDS = 16  # so many slides differ; the others are copies of them under other names
@@ -97,7 +104,12 @@ def make(folder: str, slides: int, blocks: int) -> tuple[int, int]:
         pack = [indexes[of % KINDS][0] for of in range(first, min(slides, first + PACK))]
         at, name = sum(map(len, pack[: number % PACK])), f"{number // PACK:032x}-{sum(map(len, pack))}"
         if number % PACK == 0:
-            Path(folder, BLOCKS, name).write_bytes(b"".join(pack))
+            # Packs of the same slides are one file by several names.
+            kinds = Path(folder, BLOCKS, f"{0:032x}-{sum(map(len, pack))}")
+            if number == 0 or not kinds.exists():
+                Path(folder, BLOCKS, name).write_bytes(b"".join(pack))
+            else:
+                os.link(kinds, Path(folder, BLOCKS, name))
         row = SlideRow(
             slide=f"s3://bucket/a/folder/of/some/length/slide{number:05}.svs",
             size=10**9,
@@ -166,6 +178,95 @@ def forget_cached(folder: str) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def reader_s_slides(catalog: Catalog, places: Places) -> SlidePool[int]:
+    """A reader's open slides, whose bytes nobody asks for."""
+
+    def opened(row: int, count: Counters) -> BlockSlide:
+        found = catalog.open_slide(row, STORE, Staging(), count)
+        assert isinstance(found, BlockSlide)
+        found._ranges = places
+        return found
+
+    return SlidePool(opened)
+
+
+def find_blocks(pool: SlidePool[int], specs: TileSpecs, count: Counters) -> None:
+    """Does for some tiles what a reader does before it waits for their bytes."""
+    tiles = list(zip(*(a.tolist() for a in (specs.slide, specs.x, specs.y, specs.mpp)), strict=True))
+    pool.prepare(tiles, specs.size, MPP_TOLERANCE, count)
+    for tile in tiles:
+        pool.begin_tile(*tile, specs.size, MPP_TOLERANCE, count)
+
+
+def measure_remote(uri: str, url: str, batches: int) -> dict[str, float]:
+    """Opens a catalog on S3 and does a reader's work for some batches; run in a process of its own."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before, started, began = resident_mib(), time.perf_counter(), time.process_time()
+    catalog = Catalog.load(uri, {"anon": True, "endpoint_url": url, "region": "us-east-1"})
+    plan, places, first = TilePlan(catalog), Places(), dict[str, float]()
+    pool = reader_s_slides(catalog, places)
+    for number in range(batches):
+        find_blocks(pool, plan.specs(np.arange(number * BATCH, (number + 1) * BATCH)), UNCOUNTED)
+        if number == 0:
+            first = {"first_s": time.perf_counter() - started, "first_cpu_s": time.process_time() - began}
+            sys.stdout.write("first\n")
+            sys.stdout.flush()
+            sys.stdin.readline()
+            started = time.perf_counter()
+    rate = (batches - 1) * BATCH / (time.perf_counter() - started)
+    return {**first, "specs_per_s": rate, "peak_mib": resident_mib("VmHWM") - before}
+
+
+def remote_turns(folder: Path) -> Iterator[dict[str, float]]:
+    """What nodes measure that open the catalog in `folder` from S3, each with an empty cache."""
+    from benchmarks.latency_server import serve
+
+    with serve(folder, LATENCY_S) as server:
+        for _ in range(TURNS):
+            with tempfile.TemporaryDirectory(prefix="tilestream-bench-", dir=folder) as cache:
+                before = server.sent()
+                process = subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-m",
+                        "benchmarks.catalog",
+                        "--measure-remote",
+                        "s3://bucket",
+                        "--url",
+                        server.url,
+                    ],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    env={**os.environ, "TILESTREAM_STAGING": cache},
+                )
+                assert process.stdin
+                assert process.stdout
+                assert process.stdout.readline() == "first\n"
+                requests, nbytes = (now - then for now, then in zip(server.sent(), before, strict=True))
+                content, _ = process.communicate("go\n")
+                yield {**json.loads(content), "first_requests": requests, "first_mb": nbytes / 1e6}
+
+
+def remote_lines(folder: Path) -> list[Line]:
+    """What a node has to wait for and to fetch before its first batch."""
+    found = list(remote_turns(folder))
+    middle = {name: statistics.median(turn[name] for turn in found) for name in found[0]}
+    return [
+        line(
+            f"S3 at {LATENCY_S * 1000:.0f} ms, empty cache: until the first {BATCH} tiles' blocks are found",
+            middle["first_s"],
+            "s",
+            most=10,
+        ),
+        line("the same, of this process's CPU", middle["first_cpu_s"], "s"),
+        line("what a node has fetched by then", middle["first_mb"], "MB", most=200),
+        line("by so many requests", middle["first_requests"], "GETs"),
+        line("tiles planned and found a second from then on, by one thread", middle["specs_per_s"], "1/s"),
+        line("the most memory of that process", max(t["peak_mib"] for t in found), "MiB", most=300),
+    ]
+
+
 def measure(folder: str, tiles: int) -> dict[str, float]:
     """Opens the catalog and does a reader's work on it; run in a process of its own."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
@@ -178,19 +279,14 @@ def measure(folder: str, tiles: int) -> dict[str, float]:
     assert first.slide in catalog.slides()
     resident_open = resident_mib() - before
     pickled = len(pickle.dumps((plan, catalog))) / 2**20
-    slides: dict[int, BlockSlide] = {}
-    places, planning = Places(), 0.0
+    places, planning, seen = Places(), 0.0, set[int]()
+    pool = reader_s_slides(catalog, places)
     for start in range(0, tiles, BATCH):
         at = time.process_time()
         specs = plan.specs(np.arange(start, start + BATCH))
         planning += time.process_time() - at
-        for slide, x, y, mpp in zip(*(a.tolist() for a in (specs.slide, specs.x, specs.y, specs.mpp)), strict=True):
-            if slide not in slides:
-                found = catalog.open_slide(slide, STORE, Staging())
-                assert isinstance(found, BlockSlide)
-                found._ranges = places
-                slides[slide] = found
-            slides[slide].begin_tile(x, y, mpp, specs.size)
+        find_blocks(pool, specs, UNCOUNTED)
+        seen.update(specs.slide.tolist())
     peak = resident_mib("VmHWM")
     at = time.process_time()
     plan.specs(np.arange(tiles))
@@ -201,7 +297,7 @@ def measure(folder: str, tiles: int) -> dict[str, float]:
         "pickled_mib": pickled,
         "specs_per_s": tiles / (time.process_time() - at),
         "batch_specs_per_s": tiles / planning,
-        "slides": len(slides),
+        "slides": len(seen),
         "requests": places.requests / tiles,
     }
 
@@ -250,19 +346,13 @@ def turns(folder: str, tiles: int) -> Iterator[dict[str, float]]:
         yield json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
 
 
-def lines(args: argparse.Namespace) -> list[Line]:
-    """Makes a catalog, measures and removes it."""
-    with tempfile.TemporaryDirectory(prefix="tilestream-bench-", dir=args.folder) as folder:
-        sys.stderr.write(f"making a catalog of {args.slides:,} slides × {args.blocks:,} blocks\n")
-        num_blocks, nbytes = make(f"{folder}/catalog", args.slides, args.blocks)
-        found = list(turns(f"{folder}/catalog", args.tiles))
-        sys.stderr.write(f"cataloguing {args.series:,} series of DICOM from S3 with 20 ms latency\n")
-        rate, requests, nbytes = rate_of_cataloguing(Path(folder), args.series)
-    index_and_tissue = nbytes / num_blocks
+def local_lines(folder: str, num_blocks: int, nbytes: int, tiles: int) -> list[Line]:
+    """What a process costs that opens a catalog on a local disk."""
+    found = list(turns(folder, tiles))
     middle = {name: statistics.median(turn[name] for turn in found) for name in found[0]}
-    work = f"plan {args.tiles:,} tiles and find their blocks, of {middle['slides']:,.0f} slides"
+    work = f"plan {tiles:,} tiles and find their blocks, of {middle['slides']:,.0f} slides"
     return [
-        line("the catalog on disk, tissue and all, per block", index_and_tissue, "bytes", most=4),
+        line("the catalog on disk, tissue and all, per block", nbytes / num_blocks, "bytes", most=4),
         line("open it and plan a tile, not in the page cache", found[0]["open_s"], "s", most=1),
         line("the same, in the page cache", middle["open_s"], "s", most=1),
         line("memory of a process that opened it", middle["open_mib"], "MiB", most=300),
@@ -270,10 +360,34 @@ def lines(args: argparse.Namespace) -> list[Line]:
         line("plan and catalog as Ray ships them", middle["pickled_mib"], "MiB"),
         line(f"tiles planned a second of CPU, {BATCH} at once", middle["batch_specs_per_s"] / 1000, "1000/s"),
         line("tiles planned a second of CPU, all at once", middle["specs_per_s"] / 1000, "1000/s"),
+    ]
+
+
+def series_lines(folder: Path, num_series: int) -> list[Line]:
+    """What it costs to catalogue series of DICOM."""
+    sys.stderr.write(f"cataloguing {num_series:,} series of DICOM from S3 with 20 ms latency\n")
+    rate, requests, nbytes = rate_of_cataloguing(folder, num_series)
+    return [
         line("series of DICOM catalogued a second, S3 at 20 ms", rate, "1/s", least=15),
         line("what one asks for, its thumbnail too", requests, "GETs"),
         line("and gets", nbytes, "MB"),
     ]
+
+
+def lines(args: argparse.Namespace) -> list[Line]:
+    """Makes a catalog, measures and removes it."""
+    found = list[Line]()
+    with tempfile.TemporaryDirectory(prefix="tilestream-bench-", dir=args.folder) as folder:
+        if {"local", "remote"} & set(args.parts):
+            sys.stderr.write(f"making a catalog of {args.slides:,} slides × {args.blocks:,} blocks\n")
+            num_blocks, nbytes = make(f"{folder}/bucket", args.slides, args.blocks)
+            if "local" in args.parts:
+                found += local_lines(f"{folder}/bucket", num_blocks, nbytes, args.tiles)
+            if "remote" in args.parts:
+                found += remote_lines(Path(folder))
+        if "series" in args.parts:
+            found += series_lines(Path(folder), args.series)
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -285,10 +399,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiles", type=int, default=200_000, help="tiles planned and found (200000)")
     parser.add_argument("--series", type=int, default=400, help="series of DICOM that are catalogued (400)")
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where it is made, and removed afterwards")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="what is measured (all)")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--measure-remote", help=argparse.SUPPRESS)
+    parser.add_argument("--url", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.measure:
         print(json.dumps(measure(args.measure, args.tiles)))
+        return 0
+    if args.measure_remote:
+        print(json.dumps(measure_remote(args.measure_remote, args.url, REMOTE_BATCHES)))
         return 0
     found = lines(args)
     if args.json:

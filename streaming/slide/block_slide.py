@@ -176,6 +176,8 @@ class BlockSlide(Slide):
 
     def copied(self, x: int, y: int, mpp: float, size: int, tolerance: float) -> tuple[SparseCopy, list[Span]] | None:
         """What `begin_tile` reads of the block index, where that is a copy that is fetched part by part."""
+        if self._levels[0].index.copied(()) is None:
+            return None
         try:
             box = self.tile_box(x, y, mpp, size, exact=False, tolerance=tolerance)
         except SlideError:
