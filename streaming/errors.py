@@ -12,7 +12,7 @@ TilestreamError            everything a user can act on; the command line prints
 ├── PlanError              a catalog that can't give the tiles that the plan asks for
 ├── CheckpointError        no checkpoint, a damaged one, or one of another architecture
 ├── TrainingError          a run whose loss, gradients or embeddings broke down
-├── NodeError              a machine whose disk has no room for what it must hold
+├── NodeError              a machine that has no room for what it must hold, or no cache that it can use
 └── StreamError            more tiles fail than the run allows, or the stream gave other tiles than planned
 
 Members hold one string, so they pickle across Ray; where an error passes through a stage it gets a note (`add_note`).
@@ -71,7 +71,7 @@ class TrainingError(TilestreamError):
 
 
 class NodeError(TilestreamError):
-    """A machine whose disk has no room for what it must hold: no slide's fault, so no tile is replaced for it."""
+    """A machine that has no room for what it must hold, or no cache that it can use; no tile is replaced for it."""
 
 
 class StreamError(TilestreamError):

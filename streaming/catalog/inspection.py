@@ -10,7 +10,7 @@ from streaming.catalog.named import Named
 from streaming.catalog.schema import SlideRow
 from streaming.catalog.selection import slide_of
 from streaming.catalog.tissue import Colour, TissueGrid, odd_glass, thumbnail, tissue_of_thumbnail
-from streaming.errors import SlideError, StorageError
+from streaming.errors import NodeError, SlideError, StorageError
 from streaming.slide import Slide, geometry, open_slide
 from streaming.slide.block_index import unpack
 from streaming.slide.multi_file import as_one
@@ -83,7 +83,7 @@ def inspect(
             return Inspected(row, tissue, glass, slide.left_out, slide.packed_index)
         finally:
             slide.close()
-    except (SlideError, StorageError) as error:
+    except (SlideError, StorageError, NodeError) as error:
         return Rejected(info.uri, info.size, info.version, str(error).removeprefix(f"{info.uri}: "))
 
 

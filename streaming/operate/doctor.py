@@ -22,10 +22,11 @@ from packaging.specifiers import SpecifierSet
 
 from streaming import cluster, storage
 from streaming.catalog import Catalog
-from streaming.errors import PlanError, SlideError, StorageError, TilestreamError
+from streaming.errors import NodeError, PlanError, SlideError, StorageError, TilestreamError
 from streaming.plan import TilePlan
 from streaming.plan.plan import DEFAULT_MPP
 from streaming.storage.clock import clock_skew
+from streaming.storage.node_cache import cache_at
 from streaming.storage.ranges import open_ranges, read_range
 from streaming.storage.staging import Staging
 
@@ -153,6 +154,14 @@ def _disk() -> Iterator[Finding]:
     free, writable = shutil.disk_usage(place).free, os.access(place, os.W_OK)
     state: State = "mend" if not writable or free < 2 * 10**9 else "note" if free < 50 * 10**9 else "ok"
     what = f"{staging}: {free / 1e9:.0f} GB free" + ("" if writable else ", not writable")
+    if place == staging:
+        try:
+            cache_at(str(staging)).num_bytes()
+        except NodeError as error:
+            yield Finding(
+                check="staging", state="mend", what=str(error), remedy="set TILESTREAM_STAGING to another folder"
+            )
+            return
     remedy = "set TILESTREAM_STAGING to a folder on a larger local disk; formats without a block index are copied there"
     yield Finding(check="staging", state=state, what=what, remedy="" if state == "ok" else remedy)
 

@@ -295,10 +295,14 @@ class NodeCache:
             self._db.close()
             os.close(self._alive)
             self._db = None
-        make_private(self._given)
-        make_private(self.folder)
+        for folder in (self._given, self.folder):
+            make_private(folder)
         self._alive = os.open(self.folder / _ALIVE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._try_lock(0)  # SQLite would wait a minute, and then call the database busy
+        try:
+            self._try_lock(0)  # SQLite would wait a minute, and then call the database busy
+        except NodeError:
+            os.close(self._alive)
+            raise
         is_new = not path.exists()
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)

@@ -31,7 +31,7 @@ from streaming.storage.ranges import PendingBytes, Ranges, Span, open_ranges
 from streaming.storage.staging import Staging
 
 # A place in a block index is some hundred bytes, and its header some thousand; but each part is a request.
-PART_NBYTES = 2**15
+PART_NBYTES = 2**16
 _PARTS_AT_ONCE = 2**21 // PART_NBYTES  # in one request
 _REQUESTS_COMING = 64
 
@@ -49,6 +49,7 @@ class SparseCopy:
 
     Raises:
         NodeError: the node's cache can't be used.
+        StorageError: its disk is full.
     """
 
     def __init__(self, files: Sequence[RemoteFile], options: StorageOptions | None, staging: Staging) -> None:
@@ -63,17 +64,23 @@ class SparseCopy:
         # Two threads that want one part at once fetch it once.
         self._coming = set[int]()
         self._come = threading.Condition()
-        self._cache.keep(self._key, self._open)
+        try:
+            self._cache.keep(self._key, self._open)
+        except OSError as error:
+            raise StorageError(self._cache.disk_full(self._name, self._num_parts)) from error
 
     def _open(self, folder: Path) -> int:
         here = folder / f"here-{_start_of_machine()}"
         if not here.exists():  # nor is a process that reads of an earlier start
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(mode=0o700)
-        self.file = _sized(folder / "data", self.nbytes)
-        noted = _sized(here, self._num_parts)
-        self._here = mmap.mmap(noted, 0)
-        os.close(noted)
+        self.file = _opened_file(folder / "data")
+        os.ftruncate(self.file, self.nbytes)
+        self._notes = _opened_file(here)
+        if os.fstat(self._notes).st_size != self._num_parts:
+            # Written, or a full disk would be told by a signal that ends the process.
+            os.pwrite(self._notes, bytes(self._num_parts), 0)
+        self._here = mmap.mmap(self._notes, 0, access=mmap.ACCESS_READ)
         return self._here[:].count(1) * PART_NBYTES
 
     def read(self, start: int, end: int, count: Counters = UNCOUNTED) -> bytes:
@@ -135,10 +142,9 @@ class SparseCopy:
     def _write(self, start: int, content: bytes) -> None:
         try:
             os.pwrite(self.file, content, start)
+            os.pwrite(self._notes, b"\1" * -(-len(content) // PART_NBYTES), start // PART_NBYTES)
         except OSError as error:
             raise StorageError(self._cache.disk_full(self._name, len(content))) from error
-        for part in range(start // PART_NBYTES, -(-(start + len(content)) // PART_NBYTES)):
-            self._here[part] = 1
 
     def _requests(self, parts: Sequence[int]) -> Iterable[Span]:
         """Parts that follow each other are one span, which is one request unless files begin in it."""
@@ -179,10 +185,8 @@ def _opened(file: RemoteFile, options: StorageOptions | None) -> Ranges:
     return open_ranges(file.uri, options, size=file.nbytes) or OtherRanges(file.uri, file.nbytes, options)
 
 
-def _sized(path: Path, nbytes: int) -> int:
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    os.ftruncate(file, nbytes)
-    return file
+def _opened_file(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
 def _start_of_machine() -> str:

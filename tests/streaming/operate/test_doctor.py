@@ -43,6 +43,14 @@ def test_what_is_scarce_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch
     assert "TILESTREAM_STAGING" in found["staging"].remedy
 
 
+def test_a_cache_that_others_may_change_is_to_be_mended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    monkeypatch.setenv("TILESTREAM_STAGING", str(tmp_path))
+    found = findings()["staging"]
+    assert (found.state, "others may write into it" in found.what) == ("mend", True)
+    assert "TILESTREAM_STAGING" in found.remedy
+
+
 def test_a_library_out_of_its_bounds_is_named_with_what_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     real = doctor.metadata.version
     monkeypatch.setattr(doctor.metadata, "version", lambda name: "2.59.0" if name == "ray" else real(name))

@@ -160,6 +160,57 @@ def test_a_miss_looks_at_no_other_copy_and_leaves_no_lock_file(tmp_path: Path, m
     }
 
 
+# Makes copies of some keys, as fast as it can.
+MANY = """
+import random, sys
+from pathlib import Path
+from streaming.storage.node_cache import cache_at
+cache = cache_at(sys.argv[1])
+print("ready", flush=True)
+while True:
+    key = random.choice("0123456789") * 32
+    if not cache.take(key, "a", 1000, 4000, "a"):
+        if random.random() < 0.1:
+            cache.dropped(key)
+            continue
+        Path(sys.argv[1], key).mkdir()
+        Path(sys.argv[1], key, "a").write_bytes(bytes(1000))
+        cache.filled(key)
+    assert Path(sys.argv[1], key, "a").stat().st_size == 1000
+    cache.let_go(key)
+"""
+
+
+def test_processes_that_are_killed_at_any_moment_leave_a_cache_that_is_counted_right(tmp_path: Path) -> None:
+    cache = NodeCache(str(tmp_path))
+    for kill_after_s in (0.03, 0.1, 0.2):
+        with contextlib.ExitStack() as running:
+            processes = [running.enter_context(started(MANY, str(tmp_path))) for _ in range(3)]
+            for process in processes:
+                assert process.stdout.readline() == "ready\n"
+            for process in processes:
+                time.sleep(kill_after_s)
+                assert process.poll() is None
+                assert cache.num_bytes() <= 4000
+                process.kill()
+    # Each key can be had, and what is on disk is what is counted.
+    for digit in "0123456789":
+        if not cache.take(digit * 32, "a", 1000, 4000, "a"):
+            (tmp_path / (digit * 32)).mkdir()
+            (tmp_path / (digit * 32) / "a").write_bytes(bytes(1000))
+            cache.filled(digit * 32)
+        cache.let_go(digit * 32)
+    assert copies(tmp_path) == ["a"] * 4
+    assert cache.num_bytes() == 4000
+    assert len([entry for entry in tmp_path.iterdir() if entry.is_dir()]) == 4
+
+
+def test_a_damaged_database_is_told_with_the_folder_to_remove(tmp_path: Path) -> None:
+    (tmp_path / "index.db").write_bytes(b"no database" * 1000)
+    with pytest.raises(NodeError, match=r"the database of this cache is damaged \(.*\); remove it"):
+        NodeCache(str(tmp_path)).num_bytes()
+
+
 def test_a_copy_that_is_read_outlives_its_eviction(s3_slides: str, slides: list[Path], tmp_path: Path) -> None:
     first, second = (storage.stat(f"{s3_slides}/{path.name}") for path in slides[:2])
     staging = Staging(folder=str(tmp_path), max_bytes=max(first.size, second.size))
