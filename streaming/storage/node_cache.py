@@ -304,7 +304,8 @@ class NodeCache:
             os.close(self._alive)
             raise
         is_new = not path.exists()
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        if is_new:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
         # The faster journal needs memory that processes share, which those of several machines do not have.
         db.execute(f"PRAGMA journal_mode = {'DELETE' if self._is_shared else 'WAL'}")
@@ -313,7 +314,9 @@ class NodeCache:
         self._db, self._inode = db, os.stat(path).st_ino
         self._holder = self._number()
         if is_new:
-            self._remove_unknown()
+            db.execute("BEGIN IMMEDIATE")  # another process that is new, too, may be making an entry
+            self._remove_unknown(db)
+            db.execute("COMMIT")
         return db
 
     def _number(self) -> int:
@@ -327,10 +330,9 @@ class NodeCache:
             if self._try_lock(number):
                 return number
 
-    def _remove_unknown(self) -> None:
+    def _remove_unknown(self, db: sqlite3.Connection) -> None:
         """Removes what a cache left whose database is gone."""
-        assert self._db is not None
-        known = {key for (key,) in self._db.execute("SELECT key FROM entries")}
+        known = {key for (key,) in db.execute("SELECT key FROM entries")}
         for entry in list(os.scandir(self.folder)):
             if _OURS.fullmatch(entry.name) and entry.name not in known:
                 if entry.is_dir(follow_symlinks=False):
@@ -344,9 +346,9 @@ _LOCK = threading.Lock()
 
 
 def cache_at(folder: str) -> NodeCache:
-    """The cache in a folder, one a process: a fork has none of its parent's locks."""
+    """The cache in a folder, one a process: two would take each other's locks for their own, and a fork has none."""
     with _LOCK:
-        known = os.path.abspath(folder), os.getpid()
+        known = os.path.realpath(folder), os.getpid()
         return _CACHES.setdefault(known, NodeCache(known[0]))
 
 

@@ -160,39 +160,45 @@ def test_a_miss_looks_at_no_other_copy_and_leaves_no_lock_file(tmp_path: Path, m
     }
 
 
-# Makes copies of some keys, as fast as it can.
+# At each line, a process more that makes copies of some keys as fast as it can.
 MANY = """
-import random, sys
+import os, random, sys
 from pathlib import Path
 from streaming.storage.node_cache import cache_at
-cache = cache_at(sys.argv[1])
-print("ready", flush=True)
-while True:
-    key = random.choice("0123456789") * 32
-    if not cache.take(key, "a", 1000, 4000, "a"):
-        if random.random() < 0.1:
-            cache.dropped(key)
-            continue
-        Path(sys.argv[1], key).mkdir()
-        Path(sys.argv[1], key, "a").write_bytes(bytes(1000))
-        cache.filled(key)
-    assert Path(sys.argv[1], key, "a").stat().st_size == 1000
-    cache.let_go(key)
+for _ in sys.stdin:
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+        continue
+    cache = cache_at(sys.argv[1])
+    while True:
+        key = random.choice("0123456789") * 32
+        if not cache.take(key, "a", 1000, 4000, "a"):
+            if random.random() < 0.1:
+                cache.dropped(key)
+                continue
+            Path(sys.argv[1], key).mkdir()
+            Path(sys.argv[1], key, "a").write_bytes(bytes(1000))
+            cache.filled(key)
+        assert Path(sys.argv[1], key, "a").stat().st_size == 1000
+        cache.let_go(key)
 """
 
 
 def test_processes_that_are_killed_at_any_moment_leave_a_cache_that_is_counted_right(tmp_path: Path) -> None:
     cache = NodeCache(str(tmp_path))
-    for kill_after_s in (0.03, 0.1, 0.2):
-        with contextlib.ExitStack() as running:
-            processes = [running.enter_context(started(MANY, str(tmp_path))) for _ in range(3)]
-            for process in processes:
-                assert process.stdout.readline() == "ready\n"
-            for process in processes:
+    with started(MANY, str(tmp_path)) as process:
+        for kill_after_s in (0.03, 0.1, 0.2, 0.05):
+            children = list[int]()
+            for _ in range(3):
+                process.stdin.write("another\n")
+                process.stdin.flush()
+                children.append(int(process.stdout.readline()))
+            for child in children:
                 time.sleep(kill_after_s)
-                assert process.poll() is None
+                assert Path(f"/proc/{child}/stat").read_text().split()[2] != "Z"
                 assert cache.num_bytes() <= 4000
-                process.kill()
+                os.kill(child, signal.SIGKILL)
     # Each key can be had, and what is on disk is what is counted.
     for digit in "0123456789":
         if not cache.take(digit * 32, "a", 1000, 4000, "a"):
