@@ -53,7 +53,10 @@ def eva_config(
         content: Any = yaml.safe_load(storage.read_bytes(task, options))
     except yaml.YAMLError as error:
         raise ConfigError(f"{task}: no YAML ({' '.join(str(error).split())[:120]})") from error
-    rewritten = _rewritten(content, backbone(storage.canonical(out), about["embedding"], registers), variables)
+    if "out_indices" in json.dumps(content, default=str) and about["embedding"] == "cls+patch":
+        variables["IN_FEATURES"] = about["embedding_dim"] // 2  # a decoder sees patch tokens alone
+    section = backbone(storage.canonical(out), about["embedding"], registers)
+    rewritten = _rewritten(content, section, variables, registers)
     if _REGISTRY not in json.dumps(content, default=str):
         raise ConfigError(f"{task}: has no {_REGISTRY}; take one of eva's configurations of vision tasks")
     return yaml.safe_dump(rewritten, sort_keys=False, width=10**6)
@@ -74,24 +77,31 @@ def backbone(folder: str, token: Token, num_registers: int) -> dict[str, Any]:
     return {"class_path": "eva.core.models.wrappers.ModelFromFunction", "init_args": section}
 
 
-def _rewritten(value: Any, section: dict[str, Any], variables: dict[str, Any]) -> Any:
+def _rewritten(value: Any, section: dict[str, Any], variables: dict[str, Any], num_registers: int) -> Any:
     if isinstance(value, dict):
         if value.get("class_path") == _REGISTRY:
-            return _with_maps(section, (value.get("init_args") or {}).get("model_kwargs") or {})
-        return {key: _rewritten(entry, section, variables) for key, entry in value.items()}
+            return _with_maps(section, (value.get("init_args") or {}).get("model_kwargs") or {}, num_registers)
+        return {key: _rewritten(entry, section, variables, num_registers) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_rewritten(entry, section, variables) for entry in value]
+        return [_rewritten(entry, section, variables, num_registers) for entry in value]
     if isinstance(value, str):
         for name, mine in variables.items():
             value = re.sub(rf"\$\{{oc\.env:{name},[^}}]*\}}", lambda _, n=name, m=mine: f"${{oc.env:{n}, {m}}}", value)
     return value
 
 
-def _with_maps(section: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
-    """The section, for a task that wants maps of tokens (segmentation) with what it asks of them."""
+def _with_maps(section: dict[str, Any], asked: dict[str, Any], num_registers: int) -> dict[str, Any]:
+    """The section, which gives a map of patch tokens where a task (segmentation) asks for the outputs of blocks.
+
+    They are those of the last block behind the norm, as eva has them of networks in transformers' layout.
+    """
     if "out_indices" not in asked:
         return section
     arguments = section["init_args"]["arguments"]
     kept = {key: arguments[key] for key in ("model_name", "pretrained", "dynamic_img_size")}
-    maps = {**kept, "features_only": True, "out_indices": asked["out_indices"]}
-    return {**section, "init_args": {"path": "timm.create_model", "arguments": maps}}
+    tokens = {
+        "class_path": "eva.core.models.transforms.ExtractPatchFeatures",
+        "init_args": {"num_register_tokens": num_registers},
+    }
+    whole = {"path": "timm.create_model", "arguments": {**kept, "global_pool": ""}, "transforms": tokens}
+    return {**section, "init_args": whole}

@@ -33,6 +33,8 @@ from trainer.publish.options import ExportOptions
 Table = Callable[..., str]
 GOLDEN = json.loads((Path(__file__).parents[2] / "data" / "eva-0.4.5.json").read_text())
 PARTS = ("train", "val", "test")
+STEPS = 400
+"""of each run of eva itself, so that it takes a minute"""
 
 
 def parts_of(sizes: dict[str, int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -226,7 +228,7 @@ def configuration(labelled: Path, model: str) -> dict[str, object]:
         {"class_path": f"lightning.pytorch.callbacks.{name}", "init_args": {**monitor, **more}}
         for name, more in (
             ("ModelCheckpoint", {"filename": "best", "save_top_k": 1}),
-            ("EarlyStopping", {"min_delta": 0, "patience": 2500}),
+            ("EarlyStopping", {"min_delta": 0, "patience": STEPS // 5}),
         )
     ]
     writer = {
@@ -240,7 +242,7 @@ def configuration(labelled: Path, model: str) -> dict[str, object]:
         "trainer": {
             "class_path": "eva.Trainer",
             "init_args": {
-                **{"n_runs": 5, "default_root_dir": "logs", "max_steps": 12_500, "checkpoint_type": "best"},
+                **{"n_runs": 5, "default_root_dir": "logs", "max_steps": STEPS, "checkpoint_type": "best"},
                 **{"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "callbacks": callbacks},
             },
         },
@@ -289,7 +291,7 @@ def configuration(labelled: Path, model: str) -> dict[str, object]:
 def test_images_get_the_score_that_eva_gives_them(labelled: Path, model: str, tmp_path: Path) -> None:
     if "TILESTREAM_EVA_PYTHON" not in os.environ:
         pytest.skip("TILESTREAM_EVA_PYTHON names no Python that has kaiko-eva 0.4.5")
-    ours = evaluate(model, str(labelled / "tiles.csv"), EvaluateOptions(protocol="eva"))
+    ours = evaluate(model, str(labelled / "tiles.csv"), EvaluateOptions(protocol="eva", steps=STEPS))
     (tmp_path / "task.yaml").write_text(yaml.safe_dump(configuration(labelled, model), sort_keys=False))
     command = [os.environ["TILESTREAM_EVA_PYTHON"], "-m", "eva", "predict_fit", "--config", "task.yaml"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}

@@ -38,3 +38,18 @@ def test_a_task_of_eva_gets_the_exported_folder_as_its_backbone(tmp_path: Path) 
     (tmp_path / "other.yaml").write_text("a: 1")
     with pytest.raises(ConfigError, match=r"has no eva\.vision\.models"):
         export(str(tmp_path / "run"), str(out), ExportOptions(eva=(str(tmp_path / "other.yaml"),)))
+
+
+MAPS = TASK.replace("{model_name:", "{model_kwargs: {out_indices: 1}, model_name:")
+
+
+def test_a_decoder_of_eva_gets_the_patch_tokens_alone(tmp_path: Path) -> None:
+    (tmp_path / "consep.yaml").write_text(MAPS)
+    out, options = tmp_path / "model", ExportOptions(token="cls+patch", eva=(str(tmp_path / "consep.yaml"),))
+    export(saved(tmp_path / "run", "--model.num_registers", "4"), str(out), options)
+    found = yaml.safe_load((out / "eva-consep.yaml").read_text())
+    section = found["callbacks"][0]["backbone"]["init_args"]
+    assert section["arguments"]["global_pool"] == ""  # all tokens, behind the norm
+    assert section["transforms"]["class_path"] == "eva.core.models.transforms.ExtractPatchFeatures"
+    assert section["transforms"]["init_args"] == {"num_register_tokens": 4}
+    assert found["head"]["in_features"] == "${oc.env:IN_FEATURES, 192}"
