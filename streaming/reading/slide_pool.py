@@ -21,8 +21,8 @@ from streaming.storage.sparse_copy import SparseCopy
 Key = TypeVar("Key", bound=Hashable)
 # A slide of a remote catalog costs a request or two to open, and at first nearly every tile is of a new one.
 _MAX_OPENING = 16
-# Each takes some 3 KB.
-_MAX_SLIDES = 2**15
+# Each takes some 4 KB.
+_MAX_SLIDES = 2**14
 # A slide that is denied or gone is not asked for again for so long: each of a batch's tiles would ask anew.
 _REFUSED_S = 60.0
 # So many of these, and more than were read: it is not the slides.
