@@ -102,7 +102,7 @@ class Chain:
             return segment.stop, segment.shares[rank]
 
     def _rest(self, start: int, stop: int, rank: int, num_done: int) -> DataIterator:
-        alone = self._source.part(range(rank, rank + 1))
+        alone = self._source.alone(rank)
         return alone.dataset(start, stop, _this(), skip=num_done).streaming_split(1, equal=True)[0]
 
     def leave(self, start: int, rank: int) -> None:

@@ -55,21 +55,32 @@ class Readers:
             raise ConfigError(f"stall_s is {self.stall_s}; it must be above 0, or none for no limit")
 
     def part(self, first: int, stop: int, of: int) -> Readers:
-        """The share of the parts [first, stop) of so many.
+        """The share of the parts [first, stop) of so many: one reader at least.
 
-        A share below one reader is a reader that takes as much less of a CPU slot: all shares take together what the
-        whole does, or the last ones would wait for slots that the first ones hold until their segments end.
+        Where the most are fewer than the shares, it takes a part of a CPU slot: all shares together must find the slots
+        that the whole finds, or the last ones would wait for those that the first ones hold until their segments end.
         """
 
         def share(number: int) -> int:
-            return max(1, number * stop // of - number * first // of)
+            return number * stop // of - number * first // of
 
-        least = self.count[0] * (stop - first) / of
-        if least >= 1:
-            return replace(self, count=(share(self.count[0]), max(share(self.count[0]), share(self.count[1]))))
-        # Ray counts slots in ten-thousandths.
-        cpus = max(1, math.floor(self.cpus * least * 10_000)) / 10_000
-        return replace(self, count=(1, max(1, math.floor(self.count[1] / self.count[0]))), cpus=cpus)
+        if (most := self.count[1] * (stop - first) / of) < 1:
+            return replace(self, count=(1, 1), cpus=_slots(self.cpus * most))
+        return replace(self, count=(min(max(1, share(self.count[0])), share(self.count[1])), share(self.count[1])))
+
+    def divided(self, parts: int) -> Readers:
+        """One of so many equal shares, which together find room where no more than the least of the whole do."""
+        least, most = self.count
+        return replace(
+            self,
+            count=(max(1, least // parts), max(1, most // parts)),
+            cpus=_slots(self.cpus * min(1.0, least / parts)),
+        )
+
+
+def _slots(cpus: float) -> float:
+    """As Ray counts them, in ten-thousandths."""
+    return max(1, math.floor(cpus * 10_000 + 1e-6)) / 10_000
 
 
 def groups_of(ranks: int, ranks_per_stream: int | None) -> list[range]:
@@ -94,8 +105,8 @@ class Source:
     plan: ray.ObjectRef[TilePlan]
     catalog: ray.ObjectRef[Catalog]
     options: ReaderOptions
-    all_readers: Readers
-    """those of all groups"""
+    readers: Readers
+    """of the group"""
     batch: int
     micro: int
     ranks: int
@@ -105,20 +116,19 @@ class Source:
     """the ranks whose blocks these are"""
 
     def part(self, group: range) -> Source:
-        """The same for some of the ranks, with their share of the readers and of the object store."""
-        return replace(self, group=group)
+        """Of one of all ranks, that of some, with their share of the readers and of the object store."""
+        return replace(self, group=group, readers=self.readers.part(group.start, group.stop, self.ranks))
 
-    @property
-    def readers(self) -> Readers:
-        """This group's share of the readers."""
-        return self.all_readers.part(self.group.start, self.group.stop, self.ranks)
+    def alone(self, rank: int) -> Source:
+        """Of one of a group, that of one of its ranks, beside those of the others."""
+        return replace(self, group=range(rank, rank + 1), readers=self.readers.divided(len(self.group)))
 
     def segment_steps(self, steps_s: float | None, before: int) -> int:
         """Steps of a segment, after one of so many steps that went at that rate; None: it is the first."""
-        most, blocks_a_step = self.all_readers.segment_blocks, self.rank_blocks(1) * len(self.group)
+        most, blocks_a_step = self.readers.segment_blocks, self.rank_blocks(1) * len(self.group)
         if steps_s is None:
             return max(1, min(most, _FIRST_BLOCKS) // blocks_a_step)
-        wanted = min(round(self.all_readers.segment_minutes * 60 * steps_s), _GROWTH * before)
+        wanted = min(round(self.readers.segment_minutes * 60 * steps_s), _GROWTH * before)
         return max(1, min(most // blocks_a_step, wanted))
 
     def rank_blocks(self, num_steps: int) -> int:
@@ -130,8 +140,7 @@ class Source:
 
         The first ones are left out: `skip` of each rank.
         """
-        readers = self.readers
-        least, most = readers.count
+        least, most = self.readers.count
         # A step's blocks go round the ranks, one after the other.
         rounds = np.arange(start * self.batch, stop * self.batch, dtype=np.int64).reshape(-1, self.ranks, self.micro)
         indices = rounds[skip:, self.group.start : self.group.stop].reshape(-1, self.micro)
@@ -151,11 +160,11 @@ class Source:
                 # Two more lie ready: what a lost reader was given must be given to another one.
                 max_tasks_in_flight_per_actor=self.batches_at_once + 2,
             ),
-            num_cpus=readers.cpus,
+            num_cpus=self.readers.cpus,
         )
         context = dataset.context
         context.execution_options.preserve_order = True
-        context.execution_options.label_selector = dict(readers.labels)
+        context.execution_options.label_selector = dict(self.readers.labels)
         # A micro-batch is a block whatever its size: Ray would cut those over 128 MiB.
         context.target_max_block_size = None
         # Ray would end a stream that nobody took from for half an hour, which is no fault: a trainer may validate.

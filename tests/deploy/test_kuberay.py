@@ -118,6 +118,13 @@ def assert_confined(container: Manifest, where: str) -> None:
     assert security["capabilities"] == {"drop": ["ALL"]}, where
 
 
+def test_a_training_whose_head_is_lost_is_started_again_on_a_new_cluster(site: list[Manifest]) -> None:
+    for manifest in site:
+        if manifest["kind"] == "RayJob":
+            queued = "kueue.x-k8s.io/queue-name" in manifest["metadata"].get("labels", {})
+            assert manifest["spec"]["backoffLimit"] == (0 if queued else 3), "Kueue requeues it by itself"
+
+
 def test_no_secret_is_written_in_a_manifest(site: list[Manifest]) -> None:
     secret = re.compile("password|secret|token|access_key|account_key", re.IGNORECASE)
     for manifest in site:

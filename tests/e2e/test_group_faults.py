@@ -14,7 +14,6 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
-import torch
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
@@ -27,8 +26,7 @@ from streaming.plan import TilePlan
 from streaming.reading.reader import ReaderOptions
 from tests import odd_slides
 from tests.odd_slides import OddCatalog
-from tests.processes import SMALL, TILESTREAM, kill_tree, wait_for
-from trainer.run import checkpoints
+from tests.processes import SMALL, TILESTREAM, kill_tree
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 cloudpickle.register_pickle_by_value(odd_slides)
@@ -146,50 +144,31 @@ def test_two_runs_on_one_cluster_get_each_its_batches(nodes: Cluster, catalog: s
 
 
 def test_a_training_whose_chains_are_killed_goes_on_without_new_ranks(catalog: str, tmp_path: Path) -> None:
-    num_steps = 16
+    def command(name: str, *options: str) -> list[str]:
+        run = ["--run.out", str(tmp_path / name), "--train.steps", "16", "--train.batch", "4", "--mask.group_size", "2"]
+        run += ["--augment.num_local", "1", "--train.log_every", "1", "--model.drop_path", "0", *SMALL]
+        return [*TILESTREAM, "train", "debug", "--data.catalog", catalog, "--data.mpp", "{0.5: 1}", *run, *options]
 
-    def train(name: str, disturb: Any) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor], str]:
-        out = tmp_path / name
-        command = [*TILESTREAM, "train", "debug", "--data.catalog", catalog, "--data.mpp", "{0.5: 1}", *SMALL]
-        command += ["--run.out", str(out), "--train.steps", str(num_steps), "--train.batch", "4", "--train.ranks", "2"]
-        command += ["--train.ranks_per_stream", "1", "--data.segment_blocks", "8", "--data.readers", "[2,2]"]
-        command += [
-            "--train.log_every",
-            "1",
-            "--train.checkpoint_every",
-            "1000",
-            "--augment.num_local",
-            "1",
-            "--mask.group_size",
-            "2",
-        ]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
-            try:
-                disturb(running)
-                assert running.stderr is not None
-                said = running.stderr.read()
-                assert running.wait(timeout=300) == 0, said
-            finally:
-                kill_tree(running)
-        weights = checkpoints.load(checkpoints.checkpoint_uri(str(out), num_steps))["state_dict"]
-        return pq.read_table(out / "metrics.parquet").to_pylist(), weights, said
+    def rows(name: str) -> dict[str, list[float]]:
+        return pq.read_table(tmp_path / name / "metrics.parquet").to_pydict()
 
-    def kill(running: subprocess.Popen[str]) -> None:
-        above = psutil.Process(running.pid)
+    # Without Ray.
+    subprocess.run(command("undisturbed", "--debug"), check=True, capture_output=True)
+    options = ["--train.ranks", "2", "--train.ranks_per_stream", "1", "--data.segment_blocks", "8"]
+    options += ["--data.readers", "[2,2]", "--train.max_restarts", "0"]
+    with subprocess.Popen(command("disturbed", *options), stderr=subprocess.PIPE) as running:
         assert running.stderr is not None
-        assert any("loss" in line for line in running.stderr)
-        ranks = {process.pid for process in alive("RayTrainWorker", above)}
-        for victim in alive("ray::Chain", above):
-            victim.kill()
-        wait_for(lambda: len(alive("ray::Chain", above)) == 2)
-        assert {process.pid for process in alive("RayTrainWorker", above)} >= ranks
-        assert len(ranks) == 2
-
-    rows, weights, _ = train("undisturbed", lambda running: None)
-    again, same, said = train("disturbed", kill)
-    assert "restart" not in said
-    wanted = [(row["step"], row["first_index"], row["loss"]) for row in rows]
-    assert [(row["step"], row["first_index"], row["loss"]) for row in again] == wanted
-    assert len({row["time"] for row in again}) == num_steps
-    assert weights.keys() == same.keys()
-    assert all(torch.equal(weights[key], same[key]) for key in weights)
+        try:
+            assert any(b"loss" in line for line in running.stderr)
+            chains = alive("ray::Chain", psutil.Process(running.pid))
+            for victim in chains:
+                victim.kill()
+            said = running.stderr.read().decode()
+            assert running.wait(timeout=480) == 0, said
+        finally:
+            kill_tree(running)
+    assert len(chains) == 2
+    wanted, found = rows("undisturbed"), rows("disturbed")
+    assert found["next_index"] == wanted["next_index"] == [4 * step + 4 for step in range(16)]
+    # Sums are rounded in another order on two ranks.
+    assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)

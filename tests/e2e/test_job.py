@@ -166,8 +166,8 @@ def test_a_job_runs_the_code_that_was_shipped_and_ends_with_the_runs_status(node
     assert not {"'tests'", "'benchmarks'", "'.venv'", "'.git'"} & set(listed[1].split(", ")), "code goes, data stays"
 
 
-def test_a_killed_job_that_is_submitted_again_goes_on_where_it_was(
-    nodes: Nodes, mixed_catalog: str, tmp_path: Path
+def test_a_job_whose_driver_is_killed_is_submitted_again_by_a_loop_and_goes_on_where_it_was(
+    nodes: Nodes, mixed_catalog: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     out = tmp_path / "run"
     command = ["tilestream", "train", "debug", "--data.catalog", mixed_catalog, "--run.out", str(out)]
@@ -177,28 +177,39 @@ def test_a_killed_job_that_is_submitted_again_goes_on_where_it_was(
     # Two readers of one cache: the second one finds the staged copy there.
     command += ["--data.readers", "[2,2]", "--data.min_tissue", "0.01", "--data.staging", str(tmp_path / "staging")]
     command += ["--data.reader_labels.tilestream-role", "reader"]
-    begun = nodes.submit("first", *command, wait=False)
-    assert begun.returncode == 0, begun.stdout + begun.stderr
+    # As README has it.
+    loop = 'for name in first again; do ray job submit --submission-id $name --working-dir . -- "$@" && break; done'
+    environment = nodes.environment | {"RAY_API_SERVER_ADDRESS": nodes.dashboard}
+    submitting = subprocess.Popen(
+        ["bash", "-c", loop, "submit", *command], env=environment, cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    request.addfinalizer(lambda: kill_tree(submitting))
+    until(lambda: is_known(nodes, "first"), nodes)
     until(lambda: bool(checkpoints.steps_of(str(out))), nodes, "first")
     assert_placed_by_label(nodes)
     until(lambda: scraped(nodes) >= EXPORTED, nodes, "first")
     for process in psutil.process_iter(["cmdline"]):
-        if str(out) in (process.info["cmdline"] or []):
+        command = process.info["cmdline"] or []
+        if str(out) in command and "submit" not in command:
             process.kill()
     until(lambda: nodes.ask("/api/jobs/first")["status"] == "FAILED", nodes)
     reached, killed_at = checkpoints.steps_of(str(out))[-1], time.time()
 
-    again = nodes.submit("again", *command, wait=False)
-    assert again.returncode == 0, again.stdout + again.stderr
+    until(lambda: is_known(nodes, "again"), nodes)
     until(lambda: checkpoints.steps_of(str(out))[-1] >= reached + 6, nodes, "again")
     progress = nodes.ask("/api/jobs/again/logs")["logs"]
     assert re.search(r"^train: \d+/5,000 steps  \d+ tiles/s", progress, re.MULTILINE), "progress as lines"
     assert nodes.ray("job", "stop", "--address", nodes.dashboard, "again").returncode == 0
     until(lambda: nodes.ask("/api/jobs/again")["status"] == "STOPPED", nodes)
+    assert submitting.wait(timeout=60) != 0
     steps = checkpoints.steps_of(str(out))[-1]
     rows = storage.read_table(f"{out}/metrics.parquet").to_pylist()[:steps]
     assert [(row["first_index"], row["next_index"]) for row in rows] == [(8 * s, 8 * s + 8) for s in range(steps)]
     assert [row["time"] < killed_at for row in rows] == [True] * reached + [False] * (steps - reached)
+
+
+def is_known(nodes: Nodes, job: str) -> bool:
+    return job in [each["submission_id"] for each in nodes.ask("/api/jobs/")]
 
 
 def until(holds: Callable[[], bool], nodes: Nodes, running: str | None = None) -> None:

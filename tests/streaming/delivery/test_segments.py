@@ -123,15 +123,19 @@ def test_the_readers_of_all_groups_take_the_slots_that_were_given_to_all(
 ) -> None:
     least, most = count[0], count[0] + count[1]
     whole = source_of(BatchShape(ranks, ranks), count=(least, most), cpus=cpus)
-    shares = [(whole.part(group), len(group) / ranks) for group in groups_of(ranks, each)]
-    for share, part in shares:
-        assert share.readers.count[0] == pytest.approx(least * part, abs=1)
-        assert share.readers.count[1] * share.readers.cpus == pytest.approx(most * part * cpus, abs=2 * cpus)
-        assert 1 <= share.readers.count[0] <= share.readers.count[1]
-    taken = sum(share.readers.count[0] * share.readers.cpus for share, _ in shares)
-    assert taken <= least * cpus * (1 + 1e-9) + 1e-4 * len(shares)
+    groups = groups_of(ranks, each)
+    shares = [whole.part(group).readers for group in groups]
+    for share, group in zip(shares, groups, strict=True):
+        part = len(group) / ranks
+        assert 1 <= share.count[0] <= share.count[1]
+        assert share.count[0] == pytest.approx(least * part, abs=1)
+        assert share.count[1] * share.cpus == pytest.approx(most * part * cpus, abs=cpus)
+        alone = [whole.part(group).alone(rank).readers for rank in group]
+        assert sum(one.count[0] * one.cpus for one in alone) <= share.count[0] * share.cpus + 1e-4 * len(group)
+        assert sum(one.count[1] for one in alone) <= max(share.count[1], len(group))
+    assert sum(share.count[1] * share.cpus for share in shares) <= (most + 1) * cpus + 1e-4 * len(shares)
     if len(shares) == 1:
-        assert shares[0][0].readers == whole.all_readers
+        assert shares[0] == whole.readers
 
 
 @pytest.fixture
