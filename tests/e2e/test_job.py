@@ -201,7 +201,7 @@ def test_a_job_whose_driver_is_killed_is_submitted_again_by_a_loop_and_goes_on_w
     assert re.search(r"^train: \d+/5,000 steps  \d+ tiles/s", progress, re.MULTILINE), "progress as lines"
     assert nodes.ray("job", "stop", "--address", nodes.dashboard, "again").returncode == 0
     until(lambda: nodes.ask("/api/jobs/again")["status"] == "STOPPED", nodes)
-    assert submitting.wait(timeout=60) != 0
+    assert submitting.wait(timeout=60) == 0, "who stops it ends the loop, too"
     steps = checkpoints.steps_of(str(out))[-1]
     rows = storage.read_table(f"{out}/metrics.parquet").to_pylist()[:steps]
     assert [(row["first_index"], row["next_index"]) for row in rows] == [(8 * s, 8 * s + 8) for s in range(steps)]
