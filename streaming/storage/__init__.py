@@ -10,17 +10,16 @@ from streaming.storage.objects import (
     list_files,
     list_names,
     read_bytes,
-    read_table,
     reading,
     remove,
     stat,
     write_bytes,
     write_stream,
-    write_table,
     written_file,
 )
 from streaming.storage.patience import answer_soon
 from streaming.storage.places import BY_SIZE, Place, identified, place_of
+from streaming.storage.tables import TableFile, open_table, read_table, write_table
 from streaming.storage.trouble import storage_errors
 
 __all__ = [
@@ -28,6 +27,7 @@ __all__ = [
     "ObjectInfo",
     "Place",
     "StorageOptions",
+    "TableFile",
     "answer_soon",
     "canonical",
     "exists",
@@ -39,6 +39,7 @@ __all__ = [
     "list_names",
     "local_path",
     "name_of",
+    "open_table",
     "place_of",
     "read_bytes",
     "read_table",

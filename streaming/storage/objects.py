@@ -11,10 +11,7 @@ import glob
 import os
 import tempfile
 from collections.abc import Callable, Generator
-from typing import Any, BinaryIO, TypeVar
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import BinaryIO, TypeVar
 
 from streaming.errors import MissingError, StorageError
 from streaming.storage import addresses, clients
@@ -179,35 +176,3 @@ def remove(uri: str, storage_options: StorageOptions | None = None) -> None:
     """Removes an object, or a folder with all below it; nothing there is fine."""
     with contextlib.suppress(MissingError):
         _files(uri, storage_options).remove(uri)
-
-
-def read_table(
-    uri: str,
-    storage_options: StorageOptions | None = None,
-    filters: list[Any] | None = None,
-) -> pa.Table:
-    """A Parquet file as an Arrow table; of the rows that pass filters such as `("Modality", "=", "SM")`.
-
-    Raises:
-        StorageError: it does not exist, can't be read, or is no Parquet.
-    """
-    content = read_bytes(uri, storage_options)
-    try:
-        # In this thread alone: Arrow's own let go of the bytes at some later time, and where Python has ended
-        # meanwhile, the process aborts: "terminate called without an active exception" (apache/arrow#34314).
-        with pq.ParquetFile(pa.BufferReader(content)) as file:
-            table = file.read(use_threads=False)
-        return table if filters is None else table.filter(pq.filters_to_expression(filters))
-    except pa.ArrowInvalid as error:
-        raise StorageError(f"{shown(uri)}: not a whole Parquet file ({error}); write it again") from error
-
-
-def write_table(uri: str, table: pa.Table, storage_options: StorageOptions | None = None) -> None:
-    """Writes an Arrow table as Parquet, whole or not at all.
-
-    Raises:
-        StorageError: it can't be written.
-    """
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    write_bytes(uri, sink.getvalue().to_pybytes(), storage_options)

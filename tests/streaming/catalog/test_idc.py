@@ -1,6 +1,8 @@
 """Which series the index of the Imaging Data Commons names, and what is told of them."""
 
 from collections.abc import Sequence
+from datetime import date
+from decimal import Decimal
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from streaming.catalog.idc import IdcOptions, find_series
 from streaming.catalog.selection import work_line
-from streaming.errors import ConfigError
+from streaming.errors import ConfigError, StorageError
 from tests.idc_index import BUCKET, series, write_file_table, write_index, write_slide_table
 
 ROWS = [
@@ -47,6 +49,40 @@ def test_globs_and_sql_choose_series_of_slides_alone(index: str) -> None:
     ]
     with pytest.raises(ConfigError, match="no series left"):
         found(index, "*", where="SeriesDescription LIKE 'ffpe%'")
+
+
+def test_names_in_quotes_are_columns_and_text_in_quotes_stays_as_it_is(index: str) -> None:
+    first = [f"{BUCKET}/u1"]
+    # What is within quotes or a comment is no column, whatever quotes it holds.
+    for where in (
+        "\"SeriesDescription\" LIKE 'FFPE HE TP%'",
+        "[SeriesDescription] = 'FFPE HE TP DX1' AND `PatientID` <> 'a \"b\" -- c'",
+        'series."seriesDESCRIPTION" LIKE \'%TP DX1\' /* "not this" */ -- nor "this"',
+        "SeriesDescription = 'FFPE HE TP DX1' AND 'it''s \"so\"' = 'it''s ' || char(34) || 'so' || char(34)",
+        'PatientID IN (SELECT "p" FROM (SELECT PatientID AS "p" FROM series GROUP BY 1 HAVING count(*) = 1)) '
+        "AND license_short_name LIKE '%3.0' AND PatientID LIKE '%AAAU'",
+    ):
+        assert found(index, "tcga_*", where=where) == first, where
+
+
+def test_cells_that_sql_has_not_are_text_and_names_that_differ_by_case_alone_are_one(tmp_path: Path) -> None:
+    folder = write_index(tmp_path, ROWS)
+    table = pq.read_table(tmp_path / "idc_index.parquet")
+    dates = pa.array([date(2020, 1, 1 + number) for number in range(len(ROWS))])
+    pq.write_table(table.append_column("day", dates), tmp_path / "idc_index.parquet")
+    told = {"SeriesInstanceUID": ["1.2.826.u2"], "patientid": ["other"], "cost": [Decimal("1.50")]}
+    pq.write_table(pa.table(told), tmp_path / "sm_index.parquet")
+    assert found(folder, "*", where="day = '2020-01-02' AND cost = '1.50'") == [f"{BUCKET}/u2"]
+
+
+def test_an_index_that_is_cut_off_or_damaged_is_told(tmp_path: Path) -> None:
+    write_index(tmp_path, ROWS)
+    path = tmp_path / "idc_index.parquet"
+    content = path.read_bytes()
+    for damaged in (content[:-9], content[:4] + b"\xff" * 2000 + content[2004:]):
+        path.write_bytes(damaged)
+        with pytest.raises(StorageError, match="not a whole Parquet file"):
+            found(str(tmp_path), "*")
 
 
 _TEXTS = st.text(st.sampled_from("tcgax_*?"), max_size=5)
@@ -118,7 +154,23 @@ def test_companions_tell_organs_more_columns_and_the_files_of_levels(tmp_path: P
     ("patterns", "options", "told"),
     [
         (["tcga_brac"], {}, "nearest is tcga_brca"),
-        (["*"], {"where": "SeriesDescripton LIKE 'FFPE%'"}, "no such column: SeriesDescripton; columns: collection_id"),
+        (["*"], {"where": "SeriesDescripton LIKE 'FFPE%'"}, "no such column: SeriesDescripton (text"),
+        (
+            ["*"],
+            {"where": '"Misspelt" = 1'},
+            "no such column: Misspelt (text stands in 'single quotes'); columns: collec",
+        ),
+        (["*"], {"where": 'SeriesDescription LIKE "FFPE%"'}, "no such column: FFPE% (text stands in 'single quotes')"),
+        (["*"], {"where": ""}, "syntax error"),
+        (["*"], {"where": "count(*) > 1"}, "misuse of aggregate"),
+        (["*"], {"where": "PatientID = ? -- '"}, "binding"),
+        (["*"], {"where": "load_extension('x')"}, "not authorized"),
+        (["*"], {"where": "abs(-9223372036854775807 - 1) = 1"}, "integer overflow"),
+        (
+            ["tcga_*", "gtex"],
+            {"where": "SeriesDescription\nLIKE 'FFPE%'"},
+            "idc:gtex: no series left by --where Series",
+        ),
         (["*"], {"where": "1=1); DROP TABLE series; --"}, "--where 1=1"),
         (["*"], {"where": "1 +"}, "syntax error"),
         (["*"], {"where": "\udc80"}, "surrogates not allowed"),

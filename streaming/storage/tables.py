@@ -1,0 +1,90 @@
+"""Tables in Parquet: read whole or in part, written whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from streaming.errors import StorageError
+from streaming.storage.addresses import shown
+from streaming.storage.clients import StorageOptions
+from streaming.storage.objects import read_bytes, write_bytes
+
+# Of a table that is read in part, decoded at once.
+_BATCH_ROWS = 2**14
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """A Parquet file that was fetched, and of which some is decoded."""
+
+    uri: str
+    file: pq.ParquetFile
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of its columns."""
+        return self.file.schema_arrow.names
+
+    def rows(self, columns: Sequence[str], keep: pc.Expression | None = None) -> pa.Table:
+        """Some columns of the rows for which a condition holds; no more of it is in memory at once than is kept.
+
+        Raises:
+            StorageError: it is damaged.
+        """
+        with _told(self.uri):
+            names = list(columns)
+            parts = [self.file.schema_arrow.empty_table().select(names)]
+            for batch in self.file.iter_batches(_BATCH_ROWS, columns=names, use_threads=False):
+                part = pa.Table.from_batches([batch]).select(names)
+                parts.append(part if keep is None else part.filter(keep))
+            return pa.concat_tables(parts)
+
+
+def open_table(uri: str, storage_options: StorageOptions | None = None) -> TableFile:
+    """A Parquet file of which some is to be read.
+
+    Raises:
+        StorageError: it does not exist, can't be read, or is no Parquet.
+    """
+    content = read_bytes(uri, storage_options)
+    with _told(uri):
+        return TableFile(uri, pq.ParquetFile(pa.BufferReader(content)))
+
+
+def read_table(uri: str, storage_options: StorageOptions | None = None) -> pa.Table:
+    """A Parquet file as an Arrow table.
+
+    Raises:
+        StorageError: it does not exist, can't be read, or is no Parquet.
+    """
+    table = open_table(uri, storage_options)
+    with _told(uri), table.file as file:
+        # In this thread alone: Arrow's own let go of the bytes at some later time, and where Python has ended
+        # meanwhile, the process aborts: "terminate called without an active exception" (apache/arrow#34314).
+        return file.read(use_threads=False)
+
+
+def write_table(uri: str, table: pa.Table, storage_options: StorageOptions | None = None) -> None:
+    """Writes an Arrow table as Parquet, whole or not at all.
+
+    Raises:
+        StorageError: it can't be written.
+    """
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_bytes(uri, sink.getvalue().to_pybytes(), storage_options)
+
+
+@contextmanager
+def _told(uri: str) -> Generator[None]:
+    """What Arrow raises over a damaged file, as our own error; of damaged pages that is an OSError."""
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        raise StorageError(f"{shown(uri)}: not a whole Parquet file ({error}); write it again") from error
