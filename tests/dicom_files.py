@@ -59,6 +59,8 @@ class Kind:
     mpp: tuple[float, float] | None = None
     """µm/px of x and y at level 0; none: as the slide says, or 0.25"""
     suffix: str = ".dcm"
+    times: int = 1
+    """so often the picture lies side by side, and so many such rows below each other; of levels of whole frames"""
     number: int = 0
     """of the series: others have other UIDs"""
     changes: tuple[tuple[str, Any], ...] = ()
@@ -88,6 +90,7 @@ def write_series(folder: Path, slide: Path, kind: Kind = Kind()) -> list[Path]:
     with tifffile.TiffFile(slide) as tiff:
         pages = [page for page in tiff.pages if page.is_tiled]
         levels = [_recompressed(page, kind) if kind.codec else _as_it_is(page) for page in pages]
+    levels = [_repeated(level, kind.times) for level in levels]
     series = uid("series", slide.name, kind.number)
     written: list[Path] = []
     for number, level in enumerate(levels):
@@ -145,6 +148,16 @@ def _recompressed(page: Any, kind: Kind) -> _Level:
     photometric = kind.photometric or ("YBR_FULL_422" if kind.codec == "jpeg" else "RGB")
     size = page.imagewidth, page.imagelength
     return _Level(*size, (width, height), photometric, kind.codec, frames, [bool((b > 235).all()) for b in blocks])
+
+
+def _repeated(level: _Level, times: int) -> _Level:
+    if times == 1:
+        return level
+    (wide, high), columns = level.tile, level.width // level.tile[0]
+    assert (level.width % wide, level.height % high) == (0, 0), "frames can't be repeated that end outside"
+    order = np.tile(np.arange(len(level.frames)).reshape(-1, columns), (times, times)).ravel().tolist()
+    frames, empty = [level.frames[i] for i in order], [level.empty[i] for i in order]
+    return replace(level, width=level.width * times, height=level.height * times, frames=frames, empty=empty)
 
 
 def encoded(block: NDArray[np.uint8], codec: str, photometric: str) -> bytes:
@@ -292,7 +305,7 @@ def _write(folder: Path, instance: Dataset, level: _Level, frames: Sequence[byte
     return path
 
 
-def frame_places(content: bytes, lengths: Sequence[int]) -> list[int]:
+def frame_places(content: bytes | bytearray, lengths: Sequence[int]) -> list[int]:
     """Where the frames of an encapsulated object lie that has no offset table, by their lengths."""
     at = content.index(b"\xe0\x7f\x10\x00OB\0\0\xff\xff\xff\xff") + 12 + 8
     places: list[int] = []
@@ -306,7 +319,7 @@ def frame_places(content: bytes, lengths: Sequence[int]) -> list[int]:
 def add_tiff(path: Path, lengths: Sequence[int], level: _Level, *, big: bool) -> None:
     """Makes a DICOM file a TIFF as well: a header in the preamble, a directory behind the pixels."""
     content = bytearray(path.read_bytes())
-    offsets = frame_places(bytes(content), lengths)
+    offsets = frame_places(content, lengths)
     number, size = ("Q", 16) if big else ("I", 13)
     compression = {"jpeg": 7, "jpeg2000": 33005, "htj2k": 33005}.get(level.codec, 1)
     tags: list[tuple[int, str, Sequence[int]]] = [

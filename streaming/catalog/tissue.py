@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from streaming.errors import SlideError
 from streaming.slide import Slide, geometry, resample
-from streaming.slide.geometry import LevelBox
 from streaming.slide.resample import Pixels
 from streaming.vision import cv2
 
@@ -64,19 +63,24 @@ def thumbnail(slide: Slide, mpp: float = THUMBNAIL_MPP) -> Pixels:
     """
     if slide.mpp is None:
         raise SlideError(f"{slide.uri}: no mpp in its metadata; give it by --mpp or a CSV column `mpp`")
-    level = geometry.tile_source(slide.mpp, slide.level_downsamples, mpp, 0.0).level
-    level_width, level_height = slide.level_dimensions[level]
-    downsample = slide.level_downsamples[level]
-    scale = mpp / (slide.mpp * downsample)
+    source = geometry.tile_source(slide.mpp, slide.level_downsamples, mpp, geometry.MPP_TOLERANCE)
+    level_width, level_height = slide.level_dimensions[source.level]
+    scale = mpp / source.level_mpp
     width, height = max(1, round(level_width / scale)), max(1, round(level_height / scale))
+    reduction = min(source.reduction or geometry.safe_reduction(scale), level_width, level_height)
+    columns, rows = level_width // reduction, level_height // reduction
     image = np.empty((height, width, 3), dtype=np.uint8)
     strip = max(1, int(_STRIP_PX / (level_width * scale)))
     for top in range(0, height, strip):
         bottom = min(top + strip, height)
-        first, last = round(top * level_height / height), round(bottom * level_height / height)
-        box = LevelBox(level, 0, first, level_width, max(1, last - first))
-        pixels = slide.read_region((0, round(first * downsample)), level, (box.width, box.height))
-        resample.resize(pixels, image[top:bottom])
+        first, last = round(top * rows / height), round(bottom * rows / height)
+        size = columns * reduction, max(1, last - first) * reduction
+        pixels = slide.read_region((0, round(first * reduction * source.downsample)), source.level, size, reduction)
+        if source.reduction:  # they are of nearly that size
+            how = cv2.INTER_LINEAR_EXACT
+            cv2.resize(pixels, (width, bottom - top), dst=image[top:bottom], interpolation=how)
+        else:
+            resample.resize(pixels, image[top:bottom])
     left, top, wide, high = (
         side * length / whole
         for side, length, whole in zip(slide.bounds, (width, height) * 2, slide.level_dimensions[0] * 2, strict=True)
@@ -91,14 +95,24 @@ def tissue_of_thumbnail(image: Pixels) -> TissueGrid:
 
     What lies past the slide's edge is background.
     """
-    saturation = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)[:, :, 1]
-    threshold = float(np.clip(otsu(np.bincount(saturation.ravel(), minlength=256)), *_OTSU_BOUNDS))
+    saturation = cast(NDArray[np.uint8], cv2.cvtColor(image, cv2.COLOR_RGB2HSV)[:, :, 1])
+    threshold = float(np.clip(otsu(_histogram(saturation)), *_OTSU_BOUNDS))
     height, width = saturation.shape
     rows, columns = -(-height // CELL_THUMBNAIL_PX), -(-width // CELL_THUMBNAIL_PX)
-    mask = np.zeros((rows * CELL_THUMBNAIL_PX, columns * CELL_THUMBNAIL_PX), dtype=bool)
-    mask[:height, :width] = saturation > threshold
-    cells = mask.reshape(rows, CELL_THUMBNAIL_PX, columns, CELL_THUMBNAIL_PX).mean(axis=(1, 3))
-    return TissueGrid(fraction=np.rint(cells * 255).astype(np.uint8), threshold=threshold)
+    mask = np.zeros((rows * CELL_THUMBNAIL_PX, columns * CELL_THUMBNAIL_PX), dtype=np.uint8)
+    np.multiply(saturation > threshold, np.uint8(255), out=mask[:height, :width])
+    fraction = cv2.resize(mask, (columns, rows), interpolation=cv2.INTER_AREA).astype(np.uint8)
+    return TissueGrid(fraction=fraction, threshold=threshold)
+
+
+def _histogram(values: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """How often each value is there, int64 (256,). OpenCV counts ten times as fast as NumPy, in float32: by parts."""
+    rows = max(1, 2**24 // values.shape[1])
+    parts = (values[at : at + rows] for at in range(0, len(values), rows))
+    return sum(
+        (cv2.calcHist([part], [0], None, [256], [0, 256]).ravel().astype(np.int64) for part in parts),
+        np.zeros(256, np.int64),
+    )
 
 
 def odd_glass(image: Pixels, tissue: TissueGrid) -> Colour | None:

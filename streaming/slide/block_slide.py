@@ -137,7 +137,7 @@ class BlockSlide(Slide):
         """Width and height of each level's blocks in its pixels."""
         return [(level.form.width, level.form.height) for level in self._levels]
 
-    def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Pixels:
+    def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int], reduction: int = 1) -> Pixels:
         """Pixels of one level as uint8 (h, w, 3); location in level-0 pixels; black outside the slide, as OpenSlide.
 
         Raises:
@@ -147,8 +147,11 @@ class BlockSlide(Slide):
         geometry.check_region(self.uri, len(self._levels), level, size)
         downsample = self.level_downsamples[level]
         box = LevelBox(level, round(location[0] / downsample), round(location[1] / downsample), *size)
-        pixels = np.empty((size[1], size[0], 3), dtype=np.uint8)
-        self._begin(box, 1, UNCOUNTED, background=0).fill(pixels)
+        pixels = np.empty((size[1] // reduction, size[0] // reduction, 3), dtype=np.uint8)
+        is_whole = all(side % reduction == 0 for side in (box.x, box.y, *size))
+        form = self._levels[level].form
+        scale = next(s for s in form.scales_for(reduction) if s <= reduction) if is_whole else 1
+        self._begin(box, scale, UNCOUNTED, background=0).fill(pixels)
         return pixels
 
     def begin_tile(

@@ -133,6 +133,11 @@ def decode_scale(box: LevelBox, size: int, scales: Sequence[int]) -> int:
     return max(filter(fits, scales), default=1) if box.width >= 2 * size else 1
 
 
+def safe_reduction(ratio: float) -> int:
+    """The largest reduction that leaves so much to be averaged that no detail is lost, as `decode_scale` tells."""
+    return max(k for k in _REDUCTIONS if k == 1 or ratio >= _MIN_REMAINING_RATIO * k)
+
+
 def downsamples(level_dimensions: Sequence[tuple[int, int]]) -> tuple[float, ...]:
     """Level-0 px per px of each level: the mean of both axes, as OpenSlide has it."""
     (width, height), *_ = level_dimensions

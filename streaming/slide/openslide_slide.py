@@ -144,9 +144,14 @@ class OpenSlideSlide(Slide):
         """Width and height of each level's blocks, None where unknown."""
         return [None] * len(self.level_dimensions)
 
-    def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Pixels:
+    def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int], reduction: int = 1) -> Pixels:
         """Pixels of one level as uint8 (h, w, 3); location in level-0 pixels; black outside the slide, as OpenSlide."""
-        return self._read(location, level, size, UNCOUNTED)[:, :, :3]
+        pixels = self._read(location, level, size, UNCOUNTED)[:, :, :3]
+        if reduction == 1:
+            return pixels
+        reduced = np.empty((size[1] // reduction, size[0] // reduction, 3), np.uint8)
+        resample.resize(pixels, reduced)
+        return reduced
 
     def _read(self, location: tuple[int, int], level: int, size: tuple[int, int], count: Counters) -> Pixels:
         """RGB and alpha, uint8 (h, w, 4)."""

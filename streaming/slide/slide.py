@@ -57,8 +57,12 @@ class Slide(Protocol):
         """Width and height of each level's blocks in its pixels, None where unknown."""
         ...
 
-    def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int]) -> Pixels:
-        """Pixels of one level as uint8 (h, w, 3); location in level-0 pixels, size in the level's."""
+    def read_region(self, location: tuple[int, int], level: int, size: tuple[int, int], reduction: int = 1) -> Pixels:
+        """Pixels of one level as uint8 (h, w, 3); location in level-0 pixels, size in the level's.
+
+        With a reduction, which divides the size, h and w are so many times smaller, and pixels averages; JPEG and JPEG
+        2000 are decoded smaller then where that fits.
+        """
         ...
 
     def begin_tile(
