@@ -258,7 +258,7 @@ def _value(value: Any) -> Any:
 
 def _named(series: pa.Table, organs: Mapping[str, str]) -> Iterator[Named]:
     for row in series.to_pylist():
-        collection, patient = row["collection_id"], row["PatientID"] or ""
+        collection, patient = str(row["collection_id"]), str(row["PatientID"] or "")
         barcode = _BARCODE.match(patient)
         told = {
             "patient": patient,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -37,25 +37,42 @@ def find(
     `passed_over` is added what `find_slides` tells.
 
     Raises:
-        ConfigError: a table or the index makes no sense, or names nothing.
+        ConfigError: a table or the index makes no sense, or names nothing; two tell different things of a slide.
         StorageError: a source is missing or can't be reached.
         CatalogError: a folder holds no slide.
     """
     asked, found = asked or IdcOptions(), dict[str, Named]()
     patterns = [source.removeprefix(idc.SCHEME) for source in sources if source.startswith(idc.SCHEME)]
     if patterns:
-        found.update((series.uri, series) for series in idc.find_series(patterns, asked, options))
+        _add(found, idc.find_series(patterns, asked, options))
     elif asked.where or asked.idc_index:
         raise ConfigError("--where and --idc-index choose among idc: sources; name one, for example idc:tcga_brca")
     others = [source for source in sources if not source.startswith(idc.SCHEME)]
     with ThreadPoolExecutor(_IN_FLIGHT) as pool:
         for table in filter(_is_table, others):
-            listed = listings.read_listing(storage.canonical(table), options)
-            found.update((named.uri, named) for named in pool.map(lambda named: _looked_at(named, options), listed))
+            listed = listings.read_listing(storage.canonical(table), options, passed_over)
+            _add(found, pool.map(lambda named: _looked_at(named, options), listed))
     for folder in (source for source in others if not _is_table(source)):
         slides = _found_at(storage.canonical(folder), options, passed_over)
-        found.update((info.uri, Named(uri=info.uri, info=info, nbytes=info.size)) for info in slides)
+        _add(found, (Named(uri=info.uri, info=info, nbytes=info.size) for info in slides))
     return [found[uri] for uri in sorted(found)]
+
+
+def _add(found: dict[str, Named], more: Iterable[Named]) -> None:
+    """Adds what a source names; of what another one named already, what both tell comes together.
+
+    Raises:
+        ConfigError: they tell different things.
+    """
+    for named in more:
+        before = found.get(named.uri)
+        if before is not None:
+            told, anew = before.metadata, named.metadata
+            if odd := [name for name in told if anew.get(name, told[name]) != told[name]]:
+                values = f"{odd[0]} {told[odd[0]]!r} and {anew[odd[0]]!r}"
+                raise ConfigError(f"{named.uri}: named twice, with {values}; keep one of them")
+            named = replace(named, info=named.info or before.info, metadata={**told, **anew})
+        found[named.uri] = named
 
 
 def _is_table(source: str) -> bool:
