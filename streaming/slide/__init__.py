@@ -20,7 +20,9 @@ from streaming.slide.multi_file import (
     MULTI_FILE_SUFFIXES,
     as_one,
     is_dicom,
+    is_folder,
     is_multi_file,
+    may_be_dicom,
     members,
 )
 from streaming.slide.openslide_slide import open_staged
@@ -52,10 +54,11 @@ def open_slide(
 
     Tiled TIFFs (SVS, Philips, OME, generic) and DICOM are read block by block where they lie; other formats go through
     OpenSlide, remote ones on a copy in `staging`. Of DICOM any object of the series may be named, in whose folder the
-    others lie. mpp (µm/px at level 0) serves where the metadata has none. With a block index the slide's tags are not
-    read at all. With `expected`, a slide of another size or version is refused, and where that tells the files of a
-    slide, they are not searched for. Mirrors among the options change where it is read, not what it is called
-    (`streaming.storage.places`). What opening takes is added to `count`.
+    others lie; or that folder, if it holds no other series: a local one, or with `/` or `/*` at its end. mpp (µm/px at
+    level 0) serves where the metadata has none. With a block index the slide's tags are not read at all. With
+    `expected`, a slide of another size or version is refused, and where that tells the files of a slide, they are not
+    searched for. Mirrors among the options change where it is read, not what it is called (`streaming.storage.places`).
+    What opening takes is added to `count`.
 
     Raises:
         SlideError: it is no slide, is broken, or is not the version that was expected.
@@ -65,6 +68,8 @@ def open_slide(
     at, options = place.uri, place.options
     if index is not None:
         return BlockSlide(uri, _ranges_of(place, index), index, mpp)
+    if is_folder(at):
+        return _open_folder(uri, mpp, storage_options, count)
     if expected is not None and expected.files and not is_multi_file(uri):
         return _open_series(uri, place, [place.there(file) for file in expected.files], mpp, count)
     if uri.lower().endswith(DICOM_SUFFIXES):
@@ -103,6 +108,21 @@ def _open_dicom(
     files = series_of(place.uri, place.options)
     _check_version(uri, as_one(files), expected, place)
     return _open_series(uri, place, files, mpp, count)
+
+
+def _open_folder(
+    uri: str, mpp: float | None, storage_options: storage.StorageOptions | None, count: Counters
+) -> BlockSlide:
+    """The slide whose series a folder holds."""
+    from streaming.slide.dicom_series import sort_objects
+
+    folder = storage.canonical(uri.removesuffix("*"))
+    place = storage.place_of(folder, storage_options)
+    files = storage.list_files(place.uri, may_be_dicom, place.options)
+    slides = sort_objects(files, place.options, count).slides
+    if len(slides) != 1:
+        raise SlideError(f"{uri}: a folder with {len(slides)} DICOM series of slides; name a file of the one you mean")
+    return _open_series(storage.join(folder, "any"), place, slides[0].levels, mpp, count)
 
 
 def _open_series(

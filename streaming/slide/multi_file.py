@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import posixpath
 import re
 from collections.abc import Sequence
@@ -37,6 +38,11 @@ def may_be_dicom(uri: str) -> bool:
     name, suffix = storage.name_of(uri), _suffix(uri)
     is_odd = (suffix == "" or suffix[1:].isdigit()) and not name.startswith(".")
     return is_odd or (suffix in DICOM_SUFFIXES and not is_companion(uri))
+
+
+def is_folder(uri: str) -> bool:
+    """Whether an address names a folder, not an object: it says so, or a local one is there."""
+    return uri.endswith(("/", "/*")) or (storage.is_local(uri) and os.path.isdir(storage.local_path(uri)))
 
 
 def is_dicom(start: bytes) -> bool:

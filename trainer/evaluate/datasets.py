@@ -300,7 +300,9 @@ def _annotated(
     if skipped:
         sys.stderr.write(f"{uri}: {skipped:,} objects of its annotations have no class or no place; left out\n")
     cuts, of_row = list[Cut](), list[int]()
-    slide_of = [PurePosixPath(place).suffix.lower() in SLIDE_SUFFIXES for place in places]
+    # DICOM may be without a suffix, or a folder.
+    suffixes = [PurePosixPath(place).suffix.lower() for place in places]
+    slide_of = [suffix in SLIDE_SUFFIXES or suffix not in IMAGE_SUFFIXES for suffix in suffixes]
     if target == "class" and not all(slide_of):
         image = places[slide_of.index(False)]
         raise ConfigError(f"{image}: an image, whose annotation gives no label for the whole; take --task segmentation")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from streaming import storage
 from streaming.errors import ConfigError, SlideError
+from streaming.slide.multi_file import DICOM_SUFFIXES
 from trainer.embed.feature_files import FeatureFile, find_features, keys, read_features
 from trainer.evaluate.datasets import Samples
 from trainer.evaluate.scores import Score, auroc, balanced_accuracy
@@ -80,9 +82,11 @@ def _chosen(folder: str, found: Sequence[FeatureFile], samples: Samples) -> list
     """The file of each slide."""
     of_key: dict[str, list[FeatureFile]] = {}
     for file in found:
-        for key in keys(file.slide):
+        for key in (*keys(file.slide), *_keys_of_series(file.slide)):
             of_key.setdefault(key, []).append(file)
-    named = [next((of_key[key] for key in keys(tile.uri) if key in of_key), []) for tile in samples.tiles]
+    named = [
+        next((of_key[key] for key in keys(tile.uri.removesuffix("*")) if key in of_key), []) for tile in samples.tiles
+    ]
     if missing := [tile.uri for tile, files in zip(samples.tiles, named, strict=True) if not files]:
         raise SlideError(
             f"{missing[0]}: no embeddings in {folder} ({len(missing)} of {len(samples)} slides have none); "
@@ -104,6 +108,11 @@ def _chosen(folder: str, found: Sequence[FeatureFile], samples: Samples) -> list
         if not files[0].num:
             raise SlideError(f"{tile.uri}: {files[0].uri} holds no tile; leave the slide out")
     return [files[0] for files in named]
+
+
+def _keys_of_series(slide: str) -> list[str]:
+    """Of DICOM, the folder that it lies in: its series may be called by that."""
+    return keys(posixpath.dirname(slide))[:2] if slide.lower().endswith(DICOM_SUFFIXES) else []
 
 
 def fit(

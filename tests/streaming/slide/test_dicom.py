@@ -255,6 +255,25 @@ def test_a_series_is_one_slide_whichever_of_its_objects_are_named(many: Path, sl
         open_slide(str(many / "hd_seg_image_sm_dots.dcm"))
 
 
+def test_a_folder_of_one_series_is_opened_as_its_slide_here_and_in_a_bucket(
+    many: Path, s3_bucket: str, slides: list[Path], tmp_path: Path
+) -> None:
+    paths = write_series(tmp_path / "one", slides[0])
+    for path in paths:
+        storage.write_bytes(f"{s3_bucket}/folder/one/{path.name}", path.read_bytes())
+    wanted = open_slide(str(slides[0])).read_region((300, 200), 0, (50, 40))
+    for folder in (tmp_path / "one", f"{tmp_path}/one/", f"{s3_bucket}/folder/one/", f"{s3_bucket}/folder/one/*"):
+        slide = open_slide(str(folder))
+        assert slide.uri == f"{str(folder).rstrip('*').rstrip('/')}/{paths[0].name}"
+        np.testing.assert_array_equal(slide.read_region((300, 200), 0, (50, 40)), wanted)
+    mirrored = open_slide("s3://idc-open-data/one/*", {"mirrors": {"s3://idc-open-data": str(tmp_path)}})
+    assert mirrored.uri == f"s3://idc-open-data/one/{paths[0].name}"
+    with pytest.raises(SlideError, match=r"many0: a folder with 5 DICOM series of slides; name a file of"):
+        open_slide(str(many))
+    with pytest.raises(SlideError, match="a folder with 0 DICOM series"):
+        open_slide(f"{s3_bucket}/nowhere/")
+
+
 def test_a_series_on_s3_is_catalogued_and_read_where_it_lies(
     s3_bucket: str, slides: list[Path], tmp_path: Path
 ) -> None:

@@ -12,8 +12,11 @@ import timm
 
 from streaming import open_slide
 from streaming.vision import cv2
+from tests.dicom_files import Kind, write_series
+from tests.qupath import feature, rectangle
 from trainer.cli import main
 from trainer.embed.model import load_model
+from trainer.evaluate.annotations import AnnotatedTiles
 from trainer.evaluate.datasets import Region, Tile
 from trainer.evaluate.features import extract
 from trainer.evaluate.options import EvaluateOptions
@@ -90,6 +93,32 @@ def test_embeddings_are_those_of_the_embedding_job(run_folder: str, slides: list
         assert features.patches.shape == (3, 2, 2, 192)
         mean = load_model(run_folder, "patch").embed(pixels)
         np.testing.assert_allclose(features.patches.astype(np.float32).mean(axis=(1, 2)), mean, atol=2e-3)
+
+
+def test_slides_in_dicom_are_scored_as_the_same_in_svs(
+    run_folder: str, slides: list[Path], tmp_path: Path, table: Table, geojson: Table
+) -> None:
+    series = [write_series(tmp_path / f"u{i}", slides[i], Kind(suffix="")) for i in range(2)]
+    shapes = [feature(rectangle(x, 0, x + 512, 512), "ab"[x > 0]) for x in (0, 1024)]
+    annotation = geojson(shapes)
+    found = dict[tuple[str, str], list[Score]]()
+    options = EvaluateOptions(tasks=("knn", "quality"), k=2, grid=AnnotatedTiles(mpp=0.5, size=32))
+    for name, places in (
+        ("svs", slides[:2]),
+        ("file", [paths[-1] for paths in series]),
+        ("folder", [f"{paths[0].parent}/" for paths in series]),
+    ):
+        regions = [
+            {"path": places[i % 2], "x": 90 * i, "y": 64 * i, "mpp": 0.5, "size": 32, "label": "ab"[i // 2 % 2]}
+            for i in range(12)
+        ]
+        found["regions", name] = evaluate(
+            run_folder, table([{**row, "patient": i} for i, row in enumerate(regions)]), options
+        )
+        rows = [{"slide": place, "annotation": annotation, "patient": i} for i, place in enumerate(places)]
+        found["annotations", name] = evaluate(run_folder, table(rows), options)
+    for kind in ("regions", "annotations"):
+        assert found[kind, "svs"] == found[kind, "file"] == found[kind, "folder"]
 
 
 def test_an_exported_model_gives_the_run_s_embeddings_by_its_own_recipe(

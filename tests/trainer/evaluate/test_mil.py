@@ -13,7 +13,8 @@ import torch
 from streaming.errors import ConfigError
 from trainer.cli import main
 from trainer.embed.feature_files import keys
-from trainer.evaluate.datasets import Samples, Tile
+from trainer.evaluate.annotations import AnnotatedTiles
+from trainer.evaluate.datasets import Samples, Tile, read_dataset
 from trainer.evaluate.mil import GatedAttention, fit, predict, read_bags
 from trainer.evaluate.scratch import scratch
 
@@ -85,6 +86,20 @@ def test_slides_are_scored_from_the_files_of_the_embedding_job(embedded: Path, t
     assert accuracy["value"] > 0.8
     assert area["value"] > 0.85
     assert (area["n"], area["groups"]) == (NUM, 6)
+
+
+@pytest.mark.parametrize("named", ["s3://idc-open-data/u{}/*", "s3://idc-open-data/u{}/", "u{}", "u{}/i{}.dcm"])
+def test_a_series_of_dicom_is_found_by_its_folder(tmp_path: Path, table: Table, named: str) -> None:
+    folder = tmp_path / "embeddings"
+    folder.mkdir()
+    for i in range(2):
+        width = pa.FixedSizeListArray.from_arrays(pa.array(np.full(WIDTH, i, np.float32)), WIDTH)
+        columns = {"slide": [f"s3://idc-open-data/u{i}/i{i}.dcm"], "x": [0], "y": [0], "embedding": width}
+        pq.write_table(pa.table(columns), folder / f"i{i}-0123abcd.parquet")
+    rows = [{"slide": named.format(i, i), "label": "ab"[i]} for i in (1, 0)]
+    with scratch(str(tmp_path)) as room:
+        found = read_bags(str(folder), read_dataset(table(rows), AnnotatedTiles()), room)
+        assert [bag[0, 0] for bag in found] == [1, 0]
 
 
 @pytest.mark.parametrize("damage", ["missing", "twice"])
