@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +20,9 @@ from streaming.slide import open_slide
 from streaming.storage.staging import Staging
 from tests.conftest import write_catalog
 from tests.dicom_files import PATIENT, Kind, write_series
+from tests.faulty_server import FaultyServer
 from tests.idc_index import BUCKET, series, write_file_table, write_index
-from tests.processes import SMALL
+from tests.processes import SMALL, TILESTREAM, kill_tree, wait_for
 from trainer.cli import main
 
 pytestmark = pytest.mark.slow
@@ -139,6 +142,53 @@ def test_from_the_index_to_a_model_with_its_card(
     assert f"| tcga_luad | 7 | 7 | 70.0% | CC BY 3.0 | {doi} |" in card
     sources = json.loads((out / "config.json").read_text())["tilestream"]["sources"]
     assert sum(source["share"] for source in sources) == pytest.approx(1)
+
+
+@pytest.mark.long
+def test_a_catalog_killed_midway_goes_on_and_is_the_undisturbed_one(
+    public: Public, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = ("catalog", "idc:*", "--idc-index", public.index, "--out")
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+
+    def slowly(number: int) -> str:
+        # Parts are saved after 20 seconds: by then some series must be done, and others not.
+        time.sleep(3 if number > 20 else 0)
+        return ""
+
+    with FaultyServer(os.environ["AWS_ENDPOINT_URL"], slowly) as server:
+        running = subprocess.Popen(
+            [*TILESTREAM, *source, str(killed)],
+            env={**os.environ, "AWS_ENDPOINT_URL": server.url},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            wait_for(lambda: list(killed.glob("parts/*.parquet")), running)
+        finally:
+            kill_tree(running)
+    assert not (killed / "slides.parquet").exists()
+    saved = sum(pq.read_table(part).num_rows for part in killed.glob("parts/*.parquet"))
+    assert 0 < saved < 10
+    assert main([*source, str(killed)]) == 0
+    said = capsys.readouterr()
+    assert f"10 slides: {10 - saved} added, {saved} unchanged, 3 rejected" in said.out
+    assert f"catalog: {13 - saved} to look at, {saved} known: about" in said.err
+    assert main([*source, str(whole)]) == 0
+    one, other = Catalog.load(str(killed)), Catalog.load(str(whole))
+    assert one.fingerprint == other.fingerprint
+    # Where a pack's name and place tell of their run alone, what lies there is compared.
+    names = [name for name in one.table.column_names if name not in ("index", "index_at")]
+    assert one.table.select(names).equals(other.table.select(names))
+    assert _indexes(killed, one) == _indexes(whole, other)
+    assert (killed / "rejected.parquet").read_bytes() == (whole / "rejected.parquet").read_bytes()
+    assert not (killed / "parts").exists()
+
+
+def _indexes(folder: Path, catalog: Catalog) -> list[bytes]:
+    """The block index of each slide."""
+    places = zip(*(catalog.table[name].to_pylist() for name in ("index", "index_at", "index_nbytes")), strict=True)
+    return [(folder / "blocks" / pack).read_bytes()[at : at + size] for pack, at, size in places]
 
 
 def test_a_mirror_serves_a_whole_catalog_and_the_catalog_is_the_same(
