@@ -293,7 +293,7 @@ def _with_levels(found: list[Named], uids: pa.ChunkedArray[Any], files: storage.
     """The same series with the files of their levels, where the table of files tells them."""
     names = (_KEY, "ImageType", "crdc_instance_uuid", "instance_size")
     asked = _of_those(files.rows(names), _KEY, set(uids.to_pylist()))
-    levels: dict[str, list[tuple[str, int]]] = {}
+    levels: dict[Any, list[tuple[str, int]]] = {}
     for uid, kind, uuid, size in zip(*(asked[name].to_pylist() for name in names), strict=True):
         if "VOLUME" in (kind or ()):
             levels.setdefault(uid, []).append((uuid, size))
