@@ -165,7 +165,7 @@ def measured(folder: Path, paths: list[Path], blocks: int) -> tuple[StageCosts, 
                 latency_s=answered_s(options, paths[0].name), requests_in_flight=in_flight, reader_cores=64
             )
             # Where few requests are under way fewer blocks do.
-            by_requests = readers * reader_rates(StageCosts(), around)[0]
+            by_requests = readers * reader_rates(StageCosts(), around, MICRO)[0]
             found = run(catalog, options, readers, in_flight, min(blocks, max(12, round(15 * by_requests / MICRO))))
             if costs is None:
                 small = run(catalog, options, 2, in_flight, 2 * blocks, micro=1)

@@ -17,6 +17,8 @@ from streaming.operate.capacity import (
     Surroundings,
     costs_of_size,
     costs_on_blocks,
+    costs_with_jpeg2000,
+    costs_without_rule,
     plan_capacity,
     read_costs,
 )
@@ -164,6 +166,9 @@ def add_capacity(commands: Any) -> None:
     parser.add_argument(
         "--costs", metavar="JSON", help="measured costs of a tile; `tilestream bench scale` writes them"
     )
+    parser.add_argument(
+        "--jpeg2000", type=float, default=0.0, metavar="SHARE", help="share of tiles from JPEG 2000 slides (0)"
+    )
     parser.add_argument("--prices", metavar="YAML", help="price list; deploy/prices.yaml is an example")
     parser.add_argument("--json", action="store_true", help="print all numbers for a machine")
     parser.set_defaults(takes_overrides=True)
@@ -187,6 +192,9 @@ def run_capacity(args: Namespace) -> None:
         around = replace(around, **node)
     size = config.data.tile_size
     tile = costs_of_size(read_costs(args.costs) if args.costs else StageCosts(), size)
+    tile = costs_with_jpeg2000(tile, args.jpeg2000)
+    if not config.data.hsv_rule.min_share:
+        tile = costs_without_rule(tile)
     if config.data.corners == "blocks":
         tile = costs_on_blocks(tile, size)
     capacity = plan_capacity(

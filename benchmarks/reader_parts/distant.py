@@ -54,7 +54,7 @@ def distant_line(folder: Path, made: Sequence[MadeSlide], batches: int, turns: i
                 nbytes=took["nbytes"] / took["tiles"],
             )
             around = Surroundings(latency_s=statistics.median(waits), reader_cores=2)
-            modelled.append(min(reader_rates(costs, around)))
+            modelled.append(min(reader_rates(costs, around, _MICRO_BATCH)))
             ours.append(batches * _MICRO_BATCH / (max(ends[: _SKIP + batches]) - max(ends[:_SKIP])))
     what = f"the mix, one reader at {_LATENCY_MS} ms, {_TURNED_DOWN:.0%} turned down / the model of `capacity`"
     return line(what, ours, modelled, "tiles/s", least=0.9)

@@ -1,7 +1,8 @@
 """How many readers a training needs, and which limit it meets first: arithmetic on measured costs, nothing is run.
 
 A reader keeps `requests_in_flight` requests under way, each of which takes the storage's latency plus the time its
-bytes take, and decodes with as many cores as it has: it gives the smaller of both rates. What all readers share
+bytes take, works on some batches at once, each of which waits for its last tiles in rounds (those turned down are asked
+for anew), and decodes with as many cores as it has: it gives the smallest of these rates. What all readers share
 (storage, network, the process that schedules Ray Data's blocks, the cores of the machine) bounds their sum.
 """
 
@@ -43,12 +44,18 @@ class StageCosts:
     """compressed blocks decoded, for tiles that begin anywhere"""
     block_cpu_s: float = 0.00034
     """CPU seconds of `reader_cpu_s` for one of them: asked for, decoded, put into the tile"""
+    jpeg2000_block_cpu_s: float = 0.0041
+    """the same for a block of JPEG 2000"""
+    replaced: float = 0.01
+    """tiles turned down, or not readable, for each one handed out; all other costs hold theirs"""
+    rule_cpu_s: float = 0.00006
+    """CPU seconds of `reader_cpu_s` in which the HSV rule looks at a tile"""
     block_s: float = 0.0041
     """seconds of the one process that schedules the stream, per block of one micro-batch"""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not (math.isfinite(value) and value > 0):
+            if not (math.isfinite(value) and (value > 0 or (value == 0 and name in ("replaced", "rule_cpu_s")))):
                 raise ConfigError(f"cost {name} is {value}; it must be above 0")
 
 
@@ -76,7 +83,7 @@ def costs_of_size(costs: StageCosts, size: int) -> StageCosts:
     one more) with its side.
     """
     side = size / 256
-    by_area = ("reader_cpu_s", "transport_cpu_s", "consumer_s", "nbytes", "blocks")
+    by_area = ("reader_cpu_s", "rule_cpu_s", "transport_cpu_s", "consumer_s", "nbytes", "blocks")
     area = {name: getattr(costs, name) * side**2 for name in by_area}
     return replace(costs, **area, tile_nbytes=costs.tile_nbytes * side**2, requests=costs.requests * (side + 1) / 2)
 
@@ -95,6 +102,36 @@ def costs_on_blocks(costs: StageCosts, size: int) -> StageCosts:
         nbytes=costs.nbytes * rows**2,
         blocks=costs.blocks * rows**2,
         reader_cpu_s=max(costs.reader_cpu_s - spared, costs.reader_cpu_s * rows**2),
+    )
+
+
+def costs_with_jpeg2000(costs: StageCosts, share: float) -> StageCosts:
+    """Costs of JPEG tiles, for a mix of which that share is JPEG 2000, with as many bytes.
+
+    Raises:
+        ConfigError: it is no share.
+    """
+    if not 0 <= share <= 1:
+        raise ConfigError(f"the share of JPEG 2000 is {share}; give 0 to 1")
+    dearer_s = costs.jpeg2000_block_cpu_s - costs.block_cpu_s
+    return replace(
+        costs,
+        reader_cpu_s=costs.reader_cpu_s + share * costs.blocks * dearer_s,
+        block_cpu_s=costs.block_cpu_s + share * dearer_s,
+    )
+
+
+def costs_without_rule(costs: StageCosts) -> StageCosts:
+    """Costs of tiles that the HSV rule looks at, for those that are taken as they come."""
+    looked_at = 1 + costs.replaced
+    return replace(
+        costs,
+        reader_cpu_s=costs.reader_cpu_s / looked_at - costs.rule_cpu_s,
+        requests=costs.requests / looked_at,
+        nbytes=costs.nbytes / looked_at,
+        blocks=costs.blocks / looked_at,
+        replaced=0.0,
+        rule_cpu_s=0.0,
     )
 
 
@@ -186,12 +223,26 @@ class Capacity:
         )
 
 
-def reader_rates(costs: StageCosts, around: Surroundings) -> tuple[float, float]:
+def rounds_of_requests(num_tiles: int, replaced: float) -> float:
+    """How many requests in a row a batch of tiles waits for on average, until none is turned down any more.
+
+    So many are replaced for each tile handed out; each tile is turned down with the same chance p each time. That a
+    batch is not done after k rounds has the chance 1 - (1 - pᵏ)ⁿ, whose sum over k is the mean.
+    """
+    chance, rounds, again = replaced / (1 + replaced), 1.0, 1.0
+    while (again := again * chance) * num_tiles > 1e-3:
+        rounds += 1 - (1 - again) ** num_tiles
+    return rounds
+
+
+def reader_rates(costs: StageCosts, around: Surroundings, micro_batch: int) -> tuple[float, float]:
     """Tiles/s of one reader as its requests allow, and as its cores allow; the smaller one counts."""
     request_s = around.latency_s + costs.nbytes / costs.requests / around.connection_nbytes_s
-    by_storage = around.requests_in_flight / (costs.requests * request_s)
+    by_slots = around.requests_in_flight / (costs.requests * request_s)
+    at_once = batches_at_once(around.requests_in_flight, micro_batch, costs.requests)
+    by_batches = at_once * micro_batch / (rounds_of_requests(micro_batch, costs.replaced) * request_s)
     by_cpu = min(around.reader_cores, costs.reader_cores) / costs.reader_cpu_s
-    return by_storage, by_cpu
+    return min(by_slots, by_batches), by_cpu
 
 
 def one_machine_rate(
@@ -202,7 +253,7 @@ def one_machine_rate(
     other_cpu_s is CPU per tile of what else runs there, such as the benchmark's own storage server.
     """
     cpu_s = costs.reader_cpu_s + costs.transport_cpu_s + costs.consumer_s + costs.block_s / micro_batch + other_cpu_s
-    return min(readers * min(reader_rates(costs, around)), cores / cpu_s, 1 / costs.consumer_s)
+    return min(readers * min(reader_rates(costs, around, micro_batch)), cores / cpu_s, 1 / costs.consumer_s)
 
 
 def plan_capacity(
@@ -224,7 +275,7 @@ def plan_capacity(
             f"{gpus} GPUs of {tiles_per_second_per_gpu} tiles/s, micro-batch {micro_batch}: all must be above 0"
         )
     wanted = gpus * tiles_per_second_per_gpu
-    by_storage, by_cpu = reader_rates(costs, around)
+    by_storage, by_cpu = reader_rates(costs, around, micro_batch)
     rate = min(by_storage, by_cpu)
     needed = math.ceil(wanted / rate * (1 + around.headroom))
     readers = min(needed, around.max_readers or needed)

@@ -14,8 +14,11 @@ from streaming.operate.capacity import (
     Surroundings,
     costs_of_size,
     costs_on_blocks,
+    costs_with_jpeg2000,
+    costs_without_rule,
     plan_capacity,
     reader_rates,
+    rounds_of_requests,
 )
 from streaming.reading.batch_reading import batches_at_once
 
@@ -75,7 +78,7 @@ def test_a_reader_s_rate_is_that_of_its_requests_and_its_decoding_simulated(
             heapq.heappush(slots, answer)
             arrived = max(arrived, answer)
         decoded = max(decoded, arrived) + cpu_s
-    assert tiles / decoded == pytest.approx(min(reader_rates(costs, around)), rel=0.15)
+    assert tiles / decoded == pytest.approx(min(reader_rates(costs, around, 10_000)), rel=0.15)
 
 
 @settings(deadline=None, max_examples=40)
@@ -108,7 +111,36 @@ def test_as_many_batches_at_once_as_a_reader_takes_on_keep_its_requests_under_wa
     rate = (num_batches - skip) * micro_batch / (max(ends) - sorted(ends)[skip - 1])
     costs = StageCosts(requests=requests * asked / (num_batches * micro_batch), nbytes=1, reader_cpu_s=1e-6)
     around = Surroundings(latency_s=latency_s, connection_nbytes_s=1e12, requests_in_flight=in_flight)
-    assert rate >= 0.85 * min(reader_rates(costs, around))
+    assert rate >= 0.85 * min(reader_rates(costs, around, micro_batch))
+
+
+@pytest.mark.parametrize(("num_tiles", "replaced"), [(1, 0.5), (64, 0.0), (64, 0.075), (256, 1.0)])
+def test_the_rounds_until_no_tile_is_turned_down_are_those_of_a_simulation(num_tiles: int, replaced: float) -> None:
+    chance = replaced / (1 + replaced)
+    drawn = np.random.default_rng(0).geometric(1 - chance, (20_000, num_tiles)).max(axis=1)
+    assert rounds_of_requests(num_tiles, replaced) == pytest.approx(drawn.mean(), rel=0.02)
+
+
+def test_small_batches_whose_last_tiles_come_in_rounds_bound_a_reader() -> None:
+    costs = StageCosts(requests=2, nbytes=1, reader_cpu_s=1e-6, replaced=0.0)
+    around = Surroundings(latency_s=0.1, connection_nbytes_s=1e12, requests_in_flight=128)
+    # Eight batches at most, of four tiles each, every 0.1 s; with 128 requests it would be 640.
+    assert reader_rates(costs, around, 4)[0] == pytest.approx(320)
+    assert reader_rates(costs, around, 64)[0] == pytest.approx(640)
+
+
+def test_jpeg_2000_and_the_rule_cost_what_their_blocks_and_replacements_do() -> None:
+    plain = StageCosts()
+    mixed = costs_with_jpeg2000(plain, 0.3)
+    dearer_s = 0.3 * plain.blocks * (plain.jpeg2000_block_cpu_s - plain.block_cpu_s)
+    assert mixed.reader_cpu_s == pytest.approx(plain.reader_cpu_s + dearer_s)
+    assert costs_on_blocks(mixed, 256).reader_cpu_s < mixed.reader_cpu_s - 0.7 * dearer_s
+    assert costs_with_jpeg2000(plain, 0.0) == plain
+    with pytest.raises(ConfigError, match="share"):
+        costs_with_jpeg2000(plain, 1.5)
+    ruled = StageCosts(replaced=0.25, requests=2.5, reader_cpu_s=0.0025, rule_cpu_s=0.0001)
+    free = costs_without_rule(ruled)
+    assert (free.requests, free.reader_cpu_s, free.replaced) == pytest.approx((2.0, 0.0019, 0.0))
 
 
 @pytest.mark.parametrize("senseless", [{"gpus": 0}, {"tiles_per_second_per_gpu": 0.0}, {"micro_batch": 0}])
