@@ -333,7 +333,7 @@ def rate_of_cataloguing(folder: Path, num_series: int) -> tuple[float, float, fl
         before, started = server.sent(), time.perf_counter()
         report = build_catalog(["idc:made"], out, idc=IdcOptions(idc_index=index), options=options)
         took_s = time.perf_counter() - started
-        assert (report.added, report.skipped) == (num_series, _WARM_UP), report.rejected[:1]
+        assert (report.added, report.unchanged) == (num_series, _WARM_UP), report.rejected[:1]
         requests, nbytes = (now - then for now, then in zip(server.sent(), before, strict=True))
     return num_series / took_s, requests / num_series, nbytes / num_series / 1e6
 

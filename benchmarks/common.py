@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from streaming import storage
 from streaming.catalog import Catalog
+from streaming.catalog.given import Given
 from streaming.catalog.index_packs import save_indexes
 from streaming.catalog.inspection import Rejected, inspect
 from streaming.catalog.writing import merge, part_of, write
@@ -52,7 +53,7 @@ def made_slides(folder: Path, num: int) -> list[Path]:
 def made_catalog(uris: Sequence[str], options: dict[str, Any] | None = None, out: str | None = None) -> Catalog:
     """A catalog of some slides, in a folder of its own."""
     out = out or tempfile.mkdtemp()
-    rows = save_indexes([inspect(storage.stat(uri, options), None, options, Staging()) for uri in uris], out, None)
+    rows = save_indexes([inspect(storage.stat(uri, options), Given(), options, Staging()) for uri in uris], out, None)
     rejected = [row for row in rows if isinstance(row, Rejected)]
     assert not rejected, rejected
     write(out, *merge([part_of([row for row in rows if not isinstance(row, Rejected)])], None), None)

@@ -24,6 +24,7 @@ from benchmarks.latency_server import serve
 from benchmarks.reader import cpu_ms
 from benchmarks.table import TURNS, Line, arguments, line, report
 from streaming import storage
+from streaming.catalog.given import Given
 from streaming.catalog.index_packs import save_indexes
 from streaming.catalog.inspection import Rejected, inspect
 from streaming.catalog.sources import find_slides
@@ -114,7 +115,7 @@ def _catalogued(files: Sequence[storage.ObjectInfo], options: dict[str, Any], co
 
     def one(_: int) -> int:
         (series,) = sort_objects(files, options).slides
-        (found,) = save_indexes([inspect(as_one(series.levels), None, options, Staging())], out, None)
+        (found,) = save_indexes([inspect(as_one(series.levels), Given(), options, Staging())], out, None)
         assert not isinstance(found, Rejected), found
         return 1
 

@@ -24,6 +24,7 @@ from benchmarks.common import made_slides
 from benchmarks.latency_server import serve
 from streaming import cluster, storage
 from streaming.catalog import Catalog
+from streaming.catalog.given import Given
 from streaming.catalog.index_packs import save_indexes
 from streaming.catalog.inspection import Inspected, inspect
 from streaming.catalog.writing import merge, part_of, write
@@ -198,7 +199,7 @@ def measured(folder: Path, paths: list[Path], blocks: int) -> tuple[StageCosts, 
 def _catalog(paths: list[Path], options: dict[str, object]) -> Catalog:
     out = tempfile.mkdtemp()
     infos = [storage.stat(f"s3://bench/{path.name}", options) for path in paths]
-    found = save_indexes([inspect(info, None, options, Staging()) for info in infos], out, None)
+    found = save_indexes([inspect(info, Given(), options, Staging()) for info in infos], out, None)
     write(out, *merge([part_of([entry for entry in found if isinstance(entry, Inspected)])], None), None)
     return Catalog.load(out)
 

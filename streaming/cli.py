@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from streaming import storage
+from streaming.catalog.given import MppFrom
 from streaming.catalog.idc import IdcOptions
+from streaming.catalog.masks import MaskOptions
 from streaming.command_line import (
     SLIDES_HELP,
     add_command,
@@ -45,6 +49,8 @@ if TYPE_CHECKING:
     from streaming.plan import TilePlan
 
 
+_CLASS = {"metavar": "CLASS"}
+_MOST_SHOWN, _SHOWN_PX = 400, 128  # tiles of a mosaic, and their side there
 _SAMPLE = 4096  # tiles of which the dry run tells what they cost
 
 
@@ -57,7 +63,7 @@ def add_catalog(commands: Any) -> None:
         "  tilestream catalog s3://bucket/slides /data/more/*.svs --out s3://bucket/catalog --metadata patients.csv",
         run_catalog,
     )
-    parser.add_argument("slides", nargs="+", metavar="SLIDES", help=SLIDES_HELP)
+    parser.add_argument("slides", nargs="*", metavar="SLIDES", help=SLIDES_HELP)
     parser.add_argument("--out", required=True, metavar="URI", help="folder of the catalog; extended if it exists")
     add_options(parser, IdcOptions, where={"metavar": "SQL"}, idc_index={"metavar": "URI"})
     parser.add_argument("--mpp", type=float, metavar="µm/px", help="level-0 mpp of slides whose metadata has none")
@@ -66,14 +72,44 @@ def add_catalog(commands: Any) -> None:
         metavar="CSV",
         help="free columns by slide (patient, site, organ, cohort, stain, mpp, …); first column: address, name or stem",
     )
+    parser.add_argument(
+        "--mpp-from",
+        choices=get_args(MppFrom),
+        default="metadata",
+        help="whose mpp counts where the slide's metadata and the CSV tell both (metadata)",
+    )
+    add_options(parser, MaskOptions, masks={"metavar": "URI"}, masks_include=_CLASS, masks_exclude=_CLASS)
+    parser.add_argument(
+        "--preview",
+        action="store_true",
+        help="write a page into the catalog, preview.html: thumbnails with the tissue grid, rejected slides and why",
+    )
+    parser.add_argument("--recheck", action="store_true", help="look at all slides anew, unchanged ones too")
     add_storage_options(parser)
 
 
 def run_catalog(args: Namespace) -> None:
+    """Builds the catalog, says what became of the slides, and draws them if asked to.
+
+    Raises:
+        ConfigError: neither slides nor a preview are asked for.
+    """
+    if args.slides:
+        _build(args)
+    elif not args.preview:
+        raise ConfigError(f"catalog: no SLIDES; name {SLIDES_HELP}")
+    if args.preview:
+        from streaming.show.preview import write_preview
+
+        where, num = write_preview(args.out, storage_options(args))
+        out(f"{where}: {num} slides to look at")
+
+
+def _build(args: Namespace) -> None:
     """Builds the catalog and says what became of the slides."""
     from streaming.catalog.build import build_catalog
     from streaming.catalog.inspection import COARSE_MPP
-    from streaming.catalog.schema import REJECTED
+    from streaming.catalog.schema import REJECTED, SKIPPED, TABLE
     from streaming.catalog.sources import counted
 
     report = build_catalog(
@@ -81,6 +117,9 @@ def run_catalog(args: Namespace) -> None:
         args.out,
         mpp=args.mpp,
         metadata_csv=args.metadata,
+        mpp_from=args.mpp_from,
+        recheck=args.recheck,
+        masks=read_options(args, MaskOptions),
         idc=read_options(args, IdcOptions),
         options=storage_options(args),
         staging=Staging(),
@@ -105,15 +144,32 @@ def run_catalog(args: Namespace) -> None:
         slide, what = report.left_out[0]
         others = f"; so it is of {len(report.left_out) - 1} more slides" if len(report.left_out) > 1 else ""
         sys.stderr.write(f"{slide}: {what} are not read{others}\n")
-    if report.passed_over:
-        kinds = counted(report.passed_over)
-        sys.stderr.write(f"skipped {report.passed_over.total()} files that are no slides: {kinds}\n")
+    if report.contradicted:
+        slide, own, given = report.contradicted[0]
+        others = f"; so it is with {len(report.contradicted) - 1} more slides" if len(report.contradicted) > 1 else ""
+        remedy = (
+            "to let the table decide: --mpp-from csv" if given.mpp_from == TABLE else "a table may decide, see --help"
+        )
+        sys.stderr.write(
+            f"{slide}: its metadata says {own:.4g} µm/px, the {given.mpp_from} {given.mpp:.4g}: the metadata counts "
+            f"({remedy}){others}\n"
+        )
     if report.unmatched:
         sys.stderr.write(f"{args.metadata}: {report.unmatched} of {report.total} slides have no row in it\n")
-    rejected = f"{len(report.rejected)} rejected"
+    if report.unmasked:
+        first, num = report.unmasked[0], len(report.unmasked)
+        sys.stderr.write(f"{num} slides have no mask (first: {first}): our own rule tells their tissue\n")
+    if report.odd_masks:
+        num = len(report.odd_masks)
+        sys.stderr.write(f"{num} files beside the masks are no slide's mask (first: {report.odd_masks[0]})\n")
+    done = [f"{report.added} added", f"{report.changed} changed", f"{report.unchanged} unchanged"]
+    done.append(f"{len(report.rejected)} rejected")
     if report.rejected:
-        rejected += f" (reasons in {storage.join(args.out, REJECTED)})"
-    out(f"{args.out}: {report.total} slides: {report.added} added, {report.skipped} unchanged, {rejected}")
+        done[-1] += f" (reasons in {storage.join(args.out, REJECTED)})"
+    if report.skipped:
+        kinds, where = counted(report.skipped), storage.join(args.out, SKIPPED)
+        done.append(f"{report.skipped.total()} files skipped: {kinds} (named in {where})")
+    out(f"{args.out}: {report.total} slides: {', '.join(done)}")
 
 
 def _no_level(mpp: float, cost: float) -> str:
@@ -165,6 +221,9 @@ def add_stream(commands: Any) -> None:
     parser.add_argument("--log", metavar="URI", help="folder for failures.parquet, the tiles that could not be read")
     parser.add_argument("--digest", action="store_true", help="print a SHA-256 of each step's tiles in index order")
     parser.add_argument("--dry-run", action="store_true", help="read nothing; print how well the steps are mixed")
+    parser.add_argument(
+        "--mosaic", metavar="URI", help="write a picture (.png, .jpg) of the first step's tiles, by index"
+    )
     group = parser.add_argument_group("which tiles may be drawn (all of all slides)")
     add_options(
         group,
@@ -189,6 +248,12 @@ def run_stream(args: Namespace) -> None:
     from streaming.plan import TilePlan
 
     options = storage_options(args)
+    if args.mosaic:
+        from streaming.show.pictures import kind_of
+
+        kind_of(args.mosaic)
+        if args.dry_run:
+            raise ConfigError(f"--mosaic {args.mosaic}: a dry run reads no tiles; leave out --dry-run")
     shape = BatchShape(args.batch, args.ranks)
     check_steps(*args.steps)
     catalog = Catalog.load(args.catalog, options)
@@ -255,14 +320,14 @@ def _pull(stream: TileStream, most_readers: int, args: Namespace) -> None:
     steps = iter(stream.steps(first, last))
     cluster.connect(most_readers + 1, verbose=args.verbose)
     log = FailureLog(args.log, storage_options(args)) if args.log else None
-    budget, use, drawn = FailureBudget(args.max_failed_share), TimeUse(), list[Any]()
+    budget, use, drawn, shown = FailureBudget(args.max_failed_share), TimeUse(), list[Any](), list[Any]()
     started = first_at = time.perf_counter()
     with ProgressLine("stream", "steps", total=last - first) as progress, log or contextlib.nullcontext():
         for step in range(first, last):
             asked = time.perf_counter()
             batches = next(steps)
             if step == first:
-                first_at = time.perf_counter()
+                first_at, shown = time.perf_counter(), batches
             else:  # the first one waits for readers to start
                 use.waited(time.perf_counter() - asked)
             for batch in batches:
@@ -275,12 +340,26 @@ def _pull(stream: TileStream, most_readers: int, args: Namespace) -> None:
                 out(f"step {step} {step_digest(batches)}")
             progress.update(step + 1 - first, f"{budget.tiles / (time.perf_counter() - started):.0f} tiles/s")
     took_s = time.perf_counter() - first_at
+    if args.mosaic:
+        _draw(shown, args)
     for line in budget.summary():
         sys.stderr.write(line + "\n")
     use.print(took_s, Console())
     _print_mix(stream.plan, drawn, args.batch)
     rate = f"{(budget.tiles - args.batch) / took_s:,.0f} tiles/s" if last - first > 1 else "one step"
     out(f"{budget.tiles:,} tiles of {last - first} steps: {rate} after the first batch at {first_at - started:.1f} s")
+
+
+def _draw(batches: Sequence[Mapping[str, NDArray[Any]]], args: Namespace) -> None:
+    """Writes a picture of a step's tiles, in the order of their indices."""
+    import numpy as np
+
+    from streaming.show.pictures import mosaic, write_picture
+
+    tiles, index = (np.concatenate([batch[name] for batch in batches]) for name in ("tile", "index"))
+    shown = tiles[np.argsort(index)[:_MOST_SHOWN]]
+    columns = math.ceil(len(shown) ** 0.5)
+    write_picture(args.mosaic, mosaic(list(shown), columns, _SHOWN_PX), storage_options(args))
 
 
 def add_bench(commands: Any) -> None:

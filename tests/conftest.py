@@ -3,14 +3,18 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import boto3
 import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
+from streaming.catalog import build
+from streaming.catalog.given import Given
 from streaming.catalog.index_packs import save_indexes
-from streaming.catalog.inspection import inspect
+from streaming.catalog.inspection import inspect, inspect_named
+from streaming.catalog.named import Named
 from streaming.catalog.sources import find_slides
 from streaming.catalog.writing import merge, part_of, write
 from streaming.storage.staging import Staging
@@ -32,9 +36,22 @@ def write_catalog(
     folder: Path | str, slides: Sequence[Path | str], mpp: float | None = None, staging: Staging | None = None
 ) -> str:
     infos = find_slides(list(map(str, slides)), None)
-    found = save_indexes([inspect(info, mpp, None, staging or Staging()) for info in infos], str(folder), None)
+    found = save_indexes(
+        [inspect(info, Given(mpp=mpp), None, staging or Staging()) for info in infos], str(folder), None
+    )
     write(str(folder), *merge([part_of(found)], None), None)
     return str(folder)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slides are looked at here instead of by Ray, which other tests start."""
+
+    def here(slides: Sequence[tuple[Named, Given]], options: Any, staging: Staging, out: str) -> Iterator[Any]:
+        return iter(save_indexes([inspect_named(*slide, options, staging) for slide in slides], out, options))
+
+    monkeypatch.setattr(build.cluster, "connect", lambda **_: None)
+    monkeypatch.setattr(build, "inspect_all", here)
 
 
 @pytest.fixture(scope="session")

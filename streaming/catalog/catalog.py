@@ -133,13 +133,16 @@ class Catalog:
         slide, size, version, mpp, pack, at, nbytes = (column[row].as_py() for column in self._opening)
         index = None if pack is None else read_index(self.indexes.index(pack, at, nbytes), count)
         info = storage.ObjectInfo(slide, size, version)
-        return open_slide(slide, storage_options, mpp=mpp, index=index, expected=info, staging=staging, count=count)
+        opened = open_slide(slide, storage_options, index=index, expected=info, staging=staging, count=count)
+        opened.mpp = mpp  # a table's word may count more than the metadata's
+        return opened
 
     def to_arrow(self) -> pa.Table:
-        """One row a slide, the metadata spread into columns."""
+        """One row a slide, the metadata spread into columns: `metadata_mpp` is what a table called `mpp`, and so on."""
         table = self.table.drop_columns(["metadata"])
         for name in self.metadata_columns:
-            table = table.append_column(name, pa.array([entry.get(name) for entry in self._metadata], pa.string()))
+            called = f"metadata_{name}" if name in table.column_names else name
+            table = table.append_column(called, pa.array([entry.get(name) for entry in self._metadata], pa.string()))
         return table
 
     @property

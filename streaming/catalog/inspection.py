@@ -6,11 +6,12 @@ import posixpath
 from dataclasses import dataclass, field, replace
 
 from streaming import storage
+from streaming.catalog.given import Given
 from streaming.catalog.named import Named
 from streaming.catalog.schema import SlideRow
 from streaming.catalog.selection import slide_of
-from streaming.catalog.tissue import Colour, TissueGrid, odd_glass, thumbnail, tissue_of_thumbnail
-from streaming.errors import NodeError, SlideError, StorageError
+from streaming.catalog.tissue import Colour, TissueGrid, blacken_outside, odd_glass, thumbnail, tissue_of_thumbnail
+from streaming.errors import TilestreamError
 from streaming.slide import Slide, geometry, open_slide
 from streaming.slide.block_index import unpack
 from streaming.slide.multi_file import as_one
@@ -51,39 +52,52 @@ class Rejected:
 
 def inspect_named(
     named: Named,
-    mpp: float | None,
+    given: Given,
     options: storage.StorageOptions | None,
     staging: Staging,
 ) -> Inspected | Rejected:
     """What `inspect` tells of what a source names; a series that can't be used goes by its folder."""
     try:
         info = slide_of(named, options)
-    except (SlideError, StorageError) as error:
+        found = inspect(info, given, options, staging)
+    except TilestreamError as error:
         return Rejected(named.uri, named.nbytes, "", str(error).removeprefix(f"{named.uri}: "))
-    found = inspect(info, mpp, options, staging)
+    except Exception as error:
+        # A bug of ours or of a library's: it costs this slide, and is told as what it is.
+        why = f"unexpected {type(error).__name__}: {error}; please report it with the slide"
+        return Rejected(named.uri, named.nbytes, "", " ".join(why.split()))
     return replace(found, slide=named.uri) if isinstance(found, Rejected) else found
 
 
 def inspect(
     info: storage.ObjectInfo,
-    mpp: float | None,
+    given: Given,
     options: storage.StorageOptions | None,
     staging: Staging,
 ) -> Inspected | Rejected:
-    """A slide's row, tissue and block index, or why it has none; mpp stands in where the metadata has none."""
+    """A slide's row, tissue and block index, or why it has none."""
     try:
-        slide = open_slide(info.uri, options, mpp=mpp, expected=info, staging=staging)
+        slide = open_slide(info.uri, options, expected=info, staging=staging)
         try:
+            own_mpp = slide.mpp
+            slide.mpp, mpp_from = given.decided(own_mpp)
             info = _as_opened(info, slide)
             image = thumbnail(slide)
-            tissue = tissue_of_thumbnail(image)
+            own_tissue = tissue = tissue_of_thumbnail(image)
+            if given.mask is not None:
+                mask = given.mask.share(slide, image.shape[0], image.shape[1], options)
+                blacken_outside(mask, slide)
+                tissue = tissue_of_thumbnail(image, mask, within=given.mask.within)
             if not tissue.fraction.any():
-                return Rejected(info.uri, info.size, info.version, "no tissue found")
-            row, glass = describe(slide, info, tissue), odd_glass(image, tissue)
+                where = f" by {given.mask.uri}" if given.mask else ""
+                return Rejected(info.uri, info.size, info.version, f"no tissue found{where}")
+            told = given.mask.text() if given.mask else ""
+            row = replace(describe(slide, info, tissue), own_mpp=own_mpp, mpp_from=mpp_from, mask=told)
+            glass = odd_glass(image, own_tissue)
             return Inspected(row, tissue, glass, slide.left_out, slide.packed_index)
         finally:
             slide.close()
-    except (SlideError, StorageError, NodeError) as error:
+    except TilestreamError as error:
         return Rejected(info.uri, info.size, info.version, str(error).removeprefix(f"{info.uri}: "))
 
 

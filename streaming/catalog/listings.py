@@ -2,44 +2,41 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import posixpath
 import re
-from collections import Counter
-from collections.abc import Sequence
-from typing import Any
 
 from streaming import storage
+from streaming.catalog import tables
 from streaming.catalog.named import Named
+from streaming.catalog.tables import OF_CLAM, read_rows
 from streaming.errors import ConfigError
 from streaming.slide import SLIDE_SUFFIXES
 
-SUFFIXES = (".csv", ".tsv", ".txt", ".parquet")
+SUFFIXES = (*tables.SUFFIXES, ".txt")
 _ADDRESS = ("slide", "uri", "url", "address", "path", "file", "series_aws_url")
 # Of all columns only these are kept: what else a table tells may name a patient.
 KEPT = ("patient", "collection", "cohort", "site", "organ", "stain", "description", "license", "doi", "mpp")
-_REST = "\0"  # where cells beyond the last column are put
 _GDC_BUCKET = "s3://tcga-2-open"
 # As patient and tissue source site of TCGA-3C-AALI-01Z-00-DX1.….svs
 _BARCODE = re.compile(r"(TCGA-([A-Z0-9]{2})-[A-Z0-9]{4})-")
 
 
 def read_listing(
-    uri: str, options: storage.StorageOptions | None = None, passed_over: Counter[str] | None = None
+    uri: str, options: storage.StorageOptions | None = None, skipped: dict[str, str] | None = None
 ) -> list[Named]:
     """The slides of a table: of a column of addresses, else of GDC's columns `id` and `filename`.
 
     An address that ends in a slash, or in `/*`, is the folder of a series. A relative one counts from the table. Of a
-    manifest, files that are no slides by their suffix are not taken, but counted in `passed_over`.
+    manifest, files that are no slides by their suffix are not taken, but added to `skipped` by address.
 
     Raises:
         ConfigError: it is no such table, or names no slide.
         StorageError: it can't be read.
     """
-    rows = _rows(uri, options)
+    read = enumerate(read_rows(uri, options, {"case_id": OF_CLAM["case_id"]}), start=1)
+    rows = [(number, row) for number, row in read if any(row.values())]
     if not rows:
-        raise ConfigError(f"{uri}: a table without a row; name the slides there, one a row")
+        raise ConfigError(f"{uri}: has no rows; name the slides there, one a row")
     names = list(rows[0][1])
     address = next((name for name in _ADDRESS if name in names), None)
     if address is not None:
@@ -54,40 +51,10 @@ def read_listing(
     slides = [named for named, suffix in zip(found, suffixes, strict=True) if suffix in SLIDE_SUFFIXES]
     if not slides:
         raise ConfigError(f"{uri}: none of its {len(found)} files is a slide ({', '.join(SLIDE_SUFFIXES)})")
-    if passed_over is not None:
-        passed_over.update(suffix or "without suffix" for suffix in suffixes if suffix not in SLIDE_SUFFIXES)
+    if skipped is not None:
+        kinds = zip(found, suffixes, strict=True)
+        skipped.update((named.uri, kind or "without suffix") for named, kind in kinds if kind not in SLIDE_SUFFIXES)
     return slides
-
-
-def _rows(uri: str, options: storage.StorageOptions | None) -> list[tuple[int, dict[str, str]]]:
-    """The rows with their numbers by lower-case column, without those that are empty.
-
-    Raises:
-        ConfigError: it is no table, or a row has more cells than columns.
-        StorageError: it can't be read.
-    """
-    rows: Sequence[dict[Any, Any]]
-    if uri.lower().endswith(".parquet"):
-        rows = storage.read_table(uri, options).to_pylist()
-    else:
-        try:
-            text = storage.read_bytes(uri, options).decode("utf-8-sig")
-            tabs = "\t" in text.partition("\n")[0]
-            rows = list(csv.DictReader(io.StringIO(text), restkey=_REST, delimiter="\t" if tabs else ","))
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ConfigError(f"{uri}: no table in UTF-8 ({error}); save it as CSV, TSV or Parquet") from error
-    cells = ({str(name).strip().lower(): _text(value) for name, value in row.items() if name != _REST} for row in rows)
-    found = [(number, row) for number, row in enumerate(cells, start=1) if any(row.values())]
-    if longer := [number for number, row in enumerate(rows, start=1) if any(row.get(_REST) or ())]:
-        raise ConfigError(
-            f"{uri}: row {longer[0]} has more cells than the header; put what holds a comma in double quotes"
-        )
-    return found
-
-
-def _text(value: Any) -> str:
-    """A cell; empty where nothing is told, which pandas writes as a number that is not itself."""
-    return "" if value is None or value != value else str(value).strip()
 
 
 def _of_gdc(uri: str, number: int, row: dict[str, str]) -> Named:

@@ -1,9 +1,7 @@
-"""What a CSV tells of slides: free columns, among them those that streaming knows: `patient`, `cohort` and `mpp`."""
+"""What a table tells of slides: free columns, among them those that streaming knows: `patient`, `cohort` and `mpp`."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
@@ -12,9 +10,10 @@ from typing import cast
 import pyarrow as pa
 
 from streaming import storage
+from streaming.catalog.tables import OF_CLAM, read_rows
 from streaming.errors import ConfigError
 
-_KEY_COLUMNS = ("slide", "uri", "path", "filename", "file", "slide_id", "name")
+_KEY_COLUMNS = ("slide", "uri", "path", "filename", "file", "name")
 
 
 Metadata = Mapping[str, Mapping[str, str]]
@@ -22,51 +21,45 @@ Metadata = Mapping[str, Mapping[str, str]]
 
 
 def read_metadata(uri: str, options: storage.StorageOptions | None) -> Metadata:
-    """A CSV of free columns.
+    """A table of free columns, as `read_rows` reads it.
 
-    The key is the first of the columns slide, uri, path, filename, file, slide_id, name (else the first of all): a
+    The key is the first of the columns slide (slide_id), uri, path, filename, file, name (else the first of all): a
     slide's address, file name, or file name without suffix.
 
     Raises:
-        ConfigError: the file is no CSV, or tells two things of one slide.
+        ConfigError: the file is no table, or tells two things of one slide.
         StorageError: it can't be read.
     """
-    try:
-        reader = csv.DictReader(io.StringIO(storage.read_bytes(uri, options).decode("utf-8-sig")))
-        names = list(reader.fieldnames or [])
-        rows = list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{uri}: not a CSV in UTF-8 ({error}); save it as one") from error
+    rows = read_rows(uri, options, OF_CLAM)
+    names = list(rows[0])
     if len(names) < 2:
-        raise ConfigError(f"{uri}: a CSV with a header of a slide column and at least one more is needed, not {names}")
-    lower = {name.strip().lower(): name for name in names}
-    key = next((lower[name] for name in _KEY_COLUMNS if name in lower), names[0])
+        raise ConfigError(f"{uri}: a table with a column of slides and at least one more is needed, not {names}")
+    key = next((name for name in _KEY_COLUMNS if name in names), names[0])
     metadata: dict[str, dict[str, str]] = {}
     for row in rows:
-        values = {n.strip().lower(): (row[n] or "").strip() for n in names if n != key and (row[n] or "").strip()}
-        slide = (row[key] or "").strip()
-        if metadata.setdefault(slide, values) != values:
-            raise ConfigError(f"{uri}: two different rows for slide {slide!r}; keep one")
+        values = {name: value for name, value in row.items() if name and name != key and value}
+        if metadata.setdefault(row[key], values) != values:
+            raise ConfigError(f"{uri}: two different rows for slide {row[key]!r}; keep one")
     return metadata
 
 
 def lookup(metadata: Metadata, uri: str) -> Mapping[str, str] | None:
-    """What a CSV tells of a slide."""
+    """What a table tells of a slide."""
     name = storage.name_of(uri)
     return next((metadata[key] for key in (uri, name, PurePosixPath(name).stem) if key in metadata), None)
 
 
-def stand_in_mpp(values: Mapping[str, str], uri: str, default: float | None) -> float | None:
-    """The µm/px that serve a slide whose own metadata has none: a table's column `mpp`, else the default.
+def mpp_of(values: Mapping[str, str], uri: str) -> float | None:
+    """The µm/px that a table's column `mpp` gives a slide; a comma may stand for the point.
 
     Raises:
-        ConfigError: the table's is no number above 0.
+        ConfigError: it is no number above 0.
     """
     text = values.get("mpp")
     if text is None:
-        return default
+        return None
     try:
-        mpp = float(text)
+        mpp = float(text.replace(",", "."))
     except ValueError:
         mpp = 0.0
     if not mpp > 0:

@@ -2,7 +2,8 @@
 
 A catalog is a folder with `slides.parquet` (one row a slide), `tissue-….bin` (the tissue of all slides, mapped by every
 reader), `blocks/` (where the slides' compressed blocks lie, in packs: `index_packs`), `rejected.parquet` (slides that
-could not be used, with the reason) and, while it is being built, `parts/`, whose rows hold their tissue themselves.
+could not be used, with the reason), `skipped.parquet` (files that are no slides, and what else was passed over) and,
+while it is being built, `parts/`, whose rows hold their tissue themselves.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from numpy.typing import NDArray
 from streaming import storage
 from streaming.errors import CatalogError
 
-VERSION = 7
-SLIDES, REJECTED, PARTS, BLOCKS = "slides.parquet", "rejected.parquet", "parts", "blocks"
+VERSION = 8
+SLIDES, REJECTED, SKIPPED = "slides.parquet", "rejected.parquet", "skipped.parquet"
+PARTS, BLOCKS = "parts", "blocks"
 
 LEVEL_TYPE = pa.struct(
     [
@@ -38,7 +40,10 @@ SCHEMA = pa.schema(
         ("size", pa.int64()),
         ("version", pa.string()),
         ("vendor", pa.string()),
+        # µm/px at level 0; what the slide's metadata says of it, if anything; and whose word counts (METADATA, …).
         ("mpp", pa.float64()),
+        ("own_mpp", pa.float64()),
+        ("mpp_from", pa.string()),
         ("width", pa.int64()),
         ("height", pa.int64()),
         # What of it was scanned, within which tiles are drawn: x, y, width and height in level-0 pixels.
@@ -55,6 +60,8 @@ SCHEMA = pa.schema(
         ("tissue_offset", pa.int64()),
         ("tissue_total", pa.int64()),
         ("tissue_threshold", pa.float64()),
+        # The mask that told where tissue is, as JSON (`masks.Mask`); empty where our own rule did.
+        ("mask", pa.string()),
         ("tissue_mm2", pa.float64()),
         # Free columns of the user's CSV as a JSON object; Catalog spreads them into columns of their own.
         ("metadata", pa.string()),
@@ -65,6 +72,11 @@ PART_SCHEMA = SCHEMA.append(pa.field("tissue_fraction", pa.large_binary()))
 REJECTED_SCHEMA = pa.schema(
     [("slide", pa.string()), ("size", pa.int64()), ("version", pa.string()), ("reason", pa.string())]
 )
+
+
+SKIPPED_SCHEMA = pa.schema([("file", pa.string()), ("reason", pa.string())])
+METADATA, TABLE, OPTION = "metadata", "table", "--mpp"
+"""where a slide's mpp may come from"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +103,9 @@ class SlideRow:
     tissue_total: int | None = None
     metadata: str = "{}"
     index_at: int = 0
+    mask: str = ""
+    own_mpp: float | None = None
+    mpp_from: str = METADATA
 
     @property
     def info(self) -> storage.ObjectInfo:
@@ -130,9 +145,3 @@ def check_version(table: pa.Table, uri: str) -> None:
 def fingerprint_of(table: pa.Table) -> str:
     """The fingerprint that a catalog was written with; empty in a part."""
     return (table.schema.metadata or {}).get(b"tilestream.fingerprint", b"").decode()
-
-
-def fingerprint_at(uri: str, options: storage.StorageOptions | None) -> str:
-    """The fingerprint of the catalog at `uri`; empty where there is none."""
-    path = storage.join(uri, SLIDES)
-    return fingerprint_of(storage.read_table(path, options)) if storage.exists(path, options) else ""

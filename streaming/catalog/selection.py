@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import posixpath
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -28,13 +27,13 @@ def find(
     sources: Sequence[str],
     options: storage.StorageOptions | None = None,
     asked: IdcOptions | None = None,
-    passed_over: Counter[str] | None = None,
+    skipped: dict[str, str] | None = None,
 ) -> list[Named]:
     """What sources name, each once, sorted by address.
 
     A source is a file, folder, glob or prefix with slides, a table of addresses, or `idc:` with a collection or glob.
     Series of `idc:` and slides of public buckets are not looked at yet: their keys are of one content for ever. To
-    `passed_over` is added what `find_slides` tells.
+    `skipped` is added what `find_slides` tells.
 
     Raises:
         ConfigError: a table or the index makes no sense, or names nothing; two tell different things of a slide.
@@ -50,10 +49,10 @@ def find(
     others = [source for source in sources if not source.startswith(idc.SCHEME)]
     with ThreadPoolExecutor(_IN_FLIGHT) as pool:
         for table in filter(_is_table, others):
-            listed = listings.read_listing(storage.canonical(table), options, passed_over)
+            listed = listings.read_listing(storage.canonical(table), options, skipped)
             _add(found, pool.map(lambda named: _looked_at(named, options), listed))
     for folder in (source for source in others if not _is_table(source)):
-        slides = _found_at(storage.canonical(folder), options, passed_over)
+        slides = _found_at(storage.canonical(folder), options, skipped)
         _add(found, (Named(uri=info.uri, info=info, nbytes=info.size) for info in slides))
     return [found[uri] for uri in sorted(found)]
 
@@ -93,11 +92,11 @@ def _looked_at(named: Named, options: storage.StorageOptions | None) -> Named:
 
 
 def _found_at(
-    source: str, options: storage.StorageOptions | None, passed_over: Counter[str] | None
+    source: str, options: storage.StorageOptions | None, skipped: dict[str, str] | None
 ) -> list[storage.ObjectInfo]:
     """The slides of a file, folder or glob, which may lie in a mirror."""
     place = storage.place_of(source, options)
-    slides = find_slides([place.uri], place.options, passed_over)
+    slides = find_slides([place.uri], place.options, skipped)
     if place.uri == source and not place.by_size:
         return slides
     named = [place.named(info) for info in slides]

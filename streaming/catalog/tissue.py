@@ -81,27 +81,37 @@ def thumbnail(slide: Slide, mpp: float = THUMBNAIL_MPP) -> Pixels:
             cv2.resize(pixels, (width, bottom - top), dst=image[top:bottom], interpolation=how)
         else:
             resample.resize(pixels, image[top:bottom])
+    blacken_outside(image, slide)
+    return image
+
+
+def blacken_outside(image: Pixels, slide: Slide) -> None:
+    """Sets what lies outside a slide's bounds to 0 in a picture of all of it, (h, w, …)."""
+    height, width = image.shape[:2]
     left, top, wide, high = (
         side * length / whole
         for side, length, whole in zip(slide.bounds, (width, height) * 2, slide.level_dimensions[0] * 2, strict=True)
     )
     image[: round(top)] = image[round(top + high) :] = 0
     image[:, : round(left)] = image[:, round(left + wide) :] = 0
-    return image
 
 
-def tissue_of_thumbnail(image: Pixels) -> TissueGrid:
+def tissue_of_thumbnail(image: Pixels, mask: Pixels | None = None, *, within: bool = False) -> TissueGrid:
     """The tissue fraction of each cell of a slide, from its thumbnail at 8 µm/px, uint8 (h, w, 3).
 
+    mask, uint8 (h, w), tells how far each pixel is tissue, 255 whole, instead of the thumbnail, or `within` it beside.
     What lies past the slide's edge is background.
     """
     saturation = cast(NDArray[np.uint8], cv2.cvtColor(image, cv2.COLOR_RGB2HSV)[:, :, 1])
     threshold = float(np.clip(otsu(_histogram(saturation)), *_OTSU_BOUNDS))
     height, width = saturation.shape
     rows, columns = -(-height // CELL_THUMBNAIL_PX), -(-width // CELL_THUMBNAIL_PX)
-    mask = np.zeros((rows * CELL_THUMBNAIL_PX, columns * CELL_THUMBNAIL_PX), dtype=np.uint8)
-    np.multiply(saturation > threshold, np.uint8(255), out=mask[:height, :width])
-    fraction = cv2.resize(mask, (columns, rows), interpolation=cv2.INTER_AREA).astype(np.uint8)
+    share = np.zeros((rows * CELL_THUMBNAIL_PX, columns * CELL_THUMBNAIL_PX), dtype=np.uint8)
+    if mask is None or within:
+        np.multiply(saturation > threshold, np.uint8(255), out=share[:height, :width])
+    if mask is not None:
+        share[:height, :width] = np.minimum(share[:height, :width], mask) if within else mask
+    fraction = cv2.resize(share, (columns, rows), interpolation=cv2.INTER_AREA).astype(np.uint8)
     return TissueGrid(fraction=fraction, threshold=threshold)
 
 

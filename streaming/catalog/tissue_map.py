@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import shutil
+import tempfile
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -48,15 +50,21 @@ def file_nbytes(num_cells: int) -> int:
 def write_tissue(file: BinaryIO, tissue: Iterable[Cells]) -> None:
     """Writes the cells of tissue grids, uint8 (rows, columns), in their order."""
     file.seek(_HEADER)
-    sums = [np.zeros(1, np.int64)]
-    for of_slide in tissue:
-        cells = np.pad(of_slide.ravel(), (0, -of_slide.size % CHUNK)).reshape(-1, CHUNK)
-        sums.append(cells.sum(axis=1, dtype=np.int64))
-        file.write(cells.data)
-    running = np.cumsum(np.concatenate(sums))
-    file.write(running.data)
+    running = np.zeros(1, np.int64)
+    num_chunks = 0
+    # Sums of 100,000 slides are a gigabyte, too.
+    with tempfile.TemporaryFile() as sums:
+        sums.write(running.data)
+        for of_slide in tissue:
+            cells = np.pad(of_slide.ravel(), (0, -of_slide.size % CHUNK)).reshape(-1, CHUNK)
+            running = running[-1] + np.cumsum(cells.sum(axis=1, dtype=np.int64))
+            file.write(cells.data)
+            sums.write(running.data)
+            num_chunks += len(running)
+        sums.seek(0)
+        shutil.copyfileobj(sums, file, 2**20)
     file.seek(0)
-    file.write(_MAGIC + (len(running) - 1).to_bytes(8, "little"))
+    file.write(_MAGIC + num_chunks.to_bytes(8, "little"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from streaming.storage.addresses import canonical, is_local, join, local_path, name_of, shown
 from streaming.storage.clients import StorageOptions
+from streaming.storage.files import Current
 from streaming.storage.local_files import whole_file
 from streaming.storage.object_info import ObjectInfo, relative_name
 from streaming.storage.objects import (
@@ -10,8 +11,10 @@ from streaming.storage.objects import (
     list_files,
     list_names,
     read_bytes,
+    read_current,
     reading,
     remove,
+    replace,
     stat,
     write_bytes,
     write_stream,
@@ -19,11 +22,20 @@ from streaming.storage.objects import (
 )
 from streaming.storage.patience import answer_soon
 from streaming.storage.places import BY_SIZE, Place, identified, place_of
-from streaming.storage.tables import TableFile, open_table, read_table, write_table
+from streaming.storage.tables import (
+    TableFile,
+    open_table,
+    parquet_of,
+    read_table,
+    table_of,
+    update_table,
+    write_table,
+)
 from streaming.storage.trouble import storage_errors
 
 __all__ = [
     "BY_SIZE",
+    "Current",
     "ObjectInfo",
     "Place",
     "StorageOptions",
@@ -40,15 +52,20 @@ __all__ = [
     "local_path",
     "name_of",
     "open_table",
+    "parquet_of",
     "place_of",
     "read_bytes",
+    "read_current",
     "read_table",
     "reading",
     "relative_name",
     "remove",
+    "replace",
     "shown",
     "stat",
     "storage_errors",
+    "table_of",
+    "update_table",
     "whole_file",
     "write_bytes",
     "write_stream",

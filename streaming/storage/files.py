@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import BinaryIO, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from streaming.storage.object_info import ObjectInfo
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Current:
+    """A file's content and what tells its version to its storage; both None where there is no file."""
+
+    content: bytes | None
+    version: Any
 
 
 class Files(Protocol):
@@ -41,6 +50,14 @@ class Files(Protocol):
 
     def write(self, uri: str, content: bytes) -> None:
         """Writes a file whole or not at all."""
+        ...
+
+    def current(self, uri: str) -> Current:
+        """A file as it is now, if there is one."""
+        ...
+
+    def replace(self, uri: str, current: Current, content: bytes) -> bool:
+        """Writes a file whole if it still is as it was, and says whether it was; fsspec's storages can't tell."""
         ...
 
     def put(self, uri: str, path: str) -> None:

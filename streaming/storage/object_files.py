@@ -17,13 +17,14 @@ from urllib.parse import urljoin
 
 import obstore
 from fsspec.utils import glob_translate
-from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import AlreadyExistsError, PermissionDeniedError, PreconditionError, UnauthenticatedError
 
 from streaming.errors import MissingError
 from streaming.storage import addresses, trouble
 from streaming.storage.addresses import HTTP, S3, is_plain
 from streaming.storage.buckets import Bucket, bucket_at
 from streaming.storage.clients import StorageOptions
+from streaming.storage.files import Current
 from streaming.storage.object_info import ObjectInfo, object_version
 from streaming.storage.range_file import opened
 from streaming.storage.ranges import head, open_remote
@@ -78,6 +79,39 @@ class ObjectFiles:
     def write(self, uri: str, content: bytes) -> None:
         bucket, key = bucket_at(uri, self.options)
         bucket.ask(uri, lambda: obstore.put(bucket.uploads, key, content, **_parts()))
+
+    def current(self, uri: str) -> Current:
+        bucket, key = bucket_at(uri, self.options)
+
+        def opened() -> Current:
+            found = obstore.get(bucket.store, key)
+            version = {name: found.meta[name] for name in ("e_tag", "version") if found.meta[name]}
+            return Current(found.bytes().to_bytes(), version)
+
+        try:
+            return bucket.ask(uri, opened)[0]
+        except MissingError:
+            return Current(None, None)
+
+    def replace(self, uri: str, current: Current, content: bytes) -> bool:
+        bucket, key = bucket_at(uri, self.options)
+        mode: Any = "create" if current.version is None else current.version
+
+        def replaced() -> bool:
+            try:
+                obstore.put(bucket.uploads, key, content, mode=mode, use_multipart=False)
+            except (AlreadyExistsError, PreconditionError):
+                # Or it was written by a request whose answer was lost.
+                with contextlib.suppress(FileNotFoundError):
+                    return obstore.get(bucket.store, key).bytes().to_bytes() == content
+                return False
+            except FileNotFoundError:
+                if current.version is None:
+                    raise  # no bucket
+                return False
+            return True
+
+        return bucket.ask(uri, replaced)[0]
 
     def put(self, uri: str, path: str) -> None:
         bucket, key = bucket_at(uri, self.options)

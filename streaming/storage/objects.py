@@ -17,7 +17,7 @@ from streaming.errors import MissingError, StorageError
 from streaming.storage import addresses, clients
 from streaming.storage.addresses import is_local, name_of, shown
 from streaming.storage.clients import StorageOptions
-from streaming.storage.files import Files
+from streaming.storage.files import Current, Files
 from streaming.storage.local_files import LocalFiles
 from streaming.storage.object_files import ObjectFiles
 from streaming.storage.object_info import ObjectInfo
@@ -26,10 +26,10 @@ from streaming.storage.other_files import OtherFiles
 T = TypeVar("T")
 
 
-def _files(uri: str, options: StorageOptions | None) -> Files:
+def _files(uri: str, options: StorageOptions | None, left_out: dict[str, str] | None = None) -> Files:
     """Where a URI's files are."""
     if is_local(uri):
-        return LocalFiles()
+        return LocalFiles({} if left_out is None else left_out)
     return ObjectFiles(options or {}) if clients.has_store(uri) else OtherFiles(options or {})
 
 
@@ -58,8 +58,12 @@ def exists(uri: str, storage_options: StorageOptions | None = None) -> bool:
     return False
 
 
-def expand(uri: str, storage_options: StorageOptions | None = None) -> tuple[list[ObjectInfo], bool]:
+def expand(
+    uri: str, storage_options: StorageOptions | None = None, left_out: dict[str, str] | None = None
+) -> tuple[list[ObjectInfo], bool]:
     """The objects that a file, folder, prefix or glob names, sorted, and whether it was one file named outright.
+
+    To `left_out` is added, by path, why what else a disk has there is no file: pipes, links to nothing, closed folders.
 
     Raises:
         StorageError: nothing is there, or it can't be reached.
@@ -69,7 +73,7 @@ def expand(uri: str, storage_options: StorageOptions | None = None) -> tuple[lis
             f"{shown(uri)}: the address has a query or a password, which would end up in files; give the query as the "
             "storage option query=…, a password as headers"
         )
-    files = _files(uri, storage_options)
+    files = _files(uri, storage_options, left_out)
     with contextlib.suppress(MissingError):
         info = files.stat(uri)
         # Some tools put an empty object beside the "folder" of its name.
@@ -132,6 +136,26 @@ def write_bytes(uri: str, content: bytes, storage_options: StorageOptions | None
         StorageError: it can't be written.
     """
     _files(uri, storage_options).write(uri, content)
+
+
+def read_current(uri: str, storage_options: StorageOptions | None = None) -> Current:
+    """An object as it is now, for `replace`.
+
+    Raises:
+        StorageError: it can't be read.
+    """
+    return _files(uri, storage_options).current(uri)
+
+
+def replace(uri: str, current: Current, content: bytes, storage_options: StorageOptions | None = None) -> bool:
+    """Writes an object if it still is as it was when it was read, and says whether it was.
+
+    Disks, S3, Azure and Google compare both in one step. What only fsspec knows can't: there it is written anyway.
+
+    Raises:
+        StorageError: it can't be written.
+    """
+    return _files(uri, storage_options).replace(uri, current, content)
 
 
 def write_stream(uri: str, write: Callable[[BinaryIO], T], storage_options: StorageOptions | None = None) -> T:

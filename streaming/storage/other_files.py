@@ -12,10 +12,11 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
 from streaming.counters import UNCOUNTED, Counters
-from streaming.errors import StorageError
+from streaming.errors import MissingError, StorageError
 from streaming.secrets import revealed
 from streaming.storage import addresses
 from streaming.storage.clients import StorageOptions
+from streaming.storage.files import Current
 from streaming.storage.object_info import ObjectInfo, object_version
 from streaming.storage.patience import Patience
 from streaming.storage.trouble import storage_errors
@@ -96,6 +97,16 @@ class OtherFiles:
             fs.pipe_file(path, content)
 
         self._ask(uri, written)
+
+    def current(self, uri: str) -> Current:
+        try:
+            return Current(self.read(uri), None)
+        except MissingError:
+            return Current(None, None)
+
+    def replace(self, uri: str, current: Current, content: bytes) -> bool:  # noqa: ARG002
+        self.write(uri, content)
+        return True
 
     def put(self, uri: str, path: str) -> None:
         def copied() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from streaming.errors import StorageError
 from streaming.storage.addresses import shown
 from streaming.storage.clients import StorageOptions
-from streaming.storage.objects import read_bytes, write_bytes
+from streaming.storage.objects import read_bytes, read_current, replace, write_bytes
 
 # Of a table that is read in part, decoded at once.
 _BATCH_ROWS = 2**14
@@ -63,8 +63,16 @@ def read_table(uri: str, storage_options: StorageOptions | None = None) -> pa.Ta
     Raises:
         StorageError: it does not exist, can't be read, or is no Parquet.
     """
-    table = open_table(uri, storage_options)
-    with _told(uri), table.file as file:
+    return table_of(uri, read_bytes(uri, storage_options))
+
+
+def table_of(uri: str, content: bytes) -> pa.Table:
+    """The content of a Parquet file, read from `uri`, as an Arrow table.
+
+    Raises:
+        StorageError: it is no Parquet.
+    """
+    with _told(uri), pq.ParquetFile(pa.BufferReader(content)) as file:
         # In this thread alone: Arrow's own let go of the bytes at some later time, and where Python has ended
         # meanwhile, the process aborts: "terminate called without an active exception" (apache/arrow#34314).
         return file.read(use_threads=False)
@@ -76,9 +84,29 @@ def write_table(uri: str, table: pa.Table, storage_options: StorageOptions | Non
     Raises:
         StorageError: it can't be written.
     """
+    write_bytes(uri, parquet_of(table), storage_options)
+
+
+def parquet_of(table: pa.Table) -> bytes:
+    """An Arrow table as the content of a Parquet file."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
-    write_bytes(uri, sink.getvalue().to_pybytes(), storage_options)
+    return sink.getvalue().to_pybytes()
+
+
+def update_table(
+    uri: str, change: Callable[[pa.Table | None], pa.Table], storage_options: StorageOptions | None = None
+) -> None:
+    """Replaces a Parquet file by what `change` makes of it; anew, if another process has written it meanwhile.
+
+    Raises:
+        StorageError: it can't be read or written.
+    """
+    while True:
+        current = read_current(uri, storage_options)
+        before = None if current.content is None else table_of(uri, current.content)
+        if replace(uri, current, parquet_of(change(before)), storage_options):
+            return
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def test_from_the_index_to_a_model_with_its_card(
     some = ("--where", "PatientID NOT LIKE 'TCGA-05-%' OR SeriesInstanceUID LIKE '%.c1'")
     assert main(["catalog", "idc:*", *index, *some, "--out", catalog]) == 0
     said = capsys.readouterr()
-    assert "3 slides: 3 added, 0 unchanged, 0 rejected" in said.out
+    assert "3 slides: 3 added, 0 changed, 0 unchanged, 0 rejected" in said.out
     assert "catalog: 3 to look at: about" in said.err
 
     # The same slides as SVS, in the same order, give the same tiles; so does a copy in a folder.

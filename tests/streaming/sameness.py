@@ -55,6 +55,7 @@ def write_slides(folder: Path) -> None:
 
 def digests(folder: Path) -> dict[str, str]:
     """By name, SHA-256 of tiles, of tissue grids and of what indices mean."""
+    from streaming.catalog.given import Given
     from streaming.catalog.inspection import Inspected, inspect
     from streaming.slide import open_slide
     from streaming.storage import stat
@@ -78,7 +79,9 @@ def digests(folder: Path) -> dict[str, str]:
     found["jpeg: area average over many"] = tiles("jpeg", 0.77, exact=True)
     found["jpeg: enlarged"] = tiles("jpeg", 0.25, exact=True)
 
-    looked_at = [inspect(stat(str(folder / f"{name}.tif")), MPP, None, Staging()) for name in ("jpeg", "lzw")]
+    looked_at = [
+        inspect(stat(str(folder / f"{name}.tif")), Given(mpp=MPP), None, Staging()) for name in ("jpeg", "lzw")
+    ]
     assert all(isinstance(slide, Inspected) for slide in looked_at)
     found["tissue"] = _sha256(*(slide.tissue.fraction for slide in looked_at), [s.tissue.threshold for s in looked_at])
     return found | _specs(folder, [slide for slide in looked_at if isinstance(slide, Inspected)])

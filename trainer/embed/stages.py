@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from streaming import storage
+from streaming.catalog.given import Given
 from streaming.catalog.inspection import Rejected, inspect
 from streaming.counters import Counters
 from streaming.errors import SlideError, StorageError
@@ -55,7 +56,7 @@ class PlaceTiles:
         Columns: `slide` (its number), `x`, `y` (level-0 px), `note` (in the first row `TiledSlide`), `reason`.
         """
         number, wanted = int(batch["id"][0]), self._wanted
-        slide = inspect(self._slides[number], wanted.slide_mpp, self._storage_options, Staging())
+        slide = inspect(self._slides[number], Given(mpp=wanted.slide_mpp), self._storage_options, Staging())
         corners, note, reason = np.zeros((1, 2), np.int64), "", ""
         if isinstance(slide, Rejected):
             reason = slide.reason

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import shapely
 from numpy.typing import NDArray
 
 from streaming import storage
+from streaming.catalog.geojson import Annotation, Layer, Points, Shape
+from streaming.catalog.painting import FINER, fill
 from streaming.errors import ConfigError, SlideError
 from streaming.slide import open_slide
 from streaming.slide.resample import Pixels
-from streaming.vision import cv2
 from trainer.embed.tiling import Tiling, tile_extent
-from trainer.evaluate.geojson import Annotation, Layer, Points, Shape
 from trainer.evaluate.image_files import read_image
 
 Target = Literal["class", "mask", "points"]
@@ -30,10 +30,7 @@ BACKGROUND = "background"
 _IGNORED = 255
 _MIN_INSIDE = 0.75  # share of a tile that shapes of its class must cover
 _CELLS = 64  # into which a tile's side is divided to measure such shares; fine, as cv2 paints half a cell too far
-_FINER = 4  # times as fine as the mask itself, for the same reason, are shapes painted before they are averaged down
 _MAX_UPSAMPLING = 1.25  # scanners' mpp vary (0.2527 for 0.25); beyond it, a slide does not have what is asked for
-_SHIFT = 4  # bits of sub-pixels of cv2's polygons
-_FAR = 1 << 24  # px of a canvas beyond which cv2, which counts sub-pixels in 32 bits, would wrap around
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,31 +166,12 @@ def _shares(layer: Layer, classes: Sequence[str], tiling: Tiling) -> NDArray[np.
         for shape in within:
             if shape.name not in canvases:
                 canvases[shape.name] = np.zeros((_CELLS, columns * _CELLS), dtype=np.uint8)
-            _fill(canvases[shape.name], shape, 0, row * extent, _CELLS / extent)
+            fill(canvases[shape.name], shape, 0, row * extent, _CELLS / extent)
         for name, canvas in canvases.items():
             if name in classes:
                 cells = canvas.reshape(_CELLS, columns, _CELLS)
                 shares[classes.index(name), row] = cells.mean(axis=(0, 2), dtype=np.float64)
     return shares
-
-
-def _fill(canvas: Pixels, shape: Shape, x: float, y: float, scale: float) -> None:
-    """Paints a shape in 1 on a canvas whose corner is at (x, y) and of which `scale` px show one level-0 px."""
-    for rings in shape.rings:
-        places = [(ring - (x, y)) * scale for ring in rings]
-        if max(np.abs(ring).max() for ring in places) > _FAR:
-            places = _near(places, canvas.shape)
-        if places:
-            corners = [((ring - 0.5) * (1 << _SHIFT)).round().astype(np.int32) for ring in places]
-            cv2.fillPoly(canvas, corners, [1], shift=_SHIFT)
-
-
-def _near(rings: Sequence[Points], shape: tuple[int, ...]) -> list[Points]:
-    """What of a polygon lies on a canvas, and a little beyond."""
-    height, width = shape
-    found: Any = shapely.clip_by_rect(shapely.Polygon(rings[0], rings[1:]), -width, -height, 2 * width, 2 * height)
-    parts: Any = [part for part in shapely.get_parts(found) if part.geom_type == "Polygon"]
-    return [shapely.get_coordinates(ring) for part in parts for ring in (part.exterior, *part.interiors)]
 
 
 def _cut(
@@ -222,14 +200,14 @@ def _cut(
 
 
 def _paint(canvas: Pixels, shape: Shape, x: float, y: float, scale: float, value: int) -> None:
-    """Gives the pixels that a shape covers by half that value; as `_fill`, but to a sub-pixel."""
+    """Gives the pixels that a shape covers by half that value; as `fill`, but to a sub-pixel."""
     bounds = (np.array(shapely.bounds(shape.area)).reshape(2, 2) - (x, y)) * scale
     (left, top), (right, bottom) = np.clip([np.floor(bounds[0]), np.ceil(bounds[1])], 0, canvas.shape[::-1]).astype(int)
-    fine = np.zeros(((bottom - top) * _FINER, (right - left) * _FINER), dtype=np.uint8)
+    fine = np.zeros(((bottom - top) * FINER, (right - left) * FINER), dtype=np.uint8)
     if not fine.size:
         return
-    _fill(fine, shape, x + left / scale, y + top / scale, scale * _FINER)
-    covered = fine.reshape(bottom - top, _FINER, right - left, _FINER).mean(axis=(1, 3)) >= 0.5
+    fill(fine, shape, x + left / scale, y + top / scale, scale * FINER)
+    covered = fine.reshape(bottom - top, FINER, right - left, FINER).mean(axis=(1, 3)) >= 0.5
     canvas[top:bottom, left:right][covered] = value
 
 

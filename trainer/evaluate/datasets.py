@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streaming import storage
+from streaming.catalog.geojson import read_annotation
+from streaming.catalog.sources import is_of_system
+from streaming.catalog.tables import OF_CLAM, SUFFIXES, Row, read_rows
 from streaming.errors import ConfigError
 from streaming.slide import SLIDE_SUFFIXES
 from streaming.slide.resample import Pixels
 from streaming.vision import cv2
 from trainer.evaluate.annotations import AnnotatedTiles, Cut, class_names, cut_tiles
-from trainer.evaluate.geojson import read_annotation
-from trainer.evaluate.tables import SUFFIXES, Row, read_rows
 
 Names = NDArray[np.str_]
 Part = Literal["train", "val", "test"]
@@ -27,7 +28,6 @@ Part = Literal["train", "val", "test"]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 _DRIVE = re.compile(r"[A-Za-z]:[\\/](?!/)")
 _WHOLE_PATH = re.compile(rf"/|.*://|{_DRIVE.pattern}")
-_LEFT_BY_OTHERS = ("__MACOSX", "@eaDir", "Thumbs.db")
 _PARTS: dict[str, Part] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 IGNORED = 255
 """Value of a mask where nothing is known."""
@@ -104,7 +104,7 @@ def read_dataset(uri: str, wanted: AnnotatedTiles, options: storage.StorageOptio
     """
     if PurePosixPath(uri).suffix.lower() not in SUFFIXES:
         return _of_folder(uri, options)
-    rows = read_rows(uri, options)
+    rows = read_rows(uri, options, OF_CLAM)
     columns = set(rows[0])
     base = uri.rpartition("/")[0]
     if "annotation" in columns and columns & {"path", "slide"}:
@@ -201,8 +201,7 @@ def _of_folder(uri: str, options: storage.StorageOptions | None) -> Samples:
     of_image = {
         image: parts
         for image, parts in found.items()
-        if PurePosixPath(image).suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") or part in _LEFT_BY_OTHERS for part in parts)
+        if PurePosixPath(image).suffix.lower() in IMAGE_SUFFIXES and not any(map(is_of_system, parts))
     }
     images, inside = list(of_image), list(of_image.values())
     by_part = bool(inside) and all(parts[0].lower() in _PARTS for parts in inside)

@@ -14,10 +14,10 @@ from sklearn.manifold import TSNE
 
 from streaming import storage
 from streaming.errors import ConfigError
+from streaming.show.page import jpeg_url, page
 from trainer.embed.files import SlideEmbeddings
 from trainer.show.colours import Floats
 from trainer.show.options import Method
-from trainer.show.page import jpeg_url, page
 from trainer.show.thumbnails import tile_pixels
 
 _THUMBNAIL_PX = 64

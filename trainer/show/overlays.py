@@ -10,12 +10,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from streaming import storage
+from streaming.show.pictures import slide_thumbnail
 from streaming.slide.resample import Pixels
 from streaming.vision import cv2
 from trainer.embed.files import SlideEmbeddings
 from trainer.show.colours import Floats, principal_colours
 from trainer.show.figures import png
-from trainer.show.thumbnails import slide_thumbnail
 
 WIDTH = 1400
 """px of the thumbnail"""

@@ -21,6 +21,8 @@ from streaming.catalog.tissue import CELL_UM
 from streaming.delivery.failures import FAILURES
 from streaming.errors import ConfigError
 from streaming.reading.reader import TileReader
+from streaming.show.page import jpeg_url, page
+from streaming.show.pictures import mosaic, slide_thumbnail, with_tissue
 from streaming.slide.resample import Pixels
 from trainer.embed.files import SlideEmbeddings, find_embeddings, read_embeddings
 from trainer.evaluate.scoring import SCORES_JSON
@@ -32,10 +34,7 @@ from trainer.run.data import make_stream
 from trainer.run.metrics_log import METRICS
 from trainer.show.colours import principal_colours
 from trainer.show.figures import svg
-from trainer.show.page import jpeg_url, page
-from trainer.show.thumbnails import shrunk, slide_thumbnail
 
-_TINT = np.array([20, 150, 110], dtype=np.float64)  # of tissue cells on a thumbnail
 _LINE_COLOURS = ("#1f8f6f", "#c2557a", "#4f78c4", "#c98a2b", "#7d68b8", "#5c5c5c")
 _GREY = "#888888"  # legible on white and on black
 
@@ -132,30 +131,15 @@ def _slides(catalog: Catalog, config: Config, most: int = 8) -> str:
     patients = catalog.metadata("patient") if "patient" in catalog.metadata_columns else [None] * len(catalog)
     for number in range(min(most, len(catalog))):
         row = catalog[number]
-        image = slide_thumbnail(row.slide, row.mpp, 520, config.data.slide_options).astype(np.float64)
-        cell = image.shape[1] * CELL_UM / (row.width * row.mpp)  # a cell's side in pixels of the picture
-        enough = catalog.tissue_grid(number).fraction >= 255 * config.data.min_tissue
-        ys, xs = ((np.arange(n) / cell).astype(int) for n in image.shape[:2])
-        inside = enough[np.ix_(ys.clip(max=enough.shape[0] - 1), xs.clip(max=enough.shape[1] - 1))]
-        image[inside] = 0.88 * image[inside] + 0.12 * _TINT
-        lines = inside & ((np.diff(ys, prepend=-1) > 0)[:, None] | (np.diff(xs, prepend=-1) > 0)[None, :])
-        image[lines] = 0.7 * image[lines] + 0.3 * _TINT
+        image = slide_thumbnail(row.slide, row.mpp, 520, config.data.slide_options)
+        image = with_tissue(image, row, catalog.tissue_grid(number), config.data.min_tissue)
         patient = f"patient {patients[number]}, " if patients[number] else ""
         size = f"{row.width:,} × {row.height:,} px at {row.mpp:g} µm/px, {len(row.levels)} levels"
         caption = f"{storage.name_of(row.slide)}: {patient}{size}, {row.tissue_mm2:.2f} mm² tissue"
-        figures.append(_figure(image.astype(np.uint8), caption))
+        figures.append(_figure(image, caption))
     share = f"{config.data.min_tissue:.0%}"
     text = f"Tinted: cells of {CELL_UM:.0f} µm with at least {share} tissue; tiles are drawn from there."
     return _section("Slides and their tissue", text, f'<div class="row two">{"".join(figures)}</div>')
-
-
-def _mosaic(tiles: Sequence[Pixels], columns: int, side: int, gap: int = 3) -> Pixels:
-    rows = -(-len(tiles) // columns)
-    canvas = np.full((rows * (side + gap) - gap, columns * (side + gap) - gap, 3), 128, dtype=np.uint8)
-    for i, tile in enumerate(tiles):
-        top, left = i // columns * (side + gap), i % columns * (side + gap)
-        canvas[top : top + side, left : left + side] = shrunk(tile, side, side)
-    return canvas
 
 
 def _tiles_and_crops(config: Config, catalog: Catalog) -> tuple[str, str]:
@@ -167,14 +151,14 @@ def _tiles_and_crops(config: Config, catalog: Catalog) -> tuple[str, str]:
     nearest = asked[np.abs(np.log(mpp[:, None] / asked)).argmin(axis=1)]
     figures = [
         _figure(
-            _mosaic(list(tiles[nearest == value][:10]), 5, 108),
+            mosaic(list(tiles[nearest == value][:10]), 5, 108),
             f"{_span(mpp[nearest == value])} µm/px: a tile is {value * tiles.shape[1]:.0f} µm wide",
         )
         for value in np.unique(nearest)
     ]
     text = "The run's first tiles, by magnification; read again by index, they are the very pixels that training got."
-    mosaic = _section("Streamed tiles", text, f'<div class="row two">{"".join(figures)}</div>')
-    return mosaic, _crops(config, tiles[:4], batch["index"][:4])
+    streamed = _section("Streamed tiles", text, f'<div class="row two">{"".join(figures)}</div>')
+    return streamed, _crops(config, tiles[:4], batch["index"][:4])
 
 
 def _span(values: NDArray[np.float64]) -> str:
@@ -202,7 +186,7 @@ def _crops(config: Config, tiles: Pixels, index: NDArray[np.int64]) -> str:
         student = views[masked].copy()
         student[hidden] = 128
         pictures = [tiles[i], *views, student, *(picture(view) for view in crops.local[:, i][:4])]
-        figures.append(_figure(_mosaic(pictures, 4, 128), f"index {index[i]}"))
+        figures.append(_figure(mosaic(pictures, 4, 128), f"index {index[i]}"))
     text = (
         "Each tile, its two global crops, one of them as the student sees it with patches masked, and local crops. "
         "All drawn from a hash of seed, index and view, so that they are the same on any rank and after a resume."

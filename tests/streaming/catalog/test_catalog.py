@@ -30,7 +30,7 @@ def test_a_catalog_is_built_extended_and_left_alone_where_nothing_changed(slides
     (tmp_path / "patients.csv").write_text("file,patient,cohort\npatient0,p0,tcga\npatient1.svs,p1,own\n")
     assert build_catalog([str(slides[0])], out).added == 1
     report = build_catalog([str(slides[0].parent)], out, metadata_csv=str(tmp_path / "patients.csv"))
-    assert (report.added, report.skipped, report.total, report.unmatched) == (2, 1, 3, 1)
+    assert (report.added, report.unchanged, report.total, report.unmatched) == (2, 1, 3, 1)
     catalog = Catalog.load(out)
     table = catalog.to_arrow().to_pylist()
     assert [row["slide"] for row in table] == [str(path) for path in slides]
@@ -38,7 +38,7 @@ def test_a_catalog_is_built_extended_and_left_alone_where_nothing_changed(slides
     assert {(row["vendor"], row["mpp"], row["width"], row["height"]) for row in table} == {("aperio", 0.25, 2048, 1536)}
     assert [level["compression"] for level in table[0]["levels"]] == ["JPEG", "JPEG"]
     before = catalog.fingerprint
-    assert build_catalog([f"{slides[0].parent}/*.svs"], out).skipped == 3
+    assert build_catalog([f"{slides[0].parent}/*.svs"], out).unchanged == 3
     assert Catalog.load(out).fingerprint == before
     # Patients and cohorts decide which slides a share of them has; other columns decide nothing.
     for header, changes in (("file,patient,cohort,stain", False), ("file,patient,cohort", True)):
@@ -67,7 +67,7 @@ def test_slides_that_cannot_be_used_are_rejected_with_the_reason_and_the_others_
     assert "no mpp" in reasons["bare.svs"]
     # Rejected slides are tried again: this time with an mpp.
     again = build_catalog([str(folder)], out, mpp=0.5)
-    assert (again.added, again.skipped, len(again.rejected)) == (1, 1, 2)
+    assert (again.added, again.unchanged, len(again.rejected)) == (1, 1, 2)
     assert dict(zip(*[Catalog.load(out).to_arrow()[n].to_pylist() for n in ("slide", "mpp")], strict=True)) == {
         str(folder / "bare.svs"): 0.5,
         str(folder / "good.svs"): 0.25,
@@ -86,9 +86,9 @@ def test_what_is_left_out_and_what_will_be_slow_is_told_at_the_end(
     write_slide(SyntheticSlide(width=2048, height=1536, downsamples=(1,), patient=1), folder / "single.svs")
     write_slide(SyntheticSlide(width=2048, height=1536, downsamples=(1, 4), patient=2), folder / "pyramid.svs")
     assert main(["catalog", str(folder), "--out", str(tmp_path / "catalog")]) == 0
-    told = capsys.readouterr().err
+    said, told = capsys.readouterr()
     kinds = "3 .vsi, 2 .isyntax, 1 .zarr, 1 without suffix"
-    assert f"skipped 7 files that are no slides: {kinds}\n" in told
+    assert f"7 files skipped: {kinds} (named in {tmp_path}/catalog/skipped.parquet)\n" in said
     assert f"{folder}/single.svs: no level near 2 µm/px: a tile there is made of 64 times its pixels" in told
     assert "pyramid.svs" not in told
     # The dry run tells it of the magnifications that are drawn.
@@ -112,7 +112,7 @@ def test_a_catalog_of_another_version_is_refused_with_one_line_that_says_to_buil
     for command in (["stream", out, "--dry-run"], ["catalog", str(slides[0]), "--out", out]):
         assert main(command) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert re.search(r"version 3, this tilestream reads version 7; build it anew with `tilestream catalog`$", line)
+        assert re.search(r"version 3, this tilestream reads version 8; build it anew with `tilestream catalog`$", line)
         assert out in line
 
 
@@ -134,8 +134,8 @@ def test_an_interrupted_build_goes_on_with_what_it_had_saved(
     with pytest.raises(CatalogError, match="interrupted"):
         Catalog.load(out)
     report = build_catalog([str(path) for path in slides], out)
-    assert (report.added, report.skipped, report.total) == (2, 1, 3)
-    assert not (tmp_path / "catalog" / "parts").exists()
+    assert (report.added, report.unchanged, report.total) == (2, 1, 3)
+    assert not list((tmp_path / "catalog" / "parts").iterdir())
 
 
 def test_a_csv_with_two_rows_for_a_slide_is_refused(tmp_path: Path) -> None:

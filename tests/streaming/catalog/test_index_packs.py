@@ -11,6 +11,7 @@ import pytest
 
 from streaming import storage
 from streaming.catalog import Catalog
+from streaming.catalog.given import Given
 from streaming.catalog.index_packs import FilePart, save_indexes
 from streaming.catalog.inspection import Inspected, Rejected, inspect
 from streaming.catalog.writing import merge, part_of, write
@@ -23,7 +24,7 @@ from streaming.storage.staging import Staging
 @pytest.fixture(scope="module")
 def looked_at(slides: list[Path]) -> list[Inspected | Rejected]:
     broken = Rejected("broken.svs", 1, "v", "is broken")
-    one, two, three = (inspect(storage.stat(str(path)), None, None, Staging()) for path in slides)
+    one, two, three = (inspect(storage.stat(str(path)), Given(), None, Staging()) for path in slides)
     return [one, broken, two, three]
 
 

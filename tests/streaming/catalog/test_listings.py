@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from streaming import storage
+from streaming.catalog.given import Given
 from streaming.catalog.idc import IdcOptions
 from streaming.catalog.inspection import Inspected, Rejected, inspect_named
 from streaming.catalog.listings import read_listing
@@ -65,11 +66,11 @@ def test_a_table_names_files_and_series_and_only_known_columns_come_along(
     ("text", "told"),
     [
         ("a,b\n1,2\n", "no column of addresses"),
-        ("slide,b\n", "without a row"),
+        ("slide,b\n", "has no rows"),
         ("slide,b\n,2\n", "row 1 has no 'slide'"),
         ("id\tfilename\nx\t\n", "row 1 has no id or no filename"),
-        ("", "without a row"),
-        ("slide,b\n,,\n , \n", "without a row"),
+        ("", "has no rows"),
+        ("slide,b\n,,\n , \n", "has no rows"),
         ("slide,b\na.svs,1\n,\n,2\n", "row 3 has no 'slide'"),
         ("slide,b\n/data/a, b.svs,2\n", "row 1 has more cells than the header; put what holds a comma in double"),
         ("id\tfilename\n1\ta.bam\n2\tb.tar.gz\n", "none of its 2 files is a slide"),
@@ -94,13 +95,13 @@ def test_a_manifest_is_read_as_windows_saves_it_and_what_is_no_slide_is_counted(
     ]
     rows += ["ab-2\twith a space.SVS\t0f\t7\treleased", "", "ab-3\treads.bam\t0f\t9\treleased", "ab-4\tnotes\t\t\t", ""]
     manifest.write_bytes((mark + end.join(rows)).encode())
-    passed_over = Counter[str]()
-    found = find([str(manifest)], None, None, passed_over)
+    skipped: dict[str, str] = {}
+    found = find([str(manifest)], None, None, skipped)
     assert [(named.uri, named.nbytes) for named in found] == [
         (f"s3://tcga-2-open/ab-1/{NAME}", 1234),
         ("s3://tcga-2-open/ab-2/with a space.SVS", 7),
     ]
-    assert passed_over == {".bam": 1, "without suffix": 1}
+    assert Counter(skipped.values()) == {".bam": 1, "without suffix": 1}
 
 
 def test_what_pandas_writes_for_nothing_is_nothing(tmp_path: Path) -> None:
@@ -160,7 +161,7 @@ def test_slides_of_a_manifest_and_of_tables_are_catalogued_from_s3_and_mirrors(
     ):
         if mirror:
             monkeypatch.setenv("TILESTREAM_MIRRORS", mirror)
-        found[name] = [inspect_named(named, None, None, Staging()) for named in find([str(manifest)])]
+        found[name] = [inspect_named(named, Given(), None, Staging()) for named in find([str(manifest)])]
     assert [type(one) for one in found["itself"]] == [Inspected, Inspected, Rejected]
     for name in ("bucket", "folder"):
         for one, other in zip(found["itself"][:2], found[name][:2], strict=True):

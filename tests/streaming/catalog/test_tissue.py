@@ -1,9 +1,7 @@
 """Where tissue lies: thresholds and shares, in arithmetic that gives the same bits everywhere."""
 
-from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import openslide
@@ -14,9 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from streaming import storage
-from streaming.catalog import Catalog, build, tissue
-from streaming.catalog.inspection import Inspected, Rejected, inspect_named
-from streaming.catalog.named import Named
+from streaming.catalog import Catalog, tissue
 from streaming.catalog.tissue import Colour, odd_glass, otsu, thumbnail, tissue_of_thumbnail, window_fraction
 from streaming.slide import open_slide
 from streaming.slide.openslide_slide import open_staged
@@ -155,7 +151,7 @@ def test_dark_glass_is_not_told() -> None:
 
 
 def test_the_catalog_command_tells_of_five_slides_with_odd_glass_and_counts_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, in_this_process: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     grey = np.full((512, 512, 3), 240, np.uint8)
     grey[100:400, 100:400] = (200, 120, 180)
@@ -163,11 +159,6 @@ def test_the_catalog_command_tells_of_five_slides_with_odd_glass_and_counts_the_
         pixels = twice(grey) if number != 3 else grey
         tifffile.imwrite(tmp_path / f"{number}.tif", pixels, tile=(256, 256), photometric="rgb")
 
-    def here(slides: Sequence[tuple[Named, float | None]], *rest: Any) -> Iterator[Inspected | Rejected]:
-        return (inspect_named(*slide, *rest) for slide in slides)
-
-    monkeypatch.setattr(build, "inspect_all", here)
-    monkeypatch.setattr(build.cluster, "connect", lambda **_: None)
     out = tmp_path / "catalog"
     assert main(["catalog", str(tmp_path), "--mpp", "0.5", "--out", str(out)]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "glass" in line]

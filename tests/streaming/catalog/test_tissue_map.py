@@ -1,9 +1,12 @@
 """A catalog's tissue: mapped where it lies, never carried along, the same from anywhere."""
 
 import pickle
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -150,3 +153,28 @@ def test_tissue_that_is_missing_or_cut_is_told(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(CatalogError, match="build the catalog anew"):
         TilePlan(Catalog.load(str(tmp_path)))[0]
+
+
+def test_merging_holds_one_part_s_tissue_at_a_time(tmp_path: Path) -> None:
+    cells = noise(0, 1000, 1000)
+    before = str(tmp_path / "before")
+    write(before, *merge([part_of([slide(f"old{i}", cells) for i in range(70)])], None), None)
+    old = Catalog.load(before)
+    held = list[int]()
+
+    def parts() -> Iterator[pa.Table]:
+        yield old.table
+        for number in range(20):
+            held.append(pa.total_allocated_bytes())
+            yield part_of([slide(f"new{number}-{i}", cells) for i in range(4)])
+
+    tracemalloc.start()
+    rows, tissue = merge(parts(), old.tissue)
+    with open(tmp_path / "tissue", "wb") as file:
+        write_tissue(file, tissue)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert rows.num_rows == 150
+    assert (tmp_path / "tissue").stat().st_size > 150e6
+    assert max(held) - held[0] < 10e6
+    assert peak < 30e6

@@ -14,6 +14,7 @@ import pytest
 from benchmarks.latency_server import serve
 from streaming import storage
 from streaming.catalog import Catalog
+from streaming.catalog.given import Given
 from streaming.catalog.index_packs import save_indexes
 from streaming.catalog.inspection import inspect
 from streaming.catalog.sources import find_slides
@@ -68,7 +69,7 @@ def assert_serves_a_catalog(root: str, slides: list[Path], options: Options, tmp
     found = find_slides([f"{root}/slides"], options)
     assert [info.uri for info in found] == [f"{root}/slides/{path.name}" for path in slides]
     assert_same_pixels(found[0].uri, slides[0], options)
-    looked_at = save_indexes([inspect(info, None, options, staging) for info in found], out, options)
+    looked_at = save_indexes([inspect(info, Given(), options, staging) for info in found], out, options)
     write(out, *merge([part_of(looked_at)], None), options)
     catalog = Catalog.load(out, options, staging)
     reader = TileReader(
@@ -90,6 +91,12 @@ def assert_versions_and_errors(root: str, options: Options) -> None:
     assert storage.read_bytes(f"{root}/a", options) == b"two"
     assert abs(clock_skew(root, options)) < 60
     storage.remove(f"{root}/a", options)
+    for content in (b"first", b"second"):  # there is none, there is one
+        current = storage.read_current(f"{root}/b", options)
+        assert storage.replace(f"{root}/b", current, content, options)
+        if not root.startswith("gs://"):  # the fake one does not compare
+            assert not storage.replace(f"{root}/b", current, b"late", options)
+        assert storage.read_bytes(f"{root}/b", options) == content
     for uri in (f"{root}/a", f"{root}-none/a"):
         assert not storage.exists(uri, options)
         for ask in (storage.read_bytes, open_slide):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import shapely
 
+from streaming.catalog.geojson import Annotation, read_annotation
 from streaming.errors import ConfigError
 from tests.qupath import feature, rectangle
-from trainer.evaluate.geojson import Annotation, read_annotation
 
 CELL, NUCLEUS = rectangle(100, 100, 140, 120), rectangle(120, 104, 132, 116)
 

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streaming.catalog.tables import _of_text, read_rows
 from streaming.errors import ConfigError
 from trainer.evaluate.annotations import AnnotatedTiles
 from trainer.evaluate.datasets import Samples, read_dataset
-from trainer.evaluate.tables import _of_text, read_rows
 
 ROWS = [{"path": "ä 1.png", "label": "a", "patient": "0012"}, {"path": "b.png", "label": "b; c", "patient": "0013"}]
 

@@ -6,6 +6,7 @@ import csv
 import io
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -15,18 +16,21 @@ from streaming.errors import ConfigError
 Row = dict[str, str]
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
+OF_CLAM = {"case_id": "patient", "slide_id": "slide"}
+"""what CLAM's tables call our columns"""
 _SEPARATORS = ",;\t|"
-_RENAMED = {"case_id": "patient", "slide_id": "slide"}  # of CLAM's tables
 _MISSING = ("nan", "NaN", "<NA>", "NaT", "NA", "N/A")  # as pandas and R write it
 _WHOLE = re.compile(r"-?\d+\.0")
 
 
-def read_rows(uri: str, options: storage.StorageOptions | None = None) -> list[Row]:
+def read_rows(
+    uri: str, options: storage.StorageOptions | None = None, renamed: Mapping[str, str] | None = None
+) -> list[Row]:
     """The rows of a table; what is missing is empty.
 
-    Names of columns are in small letters, with `_` for spaces, CLAM's `case_id` and `slide_id` as ours. Values stay
-    text (`0012` is a name), but numbers that are whole in all of a column lose their `.0`, which they got where one
-    was missing.
+    Names of columns are in small letters, with `_` for spaces, and as `renamed` has them unless there is such a column.
+    Values stay text (`0012` is a name), but numbers that are whole in all of a column lose their `.0`, which they got
+    where one was missing. A text in no Unicode is taken for Windows's cp1252, which is told.
 
     Raises:
         ConfigError: it is no table, or has no rows.
@@ -35,15 +39,20 @@ def read_rows(uri: str, options: storage.StorageOptions | None = None) -> list[R
     if PurePosixPath(uri).suffix.lower() == ".parquet":
         found: list[dict[Any, Any]] = storage.read_table(uri, options).to_pylist()
     else:
-        found = _of_text(uri, _text(storage.read_bytes(uri, options)))
+        found = _of_text(uri, _text(uri, storage.read_bytes(uri, options)))
     if not found:
-        raise ConfigError(f"{uri}: has no rows; a dataset is a table of paths and labels")
-    # A short line of a CSV lacks its last values, a long one has values without a name.
+        raise ConfigError(f"{uri}: has no rows; a table has a line with the names of its columns, and lines of values")
+    for number, row in enumerate(found, start=1):
+        if any(row.get(None) or ()):  # a short line of a CSV lacks its last values, a long one has some without a name
+            raise ConfigError(
+                f"{uri}: row {number} has more cells than the header; put what holds a comma in double quotes"
+            )
     rows = [{str(k): _value(v) for k, v in row.items() if k is not None} for row in found]
     names = {name: re.sub(r"\s+", "_", name.strip().lower()) for name in rows[0]}
     for name, plain in list(names.items()):
-        if plain in _RENAMED and _RENAMED[plain] not in names.values():
-            names[name] = _RENAMED[plain]
+        ours = (renamed or {}).get(plain)
+        if ours and ours not in names.values():
+            names[name] = ours
     whole = {name for name in names if _is_whole([row[name] for row in rows])}
     return [{plain: row[name].removesuffix(".0" * (name in whole)) for name, plain in names.items()} for row in rows]
 
@@ -57,12 +66,13 @@ def _is_whole(values: list[str]) -> bool:
     return any(values) and all(_WHOLE.fullmatch(value) for value in values if value)
 
 
-def _text(content: bytes) -> str:
+def _text(uri: str, content: bytes) -> str:
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return content.decode("utf-16", errors="replace")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
+        sys.stderr.write(f"{uri}: not in UTF-8; read as cp1252 of Windows: look at names with accents\n")
         return content.decode("cp1252", errors="replace")
 
 

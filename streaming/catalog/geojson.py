@@ -5,6 +5,7 @@
 | QuPath 0.2, 0.3 | `id` "PathCellObject", `object_type` | `classification.name` | from the corner of what was scanned |
 | QuPath since 0.4 | `objectType` | `classification.name` or `.names` | the same |
 | Digital Slide Archive | none | `label.value`, else `group` | from the slide's corner, with a third dimension |
+| TRIDENT's contours | none, but `tissue_id` | none | from the slide's corner |
 
 Features stand in a FeatureCollection or a list, or are one alone; a file may be gzipped, or alone in a zip.
 """
@@ -31,7 +32,8 @@ from streaming.errors import ConfigError
 
 Points = NDArray[np.float64]
 
-_REGION, _IGNORE = "Region*", "Ignore*"
+REGION, IGNORE = "Region*", "Ignore*"
+"""classes of QuPath's: where all is annotated, and what shall not count"""
 _GEOMETRIES = ("Point", "MultiPoint", "LineString", "MultiLineString", "Polygon", "MultiPolygon", "GeometryCollection")
 _POINTED = ("cell", "detection")  # objects that are also a point each
 
@@ -111,8 +113,10 @@ class Annotation:
         return Annotation(source=self.source, shapes=shapes, regions=regions, ignored=ignored, skipped=self.skipped)
 
 
-def read_annotation(uri: str, options: storage.StorageOptions | None = None) -> Annotation:
+def read_annotation(uri: str, options: storage.StorageOptions | None = None, unnamed: str = "") -> Annotation:
     """Reads a file of shapes. Objects without class or place are counted, lines left out.
+
+    Those without class are called `unnamed`, if that is given.
 
     Raises:
         ConfigError: it is no such file.
@@ -121,7 +125,7 @@ def read_annotation(uri: str, options: storage.StorageOptions | None = None) -> 
     try:
         content: Any = json.loads(_unpacked(uri, storage.read_bytes(uri, options)))
         features = list(_features(content))
-        read = [_shapes(feature) for feature in features]
+        read = [_shapes(feature, unnamed) for feature in features]
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, OSError, zlib.error) as error:
         if isinstance(error, ConfigError):
             raise
@@ -129,11 +133,13 @@ def read_annotation(uri: str, options: storage.StorageOptions | None = None) -> 
     shapes = [shape for one in read if one is not None for shape in one]
     return Annotation(
         source=uri,
-        shapes=Layer(tuple(shape for shape in shapes if shape.name not in (_REGION, _IGNORE))),
-        regions=Layer(tuple(shape for shape in shapes if shape.name == _REGION)),
-        ignored=Layer(tuple(shape for shape in shapes if shape.name == _IGNORE)),
+        shapes=Layer(tuple(shape for shape in shapes if shape.name not in (REGION, IGNORE))),
+        regions=Layer(tuple(shape for shape in shapes if shape.name == REGION)),
+        ignored=Layer(tuple(shape for shape in shapes if shape.name == IGNORE)),
         skipped=sum(one is None for one in read),
-        from_scan=not any("annotation" in (feature.get("properties") or {}) for feature in features),
+        from_scan=not any(
+            {"annotation", "tissue_id"} & (feature.get("properties") or {}).keys() for feature in features
+        ),
     )
 
 
@@ -162,7 +168,7 @@ def _features(content: Any) -> Iterator[dict[str, Any]]:
         yield content
 
 
-def _shapes(feature: dict[str, Any]) -> list[Shape] | None:
+def _shapes(feature: dict[str, Any], unnamed: str) -> list[Shape] | None:
     """The shapes of a feature: none of a line, None of what has no class or no place."""
     about = feature.get("properties") or {}
     geometries = list(_flat(feature.get("geometry")))
@@ -171,7 +177,7 @@ def _shapes(feature: dict[str, Any]) -> list[Shape] | None:
     area = _area([one for one in geometries if one["type"].endswith("Polygon")])
     marks = [one["coordinates"] for one in geometries if one["type"].endswith("Point")]
     places = np.concatenate([_places(mark) for mark in marks]) if marks else None
-    name = _class(about)
+    name = _class(about) or unnamed
     if not name or (area is None and (places is None or not len(places))):
         return None
     if area is not None and _kind(feature, about) in _POINTED:

@@ -1,0 +1,188 @@
+"""Tissue masks that other programs or people made: a file a slide, GeoJSON or an image over the whole slide.
+
+| from | file of `a.svs` | what counts |
+|---|---|---|
+| TRIDENT | `a.geojson` | its contours without their holes |
+| QuPath | `a.geojson`, `a.svs.geojson` | annotations, by class if asked for; `Ignore*` never |
+| HistoQC | `a.svs/a.svs_mask_use.png` | white |
+| GrandQC | `a.svs_mask.png` | `--masks-include 1`: tissue without artefacts |
+| GrandQC, tissue alone | `a.svs_MASK.png` | `--masks-include 0` |
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from streaming import storage
+from streaming.catalog.geojson import IGNORE, read_annotation
+from streaming.catalog.painting import coverage
+from streaming.errors import ConfigError, SlideError
+from streaming.slide import Slide
+from streaming.slide.resample import Pixels
+from streaming.vision import cv2
+
+_SHAPES = (".geojson", ".json", ".geojson.gz", ".json.gz", ".geojson.zip", ".json.zip")
+_IMAGES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
+# What programs add to the name of the slide.
+_ADDED = re.compile(r"[_-](?:mask_use|tissue_mask|mask)$", re.IGNORECASE)
+_BLACK_AND_WHITE = {0, 255}
+_UNNAMED = "tissue"
+# How far a mask's sides may be off the slide's: sides are rounded, and some programs crop to whole tiles.
+_MAX_OFF, _MAX_OFF_PX = 0.02, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskOptions:
+    """Masks that tell where tissue is."""
+
+    masks: str | None = None
+    """folder with a mask a slide, named as the slide: GeoJSON, or an image over the whole slide; none: our own rule"""
+    masks_include: tuple[str, ...] = ()
+    """class (of an image, value) that is tissue; none: all that are not left out"""
+    masks_exclude: tuple[str, ...] = ()
+    """class (of an image, value) that is not tissue, also within one that is"""
+    masks_within: bool = False
+    """whether only what our own rule finds counts within a mask"""
+
+    def __post_init__(self) -> None:
+        if self.masks is None and (self.masks_include or self.masks_exclude or self.masks_within):
+            raise ConfigError(
+                "--masks-include, --masks-exclude and --masks-within say how --masks FOLDER is read; name it"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mask:
+    """A slide's mask, and how it is read."""
+
+    uri: str
+    version: str
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    within: bool = False
+
+    def text(self) -> str:
+        """As a catalog keeps it."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def of_text(cls, text: str) -> Mask:
+        """That of a catalog."""
+        found: dict[str, Any] = json.loads(text)
+        found |= {"include": tuple(found["include"]), "exclude": tuple(found["exclude"])}
+        return cls(**found)
+
+    def share(self, slide: Slide, height: int, width: int, options: storage.StorageOptions | None = None) -> Pixels:
+        """How far it covers each pixel of a picture of the whole slide, uint8 (height, width), 255 whole.
+
+        Raises:
+            ConfigError: it is no mask, or classes must be named.
+            SlideError: it is the mask of another slide.
+            StorageError: it can't be read.
+        """
+        if self.uri.lower().endswith(_SHAPES):
+            return self._of_shapes(slide, height, width, options)
+        return self._of_image(slide, height, width, options)
+
+    def _of_shapes(self, slide: Slide, height: int, width: int, options: storage.StorageOptions | None) -> Pixels:
+        found = read_annotation(self.uri, options, unnamed=_UNNAMED).moved(*slide.bounds[:2])
+        areas = [shape for layer in (found.shapes, found.regions, found.ignored) for shape in layer.areas]
+        excluded = {*self.exclude, IGNORE}
+        kept = [shape for shape in areas if shape.name in self.include or not self.include]
+        counted = [(shape, True) for shape in kept if shape.name not in excluded]
+        counted += [(shape, False) for shape in areas if shape.name in excluded]
+        return coverage(counted, height, width, width / slide.level_dimensions[0][0])
+
+    def _of_image(self, slide: Slide, height: int, width: int, options: storage.StorageOptions | None) -> Pixels:
+        found: Any = cv2.imdecode(np.frombuffer(storage.read_bytes(self.uri, options), np.uint8), cv2.IMREAD_UNCHANGED)
+        if found is None or found.dtype != np.uint8 or not (found.ndim == 2 or _is_grey(found)):
+            raise ConfigError(f"{self.uri}: no mask; it is an image of 8 bits without colours")
+        values: Pixels = found if found.ndim == 2 else found[:, :, 0]
+        (slide_width, slide_height), (own_height, own_width) = slide.level_dimensions[0], values.shape
+        off = abs(own_width - own_height * slide_width / slide_height)
+        if off > max(_MAX_OFF_PX, _MAX_OFF * own_width):
+            raise SlideError(
+                f"{slide.uri}: {self.uri} of {own_width} × {own_height} px has not the slide's shape, "
+                f"{slide_width} × {slide_height}; is it another slide's?"
+            )
+        share = np.where(self._is_tissue(values), 255, 0).astype(np.uint8)
+        shrinks = own_width > width or own_height > height
+        how = cv2.INTER_AREA if shrinks else cv2.INTER_NEAREST
+        return np.asarray(cv2.resize(share, (width, height), interpolation=how), dtype=np.uint8)
+
+    def _is_tissue(self, values: Pixels) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+        include, exclude = (np.isin(values, _codes(names)) for names in (self.include, self.exclude))
+        if self.include:
+            return include & ~exclude
+        if self.exclude:
+            return ~exclude
+        there = {int(value) for value in np.unique(values)}
+        if not there <= _BLACK_AND_WHITE:
+            some = ", ".join(map(str, sorted(there)[:9]))
+            raise ConfigError(
+                f"{self.uri}: its pixels have the values {some}; say which are tissue by --masks-include (of GrandQC's "
+                "mask_qc 1, of its tis_det_mask 0)"
+            )
+        return values == max(_BLACK_AND_WHITE)
+
+
+def _is_grey(image: Pixels) -> bool:
+    return image.ndim == 3 and bool((image[:, :, :3] == image[:, :, :1]).all())
+
+
+def _codes(names: Iterable[str]) -> list[int]:
+    try:
+        return [int(name) for name in names]
+    except ValueError:
+        raise ConfigError(f"--masks-include and --masks-exclude of images are values 0 to 255, not {names}") from None
+
+
+def find_masks(
+    asked: MaskOptions, slides: Iterable[str], options: storage.StorageOptions | None = None
+) -> tuple[dict[str, Mask], list[str]]:
+    """The masks of slides, by the slides' addresses, and the files there that are no slide's.
+
+    Raises:
+        ConfigError: two masks fit a slide, or one two slides.
+        StorageError: the folder can't be listed.
+    """
+    if asked.masks is None:
+        return {}, []
+    of_name: dict[str, list[storage.ObjectInfo]] = {}
+    others = list[str]()
+    for info in storage.expand(storage.canonical(asked.masks), options)[0]:
+        name = storage.name_of(info.uri)
+        suffix = next((s for s in sorted((*_SHAPES, *_IMAGES), key=len, reverse=True) if name.lower().endswith(s)), "")
+        if suffix:
+            of_name.setdefault(_ADDED.sub("", name[: -len(suffix)]), []).append(info)
+        else:
+            others.append(info.uri)
+    found, taken = dict[str, Mask](), dict[str, str]()
+    for slide in slides:
+        name = storage.name_of(slide)
+        for info in [info for key in dict.fromkeys((name, PurePosixPath(name).stem)) for info in of_name.get(key, ())]:
+            if info.uri == slide:  # masks beside the slides
+                continue
+            if slide in found:
+                raise ConfigError(
+                    f"{slide}: {found[slide].uri} and {info.uri} are both its mask; name a folder with one"
+                )
+            if info.uri in taken:
+                raise ConfigError(f"{info.uri}: the mask of {taken[info.uri]} and of {slide}; give slides unlike names")
+            found[slide] = Mask(
+                uri=info.uri,
+                version=info.version,
+                include=asked.masks_include,
+                exclude=asked.masks_exclude,
+                within=asked.masks_within,
+            )
+            taken[info.uri] = slide
+    others += [info.uri for infos in of_name.values() for info in infos if info.uri not in taken]
+    return found, sorted(others)

@@ -1,0 +1,250 @@
+"""A catalog loses nothing: what was told of slides stays, corrections reach them, every file is accounted for."""
+
+import os
+import shutil
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from streaming import storage
+from streaming.catalog import Catalog, keeping
+from streaming.catalog.build import build_catalog
+from streaming.catalog.metadata_csv import read_metadata
+from streaming.storage.staging import Staging
+from streaming.synthetic.layout import SyntheticSlide
+from streaming.synthetic.svs import write_slide
+from trainer.cli import main
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
+
+@pytest.fixture
+def folder(slides: list[Path], tmp_path: Path) -> Path:
+    """Slides a, b (0.25 µm/px) and c (no µm/px)."""
+    (tmp_path / "slides").mkdir()
+    for name, slide in zip("ab", slides, strict=False):
+        shutil.copy(slide, tmp_path / f"slides/{name}.svs")
+    bare = SyntheticSlide(width=1024, height=768, downsamples=(1,), write_mpp=False)
+    write_slide(bare, tmp_path / "slides/c.svs")
+    return tmp_path / "slides"
+
+
+def column(out: str, name: str) -> list[object]:
+    return Catalog.load(out).to_arrow()[name].to_pylist()
+
+
+def test_a_slide_that_was_uploaded_anew_keeps_its_patient_and_cohort(
+    folder: Path, tmp_path: Path, slides: list[Path]
+) -> None:
+    out = str(tmp_path / "catalog")
+    (tmp_path / "m.csv").write_text("slide,patient,cohort\na,p1,c1\nb,p2,c2\nc,p3,c3\n")
+    build_catalog([str(folder)], out, metadata_csv=str(tmp_path / "m.csv"), mpp=0.5)
+    before = storage.stat(str(folder / "a.svs"))
+    shutil.copy(slides[2], folder / "a.svs")
+    report = build_catalog([str(folder)], out)
+    assert (report.added, report.changed, report.unchanged) == (0, 1, 2)
+    assert column(out, "version")[0] == storage.stat(str(folder / "a.svs")).version != before.version
+    assert column(out, "patient") == ["p1", "p2", "p3"]
+    assert column(out, "cohort") == ["c1", "c2", "c3"]
+    # What --mpp told stays, too.
+    assert column(out, "mpp") == [0.25, 0.25, 0.5]
+
+
+@pytest.mark.parametrize("place", ["disk", "s3"])
+def test_two_builds_on_one_catalog_add_to_it(
+    folder: Path, tmp_path: Path, s3_bucket: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = str(tmp_path / "catalog") if place == "disk" else f"{s3_bucket}/two-builds"
+    (tmp_path / "m.csv").write_text("slide,stain\na,HE\nb,HE\n")
+    real, others = keeping.write, [str(folder / "b.svs"), str(folder / "c.svs")]
+
+    def beaten(*arguments: object) -> bool:
+        # Between reading the catalog and writing it, other builds begin and end, and saved parts go with them.
+        if others:
+            one = others.pop()
+            build_catalog([one], out, mpp=0.5, metadata_csv=str(tmp_path / "m.csv"))
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(keeping, "write", beaten)
+    build_catalog([str(folder / "a.svs")], out)
+    catalog = Catalog.load(out)
+    assert [Path(slide).name for slide in catalog.slides()] == ["a.svs", "b.svs", "c.svs"]
+    assert catalog.metadata("stain") == ["HE", "HE", None]
+    assert [bool(catalog.tissue_grid(row).fraction.any()) for row in range(3)] == [True] * 3
+    # Nothing is left of what was written in vain.
+    assert [name for name in storage.list_names(out) if "tissue" in name] == [f"tissue-{catalog.fingerprint}.bin"]
+    assert not storage.list_names(storage.join(out, "parts"))
+    # From scratch it is the same catalog.
+    whole = str(tmp_path / "whole")
+    build_catalog([str(folder)], whole, mpp=0.5)
+    assert Catalog.load(whole).fingerprint == catalog.fingerprint
+
+
+@pytest.mark.parametrize("place", ["disk", "s3"])
+def test_a_file_is_replaced_by_one_of_those_who_have_read_it(tmp_path: Path, s3_bucket: str, place: str) -> None:
+    uri = str(tmp_path / "file") if place == "disk" else f"{s3_bucket}/replaced/file"
+    for turn in range(3):  # there is none yet, and then one
+        seen = [storage.read_current(uri) for _ in range(4)]
+        contents = [b"%d, %d" % (turn, i) for i in range(4)]
+        # moto compares and writes in two steps.
+        with ThreadPoolExecutor(4 if place == "disk" else 1) as pool:
+            assert sorted(pool.map(storage.replace, [uri] * 4, seen, contents)) == [False, False, False, True]
+    storage.remove(uri)
+    assert not storage.replace(uri, seen[0], b"x")
+
+
+def test_a_second_mpp_changes_the_slides_it_concerns(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "catalog")
+    command = ["catalog", str(folder), "--out", out]
+    assert main([*command, "--mpp", "0.5"]) == 0
+    first, area = Catalog.load(out).fingerprint, column(out, "tissue_mm2")
+    assert column(out, "mpp_from") == ["metadata", "metadata", "--mpp"]
+    capsys.readouterr()
+    assert main([*command, "--mpp", "0.25"]) == 0
+    assert "3 slides: 0 added, 1 changed, 2 unchanged, 0 rejected" in capsys.readouterr().out
+    assert column(out, "mpp") == [0.25, 0.25, 0.25]
+    assert column(out, "tissue_mm2")[:2] == area[:2]
+    assert column(out, "tissue_mm2")[2] == pytest.approx(area[2] / 4, rel=0.2)  # type: ignore[operator]
+    assert Catalog.load(out).fingerprint != first
+    # Built at once, it is the same.
+    assert main(["catalog", str(folder), "--out", str(tmp_path / "fresh"), "--mpp", "0.25"]) == 0
+    assert Catalog.load(str(tmp_path / "fresh")).fingerprint == Catalog.load(out).fingerprint
+    # A table goes before --mpp, also when only --mpp is given later; nothing given changes nothing.
+    (tmp_path / "m.csv").write_text("slide;mpp\nc;0,4\n")
+    assert main([*command, "--metadata", str(tmp_path / "m.csv")]) == 0
+    assert (column(out, "mpp")[2], column(out, "mpp_from")[2]) == (0.4, "table")
+    capsys.readouterr()
+    assert main([*command, "--mpp", "0.25"]) == main(command) == 0
+    assert "1 changed" not in capsys.readouterr().out
+    assert column(out, "mpp")[2] == 0.4
+    assert main([*command, "--recheck"]) == 0
+    assert "3 slides: 0 added, 3 changed, 0 unchanged" in capsys.readouterr().out
+    assert column(out, "mpp")[2] == 0.4
+
+
+def test_a_csv_that_contradicts_the_metadata_is_told_and_decides_if_asked_to(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, table = str(tmp_path / "catalog"), str(tmp_path / "m.csv")
+    Path(table).write_text("slide,mpp\na,0.5\nb,0.26\nc,0.5\n")  # b's is 4 % off
+    command = ["catalog", str(folder), "--out", out, "--metadata", table]
+    for _ in range(2):  # also when nothing changed
+        assert main(command) == 0
+        told = capsys.readouterr().err
+        assert f"{folder}/a.svs: its metadata says 0.25 µm/px, the table 0.5: the metadata counts" in told
+        assert "--mpp-from csv" in told
+        assert "b.svs" not in told
+    assert column(out, "mpp") == [0.25, 0.25, 0.5]
+    assert column(out, "own_mpp") == [0.25, 0.25, None]
+    assert main([*command, "--mpp-from", "csv"]) == 0
+    said = capsys.readouterr()
+    assert "3 slides: 0 added, 2 changed, 1 unchanged" in said.out
+    assert "metadata says" not in said.err
+    assert column(out, "mpp") == [0.5, 0.26, 0.5]
+    catalog = Catalog.load(out)
+    opened = catalog.open_slide(0, None, Staging())
+    assert opened.mpp == 0.5
+    opened.close()
+    # It is remembered, also of a slide that is looked at anew.
+    os.utime(folder / "a.svs")
+    assert main(["catalog", str(folder), "--out", out]) == 0
+    assert "1 changed" in capsys.readouterr().out
+    assert column(out, "mpp") == [0.5, 0.26, 0.5]
+    # The same table without the option: the metadata counts again.
+    assert main(command) == 0
+    assert column(out, "mpp") == [0.25, 0.25, 0.5]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_metadata_is_read_whatever_program_wrote_it(
+    tmp_path: Path, encoding: str, separator: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [["slide_id", "case_id", "organ"], ["0012", "0012", "Zäpfchen"], ["0013.svs", "0013", ""]]
+    path = tmp_path / "m.csv"
+    path.write_bytes("\r\n".join(separator.join(line) for line in lines).encode(encoding))
+    expected = {"0012": {"patient": "0012", "organ": "Zäpfchen"}, "0013.svs": {"patient": "0013"}}
+    assert read_metadata(str(path), None) == expected
+    assert ("cp1252" in capsys.readouterr().err) == (encoding == "cp1252")
+
+
+def test_every_file_that_is_seen_is_counted_and_named(
+    folder: Path, tmp_path: Path, slides: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "catalog")
+    for name in (".Trash-1000/files/t.svs", "@eaDir/a.svs/x.svs", ".ipynb_checkpoints/n.svs", "__MACOSX/._a.svs"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_bytes(b"junk")
+    (folder / "._b.svs").write_bytes(b"junk")
+    (folder / "x.vsi").write_bytes(b"other")
+    (folder / "cut.svs").write_bytes(slides[0].read_bytes()[:5000])
+    (folder / "gone.svs").symlink_to("nowhere")
+    (folder / "round").symlink_to(folder)
+    (folder / "me.svs").symlink_to("me.svs")
+    os.mkfifo(folder / "pipe.svs")
+    (folder / "closed").mkdir(mode=0)
+    (folder / os.fsdecode(b"\xff.svs")).write_bytes(b"junk")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(os.path.relpath(folder / "socket"))
+    everything = {str(path) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+    everything = {uri.replace("\udcff", "\ufffd") for uri in everything}
+    try:
+        assert main(["catalog", str(folder), "--out", out, "--mpp", "0.5"]) == 0
+    finally:
+        server.close()
+        (folder / "closed").chmod(0o700)
+    said = capsys.readouterr().out
+    skipped = {row["file"]: row["reason"] for row in pq.read_table(f"{out}/skipped.parquet").to_pylist()}
+    rejected = pq.read_table(f"{out}/rejected.parquet")["slide"].to_pylist()
+    assert rejected == [str(folder / "cut.svs")]
+    is_root = os.geteuid() == 0  # whom no folder is closed to
+    wanted = everything | (set() if is_root else {str(folder / "closed")})
+    assert {*skipped, *rejected, *column(out, "slide")} == wanted
+    hidden = "in hidden and system folders"
+    assert [skipped[str(folder / name)] for name in (".Trash-1000/files/t.svs", "__MACOSX/._a.svs")] == [hidden] * 2
+    assert skipped[str(folder / "gone.svs")] == "links to nothing"
+    assert skipped[str(folder / "me.svs")] == "links in a circle"
+    assert skipped[str(folder / "round")] == "links to a folder above"
+    assert "pipe" in skipped[str(folder / "pipe.svs")]
+    num = len(skipped)
+    assert (
+        f"3 slides: 3 added, 0 changed, 0 unchanged, 1 rejected (reasons in {out}/rejected.parquet), {num} files"
+        in said
+    )
+    # Another source's files stay named; what was skipped and is a slide now is not.
+    (tmp_path / "more").mkdir()
+    shutil.copy(slides[2], tmp_path / "more/d.svs")
+    (tmp_path / "more/y.txt").write_text("x")
+    assert main(["catalog", str(tmp_path / "more"), str(folder / "x.vsi"), "--out", out]) == 0
+    again = pq.read_table(f"{out}/skipped.parquet")["file"].to_pylist()
+    assert set(again) == (set(skipped) - {str(folder / "x.vsi")}) | {str(tmp_path / "more/y.txt")}
+
+
+def test_a_hidden_folder_that_is_named_is_searched(folder: Path, tmp_path: Path) -> None:
+    folder.rename(tmp_path / ".slides")
+    for number, source in enumerate((".slides", ".slides/*.svs", ".sl*/*.svs")):
+        assert build_catalog([str(tmp_path / source)], str(tmp_path / f"{number}"), mpp=0.5).added == 3
+
+
+def test_an_error_of_ours_costs_its_slide_and_is_told_as_what_it_is(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streaming.catalog import inspection
+
+    real = inspection.thumbnail
+
+    def failing(slide: inspection.Slide) -> object:
+        if slide.uri.endswith("a.svs"):
+            raise ZeroDivisionError("by\nzero")
+        return real(slide)
+
+    monkeypatch.setattr(inspection, "thumbnail", failing)
+    report = build_catalog([str(folder)], str(tmp_path / "catalog"), mpp=0.5)
+    (rejected,) = report.rejected
+    assert "unexpected ZeroDivisionError: by zero" in rejected.reason
+    assert report.added == 2
