@@ -10,9 +10,11 @@ from trainer.evaluate import neighbours
 from trainer.evaluate.neighbours import nearest, nearest_others
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "_BLOCK", 7)
+@pytest.fixture(autouse=True, params=[(7, 32), (24, 3)], ids=["whole rows", "groups"])
+def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    block, group = request.param
+    monkeypatch.setattr(neighbours, "_BLOCK", block)
+    monkeypatch.setattr(neighbours, "_GROUP", group)
 
 
 def drawn(num: int, seed: int) -> np.ndarray:
@@ -20,7 +22,7 @@ def drawn(num: int, seed: int) -> np.ndarray:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(2, 40), st.integers(1, 20), st.integers(1, 30), st.integers(0, 9))
+@given(st.integers(2, 80), st.integers(1, 60), st.integers(1, 30), st.integers(0, 9))
 def test_neighbours_are_scikit_learns(num: int, num_queries: int, k: int, seed: int) -> None:
     among, queries = drawn(num, seed), drawn(num_queries, seed + 1)
     search = NearestNeighbors(metric="cosine", algorithm="brute").fit(among.astype(np.float64))
@@ -35,7 +37,7 @@ def test_neighbours_are_scikit_learns(num: int, num_queries: int, k: int, seed: 
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(3, 40), st.integers(2, 4), st.integers(0, 9))
+@given(st.integers(3, 80), st.integers(2, 4), st.integers(0, 9))
 def test_those_of_the_same_code_are_left_out(num: int, num_codes: int, seed: int) -> None:
     vectors, codes = drawn(num, seed), np.arange(num) % num_codes
     unit = vectors.astype(np.float64) / np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
