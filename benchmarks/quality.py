@@ -2,7 +2,8 @@
 
 A ViT-tiny is trained by the demo's recipe for some CPU-minutes on made slides, and scored against its own random
 initialisation on other patients' slides, whose maker knows the tissue class of each tile. Then a recipe that must
-collapse (no centring, learning rate × 100) has to be stopped by the guard.
+collapse (no centring, learning rate × 100) has to be stopped by the guard. `--section.key value` changes a field of the
+recipe that is to teach something.
 """
 
 from __future__ import annotations
@@ -139,18 +140,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; exit status 1 where training teaches nothing, or the guard stays silent."""
     parser = argparse.ArgumentParser(prog="tilestream bench quality", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="CPU-minutes of training (10)")
+    parser.add_argument("--steps", type=int, help="steps of training, instead of minutes")
     parser.add_argument("--probe-steps", type=int, default=12500, help="of the linear probe (12500)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     default = Path(tempfile.gettempdir(), "tilestream-bench")
     parser.add_argument("--folder", type=Path, default=default, help="where slides are kept")
-    args = parser.parse_args(argv)
+    args, overrides = parser.parse_known_args(argv)
     slides = made(args.folder, TRAINED_ON, 8192, 6144)
     dataset = write_dataset(args.folder, made(args.folder, SCORED_ON, 6144, 4608))
     catalog = str(args.folder / "quality" / "catalog")
     made_catalog([str(place(args.folder, slide)) for slide in slides], out=catalog)
-    steps = max(30, round(args.minutes * 60 / cpu_s_of_a_step(catalog)))
+    steps = args.steps or max(30, round(args.minutes * 60 / cpu_s_of_a_step(catalog)))
     with tempfile.TemporaryDirectory() as out:
-        config = configured(catalog, out, steps)
+        config = configured(catalog, out, steps, *overrides)
         random = scored(
             model_of("random", config.augment, make_module(config).teacher.backbone), dataset, args.probe_steps
         )
