@@ -89,9 +89,8 @@ class Model:
         return self.backbone.embed_dim * (2 if self.token == "cls+patch" else 1)
 
     def side(self, size: int) -> int:
-        """Side in px of what the network sees of a tile of `size` px: the next lower multiple of its patch."""
-        patch = self.backbone.patch_size
-        return max(patch, size // patch * patch)
+        """Side in px of what the network sees of a tile of `size` px."""
+        return side_px(size, self.backbone.patch_size)
 
     def images(self, tiles: NDArray[np.uint8]) -> Tensor:
         """Tiles uint8 (n, H, W, 3) as the network takes them, float32 (n, 3, H, W) on its device."""
@@ -122,6 +121,11 @@ class Model:
     def embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Embeddings (n, `width`) of tiles uint8 (n, H, W, 3)."""
         return self.embedding(self.tokens(tiles)).cpu().numpy()
+
+
+def side_px(size: int, patch: int) -> int:
+    """Side in px to which a tile of `size` px is resized for a network: the next lower multiple of its patch."""
+    return max(patch, size // patch * patch)
 
 
 def load_backbone(uri: str, options: storage.StorageOptions | None = None) -> tuple[Config, Backbone]:

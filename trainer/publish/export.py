@@ -24,16 +24,17 @@ from torch import Tensor
 
 from streaming import storage
 from streaming.errors import ConfigError
-from trainer.embed.model import load_backbone
-from trainer.embed.options import Token
+from trainer.embed.model import load_backbone, side_px
 from trainer.publish import benchmarks
 from trainer.publish.kaiko_eva import eva_config, eva_name
 from trainer.publish.model_card import model_card
 from trainer.publish.options import ExportOptions
-from trainer.recipe.backbone import Backbone, timm_options
+from trainer.recipe.backbone import Backbone, positions_for, timm_options
+from trainer.recipe.network import build_backbone
 from trainer.run import checkpoints
 from trainer.run.config import Config
 
+_OF_OTHER_WEIGHTS = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
 FILES = re.compile(
     r"README\.md|(preprocessor_)?config\.json|model\.safetensors|eva-.*\.yaml|"
     + "|".join(map(re.escape, benchmarks.FILES))
@@ -57,14 +58,15 @@ def export(
     if any(not FILES.fullmatch(name) for name in storage.list_names(out, storage_options)):
         raise ConfigError(f"{out}: holds other files than an export's; name another folder")
     found = checkpoints.find(checkpoint_uri, storage_options)
-    config, backbone = load_backbone(found, storage_options)
+    config, trained = load_backbone(found, storage_options)
+    backbone = for_tiles(config, trained)
     meta = checkpoints.read_meta(found, storage_options)
-    about = description(config, backbone, meta, options.token)
+    about = description(config, backbone, meta, options)
     folder = Path(tempfile.mkdtemp(prefix="tilestream-export-"))
     try:
         write = {"timm": write_timm, "transformers": write_transformers}[options.layout]
         write(folder, config, backbone, about)
-        card = model_card(config, about, meta.sources, options.name, options.license, options.layout)
+        card = model_card(config, about, meta.sources, options)
         (folder / "README.md").write_text(card)
         for task in options.eva:
             settings = json.loads((folder / "config.json").read_text())
@@ -88,13 +90,28 @@ def export(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def description(config: Config, backbone: Backbone, meta: checkpoints.Meta, token: Token) -> dict[str, Any]:
+def for_tiles(config: Config, trained: Backbone) -> Backbone:
+    """The network for tiles as it was trained on, not for their crops: its positions resampled as `embed` does it.
+
+    So a library has nothing to resample, which each does in its own way.
+    """
+    side, rule = side_px(config.data.tile_size, trained.patch_size), config.model.interpolation
+    backbone = build_backbone(config.model, side, drop_path=0.0)
+    weights = trained.state_dict()
+    weights["vit.pos_embed"] = positions_for(trained.vit, backbone.vit.patch_embed.grid_size, rule)
+    backbone.load_state_dict(weights)
+    return backbone.eval()
+
+
+def description(config: Config, backbone: Backbone, meta: checkpoints.Meta, options: ExportOptions) -> dict[str, Any]:
     """What a user of the model must know; stands in `config.json` under `tilestream`."""
     return {
-        "embedding": token,
-        "embedding_dim": backbone.embed_dim * (2 if token == "cls+patch" else 1),
+        "embedding": options.token,
+        "embedding_dim": backbone.embed_dim * (2 if options.token == "cls+patch" else 1),
+        "license": options.license,
         "tile_size": config.data.tile_size,
-        "input_size": config.augment.global_size,
+        "input_size": side_px(config.data.tile_size, backbone.patch_size),
+        "crop_size": config.augment.global_size,
         "num_registers": backbone.vit.num_reg_tokens,
         "interpolation": config.model.interpolation,
         "mpp": sorted(config.data.mpp),
@@ -114,7 +131,7 @@ def write_timm(folder: Path, config: Config, backbone: Backbone, about: dict[str
     Raises:
         ConfigError: timm has no name for it.
     """
-    side, model = config.augment.global_size, config.model
+    side, model = about["input_size"], config.model
     # Training has blocks of its own, which timm could not name; their weights are those of timm's.
     options = timm_options(side, model.patch_size, model.num_registers, model.layer_scale)
     plain = timm.create_model(model.backbone, **options)
@@ -124,10 +141,12 @@ def write_timm(folder: Path, config: Config, backbone: Backbone, about: dict[str
         raise ConfigError(
             f"timm's {model.backbone} has no {model.ffn} layers, as this model has; take --layout transformers"
         ) from error
+    # What timm knows of weights of that name is not of these.
+    plain.pretrained_cfg = {key: value for key, value in plain.pretrained_cfg.items() if key not in _OF_OTHER_WEIGHTS}
     save_for_hf(
         plain,
         str(folder),
-        model_config={"tilestream": about},
+        model_config={"tilestream": about, "pretrained_cfg": {"license": about["license"]}},
         safe_serialization=True,
         data_config={
             "input_size": (3, side, side),
@@ -157,7 +176,7 @@ def write_transformers(folder: Path, config: Config, backbone: Backbone, about: 
         "hidden_size": vit.embed_dim,
         "num_hidden_layers": len(vit.blocks),
         "num_attention_heads": block.attn.num_heads,
-        "image_size": config.augment.global_size,
+        "image_size": about["input_size"],
         "patch_size": backbone.patch_size,
         "mlp_ratio": 4,
         "use_swiglu_ffn": gated,
@@ -172,14 +191,13 @@ def write_transformers(folder: Path, config: Config, backbone: Backbone, about: 
     wanted = (vit.embed_dim * 4 * 2 // 3 + 7) // 8 * 8 if gated else 4 * vit.embed_dim
     if hidden != wanted:
         raise ConfigError(f"transformers' {kind} has {wanted} hidden units, this model {hidden}; take --layout timm")
-    side = config.augment.global_size
+    side = about["input_size"]
     processor = {
         "image_processor_type": "BitImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": side},
+        "size": {"height": side, "width": side},
         "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
+        "do_center_crop": False,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

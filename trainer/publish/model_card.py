@@ -5,22 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from trainer.publish.options import ExportOptions, Layout
 from trainer.run.config import Config
 from trainer.run.slide_sources import SlideSource
 
+FOLDER = "PATH-OF-THIS-FOLDER"
+"""What the card's lines call the export's folder."""
+
+_IMPORT = {
+    "timm": "import timm, torch",
+    "transformers": "import torch\nfrom transformers import AutoImageProcessor, AutoModel",
+}
 _LOAD = {
-    "timm": """import timm, torch
-
-model = timm.create_model("local-dir:PATH-OF-THIS-FOLDER", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-tokens = model.forward_features(transform(image).unsqueeze(0))  # image: PIL, RGB
+    "timm": f"""model = timm.create_model("local-dir:{FOLDER}", pretrained=True).eval()""",
+    "transformers": f"""model = AutoModel.from_pretrained("{FOLDER}").eval()""",
+}
+_PIXELS = {
+    "timm": """transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+pixels = transform(image).unsqueeze(0)  # image: PIL, RGB""",
+    "transformers": f"""processor = AutoImageProcessor.from_pretrained("{FOLDER}")
+pixels = processor(image, return_tensors="pt")["pixel_values"]  # image: PIL, RGB""",
+}
+# The libraries' own resampling rounds to whole grey levels.
+_RESAMPLED = """pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255  # image: PIL, RGB
+pixels = torch.nn.functional.interpolate(pixels, ({side}, {side}), mode="bicubic", antialias=True).clamp(0, 1)
+pixels = (pixels - torch.tensor({mean})[:, None, None]) / torch.tensor({std})[:, None, None]"""
+_TOKENS = {
+    "timm": """tokens = model.forward_features(pixels)
 cls, patches = tokens[:, 0], tokens[:, model.num_prefix_tokens :]""",
-    "transformers": """import torch
-from transformers import AutoImageProcessor, AutoModel
-
-model = AutoModel.from_pretrained("PATH-OF-THIS-FOLDER").eval()
-processor = AutoImageProcessor.from_pretrained("PATH-OF-THIS-FOLDER")
-tokens = model(**processor(image, return_tensors="pt")).last_hidden_state  # image: PIL, RGB
+    "transformers": """tokens = model(pixels).last_hidden_state
 cls, patches = tokens[:, 0], tokens[:, 1 + getattr(model.config, "num_register_tokens", 0) :]""",
 }
 # How each resamples positions for other sizes, where there are no registers; with them all antialias.
@@ -33,9 +46,7 @@ _EMBED = {
 }
 
 
-def model_card(
-    config: Config, about: dict[str, Any], sources: Sequence[SlideSource], name: str, license: str, layout: str
-) -> str:
+def model_card(config: Config, about: dict[str, Any], sources: Sequence[SlideSource], options: ExportOptions) -> str:
     """The card as Markdown with the header that model hubs read.
 
     `about` is `trainer.publish.export.description`, `sources` what was trained on.
@@ -44,29 +55,29 @@ def model_card(
     weights = ", ".join(f"{mpp:g}: {weight:g}" for mpp, weight in sorted(config.data.mpp.items()))
     off = f", µm/px up to {config.data.mpp_tolerance:.0%} off" if config.data.mpp_tolerance else ""
     cohorts = f", cohorts {config.data.cohorts}" if config.data.cohorts else ""
-    side, positions = about["input_size"], ""
+    tile, side, layout, positions = about["tile_size"], about["input_size"], options.layout, ""
     if not about["num_registers"]:
         trained = _TRAINED_POSITIONS[config.model.interpolation]
         positions = f" At other sizes positions are resampled: in training {trained}, by {layout} {_POSITIONS[layout]}."
     return f"""---
-license: {license}
+license: {options.license}
 library_name: {layout}
 pipeline_tag: image-feature-extraction
 tags: [pathology, histology, dinov2, {layout}]
 ---
-# {name}
+# {options.name}
 
 A vision transformer (`{config.model.backbone}`) for tiles of H&E-stained whole-slide images, trained with DINOv2 by
 tilestream on tiles streamed from the original slides.
 
 ## Use
 
-Input: RGB tiles at {mpps} µm/px, {side} × {side} px (any multiple of the patch size works), mean {about["mean"]},
-standard deviation {about["std"]}. Embedding: {about["embedding"]}, {about["embedding_dim"]} numbers.{positions}
+Input: RGB tiles at {mpps} µm/px, {tile} × {tile} px, which the network sees at {side} × {side} px (any multiple of the
+patch size works), mean {about["mean"]}, standard deviation {about["std"]}. Embedding: {about["embedding"]},
+{about["embedding_dim"]} numbers.{positions}
 
 ```python
-{_LOAD[layout]}
-{_EMBED[about["embedding"]]}
+{use_lines(about, layout)}
 ```
 
 ## Training
@@ -88,6 +99,16 @@ standard deviation {about["std"]}. Embedding: {about["embedding"]}, {about["embe
 For research. Not validated for diagnosis. Slides of other scanners, stains or organs than those of the training data
 may be embedded less well.
 """
+
+
+def use_lines(about: dict[str, Any], layout: Layout) -> str:
+    """Python that embeds a tile as `tilestream embed` does."""
+    if about["input_size"] == about["tile_size"]:
+        imports, pixels = _IMPORT[layout], _PIXELS[layout]
+    else:
+        imports = "import numpy as np\n" + _IMPORT[layout].replace("AutoImageProcessor, ", "")
+        pixels = _RESAMPLED.format(side=about["input_size"], mean=about["mean"], std=about["std"])
+    return "\n".join([imports, "", _LOAD[layout], pixels, _TOKENS[layout], _EMBED[about["embedding"]]])
 
 
 def _slides(sources: Sequence[SlideSource]) -> str:

@@ -197,6 +197,18 @@ def with_positions(vit: VisionTransformer, x: Tensor, interpolation: Interpolati
     return vit.pos_drop(torch.cat([class_token, x.flatten(1, 2)], dim=1) + positions)
 
 
+def positions_for(vit: VisionTransformer, patch_grid: tuple[int, int], interpolation: Interpolation) -> Tensor:
+    """A network's position embedding (1, P + N, D) as it is used for images of that grid of patches."""
+    assert vit.pos_embed is not None, "checked by create_backbone"
+    old = vit.patch_embed.grid_size
+    if patch_grid == old:
+        return vit.pos_embed
+    if interpolation == "timm":
+        num_prefix_tokens = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        return resample_abs_pos_embed(vit.pos_embed, list(patch_grid), list(old), num_prefix_tokens=num_prefix_tokens)
+    return resample_positions(vit.pos_embed, old, patch_grid, vit)
+
+
 def resample_positions(
     positions: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], vit: VisionTransformer
 ) -> Tensor:

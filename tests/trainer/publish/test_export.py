@@ -1,13 +1,16 @@
 """An exported model loads where this project is not, and gives the same tokens."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, cast
 
 import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from streaming.errors import CheckpointError, ConfigError
@@ -91,6 +94,46 @@ def test_transformers_loads_every_weight_and_gives_the_same_tokens(
         tokens, ours = model.eval()(images).last_hidden_state, backbone(images)
     torch.testing.assert_close(tokens[:, 0], ours.cls, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(tokens[:, 1 + int(registers) :], ours.patches, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("registers", ["0", "4"])
+@pytest.mark.parametrize("layout", ["timm", "transformers"])
+@pytest.mark.parametrize("patch", ["16", "14"])
+def test_the_card_s_own_lines_give_what_embed_gives_on_a_png_of_a_tile(
+    tmp_path: Path, layout: Literal["timm", "transformers"], patch: str, registers: str
+) -> None:
+    if layout == "transformers":
+        pytest.importorskip("transformers")
+    # Crops of other sizes than tiles: positions are resampled; 96 px are no multiple of 14.
+    sizes = ("--data.tile_size", "96", "--augment.global_size", str(4 * int(patch)), "--augment.local_size", patch)
+    options = ("--model.patch_size", patch, "--model.num_registers", registers)
+    run, out = saved(tmp_path / "run", *sizes, *options), tmp_path / "export"
+    export(run, str(out), ExportOptions(layout=layout, token="cls+patch"))
+    tile = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    Image.fromarray(tile).save(tmp_path / "tile.png")
+    (lines,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    names = {"image": Image.open(tmp_path / "tile.png")}
+    with torch.no_grad():
+        exec(lines.replace("PATH-OF-THIS-FOLDER", str(out)), names)
+    theirs = cast(torch.Tensor, names["embedding"]).numpy()
+    for source in (run, str(out)):
+        ours = load_model(source, "cls+patch").embed(tile[None])
+        np.testing.assert_allclose(theirs, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_an_export_tells_its_own_licence_and_size_and_nothing_of_timm_s_weights_of_that_name(tmp_path: Path) -> None:
+    out = tmp_path / "export"
+    options = ("--model.backbone", "vit_small_patch14_dinov2", "--data.tile_size", "64", "--augment.global_size", "28")
+    export(
+        saved(tmp_path / "run", *options, "--augment.local_size", "14"), str(out), ExportOptions(license="cc-by-4.0")
+    )
+    settings = json.loads((out / "config.json").read_text())
+    assert settings["pretrained_cfg"]["license"] == "cc-by-4.0"
+    assert "lvd142m" not in json.dumps(settings)
+    assert "tag" not in settings["pretrained_cfg"]
+    model = timm.create_model(f"local-dir:{out}", pretrained=True)
+    data = timm.data.resolve_model_data_config(model)
+    assert (data["input_size"], data["crop_pct"]) == ((3, 56, 56), 1.0)
 
 
 def test_an_export_embeds_as_its_checkpoint(tmp_path: Path) -> None:
