@@ -14,7 +14,7 @@ from streaming.cli import add_bench, add_catalog, add_doctor, add_stream
 from streaming.command_line import OneLineParser, add_command
 from streaming.errors import TilestreamError, root_cause
 from trainer.model_commands import add_embed, add_evaluate, add_export, add_lazyslide, add_picture, add_report
-from trainer.training_commands import add_capacity, add_sweep, add_train
+from trainer.training_commands import add_capacity, add_replay, add_sweep, add_train
 
 
 def add_demo(commands: Any) -> None:
@@ -45,7 +45,10 @@ def build_parser() -> ArgumentParser:
         allow_abbrev=False,
     )
     commands: Any = parser.add_subparsers(metavar="COMMAND", required=True)
-    data, model = (add_catalog, add_stream, add_doctor), (add_train, add_embed, add_picture, add_lazyslide, add_export)
+    data, model = (
+        (add_catalog, add_stream, add_doctor),
+        (add_train, add_replay, add_embed, add_picture, add_lazyslide, add_export),
+    )
     for add in (add_demo, *data, *model, add_report, add_evaluate, add_sweep, add_capacity, add_bench):
         add(commands)
     return parser

@@ -53,8 +53,6 @@ def run_demo(out: str, *, steps: int = 60, slide_px: tuple[int, int] = (8192, 61
     run = str(folder / "run")
     storage.remove(run)
     overrides = ["--data.catalog", str(folder / "catalog"), "--run.out", run, "--train.steps", str(steps)]
-    if steps < 30:
-        overrides += ["--optim.warmup_steps", str(steps // 3)]
     config = read_config("debug", overrides)
     with _phase(console, f"training: {steps} steps of {config.train.batch} tiles, streamed from the slides"):
         result = train(config)

@@ -127,7 +127,7 @@ def sweep(
         slides, patients = sizes[run]
         tell(f"run {number} of {len(runs)}: {run.name}: {slides} slides of {patients} patients")
         result = train(run.of(config, out), KnnWatch, debug=debug)
-        if result.steps < config.train.steps:
+        if result.steps < result.planned:
             return None
         about = _about(run, sizes[run], result.steps, config.train.batch)
         scores = _scores(result.checkpoint, dataset, options, storage.join(out, run.name, "scores"), config)

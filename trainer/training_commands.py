@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
-from streaming.command_line import add_command, add_options, out, read_options
+from streaming.command_line import add_command, add_options, add_storage_options, out, read_options, storage_options
 from streaming.errors import ConfigError
 from streaming.operate.capacity import (
     Capacity,
@@ -26,6 +26,8 @@ from trainer.configs import presets
 from trainer.model_commands import add_scoring, scoring
 
 Number = TypeVar("Number")
+
+_REPLAYED = ("loss", "dino_global", "dino_local", "ibot", "regression", "koleo", "kde", "teacher_entropy", "rankme")
 
 
 def add_train(commands: Any) -> None:
@@ -73,9 +75,68 @@ def run_train(args: Namespace) -> None:
     for line in result.summary:
         sys.stderr.write(line + "\n")
     out(f"trained steps {result.start} to {result.steps}: {result.checkpoint}")
-    if result.steps < config.train.steps:
-        sys.stderr.write(f"stopped before step {config.train.steps}; start the same command again to go on\n")
+    if result.steps < result.planned:
+        sys.stderr.write(f"stopped before step {result.planned}; start the same command again to go on\n")
         sys.exit(143)
+
+
+def add_replay(commands: Any) -> None:
+    """`tilestream replay`."""
+    parser = add_command(
+        commands,
+        "replay",
+        "make a step of a run again: its tiles, crops and masks as pictures and tensors, and its losses",
+        "  tilestream replay runs/first --step 1234\n"
+        "  tilestream replay s3://bucket/runs/a --step 1234 --ranks 0 5 --no-losses --out step-1234 --train.gpu false",
+        run_replay,
+    )
+    parser.usage = "tilestream replay RUN --step N [--ranks R ...] [--no-losses] [--out URI] [--section.key value ...]"
+    parser.add_argument("run_folder", metavar="RUN", help="a run's folder")
+    parser.add_argument("--step", type=int, required=True, metavar="N", help="as metrics.parquet counts, from 1")
+    parser.add_argument("--ranks", type=int, nargs="+", metavar="R", help="whose tiles are drawn, from 0 (all)")
+    parser.add_argument("--no-losses", action="store_true", help="train nothing again")
+    parser.add_argument("--out", metavar="URI", help="folder of the files (RUN/replay/step-N)")
+    add_storage_options(parser)
+    parser.set_defaults(takes_overrides=True)
+
+
+def run_replay(args: Namespace) -> None:
+    """Writes the files, trains again, and prints the losses beside those that were logged."""
+    from streaming import storage
+    from trainer.run.checkpoints import read_config
+    from trainer.run.config import changed
+    from trainer.run.data import load_catalog
+    from trainer.run.metrics_log import Row
+    from trainer.run.replay import find_replay, logged_row, train_again
+    from trainer.show.replay_pages import write_replay
+
+    run, options = storage.canonical(args.run_folder), storage_options(args)
+    config = changed(read_config(run, options), args.overrides, options)
+    replay = find_replay(run, args.step, config, options)
+    folder = args.out or storage.join(run, "replay", f"step-{args.step:08d}")
+    ranks = range(config.train.ranks) if args.ranks is None else args.ranks
+    for uri in write_replay(replay, load_catalog(config.data), ranks, folder):
+        out(uri)
+    if args.no_losses:
+        return
+    tell(f"replay: training steps {replay.start + 1} to {args.step} again, from {replay.checkpoint or 'the start'}")
+    rows: list[Row] = []
+
+    def arrived(row: Row) -> None:
+        rows.append(row)
+        tell(f"replay: step {row['step']:.0f}: loss {row['loss']:.6g}")
+
+    trouble = train_again(replay, arrived)
+    again, logged = (rows[-1] if rows else {}), logged_row(replay)
+    if trouble and again.get("step") != args.step:
+        logged = {}
+    out(f"{'step ' + format(int(again.get('step', 0)), ','):<28}{'again':>14}{'logged':>14}")
+    for name in (name for name in again if name in _REPLAYED or name.startswith("grad_norm_")):
+        beside = f"{logged[name]:>14.6g}" if name in logged else f"{'–':>14}"
+        same = "" if name not in logged else "  the same" if str(again[name]) == str(logged[name]) else "  DIFFERENT"
+        out(f"{name:<28}{again[name]:>14.6g}{beside}{same}")
+    if trouble:
+        out(trouble)
 
 
 def add_sweep(commands: Any) -> None:

@@ -122,11 +122,12 @@ class TileStream:
         check_steps(start, stop)
         return self.source.dataset(start, stop)
 
-    def local_batches(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
-        """The same micro-batches read in this process, without Ray: for one rank, and for a debugger."""
+    def local_batches(self, start: int, stop: int, rank: int | None = None) -> Iterator[dict[str, Any]]:
+        """The same micro-batches read in this process, without Ray, in order: those of a rank, or of all."""
         reader = TileReader(self.plan, self.catalog, self.reader)
-        micro = self.shape.micro
-        for first in range(start * self.shape.batch, stop * self.shape.batch, micro):
+        micro, ranks = self.shape.micro, self.shape.ranks
+        every, offset = (1, 0) if rank is None else (ranks, rank)
+        for first in range(start * self.shape.batch + offset * micro, stop * self.shape.batch, every * micro):
             yield TorchCollate()(reader({"index": np.arange(first, first + micro, dtype=np.int64)}))
 
     def steps(self, start: int, stop: int) -> Generator[list[Batch]]:

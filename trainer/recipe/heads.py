@@ -46,6 +46,22 @@ def _mlp(in_dim: int, hidden_dim: int, out_dim: int, num_layers: int) -> nn.Sequ
     return mlp
 
 
+class PatchPredictor(nn.Module):
+    """Foretells the teacher's patch tokens from the student's tokens of masked patches: an MLP of three layers.
+
+    The predictor is ours: I-JEPA's has attention (arXiv 2301.08243), data2vec's is linear (arXiv 2202.03555). Here the
+    masked patches go through the student's own blocks, so attention they have had.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.mlp = _mlp(dim, hidden_dim, dim, num_layers=3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Maps tokens (…, dim) to the like."""
+        return self.mlp(tokens)
+
+
 class DINOHead(nn.Module):
     """MLP to a bottleneck, L2 normalisation, likeness with the prototypes (DINOv2's `DINOHead`).
 

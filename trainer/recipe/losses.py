@@ -45,7 +45,9 @@ class LossConfig:
     dino_weight: float = 1.0
     """weight of the class-token term"""
     ibot_weight: float = 1.0
-    """weight of the masked-token term"""
+    """weight of the masked-token term, whatever `patch` says it is"""
+    patch: Literal["ibot", "regression"] = "ibot"
+    """what the student foretells of masked patches: the teacher's prototypes, or its tokens themselves"""
     regulariser: Literal["koleo", "kde", "none"] = "koleo"
     """what spreads the class tokens of each global view"""
     koleo_weight: float = 0.1
@@ -239,6 +241,29 @@ def ibot_loss(
     Returns a float32 scalar. Source: iBOT, arXiv 2111.07832, as in DINOv2's `iBOTPatchLoss.forward_masked`.
     """
     return (soft_cross_entropy(student_patch_logits, teacher_patch_probs, student_temp) * weights).sum() / num_crops
+
+
+@torch.no_grad()
+@_in_float32
+def regression_targets(patches: Tensor) -> Tensor:
+    """The teacher's patch tokens (M, D) as regression wants them: each normalised to mean 0 and variance 1.
+
+    Else the smaller all tokens are, the better they are foretold. Source: I-JEPA, arXiv 2301.08243, whose published
+    code does so.
+    """
+    return F.layer_norm(patches.float(), patches.shape[-1:])
+
+
+@_in_float32
+def regression_loss(predictions: Tensor, targets: Tensor, weights: Tensor, num_crops: int) -> Tensor:
+    """Smooth L1 between predictions and targets (M, D), each token's mean weighted as in `ibot_loss`.
+
+    targets by `regression_targets`; weights (M,) of `mask_weights`. M = 0 gives 0 with a gradient. Returns a float32
+    scalar. Source: I-JEPA's published code has smooth L1 of that threshold, 1; so has MedARC-AI/nanopath's DINO with
+    I-JEPA's term in iBOT's place, from which the weights are.
+    """
+    errors = F.smooth_l1_loss(predictions.float(), targets, reduction="none").mean(dim=-1)
+    return (errors * weights).sum() / num_crops
 
 
 @_in_float32  # bfloat16 cosines would pick the wrong neighbour

@@ -16,7 +16,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from trainer.recipe import diagnostics, losses
 from trainer.recipe.augment import Crops
 from trainer.recipe.counter_random import random_bits
-from trainer.recipe.masks import block_masks
 from trainer.recipe.network import Network, build_backbone
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.schedule import Schedules, parameter_groups, set_group_values
@@ -61,8 +60,10 @@ class DinoModule(pl.LightningModule):
         self._steps, self._log_every, self._prepare = steps, log_every, prepare
         augment, model = recipe.augment, recipe.model
         torch.manual_seed(seed)
-        self.student = Network(build_backbone(model, augment.global_size, drop_path=model.drop_path), model)
+        backbone = build_backbone(model, augment.global_size, drop_path=model.drop_path)
+        self.student = Network(backbone, model, recipe.loss.patch)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.teacher.predictor = None
         self.teacher.backbone.set_drop_path(0.0)
         self.patch_grid = self.student.backbone.patch_grid(augment.global_size, augment.global_size)
         self.student.backbone.patch_grid(augment.local_size, augment.local_size)
@@ -81,9 +82,7 @@ class DinoModule(pl.LightningModule):
 
     def _seen(self, batch: dict[str, Any]) -> tuple[Crops, Tensor]:
         """Crops of a micro-batch, and masks bool (2, B, N) of the global ones."""
-        index, recipe = batch["index"], self.recipe
-        masks = block_masks(index.cpu(), self.patch_grid, recipe.mask, self._seed).to(index.device)
-        return recipe.augment.multi_crop(batch["tile"], index, self._seed), masks
+        return self.recipe.views(batch["tile"], batch["index"], self.patch_grid, self._seed)
 
     @torch.no_grad()
     def validation_terms(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -102,7 +101,9 @@ class DinoModule(pl.LightningModule):
 
     def _weighted(self, terms: dict[str, Tensor]) -> Tensor:
         config = self.recipe.loss
-        loss = config.dino_weight * (terms["dino_global"] + terms["dino_local"]) + config.ibot_weight * terms["ibot"]
+        loss = (
+            config.dino_weight * (terms["dino_global"] + terms["dino_local"]) + config.ibot_weight * terms[config.patch]
+        )
         if config.regulariser != "none":
             loss = loss + config.regulariser_weight * terms[config.regulariser]
         return loss
@@ -121,18 +122,20 @@ class DinoModule(pl.LightningModule):
     def _targets(self, crops: Tensor, masks: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """Of the global crops (2, B, 3, H, W): the teacher's class tokens, and its targets for class and masked tokens.
 
-        They are (2·B, D), (2·B, K) and (masked patches, K), view first.
+        They are (2·B, D), (2·B, K) and (masked patches, K), with regression (masked patches, D), view first.
         """
-        (cls,), (class_logits,), patch_logits = self.teacher([crops.flatten(0, 1)], [None], masks.flatten(0, 1))
+        (cls,), (class_logits,), patches = self.teacher([crops.flatten(0, 1)], [None], masks.flatten(0, 1))
         class_targets = self._target("class_centre", class_logits, temperature)
-        return cls, class_targets, self._target("patch_centre", patch_logits, temperature)
+        if self.recipe.loss.patch == "regression":
+            return cls, class_targets, losses.regression_targets(patches)
+        return cls, class_targets, self._target("patch_centre", patches, temperature)
 
     def _terms(self, crops: Crops, masks: Tensor, class_targets: Tensor, patch_targets: Tensor) -> dict[str, Tensor]:
         """The terms of the student's loss by name, without their weights."""
         config, flat_masks = self.recipe.loss, masks.flatten(0, 1)
         num_views, size = masks.shape[:2]
         images = [crops.global_.flatten(0, 1), crops.local.flatten(0, 1)][: 2 if len(crops.local) else 1]
-        cls, class_logits, patch_logits = self.student(images, [flat_masks, None][: len(images)], flat_masks)
+        cls, class_logits, patches = self.student(images, [flat_masks, None][: len(images)], flat_masks)
         global_logits, local_logits = (
             logits.unflatten(0, (-1, size)) for logits in (class_logits[0], class_logits[-1])
         )
@@ -142,10 +145,12 @@ class DinoModule(pl.LightningModule):
             class_targets.unflatten(0, (num_views, size)),
             config.student_temp,
         )
-        ibot = losses.ibot_loss(
-            patch_logits, patch_targets, losses.mask_weights(flat_masks), num_views * size, config.student_temp
-        )
-        terms = {"dino_global": dino_global, "dino_local": dino_local, "ibot": ibot}
+        weights, num_crops = losses.mask_weights(flat_masks), num_views * size
+        if config.patch == "regression":
+            patch = losses.regression_loss(patches, patch_targets, weights, num_crops)
+        else:
+            patch = losses.ibot_loss(patches, patch_targets, weights, num_crops, config.student_temp)
+        terms = {"dino_global": dino_global, "dino_local": dino_local, config.patch: patch}
         if config.regulariser != "none":
             views = cls[0].unflatten(0, (num_views, size))
             terms[config.regulariser] = torch.stack([self._regulariser(view) for view in views]).sum()
@@ -219,7 +224,9 @@ class DinoModule(pl.LightningModule):
     def update_teacher(self, momentum: float) -> None:
         """Teacher ← momentum · teacher + (1 − momentum) · student."""
         average = get_ema_multi_avg_fn(momentum)  # one kernel for many tensors where the device has it
-        average(list(self.teacher.parameters()), list(self.student.parameters()), 0)
+        learned = dict(self.student.named_parameters())
+        names, held = zip(*self.teacher.named_parameters(), strict=True)
+        average(list(held), [learned[name] for name in names], 0)
 
 
 def _whole(tensor: Tensor) -> Tensor:

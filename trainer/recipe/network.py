@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trainer.recipe.backbone import Backbone, Interpolation, create_backbone
 from trainer.recipe.free_field import FREE
-from trainer.recipe.heads import DINOHead
+from trainer.recipe.heads import DINOHead, PatchPredictor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def build_backbone(config: ModelConfig, crop_px: int, *, drop_path: float) -> Ba
 class Network(nn.Module):
     """A backbone with its heads; the student and the teacher are one each."""
 
-    def __init__(self, backbone: Backbone, config: ModelConfig) -> None:
+    def __init__(self, backbone: Backbone, config: ModelConfig, patch: Literal["ibot", "regression"] = "ibot") -> None:
         super().__init__()
         self.backbone = backbone
 
@@ -88,8 +88,10 @@ class Network(nn.Module):
             )
 
         self.dino_head = head(config.num_prototypes, config.head_bottleneck)
+        self._regresses = patch == "regression"
+        self.predictor = PatchPredictor(backbone.embed_dim, config.head_hidden) if self._regresses else None
         self.ibot_head = None
-        if config.separate_heads:
+        if config.separate_heads and not self._regresses:
             self.ibot_head = head(
                 config.ibot_prototypes or config.num_prototypes, config.ibot_bottleneck or config.head_bottleneck
             )
@@ -100,13 +102,17 @@ class Network(nn.Module):
         """Crops of several sizes: class tokens and their logits by size, and logits of patch tokens.
 
         images and masks as the backbone takes them; chosen bool (B, N) says which patches of the first size have
-        logits. A shared head sees all of these tokens at once.
+        logits. A shared head sees all of these tokens at once. With regression there are no logits of patches, but
+        what is foretold of them; without a predictor, which the teacher has not, their tokens.
         """
         if in_one_pass(images[0].device):
             tokens = self.backbone(images, masks)
         else:
             tokens = [self.backbone(image, mask) for image, mask in zip(images, masks, strict=True)]
         cls, patches = [one.cls for one in tokens], tokens[0].patches[chosen]
+        if self._regresses:
+            foretold = patches if self.predictor is None else self.predictor(patches)
+            return cls, self._logits(self.dino_head, cls), foretold
         if self.ibot_head is None:
             *class_logits, patch_logits = self._logits(self.dino_head, [*cls, patches])
             return cls, class_logits, patch_logits

@@ -16,6 +16,8 @@ from torch import nn
 # Of the teacher's moving average at the end of a run (DINOv2's `final_momentum_teacher`).
 _LAST_MOMENTUM = 1.0
 
+_PHASES = ("warmup_steps", "freeze_last_layer_steps", "teacher_temp_warmup_steps")
+
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 _EMBEDDING = re.compile(r"(?:^|\.)(?:pos_embed|patch_embed|mask_token|cls_token|reg_token)(?:\.|$)")
 
@@ -101,7 +103,10 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class Schedules:
-    """The schedules of a run: an optimiser's constants over a number of optimiser steps of a global batch."""
+    """The schedules of a run: an optimiser's constants over a number of optimiser steps of a global batch.
+
+    A warm-up or freeze that is longer than all of them, as of a preset that is tried for two steps, is shortened.
+    """
 
     optim: OptimConfig
     run_steps: int
@@ -117,10 +122,20 @@ class Schedules:
             raise ValueError(f"a run of {self.run_steps} steps; it must have at least 1")
         if self.total_steps < self.run_steps:
             raise ValueError(f"schedule_steps {self.total_steps} is below the run's {self.run_steps} steps; raise it")
-        if self.optim.warmup_steps > self.total_steps:
-            raise ValueError(
-                f"warmup_steps {self.optim.warmup_steps} exceeds the schedules' {self.total_steps} steps; lower it"
-            )
+
+    def _phase(self, steps: int) -> int:
+        """Steps of a phase: those that are asked for, or a fifth of the schedules' where these end before it."""
+        return steps if steps <= self.total_steps else self.total_steps // 5
+
+    @property
+    def shortened(self) -> list[str]:
+        """A line for each phase that does not fit, and is shorter than asked for."""
+        asked = {name: getattr(self.optim, name) for name in _PHASES}
+        return [
+            f"optim.{name} {steps:,} is over the schedules' {self.total_steps:,} steps: taken as {self._phase(steps):,}"
+            for name, steps in asked.items()
+            if self._phase(steps) != steps
+        ]
 
     @property
     def lr(self) -> float:
@@ -130,15 +145,14 @@ class Schedules:
     def at(self, step: int) -> StepValues:
         """Values for optimiser step `step`, counted from 0; `momentum` is for the update after that step."""
         optim, total = self.optim, self.total_steps
-        lr = cosine(step, self.lr, optim.min_lr, total, optim.warmup_steps)
+        warmup, freeze, temp_warmup = (self._phase(getattr(optim, name)) for name in _PHASES)
+        lr = cosine(step, self.lr, optim.min_lr, total, warmup)
         return StepValues(
             lr=lr,
-            last_layer_lr=0.0 if step < optim.freeze_last_layer_steps else lr,
+            last_layer_lr=0.0 if step < freeze else lr,
             weight_decay=cosine(step, optim.weight_decay, optim.weight_decay_end, total),
             momentum=cosine(step, optim.momentum, _LAST_MOMENTUM, total),
-            teacher_temp=linear_warmup(
-                step, optim.teacher_temp_start, optim.teacher_temp, optim.teacher_temp_warmup_steps
-            ),
+            teacher_temp=linear_warmup(step, optim.teacher_temp_start, optim.teacher_temp, temp_warmup),
         )
 
 

@@ -146,7 +146,8 @@ class AfterStep(Callback):
         good = max((saved for saved in kept if saved <= until), default=None)
         where = checkpoints.checkpoint_uri(self._config.run.out, good) if good is not None else "none yet"
         raise TrainingError(
-            f"{self._config.run.out}: step {step}: {trouble}; the run was stopped. Last good checkpoint: {where}; "
+            f"{self._config.run.out}: step {step}: {trouble}; the run was stopped. What it was trained on: "
+            f"`tilestream replay {self._config.run.out} --step {step}`. Last good checkpoint: {where}; "
             "remove later ones, lower optim.base_lr and start again (watch.* says what counts as broken)"
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, NamedTuple, cast, get_args, get_origin, get_type_hints
 
 import yaml
@@ -47,7 +47,8 @@ class Config:
                 f"watch.validation_every {self.watch.validation_every} is no multiple of train.log_every "
                 f"{self.train.log_every}"
             )
-        Schedules(self.optim, self.train.steps, self.train.batch)  # tells of schedules that don't fit the run
+        if self.train.flops is None:
+            Schedules(self.optim, self.train.steps, self.train.batch)  # tells of schedules that don't fit the run
         if self.watch.knn_dataset and self.watch.knn_every % self.train.log_every:
             raise ValueError(
                 f"watch.knn_every {self.watch.knn_every} is no multiple of train.log_every {self.train.log_every}"
@@ -160,6 +161,19 @@ def parse_config(values: dict[str, Any], overrides: list[str], source: str = "co
         return Config(**vars(instantiated))
     except (ArgumentError, ValueError, TypeError) as error:
         raise ConfigError(f"{source}: {_one_line(error)}") from error
+
+
+def changed(config: Config, overrides: list[str], options: dict[str, Any]) -> Config:
+    """A run's configuration with `--section.key value` overrides and options of the storage, which files do not hold.
+
+    Raises:
+        ConfigError: as `read_config`.
+    """
+    config = parse_config(plain(asdict(config)), overrides) if overrides else config
+    mirrors = options.get("mirrors", config.data.mirrors)
+    given = {name: value for name, value in options.items() if name != "mirrors"}
+    data = replace(config.data, storage_options={**config.data.storage_options, **given}, mirrors=mirrors)
+    return replace(config, data=data)
 
 
 def _leaf_keys(values: dict[str, Any], prefix: str = "") -> list[str]:

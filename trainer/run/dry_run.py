@@ -15,6 +15,7 @@ from torch import nn
 from streaming import storage
 from streaming.plan.footprints import Corners
 from trainer.recipe.augment import NUM_GLOBAL
+from trainer.recipe.flops import step_flops
 from trainer.recipe.schedule import Schedules
 from trainer.run import starting_weights
 from trainer.run.after_step import ProbeKind
@@ -22,6 +23,7 @@ from trainer.run.config import Config
 from trainer.run.data import load_catalog, make_plan
 from trainer.run.execution import TrainConfig
 from trainer.run.fit import check_model, make_module
+from trainer.run.fitted import fitted
 from trainer.run.validation import held_out_stream
 
 PICTURE = "schedules.png"
@@ -95,8 +97,9 @@ def memory(config: Config, size: Size) -> dict[str, tuple[float, str]]:
     else:
         blocks, block_text = block * size.depth, f"{kept} × {size.depth} blocks"
     masked = sum(config.mask.tokens_per_crop(size.patches[0])) * micro // config.mask.group_size
-    rows = micro * (NUM_GLOBAL + augment.num_local) + masked
-    targets = micro * NUM_GLOBAL + masked
+    with_logits = masked if config.loss.patch == "ibot" else 0
+    rows = micro * (NUM_GLOBAL + augment.num_local) + with_logits
+    targets = micro * NUM_GLOBAL + with_logits
     prototypes = config.model.num_prototypes
     logits = 4 * prototypes * (3 * rows + targets)
     tiles = _BATCHES_IN_STORE * micro * config.data.tile_size**2 * 3
@@ -119,13 +122,19 @@ def describe(config: Config, probe: ProbeKind | None = None) -> Iterator[str]:
         CatalogError, PlanError: no catalog, or one that can't give what is asked for.
         CheckpointError, StorageError: weights of `model.init` that don't fit, or no such file.
     """
+    config, said = fitted(config)
     check_model(config, resumed=True)
-    size = model_size(config)
+    size, flops = model_size(config), step_flops(config.recipe, config.train.batch)
     train = config.train
     yield config.to_yaml().rstrip()
     yield ""
+    yield from said
     yield f"student       {size.backbone:,} parameters in the backbone, {size.heads:,} in the heads; the teacher alike"
     yield f"steps         {train.steps:,} optimiser steps of {train.batch:,} tiles: {_cut(train)}"
+    yield (
+        f"FLOPs         {train.steps * flops.total:.3g} = {train.steps:,} steps × {flops.total:.3g}: "
+        f"student, forward and backward, {flops.student:.3g}, teacher {flops.teacher:.3g}"
+    )
     yield f"tiles seen    {train.steps * train.batch:,} of {config.data.tile_size} px"
     estimate = memory(config, size)
     for name, (nbytes, formula) in estimate.items():

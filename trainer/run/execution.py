@@ -33,6 +33,9 @@ class TrainConfig:
 
     steps: int = 1000
     """optimiser steps of the whole run"""
+    flops: float | None = None
+    """floating-point operations of the whole run, forward and backward, of student and teacher: `steps` follow from it;
+    none: steps says how long"""
     batch: int = 64
     """tiles of an optimiser step, over all ranks and accumulation rounds"""
     ranks: int = field(default=1, metadata=FREE)
@@ -76,6 +79,8 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.checkpoint_minutes is not None and not self.checkpoint_minutes > 0:
             raise ValueError(f"checkpoint_minutes is {self.checkpoint_minutes}; it must be above 0, or none")
+        if self.flops is not None and not self.flops > 0:
+            raise ValueError(f"flops is {self.flops}; it must be above 0, or none")
         if self.max_restarts < 0:
             raise ValueError(f"max_restarts is {self.max_restarts}; it must not be negative")
         groups_of(self.ranks, self.ranks_per_stream)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +19,6 @@ from trainer.run.background_checkpoints import FolderCheckpointIO
 from trainer.run.config import Config
 from trainer.run.device_feed import DeviceFeed
 from trainer.run.metrics_log import Report
-from trainer.run.slide_sources import SlideSource
 from trainer.run.step_batches import StepBatches
 from trainer.run.stop_signals import Signals
 from trainer.run.strategy import OneDevice, Replicas, Shards, autocast_precision, prepare
@@ -60,12 +57,6 @@ def check_model(config: Config, *, resumed: bool = False) -> None:
     if config.train.precision == "bf16-true":
         # Half a unit in the last place of bfloat16 is 0.2 %: AdamW's steps and the teacher's are mostly smaller.
         raise ConfigError("train.precision bf16-true: weights and teacher would hardly move; take bf16-mixed")
-    micro, group = config.train.shape.micro, config.mask.group_size
-    if micro % group:
-        raise ConfigError(
-            f"mask.group_size {group} does not divide the {micro} tiles of a micro-batch: the number of masked tokens "
-            f"would change from one to the next; take {math.gcd(micro, group)}"
-        )
     try:
         with torch.device("meta"):
             make_module(config, resumed=resumed)
@@ -83,19 +74,18 @@ class Place:
 
 def fit(
     config: Config,
-    catalog: str,
+    to_storage: FolderCheckpointIO,
     batches: StepBatches,
     resume: str | None,
     report: Report,
     signals: Signals,
     place: Place | None = None,
     probe: ProbeKind | None = None,
-    sources: Sequence[SlideSource] = (),
 ) -> None:
     """Trains to the last step, or until told to stop, in this process: alone, or as a rank at its place."""
     # Its advice (more workers for the loader, a product to try) does not apply here.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    train, to_storage = config.train, FolderCheckpointIO(config, catalog, sources)
+    train = config.train
     if place is None:
         strategy = OneDevice(torch.device("cuda" if train.gpu else "cpu"))
     else:

@@ -24,7 +24,7 @@ from trainer.run.trackers import Trackers
 METRICS = "metrics.parquet"
 
 
-_TERMS = ("loss", "dino_global", "dino_local", "ibot", "koleo", "kde", "knn_accuracy", "validation_loss")
+_TERMS = ("loss", "dino_global", "dino_local", "ibot", "regression", "koleo", "kde", "knn_accuracy", "validation_loss")
 
 
 Row = dict[str, float]

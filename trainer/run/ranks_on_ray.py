@@ -29,6 +29,7 @@ from streaming.delivery.stream import torch_batches
 from streaming.errors import TilestreamError, root_cause
 from streaming.storage import fsspec_view
 from trainer.run.after_step import ProbeKind
+from trainer.run.background_checkpoints import FolderCheckpointIO
 from trainer.run.config import Config
 from trainer.run.data import make_stream
 from trainer.run.execution import TrainConfig
@@ -82,7 +83,8 @@ def _worker(loop: _Loop) -> None:
         leaving=lambda: ray.train.get_preemption_info() is not None,
     )
     place = Place(ray.train.torch.get_device(), RayLightningEnvironment())
-    fit(config, loop.catalog, batches, resume, loop.messages.put, signals, place, loop.probe, loop.trained_on)
+    to_storage = FolderCheckpointIO(config, loop.catalog, loop.trained_on)
+    fit(config, to_storage, batches, resume, loop.messages.put, signals, place, loop.probe)
 
 
 def _group(train: TrainConfig) -> range:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from streaming.errors import CheckpointError
 from streaming.slide.versions import pixel_libraries
+from trainer.recipe.schedule import Schedules
 from trainer.run import checkpoints
 from trainer.run.config import Config, leaves, plain
 
 # What no force can change: another model's weights don't fit, another batch's next index lies within a step.
-_FIXED = ("model.", "train.batch", "augment.global_size")
+_FIXED = ("model.", "train.batch", "augment.global_size", "loss.patch")
 
 
 def recipe_changes(before: Config, now: Config) -> tuple[list[str], list[str]]:
@@ -36,7 +37,8 @@ def _flat(values: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
 def resume_point(config: Config, catalog: str, *, force: bool = False) -> tuple[int, str | None]:
     """The step to go on from and the checkpoint to load: the run's newest that is not damaged, if it has one.
 
-    catalog is its fingerprint. With `force`, another recipe or catalog is taken as meant.
+    catalog is its fingerprint. A run that has ended may go on for more steps; with `force`, another recipe or catalog
+    is taken as meant, too.
 
     Raises:
         CheckpointError: it is of another model, or was trained by another recipe, or on another catalog or batch, so
@@ -47,7 +49,9 @@ def resume_point(config: Config, catalog: str, *, force: bool = False) -> tuple[
         return 0, None
     meta = checkpoints.read_meta(found, config.data.storage_options)
     before = checkpoints.read_config(found, config.data.storage_options)
-    changed, fixed = recipe_changes(before, config)
+    has_ended = meta.step >= before.train.steps < config.train.steps
+    length = {"steps": before.train.steps, "flops": before.train.flops} if has_ended else {}
+    changed, fixed = recipe_changes(before, replace(config, train=replace(config.train, **length)))
     if fixed:
         raise CheckpointError(
             f"{found}: does not fit the configuration: {', '.join(fixed)}; set it back or set another run.out"
@@ -60,6 +64,20 @@ def resume_point(config: Config, catalog: str, *, force: bool = False) -> tuple[
             "or go on all the same with --force"
         )
     return meta.step, found
+
+
+def longer_line(before: Config, now: Config, start: int) -> str | None:
+    """What becomes of the schedules where a run goes on to more steps, or fewer, than it was started for."""
+    if before.train.steps == now.train.steps:
+        return None
+    was, becomes = (Schedules(config.optim, config.train.steps, config.train.batch) for config in (before, now))
+    last, first = was.at(start - 1), becomes.at(start)
+    return (
+        f"{before.train.steps:,} steps have become {now.train.steps:,}, and from step {start + 1:,} on schedules go "
+        f"over {becomes.total_steps:,}: learning rate {last.lr:.3g} before, {first.lr:.3g} now, "
+        f"weight decay {last.weight_decay:.3g} and {first.weight_decay:.3g}, "
+        f"momentum {last.momentum:.6g} and {first.momentum:.6g}"
+    )
 
 
 def library_changes(meta: checkpoints.Meta) -> list[str]:

@@ -122,7 +122,7 @@ def prepare(train: TrainConfig, network: Network, mesh: DeviceMesh | None) -> No
         if shard is not None:
             shard(block)
     if shard is not None:
-        for head in (network.dino_head, network.ibot_head):
+        for head in (network.dino_head, network.ibot_head, network.predictor):
             if head is not None:
                 shard(head)
         shard(network)

@@ -12,13 +12,15 @@ from streaming import cluster, storage
 from streaming.errors import ConfigError
 from trainer.run import checkpoints
 from trainer.run.after_step import ProbeKind
+from trainer.run.background_checkpoints import FolderCheckpointIO
 from trainer.run.config import Config
 from trainer.run.data import load_catalog, make_plan, make_stream
 from trainer.run.execution import TrainConfig
 from trainer.run.fit import check_model, fit
+from trainer.run.fitted import fitted
 from trainer.run.metrics_log import Failed, MetricsLog
 from trainer.run.ranks_on_ray import fit_on_ray
-from trainer.run.resuming import library_changes, resume_point
+from trainer.run.resuming import library_changes, longer_line, resume_point
 from trainer.run.slide_sources import slide_sources
 from trainer.run.step_batches import StepBatches
 from trainer.run.stop_signals import Signals, terminated
@@ -32,6 +34,8 @@ class TrainResult:
     checkpoint: str
     start: int
     steps: int
+    planned: int
+    """the run's last step"""
     summary: list[str]
 
 
@@ -74,18 +78,22 @@ def train(
     # Workers run in folders of their own, so a relative path would mean another place to each of them.
     labelled = config.watch.knn_dataset and storage.canonical(config.watch.knn_dataset)
     run, watch = replace(config.run, out=storage.canonical(config.run.out)), replace(config.watch, knn_dataset=labelled)
-    config = replace(config, run=run, watch=watch)
+    config, said = fitted(replace(config, run=run, watch=watch))
+    for line in said:
+        sys.stderr.write(f"train: {line}\n")
     catalog = load_catalog(config.data)
     out, options, steps = config.run.out, config.data.storage_options, config.train.steps
     start, resume = resume_point(config, catalog.fingerprint, force=force)
     last = checkpoints.checkpoint_uri(out, steps)
     if start >= steps:
-        return TrainResult(resume or last, start, steps, [f"{out} is trained to step {start} already"])
+        return TrainResult(resume or last, start, start, steps, [f"{out} is trained to step {start} already"])
     if resume and (changed := library_changes(checkpoints.read_meta(resume, options))):
         sys.stderr.write(
             f"train: {resume} was trained with {', '.join(changed)}: pixels may differ a little from here on; "
             "install those versions to keep them\n"
         )
+    if resume and (line := longer_line(checkpoints.read_config(resume, options), config, start)):
+        sys.stderr.write(f"train: {line}\n")
     check_gpus(config.train, debug=debug)
     # What the catalog can't give is told before anything starts.
     make_plan(config.data, config.run.seed, catalog, config.held_out)
@@ -106,9 +114,9 @@ def train(
             batches = StepBatches(tiles, start, config, lambda failures: log.add(Failed("", failures)))
             with terminated() as stop:
                 signals = Signals(stop=stop.is_set, begin=stop.listen)
-                sources = slide_sources(catalog, stream.plan)
-                fit(config, catalog.fingerprint, batches, resume, log.add, signals, probe=probe, sources=sources)
+                to_storage = FolderCheckpointIO(config, catalog.fingerprint, slide_sources(catalog, stream.plan))
+                fit(config, to_storage, batches, resume, log.add, signals, probe=probe)
         else:
             fit_on_ray(config, catalog, log, probe, verbose=verbose)
     reached = checkpoints.steps_of(out, options)[-1]
-    return TrainResult(checkpoints.checkpoint_uri(out, reached), start, reached, log.summary)
+    return TrainResult(checkpoints.checkpoint_uri(out, reached), start, reached, steps, log.summary)

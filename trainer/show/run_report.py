@@ -26,16 +26,16 @@ from streaming.show.pictures import mosaic, slide_thumbnail, with_tissue
 from streaming.slide.resample import Pixels
 from trainer.embed.files import SlideEmbeddings, find_embeddings, read_embeddings
 from trainer.evaluate.scoring import SCORES_JSON
-from trainer.recipe.masks import block_masks
 from trainer.recipe.network import build_backbone
 from trainer.run import checkpoints
 from trainer.run.config import Config
 from trainer.run.data import make_stream
 from trainer.run.metrics_log import METRICS
 from trainer.show.colours import principal_colours
+from trainer.show.crops import crop_pictures, with_holes
 from trainer.show.figures import svg
 
-_LINE_COLOURS = ("#1f8f6f", "#c2557a", "#4f78c4", "#c98a2b", "#7d68b8", "#5c5c5c")
+_LINE_COLOURS = ("#1f8f6f", "#c2557a", "#4f78c4", "#c98a2b", "#7d68b8", "#5c5c5c", "#a3473f")
 _GREY = "#888888"  # legible on white and on black
 
 _STYLE = """
@@ -168,24 +168,14 @@ def _span(values: NDArray[np.float64]) -> str:
 
 
 def _crops(config: Config, tiles: Pixels, index: NDArray[np.int64]) -> str:
-    augment, samples = config.augment, torch.from_numpy(index)
-    crops = augment.multi_crop(torch.from_numpy(tiles), samples, config.run.seed)
-    backbone = build_backbone(config.model, augment.global_size, drop_path=0.0)
-    patch_grid = backbone.patch_grid(augment.global_size, augment.global_size)
-    masks = block_masks(samples, patch_grid, config.mask, config.run.seed).numpy()
-    mean, std = (np.array(values) for values in (augment.mean, augment.std))
-
-    def picture(crop: torch.Tensor) -> Pixels:
-        return ((crop.permute(1, 2, 0).numpy() * std + mean).clip(0, 1) * 255).astype(np.uint8)
-
+    augment, side = config.augment, config.augment.global_size
+    patch_grid = build_backbone(config.model, side, drop_path=0.0).patch_grid(side, side)
+    crops, masks = config.recipe.views(torch.from_numpy(tiles), torch.from_numpy(index), patch_grid, config.run.seed)
     figures: list[str] = []
     for i in range(len(tiles)):
-        views = [picture(view) for view in crops.global_[:, i]]
-        masked = int(masks[:, i].sum(axis=1).argmax())
-        hidden = np.kron(masks[masked, i].reshape(patch_grid), np.ones((backbone.patch_size,) * 2)).astype(bool)
-        student = views[masked].copy()
-        student[hidden] = 128
-        pictures = [tiles[i], *views, student, *(picture(view) for view in crops.local[:, i][:4])]
+        views, masked = crop_pictures(crops.global_[:, i], augment), int(masks[:, i].sum(dim=1).argmax())
+        student = with_holes(views[masked], masks[masked, i].numpy())
+        pictures = [tiles[i], *views, student, *crop_pictures(crops.local[:4, i], augment)]
         figures.append(_figure(mosaic(pictures, 4, 128), f"index {index[i]}"))
     text = (
         "Each tile, its two global crops, one of them as the student sees it with patches masked, and local crops. "
@@ -201,6 +191,7 @@ def _curves(metrics: pa.Table, config: Config) -> str:
         ("dino_global", "DINO global"),
         ("dino_local", "DINO local"),
         ("ibot", "iBOT"),
+        ("regression", "patch regression"),
         ("koleo", "KoLeo"),
         ("kde", "KDE"),
     ]

@@ -20,6 +20,8 @@ from trainer.recipe.losses import (
     koleo,
     mask_weights,
     moved_centre,
+    regression_loss,
+    regression_targets,
     sinkhorn,
     soft_cross_entropy,
     teacher_entropy,
@@ -261,6 +263,27 @@ class TinyModel(torch.nn.Module):
     def forward(self, crops: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         features = self.body(crops)
         return features, self.head(features), self.head(self.body(tokens))
+
+
+def test_regression_is_smooth_l1_on_normalised_tokens_and_weighs_each_masked_crop_alike() -> None:
+    masks = torch.tensor([[True, True, True, False], [False] * 4, [True, False, False, False]])
+    predicted, tokens = 3 * rand(4, 5), rand(4, 5, seed=1)
+    targets = regression_targets(tokens)
+    values = tokens.double().numpy()
+    wanted = (values - values.mean(axis=1, keepdims=True)) / np.sqrt(values.var(axis=1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(targets.numpy(), wanted, rtol=1e-5, atol=1e-6)
+    off = np.abs(predicted.double().numpy() - wanted)
+    by_token = np.where(off < 1, off**2 / 2, off - 0.5).mean(axis=1)
+    assert (off < 1).any()
+    assert (off > 1).any()
+    expected = (by_token[:3].mean() + by_token[3]) / 3  # two masked crops of three
+    found = regression_loss(predicted, targets, mask_weights(masks), 3)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert regression_loss(predicted, regression_targets(tokens), mask_weights(masks), 3).item() == found.item()
+    none = predicted[:0].requires_grad_()
+    regression_loss(none, targets[:0], mask_weights(masks[1:2]), 1).backward()
+    assert none.grad is not None
 
 
 def losses_of(model: torch.nn.Module, crops: slice, tokens: slice) -> tuple[Tensor, dict[str, Tensor]]:

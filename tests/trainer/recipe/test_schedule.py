@@ -78,11 +78,21 @@ def test_the_last_layer_is_frozen_for_exactly_the_first_steps() -> None:
     assert [step for step, is_frozen in enumerate(frozen) if is_frozen] == [1, 2, 3, 4]
 
 
+def test_phases_that_are_longer_than_the_schedules_are_shortened_and_told() -> None:
+    fits = schedules(run_steps=100, warmup_steps=100, freeze_last_layer_steps=100, teacher_temp_warmup_steps=100)
+    assert fits.shortened == []
+    assert fits.at(99).last_layer_lr == 0
+    long = schedules(run_steps=100, warmup_steps=101, freeze_last_layer_steps=1250, teacher_temp_warmup_steps=30)
+    assert [line.split(": taken as ")[1] for line in long.shortened] == ["20", "20"]
+    assert long.shortened[1].startswith("optim.freeze_last_layer_steps 1,250 is over the schedules' 100 steps")
+    asked = schedules(run_steps=100, warmup_steps=20, freeze_last_layer_steps=20, teacher_temp_warmup_steps=30)
+    assert [long.at(step) for step in range(100)] == [asked.at(step) for step in range(100)]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"run_steps": 0, "warmup_steps": 0}, "a run of 0 steps; it must have at least 1"),
-        ({"warmup_steps": 101}, "warmup_steps 101 exceeds the schedules' 100 steps; lower it"),
         ({"schedule_steps": 99}, "schedule_steps 99 is below the run's 100 steps; raise it"),
         ({"momentum": 1.5, "base_lr": -1.0}, r"base_lr=-1\.0 must not be negative; momentum=1\.5 must be in \[0, 1\]"),
         ({"teacher_temp": 0.0}, r"teacher_temp=0\.0 must be above 0"),

@@ -6,9 +6,12 @@ import yaml
 
 from streaming.errors import ConfigError
 from trainer.configs import presets
+from trainer.recipe.flops import step_flops
+from trainer.recipe.schedule import Schedules
 from trainer.run.config import Config, leaves, parse_config, read_config
 from trainer.run.execution import TrainConfig
 from trainer.run.fit import check_model
+from trainer.run.fitted import fitted
 from trainer.run.guard import WatchConfig
 from trainer.run.resuming import recipe_changes
 
@@ -54,7 +57,6 @@ def test_a_yaml_file_takes_the_place_of_a_preset(tmp_path: Path) -> None:
         (["--data.universe.replacement", "false"], ["universe.tiles_per_slide"]),
         (["--data.requests_in_flight", "0"], ["requests_in_flight"]),
         (["--augment.global_scale", "[0.9, 0.1]"], ["global_scale"]),
-        (["--train.steps", "5", "--optim.warmup_steps", "9"], ["warmup_steps 9", "5 steps"]),
         (["--optim.schedule_steps", "59"], ["schedule_steps 59", "60 steps"]),
         (["stray"], ["stray"]),
     ],
@@ -119,9 +121,37 @@ def test_weights_in_bfloat16_are_refused_before_anything_starts() -> None:
         check_model(read_config("debug", ["--train.precision", "bf16-true"]))
 
 
-def test_groups_of_masks_that_do_not_fit_the_micro_batch_are_refused_with_one_that_does() -> None:
-    with pytest.raises(ConfigError, match=r"mask\.group_size 4 does not divide the 6 tiles .*; take 2"):
-        check_model(read_config("debug", ["--train.batch", "6"]))
+def test_groups_of_masks_that_do_not_fit_the_micro_batch_are_made_to_and_told() -> None:
+    config, (line,) = fitted(read_config("debug", ["--train.batch", "12", "--train.ranks", "2"]))
+    assert config.mask.group_size == 2
+    assert line.startswith("mask.group_size 4 does not divide the 6 tiles of a micro-batch: taken as 2")
+    assert fitted(config) == (config, [])
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_two_steps_of_any_preset_are_a_training(preset: str) -> None:
+    base = read_config(preset, [])
+    config, lines = fitted(read_config(preset, ["--train.steps", "2"]))
+    schedules = Schedules(config.optim, 2, config.train.batch)
+    if base.optim.schedule_steps:  # the first two of many: so it was asked for
+        assert lines == []
+        return
+    assert any("optim.warmup_steps" in line for line in lines) == (base.optim.warmup_steps > 2)
+    values = [schedules.at(step) for step in range(2)]
+    assert all(value.last_layer_lr == value.lr > 0 for value in values)
+
+
+def test_steps_follow_from_floating_point_operations() -> None:
+    base = read_config("debug", [])
+    of_step = step_flops(base.recipe, base.train.batch).total
+    config, (line,) = fitted(read_config("debug", ["--train.flops", str(70.5 * of_step)]))
+    assert config.train.steps == 70
+    assert line.startswith("train.flops ")
+    assert "are 70 steps" in line
+    for cut in (["--train.ranks", "2"], ["--train.accumulate", "4"]):
+        assert fitted(read_config("debug", ["--train.flops", str(70.5 * of_step), *cut]))[0].train.steps == 70
+    with pytest.raises(ConfigError, match=r"train\.flops 1e\+03: a step takes .*; raise it"):
+        fitted(read_config("debug", ["--train.flops", "1e3"]))
 
 
 def test_the_fields_that_are_free_are_those_that_do_not_change_what_is_trained() -> None:

@@ -3,22 +3,22 @@
 import json
 import os
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from streaming.catalog import Catalog
 from tests.processes import free_ports
 from trainer.evaluate.knn_watch import KnnWatch
 from trainer.run import checkpoints
+from trainer.run.background_checkpoints import FolderCheckpointIO
 from trainer.run.config import Config, read_config
 from trainer.run.data import make_stream
 from trainer.run.fit import Place, fit
+from trainer.run.replay import LocalRank
 from trainer.run.step_batches import StepBatches
 from trainer.run.stop_signals import Signals
 
@@ -50,44 +50,6 @@ RUNS: list[Run] = [
 ]
 
 
-class Rank(LightningEnvironment):
-    """A rank that somebody else has started."""
-
-    def __init__(self, rank: int, num_ranks: int, port: int) -> None:
-        super().__init__()
-        self._rank, self._num_ranks, self._port = rank, num_ranks, port
-
-    @property
-    def creates_processes_externally(self) -> bool:
-        return True
-
-    @property
-    def main_address(self) -> str:
-        return "127.0.0.1"
-
-    @property
-    def main_port(self) -> int:
-        return self._port
-
-    def world_size(self) -> int:
-        return self._num_ranks
-
-    def global_rank(self) -> int:
-        return self._rank
-
-    def local_rank(self) -> int:
-        return self._rank
-
-    def node_rank(self) -> int:
-        return 0
-
-    def set_world_size(self, size: int) -> None: ...
-
-    def set_global_rank(self, rank: int) -> None: ...
-
-    def teardown(self) -> None: ...
-
-
 def configuration(catalog: str, folder: Path, name: str, overrides: tuple[str, ...]) -> Config:
     where = ["--data.catalog", catalog, "--run.out", str(folder / name), "--watch.knn_dataset", str(folder / "images")]
     return read_config("debug", [*TINY, *FOUR, *where, *overrides])
@@ -97,7 +59,7 @@ def run_rank(rank: int, catalog: str, folder: Path, port: int, runs: list[Run]) 
     torch.set_num_threads(1)
     for name, overrides in runs:
         config = configuration(catalog, folder, name, overrides)
-        place = Place(torch.device("cpu"), Rank(rank, config.train.ranks, port))
+        place = Place(torch.device("cpu"), LocalRank(rank, config.train.ranks, port))
         run(config, rank, place)
 
 
@@ -105,16 +67,15 @@ def run(config: Config, rank: int, place: Place | None, stop: Callable[[], bool]
     catalog = Catalog.load(config.data.catalog or "")
     resume = checkpoints.latest(config.run.out)
     start = checkpoints.read_meta(resume).step if resume else 0
-    source = make_stream(config.data, config.run.seed, config.train.shape, catalog, config.held_out).local_batches(
-        start, config.train.steps
-    )
-    batches = StepBatches(islice(source, rank, None, config.train.ranks), start, config)
+    stream = make_stream(config.data, config.run.seed, config.train.shape, catalog, config.held_out)
+    batches = StepBatches(stream.local_batches(start, config.train.steps, rank), start, config)
 
     def report(row: dict[str, float]) -> None:
         with open(f"{config.run.out}.jsonl", "a") as rows:
             rows.write(json.dumps(row) + "\n")
 
-    fit(config, catalog.fingerprint, batches, resume, report, Signals(stop=stop), place, KnnWatch)
+    to_storage = FolderCheckpointIO(config, catalog.fingerprint)
+    fit(config, to_storage, batches, resume, report, Signals(stop=stop), place, KnnWatch)
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from streaming.catalog import Catalog
 from streaming.errors import TilestreamError, TrainingError
 from tests.processes import TILESTREAM, wait_for
 from trainer.evaluate.knn_watch import KnnWatch
 from trainer.recipe.module import DinoModule
 from trainer.run import checkpoints
 from trainer.run.config import Config, read_config
+from trainer.run.resuming import resume_point
 from trainer.run.train import train
 
 TINY = [
@@ -102,6 +104,29 @@ def test_sigterm_saves_the_step_and_leaves_and_the_run_goes_on_from_there(catalo
     assert [row["step"] for row in logged(tmp_path / "run")] == list(range(1, stopped.steps + 1))
     longer = replace(config, train=replace(config.train, steps=stopped.steps + 1))
     assert train(longer, debug=True, force=True).start == stopped.steps
+
+
+def test_a_run_that_has_ended_goes_on_to_more_steps_and_says_what_becomes_of_its_schedules(
+    catalog: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, short = tmp_path / "run", ("--train.checkpoint_every", "2", "--optim.warmup_steps", "0")
+    train(tiny(catalog, out, *short, "--train.steps", "4"), debug=True)
+    with pytest.raises(TilestreamError, match=r"another recipe: augment\.hue 0\.1 \(now 0\.2\)"):
+        train(tiny(catalog, out, *short, "--train.steps", "6", "--augment.hue", "0.2"), debug=True)
+    capsys.readouterr()
+    assert train(tiny(catalog, out, *short, "--train.steps", "6"), debug=True).start == 4
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "have become" in line)
+    rates = [row["lr"] for row in logged(out)]
+    assert line.startswith("train: 4 steps have become 6, and from step 5 on schedules go over 6: ")
+    assert f"learning rate {rates[3]:.3g} before, {rates[4]:.3g} now" in line
+    top, low = rates[0], 1e-6  # of which the cosines are
+    assert rates[4] == pytest.approx(low + (top - low) * (1 + math.cos(math.pi * 4 / 6)) / 2, rel=1e-5)
+    assert rates[4] < rates[1]
+    # Half way it is another recipe.
+    for uri in (checkpoints.checkpoint_uri(str(out), step) for step in (6,)):
+        Path(uri, checkpoints.META).unlink()
+    with pytest.raises(TilestreamError, match=r"train\.steps 4 \(now 3\)"):
+        resume_point(tiny(catalog, out, *short, "--train.steps", "3"), Catalog.load(catalog).fingerprint)
 
 
 def test_checkpoints_come_by_minutes_too(catalog: str, tmp_path: Path) -> None:
