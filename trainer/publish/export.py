@@ -134,7 +134,7 @@ def write_timm(folder: Path, config: Config, backbone: Backbone, about: dict[str
     side, model = about["input_size"], config.model
     # Training has blocks of its own, which timm could not name; their weights are those of timm's.
     options = timm_options(side, model.patch_size, model.num_registers, model.layer_scale)
-    plain = timm.create_model(model.backbone, **options)
+    plain: Any = timm.create_model(model.backbone, **options)
     try:
         plain.load_state_dict(backbone.vit.state_dict())
     except RuntimeError as error:
