@@ -16,7 +16,7 @@ import torch
 import torch.multiprocessing as mp
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment, find_free_network_port
 from torch import Tensor
-from torch.multiprocessing.spawn import ProcessException
+from torch.multiprocessing.spawn import ProcessException, spawn
 
 from streaming import storage
 from streaming.catalog import Catalog
@@ -252,13 +252,15 @@ def _train_ranks(replay: Replay, tell: Told) -> str | None:
         with contextlib.suppress(queue.Empty):
             while True:
                 message = messages.get(timeout=_POLL_S)
-                if isinstance(message, dict):
-                    tell(message)
+                if isinstance(message, TilestreamError):
+                    errors.append(message)
+                elif isinstance(message, str):
+                    trouble.append(message)
                 else:
-                    (errors if isinstance(message, TilestreamError) else trouble).append(message)
+                    tell(message)
 
     arguments = (replay, find_free_network_port(), messages)
-    running: Any = mp.spawn(_rank_process, arguments, replay.config.train.ranks, join=False, daemon=True)
+    running: Any = spawn(_rank_process, arguments, replay.config.train.ranks, join=False, daemon=True)
     try:
         while not running.join(timeout=0):
             take()
