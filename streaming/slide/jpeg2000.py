@@ -37,6 +37,8 @@ _WHOLE, _SUBSAMPLED = ((1, 1),) * 3, (((1, 1), (2, 1), (2, 1)), ((1, 1), (2, 2),
 # whole where it leaves out nothing, and as much where it leaves out a quarter of the finest code-blocks.
 _CODE_BLOCK_PX, _REACH_PX, _WORTHWHILE = 64, 3, 0.6
 
+_HIGH_THROUGHPUT = 0x40
+
 
 @dataclass(frozen=True)
 class Header:
@@ -60,6 +62,11 @@ class Header:
     def halvings(self) -> int:
         """How often it can be decoded at half the size; 0 where that is not told."""
         return self.styles[0][1] if self.styles else 0
+
+    @property
+    def is_high_throughput(self) -> bool:
+        """Whether it has code-blocks of HTJ2K (SPcod: ISO/IEC 15444-15, table A.4)."""
+        return any(style[4] & _HIGH_THROUGHPUT for style in self.styles)
 
     def is_decoded(self, *, ycbcr: bool, samples: int = 3) -> bool:
         """Whether it has so many components of 8 bits, with a subsampling that is known, in few tiles."""
@@ -251,7 +258,9 @@ def _area_of(
 ) -> Pixels | None:
     """A codestream's pixels, of which those within an area are right; None where OpenJPEG can't be asked for them."""
     whole = left, top, right, bottom = 0, 0, header.width, header.height
-    if area is not None and _share_of_code_blocks(area, whole, scale) <= _WORTHWHILE:
+    # Of HTJ2K's code-blocks OpenJPEG 2.5.4 leaves an area blank, without a word.
+    in_part = area is not None and not header.is_high_throughput
+    if in_part and _share_of_code_blocks(area, whole, scale) <= _WORTHWHILE:
         unit = 2 * scale  # so that subsampled chroma has a sample at its corner
         left, top = area[0] // unit * unit, area[1] // unit * unit
         right, bottom = (min(-(-at // unit) * unit, most) for at, most in zip(area[2:], whole[2:], strict=True))

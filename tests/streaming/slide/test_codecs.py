@@ -137,11 +137,13 @@ def test_jpeg_2000_at_a_smaller_size_is_the_average_of_its_pixels_in_their_colou
 
 @lru_cache
 def wavelet_block(kind: str, width: int, height: int, code_block: int = 64) -> tuple[bytes, codecs.BlockFormat]:
-    """A noisy JPEG 2000: rgb by either wavelet, whole or in tiles, grey, or YCbCr of a subsampling."""
+    """A noisy JPEG 2000: rgb by either wavelet, whole or in tiles, HTJ2K, grey, or YCbCr of a subsampling."""
     coarse = np.random.default_rng(0).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3)).astype(np.uint8)
     content = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
     if kind in SUBSAMPLINGS:
         block = jpeg2000_ycbcr(content, SUBSAMPLINGS[kind], 44)
+    elif kind == "high throughput":
+        block = imagecodecs.htj2k_encode(content)
     else:
         file = io.BytesIO()
         options: dict[str, Any] = {"codeblock_size": (code_block,) * 2, "num_resolutions": 4, "no_jp2": True}
@@ -161,7 +163,7 @@ SUBSAMPLINGS = {"444": (1, 1), "422": (2, 1), "420": (2, 2)}
 
 @PROPERTY
 @given(
-    st.sampled_from(["rgb", "reversible", "tiles", "grey", *SUBSAMPLINGS]),
+    st.sampled_from(["rgb", "reversible", "tiles", "high throughput", "grey", *SUBSAMPLINGS]),
     st.sampled_from([(256, 256), (240, 320), (328, 200), (72, 64)]),
     st.sampled_from([16, 64]),
     st.sampled_from([1, 2, 4, 8]),
