@@ -259,8 +259,8 @@ def _area_of(
     """A codestream's pixels, of which those within an area are right; None where OpenJPEG can't be asked for them."""
     whole = left, top, right, bottom = 0, 0, header.width, header.height
     # Of HTJ2K's code-blocks OpenJPEG 2.5.4 leaves an area blank, without a word.
-    in_part = area is not None and not header.is_high_throughput
-    if in_part and _share_of_code_blocks(area, whole, scale) <= _WORTHWHILE:
+    area = None if header.is_high_throughput else area
+    if area is not None and _share_of_code_blocks(area, whole, scale) <= _WORTHWHILE:
         unit = 2 * scale  # so that subsampled chroma has a sample at its corner
         left, top = area[0] // unit * unit, area[1] // unit * unit
         right, bottom = (min(-(-at // unit) * unit, most) for at, most in zip(area[2:], whole[2:], strict=True))
