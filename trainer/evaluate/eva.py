@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -274,14 +273,14 @@ def _over_runs(task: str, labels: Ints, found: Sequence[Probabilities], groups: 
     area = auroc(task, repeated, np.concatenate(found), of_group, of_run, seed)
     areas = [auroc(task, labels, one, None, np.zeros(num, np.int64)).value for one in found]
     return [
-        replace(accuracy, value=statistics.mean(accuracies), stdev=stdev(accuracies)),
+        replace(accuracy, value=float(np.mean(accuracies)), stdev=stdev(accuracies)),
         replace(area, n=num, stdev=stdev(areas)),
     ]
 
 
 def stdev(values: Sequence[float]) -> float:
     """Over runs; NaN of one."""
-    return statistics.stdev(values) if len(values) > 1 else math.nan
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
 def made(make: Callable[[], nn.Module], seed: int, run: int, device: torch.device) -> nn.Module:

@@ -164,6 +164,16 @@ def test_scores_are_the_mean_of_the_runs_with_their_deviation() -> None:
     assert np.isnan(one[0].stdev)
 
 
+def test_a_test_part_of_one_class_has_no_area() -> None:
+    labels = np.array([0, 1] * 15 + [0] * 10)
+    embeddings = np.random.default_rng(0).standard_normal((40, 8)).astype(np.float32)
+    samples = samples_of(labels, parts_of({"train": 20, "val": 10, "test": 10})[0])
+    fold, _ = eva.eva_fold(samples)
+    accuracy, area = eva.score_tiles(embeddings, samples, fold, setting=replace(eva.TILES, steps=30, runs=2))
+    assert accuracy.value > 0
+    assert np.isnan([area.value, area.stdev]).all()
+
+
 def test_without_a_split_it_is_refused_and_with_two_parts_it_is_told() -> None:
     labels = np.arange(12) % 2
     with pytest.raises(ConfigError, match="protocol eva needs a split"):
@@ -318,5 +328,5 @@ def test_the_command_prints_and_writes_scores_of_runs(
     accuracy, area = pq.read_table(f"{out}/scores.parquet").to_pylist()
     for row, metric in ((accuracy, "balanced accuracy"), (area, "AUROC")):
         assert row["metric"] == metric
-        assert row["value"] > 0.8  # red and blue are told apart
+        assert row["value"] > 0.7  # red and blue are told apart
         assert row["stdev"] is not None
