@@ -92,10 +92,12 @@ def run_catalog(args: Namespace) -> None:
     """Builds the catalog, says what became of the slides, and draws them if asked to.
 
     Raises:
-        ConfigError: neither slides nor a preview are asked for.
+        ConfigError: neither slides nor a preview are asked for, or options are given that only slides need.
     """
     if args.slides:
         _build(args)
+    elif given := _of_slides(args):
+        raise ConfigError(f"{', '.join(given)}: says how slides are looked at; name SLIDES, too")
     elif not args.preview:
         raise ConfigError(f"catalog: no SLIDES; name {SLIDES_HELP}")
     if args.preview:
@@ -103,6 +105,20 @@ def run_catalog(args: Namespace) -> None:
 
         where, num = write_preview(args.out, storage_options(args))
         out(f"{where}: {num} slides to look at")
+
+
+def _of_slides(args: Namespace) -> list[str]:
+    """The options that are given, and change nothing where no slides are named."""
+    idc, masks = read_options(args, IdcOptions), read_options(args, MaskOptions)
+    values = {
+        "--where": idc.where,
+        "--idc-index": idc.idc_index,
+        "--mpp": args.mpp,
+        "--metadata": args.metadata,
+        "--masks": masks.masks,
+        "--recheck": args.recheck or None,
+    }
+    return [option for option, value in values.items() if value is not None]
 
 
 def _build(args: Namespace) -> None:

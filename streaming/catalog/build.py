@@ -29,7 +29,7 @@ from streaming.catalog.tissue import Colour
 from streaming.catalog.writing import part_of
 from streaming.errors import CatalogError, ConfigError
 from streaming.progress import ProgressLine
-from streaming.slide.geometry import MANY_PIXELS
+from streaming.slide.geometry import MANY_PIXELS, MPP_RANGE, is_plausible_mpp
 from streaming.storage.staging import Staging
 
 _SAVE_EVERY_S, _SAVE_NBYTES = 20.0, 2**26
@@ -93,9 +93,9 @@ def build_catalog(
         CatalogError: a source holds no slide, none could be used, or `out` holds a catalog of another version.
         StorageError: a source or `out` can't be reached.
     """
-    if mpp is not None and not mpp > 0:
-        raise ConfigError(f"--mpp {mpp}; it is µm per pixel, a number above 0")
-    metadata = read_metadata(metadata_csv, options) if metadata_csv else {}
+    if mpp is not None and not is_plausible_mpp(mpp):
+        raise ConfigError(f"--mpp {mpp}; it is µm per pixel, {MPP_RANGE}")
+    metadata = read_metadata(metadata_csv, options) if metadata_csv is not None else {}
     skipped: dict[str, str] = {}
     slides = {named.uri: named for named in find(sources, options, idc, skipped)}
     staging = staging or Staging()

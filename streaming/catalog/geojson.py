@@ -36,6 +36,11 @@ REGION, IGNORE = "Region*", "Ignore*"
 """classes of QuPath's: where all is annotated, and what shall not count"""
 _GEOMETRIES = ("Point", "MultiPoint", "LineString", "MultiLineString", "Polygon", "MultiPolygon", "GeometryCollection")
 _POINTED = ("cell", "detection")  # objects that are also a point each
+# What comes of files that are something else, damaged or (RuntimeError) encrypted or nested without end.
+_NO_SHAPES = (
+    *(ValueError, TypeError, LookupError, AttributeError, EOFError, OSError, RuntimeError),
+    *(zlib.error, zipfile.BadZipFile),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +131,7 @@ def read_annotation(uri: str, options: storage.StorageOptions | None = None, unn
         content: Any = json.loads(_unpacked(uri, storage.read_bytes(uri, options)))
         features = list(_features(content))
         read = [_shapes(feature, unnamed) for feature in features]
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, OSError, zlib.error) as error:
+    except _NO_SHAPES as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{uri}: no GeoJSON of shapes ({type(error).__name__}: {error}); export it anew") from error

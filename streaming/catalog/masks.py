@@ -101,7 +101,12 @@ class Mask:
         return coverage(counted, height, width, width / slide.level_dimensions[0][0])
 
     def _of_image(self, slide: Slide, height: int, width: int, options: storage.StorageOptions | None) -> Pixels:
-        found: Any = cv2.imdecode(np.frombuffer(storage.read_bytes(self.uri, options), np.uint8), cv2.IMREAD_UNCHANGED)
+        content = np.frombuffer(storage.read_bytes(self.uri, options), np.uint8)
+        try:
+            found: Any = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
+        except cv2.error as error:  # an empty file; an image of over 2^30 px
+            why = "is empty" if not content.size else f"can't be decoded ({error.err}); save it with fewer pixels"
+            raise ConfigError(f"{self.uri}: {why}") from error
         if found is None or found.dtype != np.uint8 or not (found.ndim == 2 or _is_grey(found)):
             raise ConfigError(f"{self.uri}: no mask; it is an image of 8 bits without colours")
         values: Pixels = found if found.ndim == 2 else found[:, :, 0]
@@ -139,9 +144,12 @@ def _is_grey(image: Pixels) -> bool:
 
 def _codes(names: Iterable[str]) -> list[int]:
     try:
-        return [int(name) for name in names]
+        codes = [int(name) for name in names]
     except ValueError:
-        raise ConfigError(f"--masks-include and --masks-exclude of images are values 0 to 255, not {names}") from None
+        codes = [-1]
+    if any(not 0 <= code <= 255 for code in codes):
+        raise ConfigError(f"--masks-include and --masks-exclude of images are values 0 to 255, not {names}")
+    return codes
 
 
 def find_masks(

@@ -12,6 +12,7 @@ import pyarrow as pa
 from streaming import storage
 from streaming.catalog.tables import OF_CLAM, read_rows
 from streaming.errors import ConfigError
+from streaming.slide.geometry import MPP_RANGE, is_plausible_mpp
 
 _KEY_COLUMNS = ("slide", "uri", "path", "filename", "file", "name")
 
@@ -53,7 +54,7 @@ def mpp_of(values: Mapping[str, str], uri: str) -> float | None:
     """The µm/px that a table's column `mpp` gives a slide; a comma may stand for the point.
 
     Raises:
-        ConfigError: it is no number above 0.
+        ConfigError: it is no number, or no microscope's.
     """
     text = values.get("mpp")
     if text is None:
@@ -62,8 +63,8 @@ def mpp_of(values: Mapping[str, str], uri: str) -> float | None:
         mpp = float(text.replace(",", "."))
     except ValueError:
         mpp = 0.0
-    if not mpp > 0:
-        raise ConfigError(f"{uri}: mpp {text!r} in the table; it is µm per pixel, a number above 0")
+    if not is_plausible_mpp(mpp):
+        raise ConfigError(f"{uri}: mpp {text!r} in the table; it is µm per pixel, {MPP_RANGE}")
     return mpp
 
 

@@ -138,7 +138,7 @@ def check_version(table: pa.Table, uri: str) -> None:
     if found != str(VERSION):
         raise CatalogError(
             f"{uri}: catalog of version {found}, this tilestream reads version {VERSION}; "
-            "build it anew with `tilestream catalog`"
+            "build it anew with `tilestream catalog`, in another folder"
         )
 
 

@@ -69,6 +69,8 @@ def _is_whole(values: list[str]) -> bool:
 def _text(uri: str, content: bytes) -> str:
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return content.decode("utf-16", errors="replace")
+    if b"\0" in content:  # a workbook of Excel, what is packed, UTF-16 without its mark
+        raise ConfigError(f"{uri}: no table of text; save it as CSV in UTF-8, or as Parquet")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -36,6 +36,8 @@ _REDUCTIONS = (1, 2, 4, 8)
 
 # µm/px outside this is a default or a unit mix-up in the metadata (72 dpi reads as 352 µm/px), not a microscope.
 _PLAUSIBLE_MPP = (0.02, 20.0)
+MPP_RANGE = f"a number from {_PLAUSIBLE_MPP[0]} to {_PLAUSIBLE_MPP[1]:.0f}"
+"""what is said where other is given"""
 _MIN_REMAINING_RATIO = 2.5
 # More than this is a mistake, not a region: 3 GiB of pixels.
 _MAX_REGION_PX = 2**30
@@ -182,13 +184,18 @@ def checked_tile_box(
     return box
 
 
+def is_plausible_mpp(value: float) -> bool:
+    """Whether so many µm/px can be a microscope's."""
+    return _PLAUSIBLE_MPP[0] <= value <= _PLAUSIBLE_MPP[1]
+
+
 def plausible_mpp(uri: str, values: Sequence[float]) -> float | None:
     """The µm/px that metadata give for the axes, as one number; None where they can't be a microscope's.
 
     Raises:
         SlideError: the pixels are not square.
     """
-    if not values or not all(_PLAUSIBLE_MPP[0] <= value <= _PLAUSIBLE_MPP[1] for value in values):
+    if not values or not all(map(is_plausible_mpp, values)):
         return None
     if max(values) > 1.05 * min(values):
         raise SlideError(f"{uri}: pixels of {values[0]} × {values[1]} µm are not square; resample the slide")

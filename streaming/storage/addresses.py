@@ -12,6 +12,8 @@ import posixpath
 import re
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
+from streaming.errors import ConfigError
+
 S3, GCS, AZURE = "s3", "gs", "az"
 HTTP = ("http", "https")
 # Those of fsspec's packages that mean the same.
@@ -29,7 +31,18 @@ def is_local(uri: str) -> bool:
 
 def local_path(uri: str) -> str:
     """The absolute path of a local URI."""
+    _check_given(uri)
     return os.path.abspath(os.path.expanduser(uri.removeprefix("file://").removeprefix("local://")))
+
+
+def _check_given(uri: str) -> None:
+    """Refuses an empty address, which would name the folder that a command happens to run in, or the root.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if not uri:
+        raise ConfigError("an address is empty; is a variable of the shell that it comes from not set?")
 
 
 def protocol_of(uri: str) -> str:
@@ -98,6 +111,7 @@ def is_plain(key: str) -> bool:
 
 def join(uri: str, *names: str) -> str:
     """A URI below another."""
+    _check_given(uri)
     return posixpath.join(uri.rstrip("/") or "/", *names)
 
 

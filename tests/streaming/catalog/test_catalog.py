@@ -112,7 +112,8 @@ def test_a_catalog_of_another_version_is_refused_with_one_line_that_says_to_buil
     for command in (["stream", out, "--dry-run"], ["catalog", str(slides[0]), "--out", out]):
         assert main(command) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert re.search(r"version 3, this tilestream reads version 8; build it anew with `tilestream catalog`$", line)
+        remedy = r"build it anew with `tilestream catalog`, in another folder$"
+        assert re.search(rf"version 3, this tilestream reads version 8; {remedy}", line)
         assert out in line
 
 

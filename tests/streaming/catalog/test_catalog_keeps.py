@@ -1,5 +1,6 @@
 """A catalog loses nothing: what was told of slides stays, corrections reach them, every file is accounted for."""
 
+import gzip
 import os
 import shutil
 import socket
@@ -13,6 +14,7 @@ from streaming import storage
 from streaming.catalog import Catalog, keeping
 from streaming.catalog.build import build_catalog
 from streaming.catalog.metadata_csv import read_metadata
+from streaming.errors import ConfigError
 from streaming.storage.staging import Staging
 from streaming.synthetic.layout import SyntheticSlide
 from streaming.synthetic.svs import write_slide
@@ -158,6 +160,54 @@ def test_a_csv_that_contradicts_the_metadata_is_told_and_decides_if_asked_to(
     # The same table without the option: the metadata counts again.
     assert main(command) == 0
     assert column(out, "mpp") == [0.25, 0.25, 0.5]
+
+
+@pytest.mark.parametrize("mpp", ["inf", "1e-9", "352", "0", "-1", "nan", "0.25 µm"])
+def test_a_µm_px_that_is_no_microscope_s_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mpp: str
+) -> None:
+    table = tmp_path / "m.csv"
+    table.write_text(f"slide,mpp\na,{mpp}\n")
+    command = ["catalog", str(folder), "--out", str(tmp_path / "catalog")]
+    if mpp != "nan":  # in a table, it is a missing value
+        assert main([*command, "--metadata", str(table), "--mpp-from", "csv"]) == 2
+        assert (
+            f"a.svs: mpp '{mpp}' in the table; it is µm per pixel, a number from 0.02 to 20" in capsys.readouterr().err
+        )
+    if " " not in mpp:
+        assert main([*command, f"--mpp={mpp}"]) == 2
+        assert "it is µm per pixel, a number from 0.02 to 20" in capsys.readouterr().err
+    assert not (tmp_path / "catalog").exists()
+
+
+@pytest.mark.parametrize("option", ["--out", "--metadata", "--masks", "SLIDES"])
+def test_an_empty_address_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    given = {"SLIDES": str(folder), "--out": str(tmp_path / "catalog"), option: ""}
+    slides = given.pop("SLIDES")
+    assert main(["catalog", slides, *(word for pair in given.items() for word in pair)]) == 2
+    assert "an address is empty; is a variable of the shell" in capsys.readouterr().err
+    assert not (tmp_path / "catalog").exists()
+
+
+@pytest.mark.parametrize("option", ["--metadata=m.csv", "--masks=m", "--mpp=0.5", "--recheck", "--where=x = 1"])
+def test_options_that_a_preview_alone_would_pass_over_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    assert main(["catalog", "--out", str(tmp_path), "--preview", option]) == 2
+    assert f"{option.split('=')[0]}: says how slides are looked at; name SLIDES, too" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"PK\x03\x04\x14\x00\x06,\xff", gzip.compress(b"slide,x\na,b\n"), "slide,x\na,b\n".encode("utf-16-le")],
+    ids=["workbook", "gzip", "utf-16 without its mark"],
+)
+def test_a_table_that_is_no_text_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "m.xlsx").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"m\.xlsx: no table of text; save it as CSV"):
+        read_metadata(str(tmp_path / "m.xlsx"), None)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])

@@ -2,6 +2,8 @@
 
 import json
 import os
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +157,8 @@ def test_the_classes_of_an_image_must_be_named(
     assert np.abs(fractions(out) - shares(shapely.box(0, 0, 1024, 1536))).max() < 0.02
     assert catalog(slides[0], "--out", tmp_path / "x", "--masks", masks, "--masks-include", "pen") == 2
     assert "values 0 to 255" in capsys.readouterr().err
+    assert catalog(slides[0], "--out", tmp_path / "x", "--masks", masks, "--masks-include", "999") == 2
+    assert "values 0 to 255" in capsys.readouterr().err
     assert catalog(slides[0], "--out", out, "--masks-include", "1") == 2
     assert "--masks FOLDER" in capsys.readouterr().err
 
@@ -177,6 +181,38 @@ def test_a_mask_that_fits_no_slide_rejects_its_slide_alone(
     (rejected,) = pq.read_table(tmp_path / "out/rejected.parquet").to_pylist()
     assert rejected["slide"] == str(slides[1])
     assert told in rejected["reason"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("patient1.png", b"", "patient1.png: is empty"),
+        ("patient1.geojson", b"", "no GeoJSON of shapes"),
+        ("patient1.geojson", b"[" * 10**5, "no GeoJSON of shapes (RecursionError"),
+        ("patient1.geojson.gz", b"\x1f\x8b\x08\x00none", "no GeoJSON of shapes (EOFError"),
+        ("patient1.geojson.zip", b"PK\x03\x04none", "no GeoJSON of shapes (BadZipFile"),
+    ],
+    ids=["empty image", "empty shapes", "nested without end", "cut gzip", "cut zip"],
+)
+def test_a_damaged_mask_is_told_by_its_name(
+    slides: list[Path], masks: Path, tmp_path: Path, name: str, content: bytes, told: str
+) -> None:
+    (masks / name).write_bytes(content)
+    assert catalog(*slides[:2], "--out", tmp_path / "out", "--masks", masks) == 0
+    (rejected,) = pq.read_table(tmp_path / "out/rejected.parquet").to_pylist()
+    assert rejected["slide"] == str(slides[1])
+    assert told in rejected["reason"]
+
+
+def test_an_image_of_too_many_pixels_is_told(slides: list[Path], masks: Path, tmp_path: Path) -> None:
+    path = masks / "patient1.png"
+    Image.new("L", (4, 3)).save(path)
+    header = b"IHDR" + struct.pack(">II", 44_000, 33_000) + path.read_bytes()[24:29]
+    content = path.read_bytes()
+    path.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
+    assert catalog(*slides[:2], "--out", tmp_path / "out", "--masks", masks) == 0
+    (rejected,) = pq.read_table(tmp_path / "out/rejected.parquet").to_pylist()
+    assert "save it with fewer pixels" in rejected["reason"]
 
 
 def test_what_has_no_partner_is_counted_and_a_mask_is_remembered(
