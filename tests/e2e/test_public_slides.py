@@ -109,7 +109,7 @@ def test_from_the_index_to_a_model_with_its_card(
 
     # The others are added, what was there is not asked for again, and what can't be used is told by its series.
     assert main(["catalog", "idc:tcga_*", "idc:gtex", "idc:cptac_luad", *index, "--out", catalog]) == 0
-    assert "10 slides: 7 added, 3 unchanged, 3 rejected" in capsys.readouterr().out
+    assert "10 slides: 7 added, 0 changed, 3 unchanged, 3 rejected" in capsys.readouterr().out
     reasons = {row["slide"]: row["reason"] for row in pq.read_table(f"{catalog}/rejected.parquet").to_pylist()}
     assert set(reasons) == {f"{BUCKET}/{uuid}" for uuid in UNUSABLE}
     assert reasons[f"{BUCKET}/d8"] == "no tissue found"
@@ -172,7 +172,7 @@ def test_a_catalog_killed_midway_goes_on_and_is_the_undisturbed_one(
     assert 0 < saved < 10
     assert main([*source, str(killed)]) == 0
     said = capsys.readouterr()
-    assert f"10 slides: {10 - saved} added, {saved} unchanged, 3 rejected" in said.out
+    assert f"10 slides: {10 - saved} added, 0 changed, {saved} unchanged, 3 rejected" in said.out
     assert f"catalog: {13 - saved} to look at, {saved} known: about" in said.err
     assert main([*source, str(whole)]) == 0
     one, other = Catalog.load(str(killed)), Catalog.load(str(whole))

@@ -35,7 +35,7 @@ def test_catalog_training_kill_resume_and_embedding_on_s3(s3_slides: str, s3_buc
     slides = storage.expand(s3_slides)[0]
     catalog, out = f"{s3_bucket}/road/catalog", f"{s3_bucket}/road/run"
     assert f"{len(slides)} slides: {len(slides)} added" in run("catalog", s3_slides, "--out", catalog)
-    assert f"0 added, {len(slides)} unchanged" in run("catalog", s3_slides, "--out", catalog)
+    assert f"0 added, 0 changed, {len(slides)} unchanged" in run("catalog", s3_slides, "--out", catalog)
 
     arguments = ["train", "debug", "--data.catalog", catalog, "--run.out", out, "--train.steps", "8"]
     arguments += [*MIX, *SMALL, "--train.ranks", "2", "--train.batch", "8", "--train.checkpoint_every", "2"]

@@ -90,7 +90,7 @@ def test_ranks_share_a_step_and_one_s_share_can_be_had_alone(catalog: str, tmp_p
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["rank-01.html", "rank-01.safetensors"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_train_again_without_ray_as_they_did_on_it(catalog: str, tmp_path: Path) -> None:
     config = tiny(catalog, tmp_path / "run", *SEVEN, "--train.ranks", "2", "--mask.group_size", "1")
     train(config)
