@@ -24,6 +24,7 @@ from streaming.command_line import (
     add_command,
     add_options,
     add_storage_options,
+    address,
     named_weights,
     out,
     pair,
@@ -64,7 +65,9 @@ def add_catalog(commands: Any) -> None:
         run_catalog,
     )
     parser.add_argument("slides", nargs="*", metavar="SLIDES", help=SLIDES_HELP)
-    parser.add_argument("--out", required=True, metavar="URI", help="folder of the catalog; extended if it exists")
+    parser.add_argument(
+        "--out", type=address, required=True, metavar="URI", help="folder of the catalog; extended if it exists"
+    )
     add_options(parser, IdcOptions, where={"metavar": "SQL"}, idc_index={"metavar": "URI"})
     parser.add_argument("--mpp", type=float, metavar="µm/px", help="level-0 mpp of slides whose metadata has none")
     parser.add_argument(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from functools import cache
@@ -19,7 +19,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 
 import docstring_parser
 
-from streaming.errors import ConfigError
+from streaming.errors import EMPTY_ADDRESS, ConfigError
 from streaming.mirrors import default_mirrors, read_mirrors
 from streaming.secrets import hidden
 
@@ -183,6 +183,17 @@ def storage_options(args: Namespace) -> dict[str, Any]:
     # Told here, since workers on other machines have another environment.
     mirrors = read_mirrors(args.mirrors) or default_mirrors()
     return hidden({**options, "mirrors": mirrors} if mirrors else options)
+
+
+def address(text: str) -> str:
+    """An address, as an option gives it.
+
+    Raises:
+        ArgumentTypeError: it is empty.
+    """
+    if not text:
+        raise ArgumentTypeError(EMPTY_ADDRESS)
+    return text
 
 
 def pair(text: str) -> tuple[int, int]:

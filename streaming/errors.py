@@ -21,6 +21,8 @@ A message says what, where, the numbers, and the next action, in one line.
 
 from __future__ import annotations
 
+EMPTY_ADDRESS = "an address is empty; is a variable of the shell that it comes from not set?"
+
 
 class TilestreamError(Exception):
     """Base of all errors a user can act on."""

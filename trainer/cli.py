@@ -11,7 +11,7 @@ from typing import Any
 
 from streaming import storage
 from streaming.cli import add_bench, add_catalog, add_doctor, add_stream
-from streaming.command_line import OneLineParser, add_command
+from streaming.command_line import OneLineParser, add_command, address
 from streaming.errors import TilestreamError, root_cause
 from trainer.model_commands import add_embed, add_evaluate, add_export, add_lazyslide, add_picture, add_report
 from trainer.training_commands import add_capacity, add_replay, add_sweep, add_train
@@ -26,7 +26,9 @@ def add_demo(commands: Any) -> None:
         "  tilestream demo --out demo-output",
         run_demo_command,
     )
-    parser.add_argument("--out", default="demo-output", metavar="FOLDER", help="where all of it goes (demo-output)")
+    parser.add_argument(
+        "--out", type=address, default="demo-output", metavar="FOLDER", help="where all of it goes (demo-output)"
+    )
     parser.add_argument("--steps", type=int, default=60, help="optimiser steps (60)")
 
 

@@ -12,6 +12,7 @@ from streaming.command_line import (
     add_command,
     add_options,
     add_storage_options,
+    address,
     out,
     read_options,
     storage_options,
@@ -37,7 +38,9 @@ def add_embed(commands: Any) -> None:
         "checkpoint", metavar="CHECKPOINT", help="a run or one of its checkpoints/step-…, an export, or a timm model"
     )
     parser.add_argument("slides", nargs="+", metavar="SLIDES", help=SLIDES_HELP)
-    parser.add_argument("--out", required=True, metavar="URI", help="folder of the files; done slides stay")
+    parser.add_argument(
+        "--out", type=address, required=True, metavar="URI", help="folder of the files; done slides stay"
+    )
     add_options(parser, IdcOptions, where={"metavar": "SQL"}, idc_index={"metavar": "URI"})
     add_options(parser, EmbedOptions, readers={"metavar": "MIN:MAX"}, slide_mpp={"metavar": "µm/px"})
     add_storage_options(parser)
@@ -78,7 +81,7 @@ def add_evaluate(commands: Any) -> None:
     )
     parser.add_argument("dataset", metavar="DATASET", help="a folder of images by class, a .csv, .tsv or .parquet file")
     add_scoring(parser)
-    parser.add_argument("--out", metavar="URI", help="folder of scores.parquet and scores.json")
+    parser.add_argument("--out", type=address, metavar="URI", help="folder of scores.parquet and scores.json")
     add_storage_options(parser)
 
 
@@ -125,7 +128,9 @@ def add_picture(commands: Any) -> None:
         most={"metavar": "N"},
     )
     parser.add_argument("embeddings", nargs="+", metavar="EMBEDDINGS", help="files or folders of `tilestream embed`")
-    parser.add_argument("--out", required=True, metavar="URI", help="folder of the files; of neighbours, map: the file")
+    parser.add_argument(
+        "--out", type=address, required=True, metavar="URI", help="folder of the files; of neighbours, map: the file"
+    )
     add_storage_options(parser)
 
 
@@ -147,7 +152,7 @@ def add_report(commands: Any) -> None:
         run_report,
     )
     parser.add_argument("run_folder", metavar="RUN", help="a run's folder, or one of its checkpoints/step-…")
-    parser.add_argument("--out", default="report.html", metavar="URI", help="the file (report.html)")
+    parser.add_argument("--out", type=address, default="report.html", metavar="URI", help="the file (report.html)")
     of_scores, of_embeddings = "folders of `tilestream evaluate --out`", "files or folders of `tilestream embed`"
     parser.add_argument("--scores", nargs="+", default=[], metavar="FOLDER", help=of_scores)
     parser.add_argument("--embeddings", nargs="+", default=[], metavar="URI", help=of_embeddings)
@@ -173,7 +178,9 @@ def add_lazyslide(commands: Any) -> None:
         run_lazyslide,
     )
     parser.add_argument("embeddings", nargs="+", metavar="EMBEDDINGS", help="files or folders of `tilestream embed`")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the stores go, NAME.zarr each")
+    parser.add_argument(
+        "--out", type=address, required=True, metavar="FOLDER", help="where the stores go, NAME.zarr each"
+    )
     parser.add_argument("--feature", default="tilestream", help="their table is FEATURE_tiles (tilestream)")
     add_storage_options(parser)
 
@@ -196,7 +203,7 @@ def add_export(commands: Any) -> None:
         run_export,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints/step-…")
-    parser.add_argument("--out", required=True, metavar="URI", help="folder of the model")
+    parser.add_argument("--out", type=address, required=True, metavar="URI", help="folder of the model")
     add_options(parser, ExportOptions, license={"metavar": "SPDX"}, eva={"metavar": "TASK.yaml"})
     add_storage_options(parser)
 

@@ -9,7 +9,15 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
-from streaming.command_line import add_command, add_options, add_storage_options, out, read_options, storage_options
+from streaming.command_line import (
+    add_command,
+    add_options,
+    add_storage_options,
+    address,
+    out,
+    read_options,
+    storage_options,
+)
 from streaming.errors import ConfigError
 from streaming.operate.capacity import (
     Capacity,
@@ -95,7 +103,7 @@ def add_replay(commands: Any) -> None:
     parser.add_argument("--step", type=int, required=True, metavar="N", help="as metrics.parquet counts, from 1")
     parser.add_argument("--ranks", type=int, nargs="+", metavar="R", help="whose tiles are drawn, from 0 (all)")
     parser.add_argument("--no-losses", action="store_true", help="train nothing again")
-    parser.add_argument("--out", metavar="URI", help="folder of the files (RUN/replay/step-N)")
+    parser.add_argument("--out", type=address, metavar="URI", help="folder of the files (RUN/replay/step-N)")
     add_storage_options(parser)
     parser.set_defaults(takes_overrides=True)
 
@@ -152,7 +160,9 @@ def add_sweep(commands: Any) -> None:
     parser.usage = "tilestream sweep CONFIG --evaluate DATASET --out URI [options] [--section.key value ...]"
     parser.add_argument("config", metavar="CONFIG", help=f"a YAML file or a preset: {', '.join(presets())}")
     parser.add_argument("--evaluate", required=True, metavar="DATASET", help="labelled tiles, as for `evaluate`")
-    parser.add_argument("--out", required=True, metavar="URI", help="folder of the runs, sweep.parquet and sweep.png")
+    parser.add_argument(
+        "--out", type=address, required=True, metavar="URI", help="folder of the runs, sweep.parquet and sweep.png"
+    )
     parser.add_argument("--slides", default="0.01,0.1,1.0", metavar="SHARES", help="of the slides (0.01,0.1,1.0)")
     parser.add_argument(
         "--tiles-per-slide", default="100,1000,inf", metavar="N", help="distinct tiles of each (100,1000,inf)"

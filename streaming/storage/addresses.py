@@ -12,7 +12,7 @@ import posixpath
 import re
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from streaming.errors import ConfigError
+from streaming.errors import EMPTY_ADDRESS, ConfigError
 
 S3, GCS, AZURE = "s3", "gs", "az"
 HTTP = ("http", "https")
@@ -30,19 +30,14 @@ def is_local(uri: str) -> bool:
 
 
 def local_path(uri: str) -> str:
-    """The absolute path of a local URI."""
-    _check_given(uri)
-    return os.path.abspath(os.path.expanduser(uri.removeprefix("file://").removeprefix("local://")))
-
-
-def _check_given(uri: str) -> None:
-    """Refuses an empty address, which would name the folder that a command happens to run in, or the root.
+    """The absolute path of a local URI.
 
     Raises:
-        ConfigError: it is one.
+        ConfigError: it is empty.
     """
-    if not uri:
-        raise ConfigError("an address is empty; is a variable of the shell that it comes from not set?")
+    if not uri:  # it would name the folder that a command happens to run in
+        raise ConfigError(EMPTY_ADDRESS)
+    return os.path.abspath(os.path.expanduser(uri.removeprefix("file://").removeprefix("local://")))
 
 
 def protocol_of(uri: str) -> str:
@@ -110,9 +105,8 @@ def is_plain(key: str) -> bool:
 
 
 def join(uri: str, *names: str) -> str:
-    """A URI below another."""
-    _check_given(uri)
-    return posixpath.join(uri.rstrip("/") or "/", *names)
+    """A URI below another; below an empty one, as the folder of a relative path is, just the names."""
+    return posixpath.join(uri.rstrip("/") or uri[:1], *names)
 
 
 def name_of(uri: str) -> str:

@@ -121,6 +121,7 @@ def _child_named(name: str, pid: int) -> int:
     return next(child.pid for child in children if " ".join(child.cmdline()).startswith(name))
 
 
+@pytest.mark.long
 def test_the_digests_of_steps_do_not_depend_on_ranks_readers_or_where_a_run_starts(catalog: str) -> None:
     def digests(*arguments: str) -> list[str]:
         printed = run("stream", catalog, "--batch", "8", "--size", "64", "--digest", *arguments)

@@ -70,6 +70,15 @@ def test_the_pixels_equal_openslides(kind: Kind, slides: list[Path], tmp_path: P
         assert_same_pixels(slide, oracle)
 
 
+def test_a_series_is_opened_by_a_name_in_the_folder_that_one_is_in(
+    slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = write_series(tmp_path, slides[0], next(iter(OF_OPENSLIDE.values())))[0]
+    monkeypatch.chdir(first.parent)
+    there, here = open_slide(str(first)), open_slide(first.name)
+    assert np.array_equal(here.read_region((500, 300), 0, (9, 9)), there.read_region((500, 300), 0, (9, 9)))
+
+
 @pytest.mark.parametrize("kind", OF_OURS.values(), ids=OF_OURS)
 def test_what_openslide_refuses_has_the_pixels_that_were_written(
     kind: Kind, slides: list[Path], tmp_path: Path
