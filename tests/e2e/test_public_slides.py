@@ -153,7 +153,7 @@ def test_a_catalog_killed_midway_goes_on_and_is_the_undisturbed_one(
 
     def slowly(number: int) -> str:
         # Parts are saved after 20 seconds: by then some series must be done, and others not.
-        time.sleep(3 if number > 20 else 0)
+        time.sleep(8 if number > 20 else 0)
         return ""
 
     with FaultyServer(os.environ["AWS_ENDPOINT_URL"], slowly) as server:
