@@ -1,7 +1,6 @@
 """Groups of ranks with datasets of their own: what one of them loses, or how slow it is, changes no batch."""
 
 import contextlib
-import gc
 import os
 import re
 import subprocess
@@ -40,7 +39,6 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()  # another file's may have nodes that are gone
     cluster.connect(8)
     yield
-    gc.collect()  # an iterator that lives on would tell a coordinator of another cluster that it ends
     ray.shutdown()
 
 
