@@ -89,7 +89,7 @@ def planned_runs(
     if not runs:
         raise ConfigError("--slides and --tiles-per-slide: give at least one value of each")
     for run in runs:
-        run.of(config, ".")  # the universe refuses what makes no sense
+        run.of(config, "")  # the universe refuses what makes no sense
     return runs
 
 

@@ -30,6 +30,7 @@ from streaming.vision import cv2
 
 _SHAPES = (".geojson", ".json", ".geojson.gz", ".json.gz", ".geojson.zip", ".json.zip")
 _IMAGES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
+_SUFFIXES = sorted((*_SHAPES, *_IMAGES), key=len, reverse=True)
 # What programs add to the name of the slide.
 _ADDED = re.compile(r"[_-](?:mask_use|tissue_mask|mask)$", re.IGNORECASE)
 _BLACK_AND_WHITE = {0, 255}
@@ -167,7 +168,7 @@ def find_masks(
     others = list[str]()
     for info in storage.expand(storage.canonical(asked.masks), options)[0]:
         name = storage.name_of(info.uri)
-        suffix = next((s for s in sorted((*_SHAPES, *_IMAGES), key=len, reverse=True) if name.lower().endswith(s)), "")
+        suffix = next((s for s in _SUFFIXES if name.lower().endswith(s)), "")
         if suffix:
             of_name.setdefault(_ADDED.sub("", name[: -len(suffix)]), []).append(info)
         else:

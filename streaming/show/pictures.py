@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Sequence
 
@@ -26,12 +27,9 @@ def slide_thumbnail(uri: str, slide_mpp: float, width: int, options: storage.Sto
     Raises:
         SlideError, StorageError: it can't be read.
     """
-    slide = open_slide(uri, options)
-    try:
+    with contextlib.closing(open_slide(uri, options)) as slide:
         slide.mpp = slide_mpp
         return picture_of(slide, width)
-    finally:
-        slide.close()
 
 
 def picture_of(slide: Slide, width: int) -> Pixels:

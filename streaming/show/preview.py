@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -108,11 +109,8 @@ def _of_slide(catalog: Catalog, number: int, options: storage.StorageOptions | N
     if row.mask:
         facts.append("by a mask")
     try:
-        slide = catalog.open_slide(number, options, staging)
-        try:
+        with contextlib.closing(catalog.open_slide(number, options, staging)) as slide:
             image = picture_of(slide, _WIDTH)
-        finally:
-            slide.close()
     except TilestreamError as error:
         return _figure(row.slide, ", ".join(facts), str(error), "")
     tinted = with_tissue(image, row, catalog.tissue_grid(number), MIN_TISSUE)
@@ -123,12 +121,9 @@ def _of_rejected(entry: dict[str, Any], options: storage.StorageOptions | None, 
     picture = ""
     if entry["reason"].startswith(_OPENED):
         try:
-            slide = open_slide(entry["slide"], options, staging=staging)
-            try:
+            with contextlib.closing(open_slide(entry["slide"], options, staging=staging)) as slide:
                 slide.mpp = slide.mpp or 1.0  # any will do
                 picture = jpeg_url(picture_of(slide, _WIDTH), _QUALITY)
-            finally:
-                slide.close()
         except TilestreamError:
             pass  # the reason is told anyway
     return _figure(entry["slide"], "", entry["reason"], picture)

@@ -349,7 +349,9 @@ def cache_at(folder: str) -> NodeCache:
     """The cache in a folder, one a process: two would take each other's locks for their own, and a fork has none."""
     with _LOCK:
         known = os.path.realpath(folder), os.getpid()
-        return _CACHES.setdefault(known, NodeCache(known[0]))
+        if known not in _CACHES:
+            _CACHES[known] = NodeCache(known[0])
+        return _CACHES[known]
 
 
 def make_private(folder: Path) -> None:

@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ MOST_TILES = 10_000
 _PATIENCE = 0.2  # of all steps, in whole epochs: 1,250 epochs of BACH, 7 of CRC, 3 of PatchCamelyon, 20 of slides
 _CPU = torch.device("cpu")
 Probabilities = NDArray[np.float32]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,14 +222,29 @@ def _classified(
     def score(head: nn.Module) -> float:
         return balanced(labels[val], probabilities(head, val))
 
-    found: list[Probabilities] = []
-    for run in range(setting.runs):
-        head = made(make, seed, run, device)
-        fit(head, loss, score, fold.train, setting, seed + run)
-        with torch.inference_mode():
-            found.append(probabilities(head, fold.test))
+    found = test_results(make, loss, score, probabilities, fold, seed, device, setting)
     groups = None if samples.groups is None else samples.groups[fold.test]
     return _over_runs(task, labels[fold.test], found, groups, seed)
+
+
+def test_results(
+    make: Callable[[], nn.Module],
+    loss: Callable[[nn.Module, Ints], Tensor],
+    score: Callable[[nn.Module], float],
+    result: Callable[[nn.Module, Ints], Result],
+    fold: Fold,
+    seed: int,
+    device: torch.device,
+    setting: Setting,
+) -> list[Result]:
+    """Of each run the result of `test` samples by a head of its own, trained by `fit`."""
+    found = list[Result]()
+    for run in range(setting.runs):
+        head = _made(make, seed, run, device)
+        fit(head, loss, score, fold.train, setting, seed + run)
+        with torch.inference_mode():
+            found.append(result(head, fold.test))
+    return found
 
 
 def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -283,7 +300,7 @@ def stdev(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
-def made(make: Callable[[], nn.Module], seed: int, run: int, device: torch.device) -> nn.Module:
+def _made(make: Callable[[], nn.Module], seed: int, run: int, device: torch.device) -> nn.Module:
     """A head, as torch initialises it, of that run."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1000 * seed + run)

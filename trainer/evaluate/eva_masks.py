@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as transforms
 from trainer.evaluate.annotations import BACKGROUND
 from trainer.evaluate.datasets import IGNORED, Samples
 from trainer.evaluate.decoders import batches, tokens_of
-from trainer.evaluate.eva import Setting, fit, made, stdev
+from trainer.evaluate.eva import Setting, stdev, test_results
 from trainer.evaluate.features import Features
 from trainer.evaluate.scores import Score, share
 from trainer.evaluate.scratch import Scratch
@@ -114,12 +114,7 @@ def score_masks(
     def score(head: nn.Module) -> float:
         return _mean(dice(head, val))
 
-    found: list[NDArray[np.float64]] = []
-    for run in range(setting.runs):
-        head = made(lambda: pixel_decoder(dim, num_classes), seed, run, device)
-        fit(head, loss, score, fold.train, setting, seed + run)
-        with torch.inference_mode():
-            found.append(dice(head, fold.test))
+    found = test_results(lambda: pixel_decoder(dim, num_classes), loss, score, dice, fold, seed, device, setting)
     groups = None if samples.groups is None else samples.groups[fold.test]
     there, mean = ~np.isnan(found[0]), np.nan_to_num(np.mean(found, axis=0))
     scored = share("segmentation", "Dice of an image", mean, there.astype(np.float64), groups, seed)

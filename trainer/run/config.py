@@ -11,6 +11,8 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from streaming import storage
+from streaming.catalog import Catalog
+from streaming.delivery.stream import TileStream
 from streaming.errors import ConfigError
 from streaming.plan.universe import HeldOut
 from streaming.secrets import Secret
@@ -22,7 +24,7 @@ from trainer.recipe.masks import Masking
 from trainer.recipe.network import ModelConfig
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.schedule import OptimConfig, Schedules
-from trainer.run.data import DataConfig
+from trainer.run.data import DataConfig, make_stream
 from trainer.run.execution import RunConfig, TrainConfig
 from trainer.run.guard import WatchConfig
 
@@ -67,6 +69,10 @@ class Config:
     def held_out(self) -> HeldOut | None:
         """The patients that are not trained on."""
         return HeldOut(self.watch.validation_slides) if self.watch.validation_slides else None
+
+    def stream(self, catalog: Catalog) -> TileStream:
+        """The tiles that are trained on."""
+        return make_stream(self.data, self.run.seed, self.train.shape, catalog, self.held_out)
 
     def to_yaml(self) -> str:
         """The resolved configuration, as a file that `tilestream train` takes; without secrets of the storage."""

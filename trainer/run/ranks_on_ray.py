@@ -31,7 +31,6 @@ from streaming.storage import fsspec_view
 from trainer.run.after_step import ProbeKind
 from trainer.run.background_checkpoints import FolderCheckpointIO
 from trainer.run.config import Config
-from trainer.run.data import make_stream
 from trainer.run.execution import TrainConfig
 from trainer.run.fit import Place, fit
 from trainer.run.metrics_log import Failed, MetricsLog
@@ -132,7 +131,7 @@ def fit_on_ray(
     cluster.connect(slots, verbose=verbose, ignore_sigterm=True)
     if train.gpu and (have := cluster.gpus()) < train.ranks:  # Ray Train waits without a word
         sys.stderr.write(f"train: waiting for GPUs: the ranks need {train.ranks}, the cluster has {have} so far\n")
-    stream = make_stream(data, config.run.seed, train.shape, catalog, config.held_out)
+    stream = config.stream(catalog)
     source, trained_on = stream.source, slide_sources(catalog, stream.plan)
     messages, orders = (ray.util.queue.Queue(actor_options=cluster.beside_this()) for _ in range(2))
     # Ray Train keeps its own notes in the run's storage, which all nodes reach.

@@ -26,7 +26,7 @@ from trainer.recipe.network import build_backbone
 from trainer.run import checkpoints
 from trainer.run.background_checkpoints import FolderCheckpointIO
 from trainer.run.config import Config
-from trainer.run.data import load_catalog, make_stream
+from trainer.run.data import load_catalog
 from trainer.run.fit import Place, fit
 from trainer.run.metrics_log import METRICS, Failed, Row
 from trainer.run.step_batches import StepBatches
@@ -93,7 +93,7 @@ def micro_batches(replay: Replay, catalog: Catalog, rank: int) -> Iterator[Micro
     config, side = replay.config, replay.config.augment.global_size
     if not 0 <= rank < config.train.ranks:
         raise ConfigError(f"{replay.run}: no rank {rank}; its ranks are 0 to {config.train.ranks - 1}")
-    stream = make_stream(config.data, config.run.seed, config.train.shape, catalog, config.held_out)
+    stream = config.stream(catalog)
     # Where the run made them: a GPU rounds otherwise.
     device = torch.device("cuda" if config.train.gpu and torch.cuda.is_available() else "cpu")
     with torch.device("meta"):
@@ -218,7 +218,7 @@ def _train_rank(replay: Replay, rank: int, place: Place | None, tell: Told) -> s
     config, alone = replay.config, _alone(replay)
     torch.set_num_threads(max(int(config.train.rank_cpus), 1))  # as Ray does: sums are rounded by them
     catalog = load_catalog(config.data)
-    stream = make_stream(config.data, config.run.seed, config.train.shape, catalog, config.held_out)
+    stream = config.stream(catalog)
     batches = StepBatches(stream.local_batches(replay.start, replay.step, rank), replay.start, config)
 
     def report(row: Row | Failed) -> None:

@@ -14,7 +14,7 @@ from trainer.run import checkpoints
 from trainer.run.after_step import ProbeKind
 from trainer.run.background_checkpoints import FolderCheckpointIO
 from trainer.run.config import Config
-from trainer.run.data import load_catalog, make_plan, make_stream
+from trainer.run.data import load_catalog, make_plan
 from trainer.run.execution import TrainConfig
 from trainer.run.fit import check_model, fit
 from trainer.run.fitted import fitted
@@ -109,7 +109,7 @@ def train(
         if debug:
             if config.train.ranks != 1:
                 raise ConfigError(f"train.ranks is {config.train.ranks}; --debug runs one rank: add --train.ranks 1")
-            stream = make_stream(config.data, config.run.seed, config.train.shape, catalog, config.held_out)
+            stream = config.stream(catalog)
             tiles = stream.local_batches(start, steps)
             batches = StepBatches(tiles, start, config, lambda failures: log.add(Failed("", failures)))
             with terminated() as stop:

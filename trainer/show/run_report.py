@@ -29,7 +29,6 @@ from trainer.evaluate.scoring import SCORES_JSON
 from trainer.recipe.network import build_backbone
 from trainer.run import checkpoints
 from trainer.run.config import Config
-from trainer.run.data import make_stream
 from trainer.run.metrics_log import METRICS
 from trainer.show.colours import principal_colours
 from trainer.show.crops import crop_pictures, with_holes
@@ -143,7 +142,7 @@ def _slides(catalog: Catalog, config: Config, most: int = 8) -> str:
 
 
 def _tiles_and_crops(config: Config, catalog: Catalog) -> tuple[str, str]:
-    stream = make_stream(config.data, config.run.seed, config.train.shape, catalog, config.held_out)
+    stream = config.stream(catalog)
     batch = TileReader(stream.plan, catalog, stream.reader)({"index": np.arange(max(64, config.train.batch))})
     tiles, mpp = batch["tile"], batch["mpp"]
     # A slide's own pixels may stand for a magnification, so there are more values than were asked for.

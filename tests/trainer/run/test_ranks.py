@@ -16,7 +16,6 @@ from trainer.evaluate.knn_watch import KnnWatch
 from trainer.run import checkpoints
 from trainer.run.background_checkpoints import FolderCheckpointIO
 from trainer.run.config import Config, read_config
-from trainer.run.data import make_stream
 from trainer.run.fit import Place, fit
 from trainer.run.replay import LocalRank
 from trainer.run.step_batches import StepBatches
@@ -67,7 +66,7 @@ def run(config: Config, rank: int, place: Place | None, stop: Callable[[], bool]
     catalog = Catalog.load(config.data.catalog or "")
     resume = checkpoints.latest(config.run.out)
     start = checkpoints.read_meta(resume).step if resume else 0
-    stream = make_stream(config.data, config.run.seed, config.train.shape, catalog, config.held_out)
+    stream = config.stream(catalog)
     batches = StepBatches(stream.local_batches(start, config.train.steps, rank), start, config)
 
     def report(row: dict[str, float]) -> None:

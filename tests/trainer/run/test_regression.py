@@ -12,7 +12,6 @@ from trainer.recipe.losses import mask_weights, regression_loss
 from trainer.recipe.module import DinoModule
 from trainer.run import checkpoints
 from trainer.run.config import Config
-from trainer.run.data import make_stream
 from trainer.run.fit import make_module
 from trainer.run.train import train
 
@@ -37,7 +36,7 @@ REGRESSION = (
 def errors(config: Config, module: DinoModule) -> tuple[float, float]:
     """On tiles after those of the run: the student's error at masked patches, and that of the best constant token."""
     module.eval()
-    stream = make_stream(config.data, config.run.seed, config.train.shape, Catalog.load(config.data.catalog or ""))
+    stream = config.stream(Catalog.load(config.data.catalog or ""))
     batch = next(stream.local_batches(70, 71))
     crops, masks = config.recipe.views(batch["tile"], batch["index"], module.patch_grid, config.run.seed)
     flat, images = masks.flatten(0, 1), crops.global_.flatten(0, 1)

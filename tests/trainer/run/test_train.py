@@ -11,7 +11,6 @@ from streaming.catalog import Catalog
 from streaming.errors import CheckpointError, ConfigError, StreamError, root_cause
 from trainer.run import checkpoints
 from trainer.run.config import Config, read_config
-from trainer.run.data import make_stream
 from trainer.run.fit import make_module
 from trainer.run.step_batches import StepBatches
 from trainer.run.train import train
@@ -141,7 +140,7 @@ def test_debugging_several_ranks_is_refused(config: Config) -> None:
 
 
 def test_a_stream_that_gives_other_indices_than_the_step_s_stops_the_run(config: Config) -> None:
-    stream = make_stream(config.data, config.run.seed, config.train.shape, Catalog.load(config.data.catalog or ""))
+    stream = config.stream(Catalog.load(config.data.catalog or ""))
     batches = StepBatches(stream.local_batches(3, 4), 2, config)
     with pytest.raises(StreamError, match="step 2 was given 4 indices from 12 to 15, not 4 of 8 to 11"):
         next(iter(batches))
