@@ -18,6 +18,7 @@ from trainer.run.after_step import AfterStep, ProbeKind
 from trainer.run.background_checkpoints import FolderCheckpointIO
 from trainer.run.config import Config
 from trainer.run.device_feed import DeviceFeed
+from trainer.run.execution import TrainConfig
 from trainer.run.metrics_log import Report
 from trainer.run.step_batches import StepBatches
 from trainer.run.stop_signals import Signals
@@ -64,6 +65,11 @@ def check_model(config: Config, *, resumed: bool = False) -> None:
         raise ConfigError(" ".join(str(error).split())) from error
 
 
+def own_device(train: TrainConfig) -> torch.device:
+    """The device of a process that trains alone: of its GPUs the first, by number, as CUDA wants to be told."""
+    return torch.device("cuda", 0) if train.gpu else torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a rank stands among the others."""
@@ -87,7 +93,7 @@ def fit(
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     train = config.train
     if place is None:
-        strategy = OneDevice(torch.device("cuda" if train.gpu else "cpu"))
+        strategy = OneDevice(own_device(train))
     else:
         strategy = (Shards if train.strategy == "fsdp" else Replicas)(place.device)
     trainer = pl.Trainer(
