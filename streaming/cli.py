@@ -25,18 +25,18 @@ from streaming.command_line import (
     add_options,
     add_storage_options,
     address,
+    magnifications,
     named_weights,
     out,
     pair,
     read_options,
     storage_options,
-    weights,
 )
 from streaming.delivery.failures import MAX_FAILED_SHARE
 from streaming.delivery.segments import Readers
 from streaming.errors import ConfigError
 from streaming.plan.footprints import Corners
-from streaming.plan.plan import DEFAULT_MPP
+from streaming.plan.magnifications import DEFAULT_MPP
 from streaming.plan.universe import Universe
 from streaming.reading.reader import ReaderOptions
 from streaming.slide.geometry import MPP_TOLERANCE
@@ -219,7 +219,9 @@ def add_stream(commands: Any) -> None:
     add_options(parser, ReaderOptions, only=("requests_in_flight",), requests_in_flight=in_flight)
     parser.add_argument("--seed", type=int, default=0, help="seed of the plan (0)")
     mpp = ",".join(f"{value:g}" for value in DEFAULT_MPP)
-    parser.add_argument("--mpp", type=weights, metavar="LIST", help=f"µm/px, with weights if wanted ({mpp})")
+    parser.add_argument(
+        "--mpp", type=magnifications, metavar="LIST", help=f"µm/px, with weights if wanted, or uniform:0.25:2 ({mpp})"
+    )
     parser.add_argument(
         "--mpp-tolerance",
         type=float,

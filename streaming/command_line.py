@@ -207,12 +207,17 @@ def pair(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not two numbers A:B") from None
 
 
-def weights(text: str) -> dict[float, float]:
-    """`0.25,0.5` (equal weights) or `0.25=2,0.5=1` as a mapping."""
+def magnifications(text: str) -> dict[Any, Any]:
+    """`0.25,0.5` (equal weights), `0.25=2,0.5=1`, or a range, `uniform:0.25:2`, as `TilePlan` takes them."""
+    kind, *ends = text.split(":")
     try:
+        if ends:
+            return {kind: [float(end) for end in ends]}
         return {float(key): value for key, value in named_weights(text).items()}
     except (ValueError, argparse.ArgumentTypeError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not µm/px values such as 0.25,0.5 or 0.25=2,0.5=1") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not µm/px values such as 0.25,0.5 or 0.25=2,0.5=1, nor a range such as uniform:0.25:2"
+        ) from None
 
 
 def named_weights(text: str) -> dict[str, float]:

@@ -24,7 +24,7 @@ from streaming import cluster, storage
 from streaming.catalog import Catalog
 from streaming.errors import NodeError, PlanError, SlideError, StorageError, TilestreamError
 from streaming.plan import TilePlan
-from streaming.plan.plan import DEFAULT_MPP
+from streaming.plan.magnifications import DEFAULT_MPP
 from streaming.storage.clock import clock_skew
 from streaming.storage.node_cache import cache_at
 from streaming.storage.ranges import open_ranges, read_range

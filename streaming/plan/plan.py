@@ -20,12 +20,10 @@ from streaming.errors import ConfigError, PlanError
 from streaming.plan.counter_random import Indices, hashed, hashed_further, unit
 from streaming.plan.decisions import Decision
 from streaming.plan.footprints import Corners, Footprint, corner_anywhere, corner_on_blocks
+from streaming.plan.magnifications import DEFAULT_MPP, Mpp
 from streaming.plan.slide_choice import MAX_TRIES, Choice, SlideChooser
 from streaming.plan.universe import HeldOut, ShuffleQuality, Universe, shuffle_quality
 from streaming.slide.geometry import MANY_PIXELS, MPP_TOLERANCE
-
-# The four magnifications of arXiv 2404.15217; their weights are not published, so equal.
-DEFAULT_MPP: Mapping[float, float] = {0.25: 1, 0.5: 1, 1.0: 1, 2.0: 1}
 
 # Past this, two of the reductions 1, 2, 4 and 8 would serve one magnification.
 _MAX_TOLERANCE = 0.3
@@ -107,13 +105,14 @@ class BlockCosts:
 class TilePlan:
     """The stream of tiles that a catalog, a seed and a mix define; `plan[i]` is tile i, for any i ≥ 0.
 
-    mpp maps each magnification (µm/px) to its weight, cohorts each value of the catalog's `cohort` column to its
-    weight (None: every slide alike). A tile has at least `min_tissue` of its area on tissue. A slide serves a
-    magnification only if the tile fits it and its pixels would not be enlarged over `max_upsampling` times. Where a
-    level, or its reduction by 2, 4 or 8, has the magnification up to a share of `mpp_tolerance`, tiles are of its
-    own pixels; 0: all have the very mpp. With corners on `blocks` a tile touches as few compressed blocks of its
-    level as it can, where the catalog knows them. universe bounds what is drawn, and how (None: any tile of all
-    slides, each index by itself); held_out keeps patients out of it (None: nobody).
+    mpp maps each magnification (µm/px) to its weight, or is a range of them (`streaming.plan.magnifications.Mpp`);
+    cohorts maps each value of the catalog's `cohort` column to its weight (None: every slide alike). A tile has at
+    least `min_tissue` of its area on tissue. A slide serves a magnification only if the tile fits it and its pixels
+    would not be enlarged over `max_upsampling` times. Where a level, or its reduction by 2, 4 or 8, has the
+    magnification up to a share of `mpp_tolerance`, tiles are of its own pixels; 0: all have the very mpp. With corners
+    on `blocks` a tile touches as few compressed blocks of its level as it can, where the catalog knows them. universe
+    bounds what is drawn, and how (None: any tile of all slides, each index by itself); held_out keeps patients out of
+    it (None: nobody).
 
     Raises:
         ConfigError: weights, size or shares make no sense.
@@ -124,7 +123,7 @@ class TilePlan:
         self,
         catalog: Catalog,
         seed: int = 0,
-        mpp: Mapping[float, float] = DEFAULT_MPP,
+        mpp: Mpp = DEFAULT_MPP,
         size: int = 256,
         *,
         cohorts: Mapping[str, float] | None = None,
@@ -259,7 +258,7 @@ class TilePlan:
             if not len(pending):
                 mpp, own = self._mpp_values[choice.mpp_row], self._chooser.footprints.at(choice.mpp_row, slide).mpp
                 return TileSpecs(index, attempt, slide, x, y, mpp, own, self.size)
-        mpp = self._mpp_values[choice.mpp_row[pending[0]]]
+        mpp = f"{self._mpp_values[choice.mpp_row[pending[0]]]:.4g}"
         raise PlanError(
             f"index {index[pending[0]]}: no tile of {self.min_tissue:.0%} tissue at {mpp} µm/px in {MAX_TRIES} draws; "
             f"take {mpp} out of the mpp (data.mpp, --mpp), or lower data.min_tissue of a training"
@@ -293,7 +292,7 @@ class TilePlan:
             at_x = corner_on_blocks(footprint, 0, x_point, number(Decision.BLOCK_X), number(Decision.IN_BLOCK_X))
             at_y = corner_on_blocks(footprint, 1, y_point, number(Decision.BLOCK_Y), number(Decision.IN_BLOCK_Y))
             x, y = np.where(footprint.has_grid(0), at_x, x), np.where(footprint.has_grid(1), at_y, y)
-        share = self._tissue_share(slide, x, y, choice.mpp_row, footprint, cells)
+        share = self._tissue_share(slide, x, y, footprint, cells)
         return _Places(slide, x, y, share >= self.min_tissue)
 
     def _grids(self, slide: NDArray[np.int32]) -> tuple[Indices, Indices]:
@@ -321,11 +320,12 @@ class TilePlan:
         return chunk * CHUNK + passed.sum(axis=1) - start
 
     def _tissue_share(
-        self, slide: NDArray[np.int32], x: Indices, y: Indices, mpp_row: Indices, footprint: Footprint, cells: Cells
+        self, slide: NDArray[np.int32], x: Indices, y: Indices, footprint: Footprint, cells: Cells
     ) -> NDArray[np.float64]:
-        share = np.zeros(len(slide))
-        for row in np.unique(mpp_row):
-            at = np.flatnonzero(mpp_row == row)
+        share, extent = np.zeros(len(slide)), self.size * footprint.mpp / CELL_UM
+        # Windows of as many cells at once.
+        for cells_wide in np.unique(np.ceil(extent)):
+            at = np.flatnonzero(np.ceil(extent) == cells_wide)
             on, cell_px = slide[at], CELL_UM / self._slide_mpp[slide[at]]
             share[at] = window_fraction(
                 cells,
@@ -334,6 +334,6 @@ class TilePlan:
                 self._columns[on],
                 y[at] / cell_px,
                 x[at] / cell_px,
-                self.size * footprint.mpp[at] / CELL_UM,
+                extent[at],
             )
         return share

@@ -14,6 +14,7 @@ from streaming.errors import ConfigError, PlanError
 from streaming.plan.counter_random import Indices, evenly, hashed, text_keys, uniform
 from streaming.plan.decisions import Decision
 from streaming.plan.footprints import Footprints
+from streaming.plan.magnifications import Mpp, mpp_weights
 from streaming.plan.universe import (
     HeldOut,
     Universe,
@@ -74,7 +75,7 @@ class SlideChooser:
         self,
         catalog: Catalog,
         seed: int,
-        mpp: Mapping[float, float],
+        mpp: Mpp,
         size: int,
         cohorts: Mapping[str, float] | None,
         max_upsampling: float,
@@ -83,7 +84,8 @@ class SlideChooser:
         held_out: HeldOut | None,
     ) -> None:
         self._seed, self._universe, self._uri = seed, universe, catalog.uri
-        self.mpp_values, self._mpp_cumulative = _weights("mpp", mpp)
+        weights = mpp_weights(mpp)
+        self.mpp_values, self._mpp_cumulative = np.array(list(weights)), _cumulative(np.array(list(weights.values())))
         slides = catalog.slides()
         patients = catalog.metadata("patient") if "patient" in catalog.metadata_columns else [None] * len(slides)
         self.patients = patient_ids(slides, patients)
@@ -116,8 +118,8 @@ class SlideChooser:
         for row, mpp in enumerate(self.mpp_values):
             if not self._serves[row].any():
                 raise PlanError(
-                    f"{self._uri}: none of its {int(self._chosen.sum())} slides can give a {size} px tile at {mpp} "
-                    f"µm/px (too small, too coarse, or no tissue); take {mpp} out of the mpp (data.mpp, --mpp)"
+                    f"{self._uri}: none of its {int(self._chosen.sum())} slides can give a {size} px tile at {mpp:.4g} "
+                    f"µm/px (too small, too coarse, or no tissue); take {mpp:.4g} out of the mpp (data.mpp, --mpp)"
                     f"{self._or_more_slides}"
                 )
 
@@ -137,7 +139,7 @@ class SlideChooser:
         if not shares.any(axis=1).all():
             mpp = self.mpp_values[int(shares.any(axis=1).argmin())]
             raise PlanError(
-                f"{self._uri}: no slide of the run's cohorts serves {mpp} µm/px; take it out of the mpp "
+                f"{self._uri}: no slide of the run's cohorts serves {mpp:.4g} µm/px; take it out of the mpp "
                 "(data.mpp, --mpp)"
             )
         self._cohort_cumulative = np.array([_cumulative(row) for row in shares])
@@ -245,8 +247,6 @@ def _weights(name: str, weights: Mapping[Any, float]) -> tuple[NDArray[Any], NDA
         raise ConfigError(f"{name} weights are {dict(weights)}; give at least one, all above 0")
     # The order in which somebody wrote the mix must not change the tiles.
     choices = sorted(weights)
-    if name == "mpp" and not all(float(choice) > 0 for choice in choices):
-        raise ConfigError(f"mpp values are {choices}; they are µm/px, above 0")
     shares = np.array([weights[choice] for choice in choices], dtype=np.float64)
     return np.array(choices), _cumulative(shares)
 

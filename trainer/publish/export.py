@@ -24,6 +24,7 @@ from torch import Tensor
 
 from streaming import storage
 from streaming.errors import ConfigError
+from streaming.plan.magnifications import mpp_named
 from trainer.embed.model import load_backbone, side_px
 from trainer.publish import benchmarks
 from trainer.publish.kaiko_eva import eva_config, eva_name
@@ -114,7 +115,7 @@ def description(config: Config, backbone: Backbone, meta: checkpoints.Meta, opti
         "crop_size": config.augment.global_size,
         "num_registers": backbone.vit.num_reg_tokens,
         "interpolation": config.model.interpolation,
-        "mpp": sorted(config.data.mpp),
+        "mpp": mpp_named(config.data.mpp),
         "mean": list(config.augment.mean),
         "std": list(config.augment.std),
         "steps": meta.step,

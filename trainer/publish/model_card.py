@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from streaming.plan.magnifications import mpp_text
 from trainer.publish.options import ExportOptions, Layout
 from trainer.run.config import Config
 from trainer.run.slide_sources import SlideSource
@@ -51,8 +52,8 @@ def model_card(config: Config, about: dict[str, Any], sources: Sequence[SlideSou
 
     `about` is `trainer.publish.export.description`, `sources` what was trained on.
     """
-    mpps = ", ".join(f"{mpp:g}" for mpp in about["mpp"])
-    weights = ", ".join(f"{mpp:g}: {weight:g}" for mpp, weight in sorted(config.data.mpp.items()))
+    mpps = mpp_text(config.data.mpp)
+    weights = ", ".join(f"{key}: {weight}" for key, weight in sorted(config.data.mpp.items()))
     off = f", µm/px up to {config.data.mpp_tolerance:.0%} off" if config.data.mpp_tolerance else ""
     cohorts = f", cohorts {config.data.cohorts}" if config.data.cohorts else ""
     tile, side, layout, positions = about["tile_size"], about["input_size"], options.layout, ""

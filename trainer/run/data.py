@@ -13,7 +13,8 @@ from streaming.errors import ConfigError
 from streaming.mirrors import default_mirrors
 from streaming.plan import TilePlan
 from streaming.plan.footprints import Corners
-from streaming.plan.plan import DEFAULT_MPP, MIN_TISSUE
+from streaming.plan.magnifications import DEFAULT_MPP, mpp_weights
+from streaming.plan.plan import MIN_TISSUE
 from streaming.plan.universe import HeldOut, Universe
 from streaming.reading.hsv_rule import HsvRule
 from streaming.reading.reader import ReaderOptions
@@ -33,8 +34,8 @@ class DataConfig:
     """options for all remote URIs of the run, secrets among them kept from files; empty: the usual variables"""
     mirrors: dict[str, str] = field(default_factory=default_mirrors, metadata=FREE)
     """where slides are read instead of at the addresses of the catalog, by the beginning of the address"""
-    mpp: dict[float, float] = field(default_factory=lambda: dict(DEFAULT_MPP))
-    """weight of each magnification in µm/px"""
+    mpp: dict[float, float] | dict[str, Any] = field(default_factory=lambda: dict(DEFAULT_MPP))
+    """weight of each magnification in µm/px; or a range: uniform: [0.25, 2.0], log_uniform, density"""
     cohorts: dict[str, float] | None = None
     """weight of each value of the catalog's `cohort` column; none: every slide alike"""
     tile_size: int = 256
@@ -74,6 +75,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "storage_options", hidden(self.storage_options))
+        mpp_weights(self.mpp)  # tells of what is no magnification
         if not 0 <= self.max_failed_share <= 1:
             raise ValueError(f"max_failed_share is a share from 0 to 1, not {self.max_failed_share}")
         if not self.staging_gb > 0:

@@ -14,6 +14,7 @@ from torch import nn
 
 from streaming import storage
 from streaming.plan.footprints import Corners
+from streaming.plan.magnifications import mpp_text
 from trainer.recipe.augment import NUM_GLOBAL
 from trainer.recipe.flops import step_flops
 from trainer.recipe.schedule import Schedules
@@ -171,8 +172,7 @@ def _catalog_lines(config: Config) -> Iterator[str]:
         yield "catalog       none given, so not checked that it has the magnifications; add --data.catalog URI"
         return
     catalog = load_catalog(data)
-    wanted = ", ".join(f"{mpp:g}" for mpp in data.mpp)
-    given = f"its {len(catalog)} slides give {data.tile_size} px tiles at {wanted} µm/px"
+    given = f"its {len(catalog)} slides give {data.tile_size} px tiles at {mpp_text(data.mpp)} µm/px"
     for corners in get_args(Corners):
         costs = make_plan(replace(data, corners=corners), config.run.seed, catalog, config.held_out).block_costs(
             np.arange(_SAMPLE)

@@ -20,6 +20,7 @@ from streaming.catalog import Catalog
 from streaming.catalog.tissue import CELL_UM
 from streaming.delivery.failures import FAILURES
 from streaming.errors import ConfigError
+from streaming.plan.magnifications import mpp_named
 from streaming.reading.reader import TileReader
 from streaming.show.page import jpeg_url, page
 from streaming.show.pictures import mosaic, slide_thumbnail, with_tissue
@@ -146,12 +147,12 @@ def _tiles_and_crops(config: Config, catalog: Catalog) -> tuple[str, str]:
     batch = TileReader(stream.plan, catalog, stream.reader)({"index": np.arange(max(64, config.train.batch))})
     tiles, mpp = batch["tile"], batch["mpp"]
     # A slide's own pixels may stand for a magnification, so there are more values than were asked for.
-    asked = np.array(sorted(config.data.mpp))
+    asked = np.array(mpp_named(config.data.mpp))
     nearest = asked[np.abs(np.log(mpp[:, None] / asked)).argmin(axis=1)]
     figures = [
         _figure(
             mosaic(list(tiles[nearest == value][:10]), 5, 108),
-            f"{_span(mpp[nearest == value])} µm/px: a tile is {value * tiles.shape[1]:.0f} µm wide",
+            f"{_span(mpp[nearest == value])} µm/px: a tile is {_span(mpp[nearest == value] * tiles.shape[1])} µm wide",
         )
         for value in np.unique(nearest)
     ]
