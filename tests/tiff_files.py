@@ -59,6 +59,10 @@ class TiffSlide:
     byte_order: Literal["<", ">"] = "<"
     vendor: Vendor = "aperio"
     mpp: float | None = 0.25
+    description: bytes | None = None
+    """ImageDescription of all pages, in place of the vendor's."""
+    resolution: tuple[Tag, ...] | None = None
+    """XResolution, YResolution and ResolutionUnit of all pages, in place of the vendor's."""
     associated: bool = False
     """Aperio's thumbnail, label and macro, stripped."""
     gap: int = 0
@@ -195,6 +199,8 @@ def _philips(slide: TiffSlide) -> bytes:
 
 def _description(slide: TiffSlide, level: int) -> bytes:
     """ImageDescription; empty where the page has none."""
+    if slide.description is not None:
+        return slide.description
     width, height = slide.level_dimensions[level]
     if slide.vendor == "aperio":
         facts = "" if slide.mpp is None else f"|AppMag = 40|MPP = {slide.mpp:.4f}"
@@ -282,7 +288,9 @@ def _level_tags(slide: TiffSlide, level: int, offsets: list[int], counts: list[i
         tags.append((270, ASCII, description + b"\0"))
     if slide.vendor == "philips":
         tags.append((305, ASCII, b"Philips DP v1.0\0"))
-    if slide.vendor in ("generic", "ome") and slide.mpp:
+    if slide.resolution is not None:
+        tags += slide.resolution
+    elif slide.vendor in ("generic", "ome") and slide.mpp:
         per_cm = (round(10_000_000 / slide.mpp / slide.downsamples[level]), 1000)
         tags += [(282, RATIONAL, per_cm), (283, RATIONAL, per_cm), (296, SHORT, (3,))]
     if slide.compression in ("lzw", "deflate"):

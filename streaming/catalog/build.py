@@ -27,9 +27,10 @@ from streaming.catalog.named import Named
 from streaming.catalog.selection import find, folder_of, work_line
 from streaming.catalog.tissue import Colour
 from streaming.catalog.writing import part_of
-from streaming.errors import CatalogError, ConfigError
+from streaming.errors import CatalogError
 from streaming.progress import ProgressLine
-from streaming.slide.geometry import MANY_PIXELS, MPP_RANGE, is_plausible_mpp
+from streaming.slide.geometry import MANY_PIXELS
+from streaming.slide.resolution import check_given_mpp
 from streaming.storage.staging import Staging
 
 _SAVE_EVERY_S, _SAVE_NBYTES = 20.0, 2**26
@@ -93,8 +94,7 @@ def build_catalog(
         CatalogError: a source holds no slide, none could be used, or `out` holds a catalog of another version.
         StorageError: a source or `out` can't be reached.
     """
-    if mpp is not None and not is_plausible_mpp(mpp):
-        raise ConfigError(f"--mpp {mpp}; it is µm per pixel, {MPP_RANGE}")
+    check_given_mpp("--mpp", mpp)
     metadata = read_metadata(metadata_csv, options) if metadata_csv is not None else {}
     skipped: dict[str, str] = {}
     slides = {named.uri: named for named in find(sources, options, idc, skipped)}

@@ -12,7 +12,7 @@ import pyarrow as pa
 from streaming import storage
 from streaming.catalog.tables import OF_CLAM, read_rows
 from streaming.errors import ConfigError
-from streaming.slide.geometry import MPP_RANGE, is_plausible_mpp
+from streaming.slide.resolution import MPP_RANGE, is_plausible_mpp, number
 
 _KEY_COLUMNS = ("slide", "uri", "path", "filename", "file", "name")
 
@@ -59,11 +59,8 @@ def mpp_of(values: Mapping[str, str], uri: str) -> float | None:
     text = values.get("mpp")
     if text is None:
         return None
-    try:
-        mpp = float(text.replace(",", "."))
-    except ValueError:
-        mpp = 0.0
-    if not is_plausible_mpp(mpp):
+    mpp = number(text)
+    if mpp is None or not is_plausible_mpp(mpp):
         raise ConfigError(f"{uri}: mpp {text!r} in the table; it is µm per pixel, {MPP_RANGE}")
     return mpp
 

@@ -21,6 +21,7 @@ from streaming.progress import ProgressLine
 from streaming.show.page import jpeg_url, page
 from streaming.show.pictures import picture_of, with_tissue
 from streaming.slide import open_slide
+from streaming.slide.resolution import NO_MPP, ODD_MPP
 from streaming.storage.staging import Staging
 
 PREVIEW = "preview.html"
@@ -28,7 +29,7 @@ _MOST_SLIDES, _MOST_REJECTED = 200, 200
 _WIDTH, _QUALITY = 360, 80
 _AT_ONCE = 4
 # Slides rejected for this were opened; others might bring down the process that opens them.
-_OPENED = ("no tissue found", "no mpp")
+_OPENED = ("no tissue found", NO_MPP, ODD_MPP)
 
 _STYLE = """
 main{max-width:1240px;margin:0 auto;padding:32px 20px 64px}h1{font-size:26px;margin:0}

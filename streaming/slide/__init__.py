@@ -10,7 +10,7 @@ from functools import partial
 from streaming import storage
 from streaming.counters import UNCOUNTED, Counters
 from streaming.errors import SlideError
-from streaming.slide import block_index, geometry
+from streaming.slide import block_index
 from streaming.slide.block_index import BlockIndex
 from streaming.slide.block_level import BlockedSlide, SlideObject
 from streaming.slide.block_slide import BlockSlide
@@ -26,6 +26,7 @@ from streaming.slide.multi_file import (
     members,
 )
 from streaming.slide.openslide_slide import open_staged
+from streaming.slide.resolution import plausible_mpp, why_no_mpp
 from streaming.slide.slide import PendingTile, Slide
 from streaming.slide.tiff import read_tiff
 from streaming.storage.joined_ranges import JoinedRanges
@@ -138,8 +139,10 @@ def _open_series(
 def _blocked(uri: str, place: storage.Place, slide: BlockedSlide, ranges: Ranges, mpp: float | None) -> BlockSlide:
     if place.by_size:
         slide = replace(slide, objects=tuple(replace(entry, tag=storage.BY_SIZE) for entry in slide.objects))
-    packed = block_index.pack(slide, geometry.plausible_mpp(uri, slide.mpp))
-    return BlockSlide(uri, ranges, block_index.unpack(packed), mpp, packed, slide.left_out)
+    packed = block_index.pack(slide, plausible_mpp(uri, slide.mpp))
+    opened = BlockSlide(uri, ranges, block_index.unpack(packed), mpp, packed, slide.left_out)
+    opened.no_mpp = why_no_mpp(slide.mpp)
+    return opened
 
 
 def _ranges_of(place: storage.Place, index: BlockIndex) -> Ranges:

@@ -24,6 +24,7 @@ from pydicom.tag import Tag
 
 from streaming.errors import SlideError, TilestreamError
 from streaming.slide.multi_file import DICOM_MAGIC_NBYTES, is_dicom
+from streaming.slide.resolution import number
 from streaming.storage.range_file import RangeFile
 
 PAGE_NBYTES = 2**14
@@ -291,22 +292,24 @@ def _pixel_data(file: RangeFile, syntax: str) -> tuple[int, int | None]:
 def _spacing(groups: Dataset) -> tuple[float, ...]:
     """µm/px of x and y by some functional groups; DICOM tells mm, of rows first."""
     measures = groups.get("PixelMeasuresSequence") or []
-    values = measures[0].get("PixelSpacing") if measures else None
-    if values is None or len(values) != 2:
-        return ()
-    return float(values[1]) * 1000, float(values[0]) * 1000
+    # As it stands in the file: of what is no decimal string, pydicom makes an error.
+    item = measures[0].get_item("PixelSpacing") if measures else None
+    raw = getattr(item, "value", b"")
+    parts = raw.decode("ascii", "replace").split("\\") if isinstance(raw, bytes) else map(str, raw or ())
+    row, column, *_ = [*map(number, parts), None, None]
+    return () if row is None or column is None else (column * 1000, row * 1000)
 
 
 def _corners(frames: Sequence[Dataset]) -> Ints:
     corners = np.full((len(frames), 2), OF_OTHER_PLANE, np.int64)
     first: tuple[Any, Any] | None = None
-    for number, groups in enumerate(frames):
+    for frame, groups in enumerate(frames):
         place = groups.PlanePositionSlideSequence[0]
         paths = groups.get("OpticalPathIdentificationSequence") or []
         plane = place.get("ZOffsetInSlideCoordinateSystem"), paths[0].get("OpticalPathIdentifier") if paths else None
         first = first or plane
         if plane == first:
-            corners[number] = (
+            corners[frame] = (
                 int(place.ColumnPositionInTotalImagePixelMatrix) - 1,
                 int(place.RowPositionInTotalImagePixelMatrix) - 1,
             )

@@ -34,10 +34,6 @@ MANY_PIXELS = 32.0
 # By how much a level may be reduced and still be the slide's own pixels: what JPEG is decoded at.
 _REDUCTIONS = (1, 2, 4, 8)
 
-# µm/px outside this is a default or a unit mix-up in the metadata (72 dpi reads as 352 µm/px), not a microscope.
-_PLAUSIBLE_MPP = (0.02, 20.0)
-MPP_RANGE = f"a number from {_PLAUSIBLE_MPP[0]} to {_PLAUSIBLE_MPP[1]:.0f}"
-"""what is said where other is given"""
 _MIN_REMAINING_RATIO = 2.5
 # More than this is a mistake, not a region: 3 GiB of pixels.
 _MAX_REGION_PX = 2**30
@@ -159,7 +155,7 @@ def check_region(uri: str, num_levels: int, level: int, size: tuple[int, int]) -
 
 
 def checked_tile_box(
-    mpp: float | None,
+    mpp: float,
     level_downsamples: tuple[float, ...],
     x: int,
     y: int,
@@ -167,13 +163,11 @@ def checked_tile_box(
     size: int,
     tolerance: float,
 ) -> LevelBox:
-    """`tile_box` of a slide whose mpp may not be known.
+    """`tile_box` of what may be no tile.
 
     Raises:
-        SlideError: the slide has no mpp, or what is asked is no tile.
+        SlideError: what is asked is no tile.
     """
-    if mpp is None:
-        raise SlideError("the slide has no mpp in its metadata; pass it: open_slide(uri, mpp=...)")
     if size < 1 or not wanted_mpp > 0:
         raise SlideError(f"no tile of {size} px at {wanted_mpp} µm/px; both must be above 0")
     box = tile_box(tile_source(mpp, level_downsamples, wanted_mpp, tolerance), x, y, size)
@@ -182,21 +176,3 @@ def checked_tile_box(
             f"a tile of {size} px at {wanted_mpp} µm/px is {box.width:,} px wide; take a coarser slide level"
         )
     return box
-
-
-def is_plausible_mpp(value: float) -> bool:
-    """Whether so many µm/px can be a microscope's."""
-    return _PLAUSIBLE_MPP[0] <= value <= _PLAUSIBLE_MPP[1]
-
-
-def plausible_mpp(uri: str, values: Sequence[float]) -> float | None:
-    """The µm/px that metadata give for the axes, as one number; None where they can't be a microscope's.
-
-    Raises:
-        SlideError: the pixels are not square.
-    """
-    if not values or not all(map(is_plausible_mpp, values)):
-        return None
-    if max(values) > 1.05 * min(values):
-        raise SlideError(f"{uri}: pixels of {values[0]} × {values[1]} µm are not square; resample the slide")
-    return sum(values) / len(values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import time
@@ -21,6 +20,7 @@ from streaming.slide import geometry, resample
 from streaming.slide.geometry import LevelBox, Rectangle
 from streaming.slide.multi_file import as_one
 from streaming.slide.resample import Pixels
+from streaming.slide.resolution import number, plausible_mpp, why_no_mpp
 from streaming.slide.slide import Slide
 from streaming.storage.staging import TRIES, Staging
 
@@ -114,18 +114,18 @@ class OpenSlideSlide(Slide):
         self.level_dimensions: tuple[tuple[int, int], ...] = handle.level_dimensions
         self.level_downsamples: tuple[float, ...] = handle.level_downsamples
         self.vendor = str(handle.properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown"))
-        self.mpp = self._metadata_mpp() or mpp
+        told = self._told_mpp()
+        self.mpp, self.no_mpp = plausible_mpp(uri, told) or mpp, why_no_mpp(told)
         self.bounds = self._metadata_bounds()
         # As "FFFFFF"; few formats tell it.
         colour = str(handle.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "FFFFFF"))
         self._background = np.frombuffer(bytes.fromhex(colour), np.uint8)
 
-    def _metadata_mpp(self) -> float | None:
-        values: list[float] = []
-        for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y):
-            with contextlib.suppress(KeyError, ValueError):
-                values.append(float(self._opened.handle.properties[name]))
-        return geometry.plausible_mpp(self.uri, values)
+    def _told_mpp(self) -> tuple[float, ...]:
+        properties = self._opened.handle.properties
+        names = openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y
+        values = [number(properties.get(name, "")) for name in names]
+        return tuple(value for value in values if value is not None)
 
     def _metadata_bounds(self) -> Rectangle:
         properties, (width, height) = self._opened.handle.properties, self.level_dimensions[0]

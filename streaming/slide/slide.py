@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from streaming.counters import UNCOUNTED, Counters
+from streaming.errors import SlideError
 from streaming.slide.geometry import MPP_TOLERANCE, LevelBox, Rectangle, checked_tile_box
 from streaming.slide.resample import Pixels
+from streaming.slide.resolution import NO_MPP
 from streaming.storage.ranges import Span
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ class Slide(Protocol):
     backend: str
     vendor: str
     mpp: float | None
+    no_mpp: str = NO_MPP
+    """why there is none, if so: the metadata tell none, or one that can't be a microscope's"""
     level_dimensions: tuple[tuple[int, int], ...]
     level_downsamples: tuple[float, ...]
     bounds: Rectangle
@@ -91,6 +95,8 @@ class Slide(Protocol):
             SlideError: it is no tile, or the slide has no mpp.
         """
         tolerance = 0.0 if exact else tolerance
+        if self.mpp is None:
+            raise SlideError(f"{self.uri}: {self.no_mpp}; pass it: open_slide(uri, mpp=...)")
         return checked_tile_box(self.mpp, self.level_downsamples, x, y, mpp, size, tolerance)
 
     def read_tile(

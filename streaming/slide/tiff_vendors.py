@@ -9,6 +9,8 @@ from xml.etree import ElementTree
 
 import tifffile
 
+from streaming.slide.resolution import number, tiff_mpp, um_of
+
 # Vendors of whose slides OpenSlide paints empty blocks from finer levels.
 PAINTS_EMPTY_BLOCKS = ("aperio",)
 
@@ -16,7 +18,8 @@ PAINTS_EMPTY_BLOCKS = ("aperio",)
 TELLS_BOUNDS = ("generic-tiff", "ome")
 
 _XMP, _NDPI_FORMAT = 700, 65420
-_UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0}  # TIFF's ResolutionUnit: inch, cm
+_DESCRIPTION, _SOFTWARE, _X_RESOLUTION, _Y_RESOLUTION, _RESOLUTION_UNIT = 270, 305, 282, 283, 296
+_OME = re.compile(r"<(\w+:)?OME[\s>]")
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,12 @@ class Pyramid:
 def pyramid_of(pages: Sequence[tifffile.TiffPage]) -> Pyramid | None:
     """The levels among all pages of a tiled TIFF; None where only OpenSlide makes sense of them."""
     first = pages[0]
-    description, software = first.description or "", str(first.tags.valueof(305) or "")
+    description, software = _text(first, _DESCRIPTION), _text(first, _SOFTWARE)
     if description.startswith("Aperio"):
         return _aperio(pages, description)
     if software.startswith("Philips"):
         return _philips(pages, description)
-    if "<OME" in description[:2000]:
+    if _OME.search(description):
         return _ome(first, description)
     # Formats whose blocks overlap or are of several pictures: only OpenSlide knows how they lie.
     if _NDPI_FORMAT in first.tags or _is_ventana(first) or "leica" in description or "MedScan" in software:
@@ -47,12 +50,20 @@ def pyramid_of(pages: Sequence[tifffile.TiffPage]) -> Pyramid | None:
     return _generic(pages)
 
 
+def _text(page: tifffile.TiffPage, code: int) -> str:
+    """A tag of text in whatever encoding: what of it is read here is ASCII, but for units."""
+    value: object = page.tags.valueof(code)
+    if isinstance(value, bytes):  # neither UTF-8 nor cp1252
+        value = value.decode("utf-8", "replace")
+    return value.partition("\0")[0] if isinstance(value, str) else ""
+
+
 def _aperio(pages: Sequence[tifffile.TiffPage], description: str) -> Pyramid:
     """Aperio SVS: all tiled pages are levels (thumbnail, label and macro are not tiled); mpp in the description."""
     levels = [page for page in pages if page.is_tiled]
-    found = re.search(r"\|\s*MPP\s*=\s*([0-9.eE+-]+)", description)
-    mpp = (float(found[1]),) if found else ()
-    return Pyramid("aperio", mpp, levels, _sizes(levels))
+    facts = {name.strip(): value for name, _, value in (fact.partition("=") for fact in description.split("|"))}
+    mpp = number(facts.get("MPP", ""))
+    return Pyramid("aperio", () if mpp is None else (mpp,), levels, _sizes(levels))
 
 
 def _philips(pages: Sequence[tifffile.TiffPage], description: str) -> Pyramid | None:
@@ -67,9 +78,9 @@ def _philips(pages: Sequence[tifffile.TiffPage], description: str) -> Pyramid | 
 
 
 def _ome(first: tifffile.TiffPage, description: str) -> Pyramid:
-    """OME-TIFF: further levels are the first page's SubIFDs; mpp in the XML."""
+    """OME-TIFF: further levels are the first page's SubIFDs; mpp in the XML, else by the resolution tags."""
     levels = [first, *_subifds(first)]
-    return Pyramid("ome", _ome_mpp(description), levels, _sizes(levels))
+    return Pyramid("ome", _ome_mpp(description) or _resolution_mpp(first), levels, _sizes(levels))
 
 
 def _generic(pages: Sequence[tifffile.TiffPage]) -> Pyramid:
@@ -116,13 +127,9 @@ def _sizes(levels: Sequence[tifffile.TiffPage]) -> list[tuple[int, int]]:
 
 
 def _resolution_mpp(page: tifffile.TiffPage) -> tuple[float, ...]:
-    unit = _UM_PER_UNIT.get(int(page.tags.valueof(296) or 2))
-    found: list[float] = []
-    for code in (282, 283):
-        value = page.tags.valueof(code)
-        if unit and value and value[0] and value[1]:
-            found.append(unit * value[1] / value[0])
-    return tuple(found)
+    unit: object = page.tags.valueof(_RESOLUTION_UNIT)
+    per_unit = [page.tags.valueof(code) for code in (_X_RESOLUTION, _Y_RESOLUTION)]
+    return tiff_mpp(per_unit, None if unit is None else int(unit) if isinstance(unit, int) else 0)
 
 
 def _xml(text: str) -> ElementTree.Element | None:
@@ -130,7 +137,7 @@ def _xml(text: str) -> ElementTree.Element | None:
     if "<!ENTITY" in text:
         return None
     try:
-        return ElementTree.fromstring(text.strip().strip("\0"))
+        return ElementTree.fromstring(text.strip("\ufeff \t\r\n"))
     except ElementTree.ParseError:
         return None
 
@@ -145,19 +152,21 @@ def _philips_spacings(description: str) -> list[tuple[float, ...]]:
         if entry.get("ObjectType") == "PixelDataRepresentation":
             for attribute in entry.findall("Attribute"):
                 if attribute.get("Name") == "DICOM_PIXEL_SPACING":
-                    row, column = (float(part) * 1000 for part in (attribute.text or "").replace('"', "").split())
-                    found.append((column, row))
+                    row, column, *_ = [*map(number, (attribute.text or "").replace('"', "").split()), None, None]
+                    if row and column:
+                        found.append((column * 1000, row * 1000))
     return sorted(found)
 
 
 def _ome_mpp(description: str) -> tuple[float, ...]:
     root = _xml(description)
-    pixels = next((e for e in root.iter() if e.tag.endswith("}Pixels")), None) if root is not None else None
+    pixels = next((e for e in root.iter() if e.tag.rpartition("}")[2] == "Pixels"), None) if root is not None else None
     if pixels is None:
         return ()
     found: list[float] = []
     for axis in "XY":
-        value, unit = pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm")
-        if value and unit in ("µm", "um", "mm", "nm"):
-            found.append(float(value) * {"mm": 1000.0, "nm": 0.001}.get(unit, 1.0))
+        value = number(pixels.get(f"PhysicalSize{axis}", ""))
+        um = um_of(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
+        if value is not None and um is not None:
+            found.append(value * um)
     return tuple(found)

@@ -164,10 +164,10 @@ def _foreign(file: FeatureFile, slides: Mapping[str, str], options: storage.Stor
     slide = open_slide(address, options)
     try:
         (width, height), slide_mpp, bounds = slide.level_dimensions[0], slide.mpp, slide.bounds
+        if slide_mpp is None:
+            raise SlideError(f"{address}: {slide.no_mpp}, and without one its tiles have no size")
     finally:
         slide.close()
-    if slide_mpp is None:
-        raise SlideError(f"{address}: no mpp in its metadata, without which its tiles have no size")
     extent = int(about.get("patch_size_level0", _step(corners)))
     size = int(about.get("patch_size", extent))
     embedded = Embedded(

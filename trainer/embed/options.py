@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 from streaming.errors import ConfigError
 from streaming.plan.plan import MIN_TISSUE
+from streaming.slide.resolution import check_given_mpp
 
 Token = Literal["cls", "patch", "cls+patch"]
 Precision = Literal["32", "bf16"]
@@ -65,6 +66,7 @@ class EmbedOptions:
         if not self.mpp > 0 or min(self.size, self.batch, self.models, self.model_cpus) < 1:
             numbers = f"mpp {self.mpp}, size {self.size}, batch {self.batch}, models {self.models}"
             raise ConfigError(f"{numbers}, model_cpus {self.model_cpus}: all above 0")
+        check_given_mpp("slide_mpp", self.slide_mpp)
         if not 0 < self.min_tissue <= 1:
             raise ConfigError(f"min_tissue is {self.min_tissue}; it is a share above 0 and up to 1")
         for name, kind in (("token", Token), ("format", Format), ("precision", Precision)):

@@ -18,8 +18,9 @@ from streaming import storage
 from streaming.catalog.geojson import Annotation, Layer, Points, Shape
 from streaming.catalog.painting import FINER, fill
 from streaming.errors import ConfigError, SlideError
-from streaming.slide import open_slide
+from streaming.slide import Slide, open_slide
 from streaming.slide.resample import Pixels
+from streaming.slide.resolution import check_given_mpp
 from trainer.embed.tiling import Tiling, tile_extent
 from trainer.evaluate.image_files import read_image
 
@@ -49,6 +50,7 @@ class AnnotatedTiles:
     def __post_init__(self) -> None:
         if not self.mpp > 0 or self.size < 1:
             raise ConfigError(f"mpp {self.mpp}, size {self.size}: both must be above 0")
+        check_given_mpp("slide_mpp", self.slide_mpp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,17 +111,17 @@ def cut_tiles(
     ]
 
 
-def checked_mpp(place: str, mpp: float | None, wanted: float) -> float:
+def checked_mpp(slide: Slide, wanted: float) -> float:
     """The µm/px of a slide, which must have what is wanted.
 
     Raises:
         SlideError: it is not known, or coarser.
     """
-    if mpp is None:
-        raise SlideError(f"{place}: no mpp in its metadata; give it by --slide-mpp")
-    if mpp > wanted * _MAX_UPSAMPLING:
-        raise SlideError(f"{place}: has {mpp:g} µm/px at best, {wanted:g} is asked for; take a coarser mpp")
-    return mpp
+    if slide.mpp is None:
+        raise SlideError(f"{slide.uri}: {slide.no_mpp}; give it by --slide-mpp")
+    if slide.mpp > wanted * _MAX_UPSAMPLING:
+        raise SlideError(f"{slide.uri}: has {slide.mpp:g} µm/px at best, {wanted:g} is asked for; take a coarser mpp")
+    return slide.mpp
 
 
 def _tiling(
@@ -128,10 +130,10 @@ def _tiling(
     """How a slide is cut, and where what was scanned of it begins."""
     slide = open_slide(place, options, mpp=wanted.slide_mpp)
     try:
-        (width, height), mpp, bounds = slide.level_dimensions[0], slide.mpp, slide.bounds
+        (width, height), bounds = slide.level_dimensions[0], slide.bounds
+        extent = tile_extent(wanted.size, wanted.mpp, checked_mpp(slide, wanted.mpp))
     finally:
         slide.close()
-    extent = tile_extent(wanted.size, wanted.mpp, checked_mpp(place, mpp, wanted.mpp))
     return Tiling.of(width, height, extent), bounds[:2]
 
 

@@ -69,7 +69,7 @@ class TileFiles:
     def _open(self, key: tuple[str, float, float | None], count: Counters) -> Slide:
         uri, wanted, mpp = key
         slide = open_slide(uri, self._options, mpp=mpp, count=count)
-        checked_mpp(uri, slide.mpp, wanted)
+        checked_mpp(slide, wanted)
         return slide
 
     def read(self, tile: Tile) -> Shown:
