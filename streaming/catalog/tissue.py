@@ -102,13 +102,14 @@ def tissue_of_thumbnail(image: Pixels, mask: Pixels | None = None, *, within: bo
     mask, uint8 (h, w), tells how far each pixel is tissue, 255 whole, instead of the thumbnail, or `within` it beside.
     What lies past the slide's edge is background.
     """
-    saturation = cast(NDArray[np.uint8], cv2.cvtColor(image, cv2.COLOR_RGB2HSV)[:, :, 1])
+    # As a plane of its own: what follows takes twice as long on every third byte.
+    saturation = cast(NDArray[np.uint8], cv2.extractChannel(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), 1))
     threshold = float(np.clip(otsu(_histogram(saturation)), *_OTSU_BOUNDS))
     height, width = saturation.shape
     rows, columns = -(-height // CELL_THUMBNAIL_PX), -(-width // CELL_THUMBNAIL_PX)
     share = np.zeros((rows * CELL_THUMBNAIL_PX, columns * CELL_THUMBNAIL_PX), dtype=np.uint8)
     if mask is None or within:
-        np.multiply(saturation > threshold, np.uint8(255), out=share[:height, :width])
+        cv2.threshold(saturation, threshold, 255, cv2.THRESH_BINARY, share[:height, :width])
     if mask is not None:
         share[:height, :width] = np.minimum(share[:height, :width], mask) if within else mask
     fraction = cv2.resize(share, (columns, rows), interpolation=cv2.INTER_AREA).astype(np.uint8)

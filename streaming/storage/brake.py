@@ -8,7 +8,8 @@ increase), as TCP's congestion avoidance does (RFC 5681). Of all answers to what
 none lowers it again.
 
 The state lies in a small file that all processes of a node map. It is locked for some microseconds, and the kernel lets
-go of the locks of a process that dies.
+go of the locks of a process that dies. But to lock it for each request and each answer took as much of the processor as
+the request itself: so while there is no rate nobody locks it to send, and a process tells what was answered in lumps.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ _GROWTH = 0.1
 _LEAST, _LEAST_FULL = 10.0, 40.0
 # The rate is lowered once in so long: answers of a storage whose limit is one a second come in one lump.
 _PATIENT_S = 0.2
-# Answers are counted over a second.
-_WINDOW_S = 1.0
+# Answers are counted over a second, and a process tells the others of its own so often.
+_WINDOW_S, _TELL_S = 1.0, 0.05
 # What was waited too long in one place may be caught up with.
 _SLACK_S = 0.05
 # Nobody's request is due so late: the file is of before the machine was started.
@@ -63,10 +64,10 @@ class BrakeState:
     before: float = 0.0
     """in the second before"""
 
-    def answered(self, now: float) -> None:
-        """Counts an answer."""
+    def answered(self, now: float, count: int = 1) -> None:
+        """Counts answers."""
         self._turn(now)
-        self.answers += 1
+        self.answers += count
 
     def answers_a_second(self, now: float) -> float:
         """Over the last second, as far as there were any before."""
@@ -110,7 +111,7 @@ class BrakeState:
         return at
 
 
-_LAYOUT = struct.Struct("8d")
+_LAYOUT, _RATE = struct.Struct("8d"), struct.Struct("d")
 
 
 class Brake:
@@ -122,9 +123,13 @@ class Brake:
         self._memory: mmap.mmap | None = None
         self._file = -1
         self._queue, self._lock = threading.Lock(), threading.Lock()
+        self._untold, self._told_at = 0, 0.0
+        """answers of this process that the others were not told of, and when they last were"""
 
     def wait(self) -> float:
         """Waits until a request may be sent; how many seconds."""
+        if self._memory and not _RATE.unpack_from(self._memory)[0]:
+            return 0.0
         began = time.monotonic()
         # One thread of a process has its turn fixed at a time: were all of them, they would not notice a lower rate.
         with self._queue:
@@ -136,13 +141,25 @@ class Brake:
 
     def answered(self) -> None:
         """Counts what the storage has answered."""
+        with self._lock:
+            self._untold += 1
+            if time.monotonic() - self._told_at < _TELL_S:
+                return
         with self._shared() as state:
-            state.answered(time.monotonic())
+            self._tell(state)
 
     def throttled(self, sent_at: float) -> None:
         """Slows down, because what was sent then (as time.monotonic) was answered by 429 or 503."""
         with self._shared() as state:
-            state.throttled(time.monotonic(), sent_at)
+            now = self._tell(state)
+            state.throttled(now, sent_at)
+
+    def _tell(self, state: BrakeState) -> float:
+        """Has the others count what was answered here; when that was."""
+        now = time.monotonic()
+        state.answered(now, self._untold)
+        self._untold, self._told_at = 0, now
+        return now
 
     @contextlib.contextmanager
     def _shared(self) -> Generator[BrakeState]:

@@ -119,6 +119,31 @@ def test_brakes_of_one_storage_are_one_and_others_are_their_own(
     assert [brake.wait() > 0.04 for brake in (theirs, theirs, other, other)] == [False, True, False, False]
 
 
+def test_answers_of_several_brakes_are_counted_together_though_told_in_lumps(
+    tmp_path: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    now = 1000.0
+    monkeypatch.setattr("streaming.storage.brake.time.monotonic", lambda: now)
+    brakes = [Brake("s3://a") for _ in range(3)]
+    for n in range(600):
+        now = 1000 + n / 600
+        assert brakes[n % 3].wait() == 0
+        brakes[n % 3].answered()
+    now = 1001.0
+    brakes[0].throttled(now)
+    with brakes[1]._shared() as state:
+        # What two of them answered in the last twentieth of a second they have not told.
+        assert 560 <= state.full <= 600
+        assert state.rate == pytest.approx(0.8 * state.full)
+    assert brakes[2].wait() == 0, "the first one is due at once"
+    now = 1000.5  # a wait would last until the clock that is only told goes on
+    sleeps = list[float]()
+    monkeypatch.setattr("streaming.storage.brake.time.sleep", sleeps.append)
+    brakes[2].wait()
+    assert sleeps
+
+
 READER = """
 import sys, time
 from streaming.counters import Counters
