@@ -37,6 +37,7 @@ from streaming.delivery.segments import Readers
 from streaming.errors import ConfigError
 from streaming.plan.footprints import Corners
 from streaming.plan.magnifications import DEFAULT_MPP
+from streaming.plan.strata import Strata
 from streaming.plan.universe import Universe
 from streaming.reading.reader import ReaderOptions
 from streaming.slide.geometry import MPP_TOLERANCE
@@ -242,6 +243,8 @@ def add_stream(commands: Any) -> None:
     parser.add_argument("--log", metavar="URI", help="folder for failures.parquet, the tiles that could not be read")
     parser.add_argument("--digest", action="store_true", help="print a SHA-256 of each step's tiles in index order")
     parser.add_argument("--dry-run", action="store_true", help="read nothing; print how well the steps are mixed")
+    many = "read nothing; print what so many tiles contain, by magnification and metadata (1000000)"
+    parser.add_argument("--census", type=int, nargs="?", const=1_000_000, metavar="TILES", help=many)
     parser.add_argument(
         "--mosaic", metavar="URI", help="write a picture (.png, .jpg) of the first step's tiles, by index"
     )
@@ -257,6 +260,10 @@ def add_stream(commands: Any) -> None:
         window_slides={"metavar": "N"},
     )
     group.add_argument("--cohorts", type=named_weights, metavar="LIST", help="cohorts and weights: a=2,b=1")
+    columns = {"flag": "--strata", "metavar": "COLUMN"}
+    add_options(group, Strata, columns=columns, power={"flag": "--strata-power", "metavar": "POWER"})
+    what = "weights by value of --strata in place of the power; others are not drawn: lung=2,skin=1"
+    group.add_argument("--strata-weights", type=named_weights, metavar="LIST", default={}, help=what)
     add_storage_options(parser)
 
 
@@ -267,8 +274,11 @@ def run_stream(args: Namespace) -> None:
     from streaming.catalog import Catalog
     from streaming.delivery.stream import BatchShape, TileStream, check_steps
     from streaming.plan import TilePlan
+    from streaming.plan.census import census
 
     options = storage_options(args)
+    if args.census is not None and args.census < 1:
+        raise ConfigError(f"--census {args.census}; it is a number of tiles, at least 1")
     if args.mosaic:
         from streaming.show.pictures import kind_of
 
@@ -285,10 +295,15 @@ def run_stream(args: Namespace) -> None:
         args.mpp or DEFAULT_MPP,
         args.size,
         cohorts=args.cohorts,
+        strata=read_options(args, Strata, weights=args.strata_weights),
         mpp_tolerance=args.mpp_tolerance,
         corners=args.corners,
         universe=universe,
     )
+    if args.census is not None:
+        for line in census(plan, catalog, args.census).lines():
+            out(line)
+        return
     if args.dry_run:
         some = _some_batches(args.steps, args.batch)
         _print_mix(plan, [plan.slides_of(index) for index in some], args.batch)

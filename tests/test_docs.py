@@ -112,11 +112,11 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder, more = tmp_path / STAND_INS["/data/slides"], tmp_path / STAND_INS["s3://bucket"] / "more-slides"
     folder.mkdir()
     more.mkdir(parents=True)
-    tiles, labels, patients = ["path,label,x,y,mpp,size,patient"], ["slide,label"], ["slide,patient,site"]
+    tiles, labels, patients = ["path,label,x,y,mpp,size,patient"], ["slide,label"], ["slide,patient,site,organ"]
     for slide in made:
         path = folder / f"patient{slide.patient}.svs"
         write_slide(slide, path)
-        patients.append(f"{path.stem},{slide.patient},here")
+        patients.append(f"{path.stem},{slide.patient},here,lung")
         labels.append(f"{path},{slide.patient % 2}")
         for (row, column), kind in np.ndenumerate(tissue_classes(slide, 0, 0, slide.width, slide.height, 768)):
             name = "tumour" if kind == TissueClass.TUMOUR else "other"

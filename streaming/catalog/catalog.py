@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, cast
@@ -160,6 +162,19 @@ class Catalog:
             have = ", ".join(self.metadata_columns) or "none"
             raise CatalogError(f"{self.uri}: no metadata column {name!r}; it has: {have}; add it by --metadata CSV")
         return [entry.get(name) for entry in self._metadata]
+
+    def identity(self, columns: Sequence[str]) -> str:
+        """The fingerprint of a catalog whose draws are weighed by some columns: other values there are another one.
+
+        Raises:
+            CatalogError: there is no such column.
+        """
+        # The fingerprint has these already.
+        more = sorted(set(columns) - {"patient", "cohort"})
+        if not more:
+            return self.fingerprint
+        values = json.dumps([self.slides(), {column: self.metadata(column) for column in more}])
+        return hashlib.blake2b(f"{self.fingerprint} {values}".encode(), digest_size=8).hexdigest()
 
     @cached_property
     def _opening(self) -> list[Any]:

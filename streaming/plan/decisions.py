@@ -13,7 +13,7 @@ class Decision(IntEnum):
     """
 
     MAGNIFICATION = 0
-    COHORT = 1
+    STRATUM = 1
     SLIDE = 2
 
     # A place on a slide: a cell of the tissue grid, a point in the cell, and where around the point the tile lies.

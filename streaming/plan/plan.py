@@ -22,6 +22,7 @@ from streaming.plan.decisions import Decision
 from streaming.plan.footprints import Corners, Footprint, corner_anywhere, corner_on_blocks
 from streaming.plan.magnifications import DEFAULT_MPP, Mpp
 from streaming.plan.slide_choice import MAX_TRIES, Choice, SlideChooser
+from streaming.plan.strata import Strata, of_cohorts
 from streaming.plan.universe import HeldOut, ShuffleQuality, Universe, shuffle_quality
 from streaming.slide.geometry import MANY_PIXELS, MPP_TOLERANCE
 
@@ -106,17 +107,17 @@ class TilePlan:
     """The stream of tiles that a catalog, a seed and a mix define; `plan[i]` is tile i, for any i ≥ 0.
 
     mpp maps each magnification (µm/px) to its weight, or is a range of them (`streaming.plan.magnifications.Mpp`);
-    cohorts maps each value of the catalog's `cohort` column to its weight (None: every slide alike). A tile has at
-    least `min_tissue` of its area on tissue. A slide serves a magnification only if the tile fits it and its pixels
-    would not be enlarged over `max_upsampling` times. Where a level, or its reduction by 2, 4 or 8, has the
-    magnification up to a share of `mpp_tolerance`, tiles are of its own pixels; 0: all have the very mpp. With corners
-    on `blocks` a tile touches as few compressed blocks of its level as it can, where the catalog knows them. universe
-    bounds what is drawn, and how (None: any tile of all slides, each index by itself); held_out keeps patients out of
-    it (None: nobody).
+    strata weighs groups of slides by columns of the catalog (None: every slide alike); cohorts is short for weights of
+    the values of its column `cohort`. A tile has at least `min_tissue` of its area on tissue. A slide serves a
+    magnification only if the tile fits it and its pixels would not be enlarged over `max_upsampling` times. Where a
+    level, or its reduction by 2, 4 or 8, has the magnification up to a share of `mpp_tolerance`, tiles are of its own
+    pixels; 0: all have the very mpp. With corners on `blocks` a tile touches as few compressed blocks of its level as
+    it can, where the catalog knows them. universe bounds what is drawn, and how (None: any tile of all slides, each
+    index by itself); held_out keeps patients out of it (None: nobody).
 
     Raises:
         ConfigError: weights, size or shares make no sense.
-        PlanError: no slide of the catalog can serve a magnification or cohort.
+        PlanError: no slide of the catalog can serve a magnification or stratum.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class TilePlan:
         size: int = 256,
         *,
         cohorts: Mapping[str, float] | None = None,
+        strata: Strata | None = None,
         min_tissue: float = MIN_TISSUE,
         max_upsampling: float = 2.0,
         mpp_tolerance: float = MPP_TOLERANCE,
@@ -154,7 +156,15 @@ class TilePlan:
         self._start, self._total = catalog.column("tissue_offset"), catalog.column("tissue_total")
         self.universe = universe or Universe()
         self._chooser = SlideChooser(
-            catalog, seed, mpp, size, cohorts, max_upsampling, mpp_tolerance, self.universe, held_out
+            catalog,
+            seed,
+            mpp,
+            size,
+            of_cohorts(cohorts, strata or Strata()),
+            max_upsampling,
+            mpp_tolerance,
+            self.universe,
+            held_out,
         )
         self._mpp_values = self._chooser.mpp_values
         self._padded = padded(self._rows * self._columns)
@@ -164,6 +174,11 @@ class TilePlan:
     def slides(self) -> list[str]:
         """The slides' addresses; `TileSpecs.slide` counts in this list."""
         return self._slides
+
+    @property
+    def magnifications(self) -> NDArray[np.float64]:
+        """The µm/px that tiles are asked for, rising."""
+        return self._mpp_values
 
     @property
     def num_tiles(self) -> int | None:
@@ -237,7 +252,7 @@ class TilePlan:
         """The tiles of many sample indices, int64 (n,), at once.
 
         attempt (n,) asks for an index's replacement: 1 for the first, and so on. A replacement has the magnification
-        and cohort of the tile it stands for, so what is dropped does not shift the mix.
+        and stratum of the tile it stands for, so what is dropped does not shift the mix.
 
         Raises:
             ConfigError: a negative index.

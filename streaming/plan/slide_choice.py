@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streaming.catalog import Catalog
-from streaming.errors import ConfigError, PlanError
+from streaming.errors import PlanError
 from streaming.plan.counter_random import Indices, evenly, hashed, text_keys, uniform
 from streaming.plan.decisions import Decision
 from streaming.plan.footprints import Footprints
 from streaming.plan.magnifications import Mpp, mpp_weights
+from streaming.plan.strata import Strata, known_names, members
 from streaming.plan.universe import (
     HeldOut,
     Universe,
@@ -48,7 +47,7 @@ class Choice:
     key: Indices
     """what the random numbers of the place are hashed from"""
     mpp_row: Indices
-    cohort: Indices
+    stratum: Indices
     own: NDArray[np.int32] | None
     """the slide that it belongs to; None: each draw takes one of those that serve the magnification"""
     window: Indices | None
@@ -57,18 +56,18 @@ class Choice:
         """Some of them."""
         own = None if self.own is None else self.own[at]
         window = None if self.window is None else self.window[at]
-        return Choice(self.key[at], self.mpp_row[at], self.cohort[at], own, window)
+        return Choice(self.key[at], self.mpp_row[at], self.stratum[at], own, window)
 
 
 class SlideChooser:
-    """Chooses among a catalog's slides by the weights of magnifications and cohorts, within a universe.
+    """Chooses among a catalog's slides by the weights of magnifications and strata, within a universe.
 
     As it is, an index draws its magnification, then a slide that serves it. Within windows, or of a bounded number of
     tiles, it draws a slide, then one of its tiles, which has a magnification that the slide serves.
 
     Raises:
         ConfigError: weights make no sense.
-        PlanError: no slide can serve a magnification or cohort.
+        PlanError: no slide can serve a magnification or stratum.
     """
 
     def __init__(
@@ -77,7 +76,7 @@ class SlideChooser:
         seed: int,
         mpp: Mpp,
         size: int,
-        cohorts: Mapping[str, float] | None,
+        strata: Strata,
         max_upsampling: float,
         mpp_tolerance: float,
         universe: Universe,
@@ -100,10 +99,9 @@ class SlideChooser:
         has_tissue = catalog.column("tissue_total") > 0
         self._serves = self.footprints.fit() & has_tissue & is_fine_enough & self._chosen
         self._check_magnifications(size)
-        names: list[str | None] = [None] if cohorts is None else _weights("cohorts", cohorts)[0].tolist()
-        of_slide = [None] * len(slides) if cohorts is None else catalog.metadata("cohort")
-        self._weights = np.array([1.0 if name is None else (cohorts or {})[name] for name in names])
-        self._pool_slides([np.array([of == name for of in of_slide]) for name in names], names)
+        self._members = members(catalog, strata, np.any(self._serves, axis=0, keepdims=True)[0])
+        self._weights = self._members.weights
+        self._pool_slides(catalog, strata)
         if universe.draws_tiles:
             self._pool_strata(slides)
         # Tiles of a bounded universe are the same in all runs on it; their order is not.
@@ -123,33 +121,40 @@ class SlideChooser:
                     f"{self._or_more_slides}"
                 )
 
-    def _pool_slides(self, members: list[NDArray[np.bool_]], names: list[str | None]) -> None:
-        """The slides that serve each magnification and cohort, and the cohorts' shares at each magnification."""
-        for name, of_cohort in zip(names, members, strict=True):
-            if not (self._serves & of_cohort).any():
-                raise PlanError(
-                    f"{self._uri}: no slide of cohort {name!r} among the {int(self._chosen.sum())} of the run; take it "
-                    f"out of the cohorts (data.cohorts, --cohorts){self._or_more_slides}"
-                )
-        pools = [np.flatnonzero(serve & of_cohort) for serve in self._serves for of_cohort in members]
+    def _pool_slides(self, catalog: Catalog, strata: Strata) -> None:
+        """The slides that serve each magnification and stratum, and the strata's shares at each magnification."""
+        names, of_slide = self._members.names, self._members.stratum
+        served = np.bincount(of_slide[self._serves.any(axis=0) & (of_slide >= 0)], minlength=len(names))
+        if not served.all():
+            known = ", ".join(known_names(catalog, strata)[:12])
+            raise PlanError(
+                f"{self._uri}: no slide of {'/'.join(strata.columns)} {names[int(served.argmin())]!r} among the "
+                f"{int(self._chosen.sum())} of the run can give tiles; there are: {known}; take it out of the weights "
+                f"(data.strata.weights, data.cohorts, --cohorts){self._or_more_slides}"
+            )
+        pools, sizes = list[NDArray[np.int64]](), list[Indices]()
+        for serve in self._serves:
+            slides = np.flatnonzero(serve & (of_slide >= 0))
+            pools.append(slides[np.argsort(of_slide[slides], kind="stable")])
+            sizes.append(np.bincount(of_slide[slides], minlength=len(names)))
         self._pool = np.concatenate(pools).astype(np.int32)
-        self._pool_size = np.array([len(pool) for pool in pools], dtype=np.int64)
+        self._pool_size = np.concatenate(sizes).astype(np.int64)
         self._pool_start = np.concatenate([[0], np.cumsum(self._pool_size)[:-1]]).astype(np.int64)
         shares = self._weights * (self._pool_size.reshape(-1, len(names)) > 0)
         if not shares.any(axis=1).all():
             mpp = self.mpp_values[int(shares.any(axis=1).argmin())]
             raise PlanError(
-                f"{self._uri}: no slide of the run's cohorts serves {mpp:.4g} µm/px; take it out of the mpp "
+                f"{self._uri}: no slide of the run's strata serves {mpp:.4g} µm/px; take it out of the mpp "
                 "(data.mpp, --mpp)"
             )
-        self._cohort_cumulative = np.array([_cumulative(row) for row in shares])
-        self._members = members
+        self._stratum_by_mpp = np.array([_cumulative(row) for row in shares])
 
     def _pool_strata(self, slides: list[str]) -> None:
-        """The slides of each cohort, whatever magnifications they serve, and what each slide serves."""
-        strata = [np.flatnonzero(self._serves.any(axis=0) & members) for members in self._members]
-        self._stratum = np.concatenate(strata).astype(np.int32)
-        self._stratum_size = np.array([len(stratum) for stratum in strata], dtype=np.int64)
+        """The slides of each stratum, whatever magnifications they serve, and what each slide serves."""
+        of_slide = self._members.stratum
+        drawn = np.flatnonzero(self._serves.any(axis=0) & (of_slide >= 0))
+        self._stratum = drawn[np.argsort(of_slide[drawn], kind="stable")].astype(np.int32)
+        self._stratum_size = np.bincount(of_slide[drawn], minlength=len(self._weights)).astype(np.int64)
         self._stratum_start = np.concatenate([[0], np.cumsum(self._stratum_size)[:-1]]).astype(np.int64)
         self._stratum_cumulative = _cumulative(self._weights)
         self._slide_key = text_keys(slides)
@@ -168,27 +173,29 @@ class SlideChooser:
             return self._choose_tiles(index)
         number = uniform(self._seed, index, _ONCE, Decision.MAGNIFICATION)
         mpp_row = np.searchsorted(self._mpp_cumulative, number, side="right")
-        cohort = self._drawn_cohort(index, self._cohort_cumulative[mpp_row])
-        return Choice(index, mpp_row, cohort, None, None)
-
-    def _drawn_cohort(self, index: Indices, cumulative: NDArray[np.float64]) -> Indices:
-        return (uniform(self._seed, index, _ONCE, Decision.COHORT)[:, None] >= cumulative).sum(axis=1)
+        number = uniform(self._seed, index, _ONCE, Decision.STRATUM)
+        stratum = np.zeros(len(index), np.int64)
+        for row in np.unique(mpp_row):
+            at = mpp_row == row
+            stratum[at] = np.searchsorted(self._stratum_by_mpp[row], number[at], side="right")
+        return Choice(index, mpp_row, stratum, None, None)
 
     def _choose_tiles(self, index: Indices) -> Choice:
         num_tiles, window = self._universe.tiles_per_slide, None
         if num_tiles is not None and not self._universe.replacement:
-            cohort, at = exhaustive(index, self._quotas, self._stratum_size * num_tiles, self._seed)
+            stratum, at = exhaustive(index, self._quotas, self._stratum_size * num_tiles, self._seed)
             position, tile = at // num_tiles, at % num_tiles
         else:
-            cohort = self._drawn_cohort(index, self._stratum_cumulative)
+            number = uniform(self._seed, index, _ONCE, Decision.STRATUM)
+            stratum = np.searchsorted(self._stratum_cumulative, number, side="right")
             number = uniform(self._seed, index, _ONCE, Decision.SLIDE)
             if self._universe.window is None:
-                position = (number * self._stratum_size[cohort]).astype(np.int64)
+                position = (number * self._stratum_size[stratum]).astype(np.int64)
             else:
                 window = index // self._universe.window
-                position = self._dealt(window, number, cohort)
+                position = self._dealt(window, number, stratum)
             tile = (uniform(self._seed, index, _ONCE, Decision.TILE) * (num_tiles or 1)).astype(np.int64)
-        own = self._stratum[self._stratum_start[cohort] + position]
+        own = self._stratum[self._stratum_start[stratum] + position]
         if num_tiles is None:
             key, number = index, uniform(self._seed, index, _ONCE, Decision.MAGNIFICATION)
         else:
@@ -196,23 +203,23 @@ class SlideChooser:
             key = hashed(self._universe.seed, of_slide, tile).astype(np.int64)
             number = evenly(hashed(self._universe.seed, Decision.MAGNIFICATION_OF_TILE, of_slide), tile)
         mpp_row = (number[:, None] >= self._slide_mpp[own]).sum(axis=1)
-        return Choice(key, mpp_row, cohort, own, window)
+        return Choice(key, mpp_row, stratum, own, window)
 
-    def _dealt(self, window: Indices, number: NDArray[np.float64], cohort: Indices) -> Indices:
-        slot = (number * self._shares[cohort]).astype(np.int64)
-        return dealt(window, slot, cohort, self._shares, self._stratum_size, self._seed)
+    def _dealt(self, window: Indices, number: NDArray[np.float64], stratum: Indices) -> Indices:
+        slot = (number * self._shares[stratum]).astype(np.int64)
+        return dealt(window, slot, stratum, self._shares, self._stratum_size, self._seed)
 
     def slides(self, choice: Choice, attempt: NDArray[np.int32], trial: int) -> NDArray[np.int32]:
         """The slides of one draw, rows of the catalog, int32 (n,)."""
         counter = attempt.astype(np.int64) * MAX_TRIES + trial // TRIES_PER_SLIDE
         number = uniform(self.place_seed, choice.key, counter, Decision.SLIDE)
-        pool = choice.mpp_row * self._cohort_cumulative.shape[1] + choice.cohort
+        pool = choice.mpp_row * len(self._weights) + choice.stratum
         slide = self._pool[self._pool_start[pool] + (number * self._pool_size[pool]).astype(np.int64)]
         if choice.own is None:
             return slide
         if choice.window is not None:
-            position = self._dealt(choice.window, number, choice.cohort)
-            near = self._stratum[self._stratum_start[choice.cohort] + position]
+            position = self._dealt(choice.window, number, choice.stratum)
+            near = self._stratum[self._stratum_start[choice.stratum] + position]
             near = np.where(self._serves[choice.mpp_row, near], near, choice.own)
             slide = np.where(attempt < _WINDOW_ATTEMPTS, near, slide)
         return np.where((attempt < _OWN_ATTEMPTS) & (trial < _OWN_TRIES), choice.own, slide)
@@ -229,7 +236,7 @@ class SlideChooser:
             weights = self._weights / self._weights.sum()
             np.add.at(shares, self._stratum, np.repeat(weights / self._stratum_size, self._stratum_size))
             return shares
-        weights = np.diff(self._mpp_cumulative, prepend=0.0)[:, None] * np.diff(self._cohort_cumulative, prepend=0.0)
+        weights = np.diff(self._mpp_cumulative, prepend=0.0)[:, None] * np.diff(self._stratum_by_mpp, prepend=0.0)
         each = weights.ravel() / np.maximum(1, self._pool_size)
         np.add.at(shares, self._pool, np.repeat(each, self._pool_size))
         return shares
@@ -239,16 +246,6 @@ class SlideChooser:
         """Distinct tiles of the universe; None: without bound."""
         per_slide = self._universe.tiles_per_slide
         return None if per_slide is None else int(self._stratum_size.sum()) * per_slide
-
-
-def _weights(name: str, weights: Mapping[Any, float]) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """Choices in a fixed order, and their cumulative shares."""
-    if not weights or any(not weight > 0 for weight in weights.values()):
-        raise ConfigError(f"{name} weights are {dict(weights)}; give at least one, all above 0")
-    # The order in which somebody wrote the mix must not change the tiles.
-    choices = sorted(weights)
-    shares = np.array([weights[choice] for choice in choices], dtype=np.float64)
-    return np.array(choices), _cumulative(shares)
 
 
 def _cumulative(shares: NDArray[np.float64]) -> NDArray[np.float64]:

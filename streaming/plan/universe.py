@@ -167,7 +167,7 @@ def window_shares(window_slides: int, weights: NDArray[np.float64], sizes: Indic
     """
     if window_slides < len(weights):
         raise ConfigError(
-            f"universe.window_slides (--window-slides) is {window_slides}, but there are {len(weights)} cohorts; "
+            f"universe.window_slides (--window-slides) is {window_slides}, but there are {len(weights)} strata; "
             "take at least that many"
         )
     total = math.fsum(weights.tolist())

@@ -70,6 +70,10 @@ class Config:
         """The patients that are not trained on."""
         return HeldOut(self.watch.validation_slides) if self.watch.validation_slides else None
 
+    def identity(self, catalog: Catalog) -> str:
+        """What of a catalog decides the tiles that are trained on, as a fingerprint."""
+        return catalog.identity(self.data.strata.columns)
+
     def stream(self, catalog: Catalog) -> TileStream:
         """The tiles that are trained on."""
         return make_stream(self.data, self.run.seed, self.train.shape, catalog, self.held_out)

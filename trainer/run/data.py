@@ -15,6 +15,7 @@ from streaming.plan import TilePlan
 from streaming.plan.footprints import Corners
 from streaming.plan.magnifications import DEFAULT_MPP, mpp_weights
 from streaming.plan.plan import MIN_TISSUE
+from streaming.plan.strata import Strata
 from streaming.plan.universe import HeldOut, Universe
 from streaming.reading.hsv_rule import HsvRule
 from streaming.reading.reader import ReaderOptions
@@ -38,6 +39,8 @@ class DataConfig:
     """weight of each magnification in µm/px; or a range: uniform: [0.25, 2.0], log_uniform, density"""
     cohorts: dict[str, float] | None = None
     """weight of each value of the catalog's `cohort` column; none: every slide alike"""
+    strata: Strata = field(default_factory=Strata)
+    """weights of groups of slides by columns of the catalog; as it is, every slide alike"""
     tile_size: int = 256
     """side of a tile in px"""
     min_tissue: float = MIN_TISSUE
@@ -116,6 +119,7 @@ def make_plan(data: DataConfig, seed: int, catalog: Catalog, held_out: HeldOut |
         data.mpp,
         data.tile_size,
         cohorts=data.cohorts,
+        strata=data.strata,
         min_tissue=data.min_tissue,
         max_upsampling=data.max_upsampling,
         mpp_tolerance=data.mpp_tolerance,

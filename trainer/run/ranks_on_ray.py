@@ -140,7 +140,7 @@ def fit_on_ray(
     handler = cast(Any, FSSpecHandler)(fs)  # its stubs call it abstract
     trainer = TorchTrainer(
         # Not as train_loop_config, which the controller would unpickle, importing all this, too.
-        partial(_worker, _Loop(config, catalog.fingerprint, source, messages, orders, probe, trained_on)),
+        partial(_worker, _Loop(config, config.identity(catalog), source, messages, orders, probe, trained_on)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=train.ranks,
             use_gpu=train.gpu,

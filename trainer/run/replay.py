@@ -226,7 +226,7 @@ def _train_rank(replay: Replay, rank: int, place: Place | None, tell: Told) -> s
             tell(row)
 
     try:
-        fit(alone, _Nowhere(alone, catalog.fingerprint), batches, replay.checkpoint, report, Signals(), place)
+        fit(alone, _Nowhere(alone, config.identity(catalog)), batches, replay.checkpoint, report, Signals(), place)
     except TrainingError as error:
         return str(error)
     return None

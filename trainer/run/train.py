@@ -83,7 +83,7 @@ def train(
         sys.stderr.write(f"train: {line}\n")
     catalog = load_catalog(config.data)
     out, options, steps = config.run.out, config.data.storage_options, config.train.steps
-    start, resume = resume_point(config, catalog.fingerprint, force=force)
+    start, resume = resume_point(config, config.identity(catalog), force=force)
     last = checkpoints.checkpoint_uri(out, steps)
     if start >= steps:
         return TrainResult(resume or last, start, start, steps, [f"{out} is trained to step {start} already"])
@@ -114,7 +114,7 @@ def train(
             batches = StepBatches(tiles, start, config, lambda failures: log.add(Failed("", failures)))
             with terminated() as stop:
                 signals = Signals(stop=stop.is_set, begin=stop.listen)
-                to_storage = FolderCheckpointIO(config, catalog.fingerprint, slide_sources(catalog, stream.plan))
+                to_storage = FolderCheckpointIO(config, config.identity(catalog), slide_sources(catalog, stream.plan))
                 fit(config, to_storage, batches, resume, log.add, signals, probe=probe)
         else:
             fit_on_ray(config, catalog, log, probe, verbose=verbose)

@@ -284,7 +284,7 @@ def test_shuffle_quality_is_one_for_independent_draws_and_says_what_a_window_cos
         ({"window": 0}, "window"),
         ({"replacement": False}, "tiles_per_slide"),
         ({"replacement": False, "tiles_per_slide": 3, "window": 10}, "window"),
-        ({"window": 10, "window_slides": 1}, "2 cohorts"),
+        ({"window": 10, "window_slides": 1}, "2 strata"),
     ],
 )
 def test_what_cannot_be_combined_is_refused(universe: dict, named: str) -> None:
