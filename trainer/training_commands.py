@@ -122,7 +122,7 @@ def run_replay(args: Namespace) -> None:
     config = changed(read_config(run, options), args.overrides, options)
     replay = find_replay(run, args.step, config, options)
     folder = args.out or storage.join(run, "replay", f"step-{args.step:08d}")
-    ranks = range(config.train.ranks) if args.ranks is None else args.ranks
+    ranks = range(replay.config.train.most_ranks) if args.ranks is None else args.ranks
     for uri in write_replay(replay, load_catalog(config.data), ranks, folder):
         out(uri)
     if args.no_losses:

@@ -38,7 +38,7 @@ def rank_batches(
     rank: int,
     steps: tuple[int, int],
     read: Callable[[DataIterator], Iterator[T]],
-) -> Iterator[T]:
+) -> Generator[T]:
     """A rank's micro-batches of the steps [first, last), segment after segment; `read` turns a share into batches.
 
     chain and source are its group's. Where the chain or a segment's dataset is lost, it goes on after the last batch.
@@ -55,9 +55,9 @@ def rank_batches(
         segment = _Segment(chain, rank, (first, answer[0]), answer[1], read)
         return _Opened(segment, segment.take(), time.monotonic() - asked)
 
-    watchdog = _Watchdog(chain, rank, source.readers.stall_s)
+    watchdog, segment = _Watchdog(chain, rank, source.readers.stall_s), None
+    opening = _in_background(open_segment, start, None, 0)
     try:
-        opening = _in_background(open_segment, start, None, 0)
         while opening:
             with watchdog.waiting(start):
                 opened = opening.result()
@@ -73,10 +73,15 @@ def rank_batches(
                     with watchdog.waiting(start):
                         batch = segment.take()
                 yield batch
+            segment.close()
             chain.leave.remote(start, rank)
             start = segment.stop
     finally:
         watchdog.done.set()
+        if segment:
+            segment.close()
+        if opening:
+            opening.add_done_callback(_close)
 
 
 class _Segment(Generic[T]):
@@ -93,6 +98,15 @@ class _Segment(Generic[T]):
         self._chain, self._rank, self._read = chain, rank, read
         self._start, self.stop = steps
         self._batches, self._num_done, self._losses = read(share), 0, 0
+
+    def close(self) -> None:
+        """Ends the batches.
+
+        Ray tells its actors when an iterator ends. One that is left to the garbage collector may do so when this
+        process has joined another Ray, which knows no such actors.
+        """
+        if isinstance(self._batches, Generator):
+            self._batches.close()
 
     def take(self) -> T:
         """The next batch.
@@ -124,6 +138,12 @@ class _Opened(Generic[T]):
     segment: _Segment[T]
     first: T
     took_s: float
+
+
+def _close(opening: Future[_Opened[Any]]) -> None:
+    """Ends a segment that nobody waits for any more."""
+    if not opening.exception():
+        opening.result().segment.close()
 
 
 class Pace:

@@ -17,6 +17,7 @@ from streaming.catalog import Catalog
 from streaming.delivery.reader_actor import ReaderActor
 from streaming.errors import ConfigError
 from streaming.plan import TilePlan
+from streaming.reading.batch_reading import batches_at_once
 from streaming.reading.reader import ReaderOptions
 
 # Before the rate is known: planned in 2 s, and with 64 ranks that take a block each in 1.6 s, 50 s long.
@@ -110,10 +111,19 @@ class Source:
     batch: int
     micro: int
     ranks: int
-    batches_at_once: int
-    """batches that a reader works on"""
+    requests_per_tile: float
+    """about how many requests a tile takes, where they are counted"""
     group: range
     """the ranks whose blocks these are"""
+
+    @property
+    def batches_at_once(self) -> int:
+        """Batches that a reader works on."""
+        return batches_at_once(self.options.requests_in_flight, self.micro, self.requests_per_tile)
+
+    def over(self, ranks: int, micro: int) -> Source:
+        """The same global batches, cut for another number of ranks."""
+        return replace(self, ranks=ranks, micro=micro, group=range(ranks))
 
     def part(self, group: range) -> Source:
         """Of one of all ranks, that of some, with their share of the readers and of the object store."""

@@ -26,7 +26,6 @@ from streaming.delivery.segments import Readers, Source, groups_of
 from streaming.errors import ConfigError, StreamError
 from streaming.plan import TilePlan
 from streaming.reading.batch import Batch
-from streaming.reading.batch_reading import batches_at_once
 from streaming.reading.reader import ReaderOptions, TileReader
 
 
@@ -100,7 +99,6 @@ class TileStream:
         plan, catalog, shape = ray.put(self.plan), ray.put(self.catalog), self.shape
         # Of a tile as large as a scanner's blocks; larger ones have more.
         requests_per_tile = 1 if self.plan.corners == "blocks" else 2
-        at_once = batches_at_once(self.reader.requests_in_flight, shape.micro, requests_per_tile)
         return Source(
             plan,
             catalog,
@@ -109,7 +107,7 @@ class TileStream:
             shape.batch,
             shape.micro,
             shape.ranks,
-            at_once,
+            requests_per_tile,
             group=range(shape.ranks),
         )
 
@@ -142,13 +140,13 @@ class TileStream:
         parts = [source.part(group) for group in self._groups]
         chains = [start_chain(part) for part in parts]
         read = partial(_numpy_batches, micro=shape.micro)
+        ranks = [
+            rank_batches(chain, part, rank, (start, stop), read)
+            for chain, part in zip(chains, parts, strict=True)
+            for rank in part.group
+        ]
         try:
             with ThreadPoolExecutor(shape.ranks) as pool:
-                ranks = [
-                    rank_batches(chain, part, rank, (start, stop), read)
-                    for chain, part in zip(chains, parts, strict=True)
-                    for rank in part.group
-                ]
                 for step in range(start, stop):
                     batches: list[Batch] = []
                     for _ in range(shape.accumulate):
@@ -157,6 +155,8 @@ class TileStream:
                     check_step(step, shape.batch, np.concatenate([batch["index"] for batch in batches]))
                     yield batches
         finally:
+            for rank in ranks:
+                rank.close()
             for chain in chains:
                 ray.kill(chain)
 

@@ -18,7 +18,7 @@ from streaming.delivery.stream import check_step
 from streaming.errors import TrainingError
 from trainer.recipe.module import DinoModule
 from trainer.run import checkpoints
-from trainer.run.agreement import Agreement, Wishes
+from trainer.run.agreement import Agreement, Wishes, limit_waits, longest_wait_s
 from trainer.run.background_checkpoints import FolderCheckpointIO
 from trainer.run.config import Config
 from trainer.run.guard import Guard
@@ -72,6 +72,9 @@ class AfterStep(Callback):
         self._saved = [batches.start] if batches.start else []
         self._saved_at = self._looked_at = time.monotonic()
         self._has_left = False
+        self._has_stepped = False
+        self.leaves_for_more = False
+        """whether training has ended so that it can go on with more ranks"""
         self._probe: Probe | None = None
         self._validation: Validation | None = None
 
@@ -79,6 +82,7 @@ class AfterStep(Callback):
         """Opens the ranks' way to agree, and listens to signals."""
         self._signals.begin()
         self._agreement = Agreement(trainer.world_size)
+        limit_waits(longest_wait_s(self._config.train.collective_minutes, starting=True))
         if self._config.watch.knn_dataset and self._probe_kind is not None:
             self._probe = self._probe_kind(self._config, trainer.global_rank, trainer.world_size)
         if self._config.watch.validation_slides:
@@ -98,6 +102,9 @@ class AfterStep(Callback):
         train, step = self._config.train, trainer.global_step
         if len(self._index) < train.accumulate:
             return
+        if not self._has_stepped:
+            self._has_stepped = True
+            limit_waits(longest_wait_s(train.collective_minutes, starting=False))
         index, self._index = torch.cat(self._index), []
         self._io.check()
         self._note_finite(pl_module)
@@ -111,7 +118,8 @@ class AfterStep(Callback):
             wishes = wishes._replace(save=wishes.save or leaving)
         if wishes.save or wishes.stop or step % train.checkpoint_every == 0 or step == train.steps:
             self._save(trainer, pl_module, step)
-        trainer.should_stop |= wishes.stop
+            self.leaves_for_more = wishes.more and not wishes.stop and step < train.steps
+        trainer.should_stop |= wishes.stop or self.leaves_for_more
 
     def _wishes(self) -> Wishes:
         now, minutes = time.monotonic(), self._config.train.checkpoint_minutes
@@ -119,6 +127,7 @@ class AfterStep(Callback):
             stop=self._signals.stop(),
             save=minutes is not None and now - self._saved_at >= minutes * 60,
             look=now - self._looked_at >= _LOOK_EVERY_S,
+            more=self._signals.more(),
         )
 
     def _note_finite(self, pl_module: DinoModule) -> None:
@@ -169,6 +178,7 @@ class AfterStep(Callback):
             "first_index": int(seen.min()),
             "next_index": int(seen.max()) + 1,
             "tiles_seen": step * batch,
+            "ranks": trainer.world_size,
             "tiles_per_s": steps * batch / elapsed,
             "data_wait_share": (mean[-1] - self._waited_s) / elapsed,
             "filtered": round(mean[-4] * trainer.world_size),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from datetime import timedelta
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,20 @@ class Wishes(NamedTuple):
     """save: the time has come"""
     look: bool = False
     """look together whether a machine is about to go"""
+    more: bool = False
+    """leave at the next checkpoint: there is room for more ranks"""
+
+
+def longest_wait_s(minutes: float, *, starting: bool) -> float:
+    """What ranks wait for one another: until their first step is done, some compile, fetch weights or lack tiles."""
+    return minutes * 60 * (3 if starting else 1)
+
+
+def limit_waits(seconds: float) -> None:
+    """From now on, a rank that waits longer for the others fails, and Ray Train starts all of them again."""
+    if dist.is_available() and dist.is_initialized():
+        for group in cast(Any, dist.distributed_c10d)._world.pg_map:  # torch has no public list of them
+            dist.set_timeout(timedelta(seconds=seconds), group)
 
 
 class Agreement:

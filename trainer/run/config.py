@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, NamedTuple, cast, get_args, get_origin, get_type_hints
@@ -55,10 +56,45 @@ class Config:
             raise ValueError(
                 f"watch.knn_every {self.watch.knn_every} is no multiple of train.log_every {self.train.log_every}"
             )
+        stall_s, collective_s = self.data.stall_s, self.train.collective_minutes * 60
+        if stall_s is not None and stall_s >= collective_s:
+            raise ValueError(
+                f"train.collective_minutes {self.train.collective_minutes:g} are {collective_s:g} s, no longer than "
+                f"data.stall_s {stall_s:g}: ranks would be ended before the stream says why it stands still; raise it"
+            )
+        least, most = self.train.ranks_range
+        if least not in self.possible_ranks:
+            raise ValueError(
+                f"train.ranks [{least}, {most}]: {least} ranks can't take a batch of {self.train.batch} in groups of "
+                f"{self._group_size} masks; of these numbers {', '.join(map(str, self.possible_ranks))} can"
+            )
+        if least < most and self.train.rank_labels and not (self.train.gpu or self.train.rank_resources):
+            raise ValueError(
+                f"train.ranks [{least}, {most}]: Ray counts the room for ranks by resources, not by train.rank_labels; "
+                "name a resource that only their nodes have in train.rank_resources"
+            )
         if self.augment.global_size > self.data.tile_size * 2:
             raise ValueError(
                 f"augment.global_size {self.augment.global_size} is over twice data.tile_size {self.data.tile_size}"
             )
+
+    @property
+    def _group_size(self) -> int:
+        """Crops of a mask's group, as `fitted` settles it."""
+        return math.gcd(self.train.shape.micro, self.mask.group_size)
+
+    @property
+    def possible_ranks(self) -> tuple[int, ...]:
+        """The numbers of ranks that the run may go on with, of those from the least to the most."""
+        least, most = self.train.ranks_range
+        return tuple(n for n in range(least, most + 1) if self.train.rounds_on(n, self._group_size))
+
+    def on(self, num_ranks: int) -> Config:
+        """The configuration of a rank among so many: with them and their rounds, and else the same."""
+        rounds = self.train.rounds_on(num_ranks, self._group_size)
+        assert rounds is not None, f"{num_ranks} is one of {self.possible_ranks}"
+        train = replace(self.train, ranks=num_ranks, accumulate=rounds, max_micro_batch=None)
+        return replace(self, train=train)
 
     @property
     def recipe(self) -> Recipe:

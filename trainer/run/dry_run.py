@@ -84,7 +84,7 @@ def memory(config: Config, size: Size) -> dict[str, tuple[float, str]]:
     """Bytes per rank by purpose, each with its formula."""
     train, augment = config.train, config.augment
     micro, half = train.shape.micro, train.precision.startswith("bf16")
-    shards = train.ranks if train.strategy == "fsdp" else 1
+    shards = train.most_ranks if train.strategy == "fsdp" else 1
     held, of = size.parameters / shards, f"parameters{f' / {shards} ranks' if shards > 1 else ''}"
     tokens = micro * (
         NUM_GLOBAL * (size.patches[0] + size.prefix_tokens) + augment.num_local * (size.patches[1] + size.prefix_tokens)
@@ -132,6 +132,9 @@ def describe(config: Config, probe: ProbeKind | None = None) -> Iterator[str]:
     yield from said
     yield f"student       {size.backbone:,} parameters in the backbone, {size.heads:,} in the heads; the teacher alike"
     yield f"steps         {train.steps:,} optimiser steps of {train.batch:,} tiles: {_cut(train)}"
+    fewer = [config.on(number).train for number in config.possible_ranks[:-1]]
+    for part in fewer:
+        yield f"              or {_cut(part)}, where there is no room for more"
     yield (
         f"FLOPs         {train.steps * flops.total:.3g} = {train.steps:,} steps × {flops.total:.3g}: "
         f"student, forward and backward, {flops.student:.3g}, teacher {flops.teacher:.3g}"
@@ -154,7 +157,7 @@ def describe(config: Config, probe: ProbeKind | None = None) -> Iterator[str]:
 
 
 def _cut(train: TrainConfig) -> str:
-    return f"{train.ranks} ranks × {train.shape.micro} tiles × {train.accumulate} rounds, {train.strategy}"
+    return f"{train.most_ranks} ranks × {train.shape.micro} tiles × {train.accumulate} rounds, {train.strategy}"
 
 
 def _init_line(config: Config) -> str:

@@ -38,8 +38,11 @@ class TrainConfig:
     none: steps says how long"""
     batch: int = 64
     """tiles of an optimiser step, over all ranks and accumulation rounds"""
-    ranks: int = field(default=1, metadata=FREE)
-    """trainer workers"""
+    ranks: int | tuple[int, int] = field(default=1, metadata=FREE)
+    """trainer workers; two numbers, the least and the most: as many as find room, while nodes come and go"""
+    max_micro_batch: int | None = field(default=None, metadata=FREE)
+    """tiles that a rank takes at once at most where there are fewer ranks than the most, so that more rounds of
+    accumulation make up the batch; none: as many as with the most ranks"""
     ranks_per_stream: int | None = field(default=None, metadata=FREE)
     """ranks that share a dataset of Ray Data, with their part of the readers; none: those of a node"""
     accumulate: int = 1
@@ -71,7 +74,10 @@ class TrainConfig:
     keep_checkpoints: int = field(default=3, metadata=FREE)
     """newest checkpoints that are kept"""
     max_restarts: int = field(default=3, metadata=FREE)
-    """how often Ray Train starts the workers again from the last checkpoint when one is lost"""
+    """how often Ray Train starts the workers again from one checkpoint when one is lost: a new one counts anew"""
+    collective_minutes: float = field(default=20.0, metadata=FREE)
+    """minutes that ranks wait for one another before the run's workers are started again, three times as many until the
+    first step is done; longer than data.stall_s, which names what stands still"""
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints"):
@@ -81,12 +87,51 @@ class TrainConfig:
             raise ValueError(f"checkpoint_minutes is {self.checkpoint_minutes}; it must be above 0, or none")
         if self.flops is not None and not self.flops > 0:
             raise ValueError(f"flops is {self.flops}; it must be above 0, or none")
+        if not self.collective_minutes > 0:
+            raise ValueError(f"collective_minutes is {self.collective_minutes}; it must be above 0")
+        if not 1 <= self.least_ranks <= self.most_ranks:
+            raise ValueError(f"ranks {self.ranks}: give the least and the most, the least first and at least 1")
+        if self.max_micro_batch is not None and self.max_micro_batch < self.shape.micro:
+            raise ValueError(
+                f"max_micro_batch is {self.max_micro_batch}, but {self.most_ranks} ranks take {self.shape.micro} tiles "
+                "at once; raise it, or train.accumulate"
+            )
         if self.max_restarts < 0:
             raise ValueError(f"max_restarts is {self.max_restarts}; it must not be negative")
-        groups_of(self.ranks, self.ranks_per_stream)
+        groups_of(self.most_ranks, self.ranks_per_stream)
         _ = self.shape  # tells at once when the ranks don't divide the batch
 
     @property
+    def ranks_range(self) -> tuple[int, int]:
+        """The least and the most ranks."""
+        return (self.ranks, self.ranks) if isinstance(self.ranks, int) else self.ranks
+
+    @property
+    def least_ranks(self) -> int:
+        """The fewest that the run goes on with."""
+        return self.ranks_range[0]
+
+    @property
+    def most_ranks(self) -> int:
+        """As many as it takes where there is room."""
+        return self.ranks_range[1]
+
+    @property
     def shape(self) -> BatchShape:
-        """How the batch is cut."""
-        return BatchShape(self.batch, self.ranks, self.accumulate)
+        """How the batch is cut for the most ranks."""
+        return BatchShape(self.batch, self.most_ranks, self.accumulate)
+
+    def rounds_on(self, num_ranks: int, group_size: int) -> int | None:
+        """The fewest rounds of accumulation in which so many ranks can take the batch; none: in no number of them.
+
+        A micro-batch is of whole groups of masks, so that masks stay what they are, and holds no more tiles than a rank
+        has memory for.
+        """
+        if num_ranks == self.most_ranks:
+            return self.accumulate
+        most = self.max_micro_batch or self.shape.micro
+        for rounds in range(self.accumulate, self.batch // num_ranks + 1):
+            micro, rest = divmod(self.batch, num_ranks * rounds)
+            if not rest and micro <= most and micro % group_size == 0:
+                return rounds
+        return None

@@ -87,8 +87,11 @@ def fit(
     signals: Signals,
     place: Place | None = None,
     probe: ProbeKind | None = None,
-) -> None:
-    """Trains to the last step, or until told to stop, in this process: alone, or as a rank at its place."""
+) -> bool:
+    """Trains to the last step, or until told to stop, in this process: alone, or as a rank at its place.
+
+    Returns whether it stopped so that it can go on with more ranks.
+    """
     # Its advice (more workers for the loader, a product to try) does not apply here.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     train = config.train
@@ -96,6 +99,7 @@ def fit(
         strategy = OneDevice(own_device(train))
     else:
         strategy = (Shards if train.strategy == "fsdp" else Replicas)(place.device)
+    after_step = AfterStep(config, batches, report, to_storage, signals, probe)
     trainer = pl.Trainer(
         strategy=strategy,
         # Lightning would look for one, and take a batch job of SLURM for ranks of its own.
@@ -105,7 +109,7 @@ def fit(
         max_steps=train.steps,
         precision=autocast_precision(train),  # type: ignore[arg-type]
         accumulate_grad_batches=train.accumulate,
-        callbacks=[AfterStep(config, batches, report, to_storage, signals, probe)],
+        callbacks=[after_step],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -118,3 +122,4 @@ def fit(
         trainer.fit(module, train_dataloaders=feed, ckpt_path=resume, weights_only=True)
     finally:
         to_storage.teardown()
+    return after_step.leaves_for_more

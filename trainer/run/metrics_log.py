@@ -86,6 +86,9 @@ class MetricsLog:
             return
         # After a restart of the workers, steps since the last checkpoint come again.
         self._rows = [kept for kept in self._rows if kept["step"] < row["step"]] if self._is_repeat(row) else self._rows
+        before, ranks = (self._rows[-1].get("ranks") if self._rows else None), row.get("ranks")
+        if before and ranks and before != ranks:
+            sys.stderr.write(f"train: from step {row['step']:,.0f} on with {ranks:.0f} ranks, before {before:.0f}\n")
         self._rows.append(row)
         self._trackers.add(row)
         terms = "  ".join(f"{name} {row[name]:.3f}" for name in _TERMS if name in row)

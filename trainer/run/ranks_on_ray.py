@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -16,9 +16,9 @@ import ray.train.collective
 import ray.train.torch
 import ray.util.queue
 from pyarrow.fs import FSSpecHandler, PyFileSystem
-from ray.train import UserCallback
+from ray.actor import ActorHandle
 from ray.train.lightning import RayLightningEnvironment
-from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 
 from streaming import cluster, storage
 from streaming.catalog import Catalog
@@ -26,18 +26,20 @@ from streaming.delivery.chain import start_chain
 from streaming.delivery.rank_batches import rank_batches
 from streaming.delivery.segments import Source, groups_of
 from streaming.delivery.stream import torch_batches
-from streaming.errors import TilestreamError, root_cause
+from streaming.errors import TilestreamError
 from streaming.storage import fsspec_view
 from trainer.run.after_step import ProbeKind
+from trainer.run.agreement import longest_wait_s
 from trainer.run.background_checkpoints import FolderCheckpointIO
 from trainer.run.config import Config
 from trainer.run.execution import TrainConfig
 from trainer.run.fit import Place, fit
 from trainer.run.metrics_log import Failed, MetricsLog
+from trainer.run.restarts import ElasticRanks, MoreRanks, RanksTrainer, Restarts
 from trainer.run.resuming import resume_point
 from trainer.run.slide_sources import SlideSource, slide_sources
 from trainer.run.step_batches import StepBatches
-from trainer.run.stop_signals import Signals, passing_on, terminated
+from trainer.run.stop_signals import Signals, Wanted, asking, passing_on, start_orders, terminated
 
 RANK_ENVIRONMENT = {
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # crops of two sizes tear the GPU's memory into pieces
@@ -56,34 +58,39 @@ class _Loop:
     source: Source
     messages: ray.util.queue.Queue
     """of rank 0 to the driver"""
-    orders: ray.util.queue.Queue
-    """of the driver to rank 0"""
+    orders: ActorHandle[Any]
+    """of the driver and Ray's controller to rank 0: `Orders`"""
     probe: ProbeKind | None
     trained_on: list[SlideSource]
 
 
 def _worker(loop: _Loop) -> None:
-    """One rank of Ray Train."""
-    config = loop.config
-    rank = ray.train.get_context().get_world_rank()
+    """One rank of Ray Train, of as many as there are this time."""
+    context = ray.train.get_context()
+    rank, num_ranks = context.get_world_rank(), context.get_world_size()
+    config = loop.config.on(num_ranks)
     # One looks where the run stands, so that no two can see different checkpoints; the driver has compared recipes.
-    found = (*resume_point(config, loop.catalog, force=True), uuid.uuid4().hex) if rank == 0 else None
+    found = (*resume_point(loop.config, loop.catalog, force=True), uuid.uuid4().hex) if rank == 0 else None
     start, resume, generation = cast(
         "tuple[int, str | None, str]", ray.train.collective.broadcast_from_rank_zero(found)
     )
-    source = loop.source.part(_group(config.train))
+    source = loop.source.over(num_ranks, config.train.shape.micro).part(_group(config.train))
     # On the node of the first one that asks, whose end ends it: ranks that are started again have chains of their own.
     chain = start_chain(source, f"chain-{generation}-{source.group.start}")
     read = partial(torch_batches, micro=config.train.shape.micro)
     tiles = rank_batches(chain, source, rank, (start, config.train.steps), read)
     batches = StepBatches(tiles, start, config, lambda failures: loop.messages.put(Failed(generation, failures)))
+    wanted = asking(loop.orders) if rank == 0 else Wanted
     signals = Signals(
-        stop=_order(loop.orders) if rank == 0 else lambda: False,
+        stop=lambda: wanted().stop,
+        more=lambda: wanted().ranks > num_ranks,
         leaving=lambda: ray.train.get_preemption_info() is not None,
     )
     place = Place(ray.train.torch.get_device(), RayLightningEnvironment())
-    to_storage = FolderCheckpointIO(config, loop.catalog, loop.trained_on)
-    fit(config, to_storage, batches, resume, loop.messages.put, signals, place, loop.probe)
+    # A checkpoint is of the run, not of the number of ranks that there happen to be.
+    to_storage = FolderCheckpointIO(loop.config, loop.catalog, loop.trained_on)
+    if fit(config, to_storage, batches, resume, loop.messages.put, signals, place, loop.probe):
+        raise MoreRanks(f"{num_ranks} ranks have saved and left, to be started again as more")
 
 
 def _group(train: TrainConfig) -> range:
@@ -93,29 +100,7 @@ def _group(train: TrainConfig) -> range:
     if train.ranks_per_stream is None:
         first = rank - context.get_local_rank()  # Ray Train numbers them node by node
         return range(first, first + context.get_local_world_size())
-    return next(group for group in groups_of(train.ranks, train.ranks_per_stream) if rank in group)
-
-
-def _order(orders: ray.util.queue.Queue) -> Callable[[], bool]:
-    """Whether the driver has put an order, asked without waiting."""
-    order = cast(Any, orders.actor).get.remote()
-    return lambda: bool(ray.wait([order], timeout=0)[0])
-
-
-def _ending_for_good() -> UserCallback:
-    """Ends a run at an error that starting the workers again would only meet again."""
-
-    # A class of this function goes to Ray's controller by value: to import this module would cost it ten seconds.
-    class EndForGood(UserCallback):
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            """Ray Train calls this before it decides about a restart; what is raised here ends the run."""
-            del run_context
-            causes = [root_cause(error) for error in worker_exceptions.values()]
-            for cause in causes:
-                if isinstance(cause, TilestreamError):
-                    raise cause
-
-    return EndForGood()
+    return next(group for group in groups_of(train.most_ranks, train.ranks_per_stream) if rank in group)
 
 
 def fit_on_ray(
@@ -127,33 +112,41 @@ def fit_on_ray(
         TilestreamError: what ended a rank for good.
     """
     train, data, options = config.train, config.data, config.data.storage_options
-    slots = round(train.ranks * train.rank_cpus + data.readers[1] * data.reader_cpus) + 1
+    least, most = train.ranks_range
+    slots = round(most * train.rank_cpus + data.readers[1] * data.reader_cpus) + 1
     cluster.connect(slots, verbose=verbose, ignore_sigterm=True)
-    if train.gpu and (have := cluster.gpus()) < train.ranks:  # Ray Train waits without a word
-        sys.stderr.write(f"train: waiting for GPUs: the ranks need {train.ranks}, the cluster has {have} so far\n")
+    if train.gpu and (have := cluster.gpus()) < least:  # Ray Train waits without a word
+        sys.stderr.write(f"train: waiting for GPUs: the ranks need {least}, the cluster has {have} so far\n")
     stream = config.stream(catalog)
     source, trained_on = stream.source, slide_sources(catalog, stream.plan)
-    messages, orders = (ray.util.queue.Queue(actor_options=cluster.beside_this()) for _ in range(2))
+    messages, orders = ray.util.queue.Queue(actor_options=cluster.beside_this()), start_orders()
     # Ray Train keeps its own notes in the run's storage, which all nodes reach.
     notes = storage.join(config.run.out, f".ray-{uuid.uuid4().hex[:8]}")
     fs, path = fsspec_view.filesystem(notes, options)
     handler = cast(Any, FSSpecHandler)(fs)  # its stubs call it abstract
-    trainer = TorchTrainer(
+    scaling = ray.train.ScalingConfig(
+        num_workers=train.ranks,
+        use_gpu=train.gpu,
+        resources_per_worker={"CPU": train.rank_cpus, **train.rank_resources},
+        label_selector=train.rank_labels or None,
+    )
+    failures = ray.train.FailureConfig(max_failures=train.max_restarts)
+    if least < most:
+        # What is counted is there already; where it has gone, fewer ranks are to be tried soon.
+        os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, "20")
+    trainer = RanksTrainer(
         # Not as train_loop_config, which the controller would unpickle, importing all this, too.
         partial(_worker, _Loop(config, config.identity(catalog), source, messages, orders, probe, trained_on)),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=train.ranks,
-            use_gpu=train.gpu,
-            resources_per_worker={"CPU": train.rank_cpus, **train.rank_resources},
-            label_selector=train.rank_labels or None,
-        ),
-        run_config=ray.train.RunConfig(
+        scaling=scaling,
+        restarts=Restarts(failures, config.run.out, options),
+        ranks=ElasticRanks(scaling, config.possible_ranks, orders) if least < most else None,
+        timeout_s=longest_wait_s(train.collective_minutes, starting=True),
+        run=ray.train.RunConfig(
             name="train",
             worker_runtime_env={"env_vars": RANK_ENVIRONMENT},
             storage_path=path,
             storage_filesystem=PyFileSystem(handler),
-            failure_config=ray.train.FailureConfig(max_failures=train.max_restarts),
-            callbacks=[_ending_for_good()],
+            failure_config=failures,
         ),
     )
     try:

@@ -80,7 +80,10 @@ def find_replay(run: str, step: int, config: Config, options: storage.StorageOpt
         raise ConfigError(f"{run}: no step {step}; its steps are 1 to {config.train.steps}, as in {METRICS}")
     start = max((known for known in checkpoints.steps_of(run, options) if known < step), default=0)
     checkpoint = checkpoints.checkpoint_uri(run, start) if start else None
-    return Replay(run=run, step=step, config=config, checkpoint=checkpoint, start=start)
+    found = Replay(run=run, step=step, config=config, checkpoint=checkpoint, start=start)
+    # So many as there were when it was trained; they are the same from one checkpoint to the next.
+    logged, most = round(logged_row(found).get("ranks", 0)), config.train.most_ranks
+    return replace(found, config=config.on(logged if logged in config.possible_ranks else most))
 
 
 def micro_batches(replay: Replay, catalog: Catalog, rank: int) -> Iterator[MicroBatch]:
@@ -91,8 +94,8 @@ def micro_batches(replay: Replay, catalog: Catalog, rank: int) -> Iterator[Micro
         StreamError: hardly any tile passes.
     """
     config, side = replay.config, replay.config.augment.global_size
-    if not 0 <= rank < config.train.ranks:
-        raise ConfigError(f"{replay.run}: no rank {rank}; its ranks are 0 to {config.train.ranks - 1}")
+    if not 0 <= rank < config.train.most_ranks:
+        raise ConfigError(f"{replay.run}: no rank {rank}; its ranks are 0 to {config.train.most_ranks - 1}")
     stream = config.stream(catalog)
     # Where the run made them: a GPU rounds otherwise.
     device = torch.device("cuda" if config.train.gpu and torch.cuda.is_available() else "cpu")
@@ -131,11 +134,12 @@ def train_again(replay: Replay, tell: Told) -> str | None:
         TilestreamError: what ended a rank.
     """
     train = replay.config.train
-    if train.gpu and (have := torch.cuda.device_count()) < train.ranks:
+    if train.gpu and (have := torch.cuda.device_count()) < train.most_ranks:
         raise ConfigError(
-            f"{replay.run}: its losses take {train.ranks} GPUs, this machine has {have}; leave them out by --no-losses"
+            f"{replay.run}: its losses take {train.most_ranks} GPUs, this machine has {have}; "
+            "leave them out by --no-losses"
         )
-    if train.ranks > 1 or train.strategy != "ddp":
+    if train.most_ranks > 1 or train.strategy != "ddp":
         return _train_ranks(replay, tell)
     before = torch.get_num_threads()
     try:
@@ -236,7 +240,7 @@ def _rank_process(rank: int, replay: Replay, port: int, messages: Any) -> None:
     train = replay.config.train
     device = torch.device("cuda", rank) if train.gpu else torch.device("cpu")
     try:
-        trouble = _train_rank(replay, rank, Place(device, LocalRank(rank, train.ranks, port)), messages.put)
+        trouble = _train_rank(replay, rank, Place(device, LocalRank(rank, train.most_ranks, port)), messages.put)
     except TilestreamError as error:
         messages.put(error)
         raise
@@ -260,7 +264,7 @@ def _train_ranks(replay: Replay, tell: Told) -> str | None:
                     tell(message)
 
     arguments = (replay, find_free_network_port(), messages)
-    running: Any = spawn(_rank_process, arguments, replay.config.train.ranks, join=False, daemon=True)
+    running: Any = spawn(_rank_process, arguments, replay.config.train.most_ranks, join=False, daemon=True)
     try:
         while not running.join(timeout=0):
             take()

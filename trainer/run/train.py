@@ -50,7 +50,7 @@ def check_gpus(train: TrainConfig, *, debug: bool = False) -> None:
     # A Ray that runs already was started here, or joined by hand: it knows of its GPUs.
     joined = not debug and ray.is_initialized()
     have = cluster.gpus() if joined else torch.cuda.device_count()
-    needed = 1 if debug else train.ranks
+    needed = 1 if debug else train.least_ranks
     if have < needed:
         raise ConfigError(
             f"train.gpu: this machine has {have} of the {needed} GPUs that are needed; add --train.gpu false or lower "

@@ -34,7 +34,7 @@ def source_of(shape: BatchShape, **readers: Any) -> Source:
         shape.batch,
         shape.micro,
         shape.ranks,
-        batches_at_once=2,
+        requests_per_tile=2,
         group=range(shape.ranks),
     )
 
