@@ -42,15 +42,15 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@touch $@
 
 # requirements.lock: what the tests ran with, for all platforms and Pythons. The other two are for images, with the same
-# versions and without the development tools: CUDA, and CPU, whose torch comes from PyTorch's own index of CPU wheels and
-# needs no NVIDIA libraries. Needs `pip install uv`.
+# versions, with hashes and without the development tools: CUDA, and CPU, which has neither NVIDIA's libraries nor torch:
+# PyTorch's own index has that for CPUs, in the version that the CUDA lock names. Needs `pip install uv`.
 COMPILE := uv pip compile -q --python-version 3.11 --no-header --no-annotate --no-emit-index-url pyproject.toml
-IMAGE := $(COMPILE) --python-platform x86_64-manylinux_2_28 --extra cluster -c requirements.lock
+IMAGE := $(COMPILE) --python-platform x86_64-manylinux_2_28 --extra cluster --extra train -c requirements.lock --generate-hashes
 lock:
 	$(COMPILE) --universal --extra dev -o requirements.lock
 	$(IMAGE) -o requirements-cuda.lock
 	grep -oE '^(nvidia|cuda|triton)[a-z0-9-]*' requirements-cuda.lock | sed "s/$$/; sys_platform == 'none'/" > .no-cuda
-	$(IMAGE) --override .no-cuda -o requirements-cpu.lock
+	$(IMAGE) --override .no-cuda --no-emit-package torch --no-emit-package torchvision -o requirements-cpu.lock
 	rm .no-cuda
 
 clean:

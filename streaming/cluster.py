@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import os
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -34,7 +37,7 @@ def connect(num_cpus: int, *, verbose: bool = False, ignore_sigterm: bool = Fals
             ray.init(logging_level=level, log_to_driver=verbose)
         else:
             # Eight at least: the next job of this process may need more than the first, and would wait forever.
-            cores = max(num_cpus, os.cpu_count() or 1, 8)
+            cores = max(num_cpus, usable_cores(), 8)
             # A training has a dozen actors that hold no CPU slot; on two cores Ray would warn of them, on stdout.
             os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(cores, 8)))
             # A signal that this process blocks is blocked in the processes that it starts: so Ray's go on at a SIGTERM.
@@ -50,6 +53,15 @@ def connect(num_cpus: int, *, verbose: bool = False, ignore_sigterm: bool = Fals
                 )
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: SLURM, a container's quota or taskset may leave it few of the machine's."""
+    allowed = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(allowed, math.ceil(int(quota) / int(period))))  # "max": no quota, which is no number
+    return allowed
 
 
 def address() -> str | None:

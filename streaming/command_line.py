@@ -43,8 +43,10 @@ def out(line: str = "") -> None:
     sys.stdout.flush()
 
 
-def add_command(commands: Any, name: str, what: str, example: str, run: Command) -> ArgumentParser:
-    """A subcommand with the options that all have."""
+def add_command(
+    commands: Any, name: str, what: str, example: str, run: Command, extra: str | None = None
+) -> ArgumentParser:
+    """A subcommand with the options that all have; `extra` is the one of the package's that brings what it imports."""
     parser: ArgumentParser = commands.add_parser(
         name,
         help=what,
@@ -54,7 +56,7 @@ def add_command(commands: Any, name: str, what: str, example: str, run: Command)
         allow_abbrev=False,
     )
     parser.add_argument("--verbose", action="store_true", help="tracebacks, and what the workers print")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, command=name, extra=extra)
     return parser
 
 

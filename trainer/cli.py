@@ -7,12 +7,13 @@ import sys
 import traceback
 import warnings
 from argparse import ArgumentParser, Namespace
+from importlib import metadata
 from typing import Any
 
 from streaming import storage
 from streaming.cli import add_bench, add_catalog, add_doctor, add_stream
 from streaming.command_line import OneLineParser, add_command, address
-from streaming.errors import TilestreamError, root_cause
+from streaming.errors import TilestreamError, UnreachableError, root_cause
 from trainer.model_commands import add_embed, add_evaluate, add_export, add_lazyslide, add_picture, add_report
 from trainer.training_commands import add_capacity, add_replay, add_sweep, add_train
 
@@ -25,6 +26,7 @@ def add_demo(commands: Any) -> None:
         "make slides, catalog, train, embed and report, in minutes on this machine",
         "  tilestream demo --out demo-output",
         run_demo_command,
+        extra="train",
     )
     parser.add_argument(
         "--out", type=address, default="demo-output", metavar="FOLDER", help="where all of it goes (demo-output)"
@@ -46,6 +48,7 @@ def build_parser() -> ArgumentParser:
         description="Training tiles for pathology foundation models, streamed from the original whole-slide images.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"tilestream {metadata.version('tilestream')}")
     commands: Any = parser.add_subparsers(metavar="COMMAND", required=True)
     data, model = (
         (add_catalog, add_stream, add_doctor),
@@ -77,10 +80,17 @@ def main(argv: list[str] | None = None) -> int:
         cause = root_cause(error)
         if args.verbose:
             traceback.print_exc()
+        if isinstance(cause, ModuleNotFoundError) and args.extra:
+            sys.stderr.write(
+                f"tilestream {args.command}: {cause.name} is not installed here; the package's extra `{args.extra}` "
+                f"brings it: pip install -e '.[{args.extra}]' in a clone, or 'FILE.whl[{args.extra}]'\n"
+            )
+            return 2
         if isinstance(cause, TilestreamError):
             # One line by its making; Ray Data appends advice of its own.
             sys.stderr.write(f"tilestream: {str(cause).partition(chr(10))[0]}\n")
-            return 2
+            # A training whose storage is away has no bad input: what starts it again after a lost machine shall do so.
+            return 1 if args.command == "train" and isinstance(cause, UnreachableError) else 2
         what = " ".join(str(cause).split())[:400]
         sys.stderr.write(f"tilestream: unexpected {type(cause).__name__}: {what}; --verbose shows the traceback\n")
         return 1

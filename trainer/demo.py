@@ -98,7 +98,7 @@ def _write_slides(slides: list[SyntheticSlide], folder: Path) -> None:
         return
     for path in folder.iterdir():
         path.unlink()
-    with ProcessPoolExecutor(min(len(slides), os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(len(slides), cluster.usable_cores()), mp_context=get_context("spawn")) as pool:
         list(pool.map(write_slide, slides, [folder / _name(slide) for slide in slides]))
     note.write_text(wanted)
 

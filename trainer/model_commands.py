@@ -33,6 +33,7 @@ def add_embed(commands: Any) -> None:
         "  tilestream embed s3://bucket/runs/a s3://bucket/slides --out s3://bucket/embeddings --token cls+patch\n"
         "  tilestream embed vit_small_patch14_dinov2.lvd142m slides --out features --format h5 --gpu --precision bf16",
         run_embed,
+        extra="embed",
     )
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a run or one of its checkpoints/step-…, an export, or a timm model"
@@ -73,6 +74,7 @@ def add_evaluate(commands: Any) -> None:
         "  tilestream evaluate runs/first tiles.csv --task knn linear --out scores\n"
         "  tilestream evaluate vit_small_patch14_dinov2.lvd142m images-by-class",
         run_evaluate,
+        extra="embed",
     )
     parser.add_argument(
         "checkpoint",
@@ -117,6 +119,7 @@ def add_picture(commands: Any) -> None:
         "  tilestream picture heatmap embeddings --dataset tissue.csv --class tumour --out pictures\n"
         "  tilestream picture map embeddings --out map.html",
         run_picture,
+        extra="embed",
     )
     add_options(
         parser,
@@ -150,6 +153,7 @@ def add_report(commands: Any) -> None:
         "show a run in one HTML file: slides, tiles, crops, curves, failures, scores, licences",
         "  tilestream report runs/first --scores scores --embeddings embeddings --out report.html",
         run_report,
+        extra="train",
     )
     parser.add_argument("run_folder", metavar="RUN", help="a run's folder, or one of its checkpoints/step-…")
     parser.add_argument("--out", type=address, default="report.html", metavar="URI", help="the file (report.html)")
@@ -176,6 +180,7 @@ def add_lazyslide(commands: Any) -> None:
         "write embeddings as zarr stores that LazySlide opens beside a slide (needs wsidata)",
         "  tilestream lazyslide embeddings --out stores --feature midnight",
         run_lazyslide,
+        extra="embed",
     )
     parser.add_argument("embeddings", nargs="+", metavar="EMBEDDINGS", help="files or folders of `tilestream embed`")
     parser.add_argument(
@@ -201,6 +206,7 @@ def add_export(commands: Any) -> None:
         "write a checkpoint's teacher as a folder that timm or transformers load, with a model card",
         "  tilestream export s3://bucket/runs/a --out model --token cls+patch --license cc-by-nc-4.0",
         run_export,
+        extra="embed",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints/step-…")
     parser.add_argument("--out", type=address, required=True, metavar="URI", help="folder of the model")

@@ -47,11 +47,12 @@ def add_train(commands: Any) -> None:
         "  tilestream train vits14 --data.catalog s3://bucket/catalog --run.out s3://bucket/runs/a --train.ranks 4\n"
         "  tilestream train debug --data.catalog catalog --debug",
         run_train,
+        extra="train",
     )
     parser.usage = "tilestream train CONFIG [--section.key value ...] [--dry-run] [--debug] [--fields] [--print_config]"
     parser.add_argument("config", metavar="CONFIG", nargs="?", help=f"a YAML file or a preset: {', '.join(presets())}")
     parser.add_argument("--debug", action="store_true", help="reader and trainer in this one process, for a debugger")
-    parser.add_argument("--force", action="store_true", help="go on with a run by another recipe than it began with")
+    parser.add_argument("--force", action="store_true", help="go on by another recipe, or after a breakdown")
     parser.add_argument("--dry-run", action="store_true", help="say what would be trained and what it needs, and leave")
     parser.add_argument("--fields", action="store_true", help="list all fields of the configuration and leave")
     parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and leave")
@@ -97,6 +98,7 @@ def add_replay(commands: Any) -> None:
         "  tilestream replay runs/first --step 1234\n"
         "  tilestream replay s3://bucket/runs/a --step 1234 --ranks 0 5 --no-losses --out step-1234 --train.gpu false",
         run_replay,
+        extra="train",
     )
     parser.usage = "tilestream replay RUN --step N [--ranks R ...] [--no-losses] [--out URI] [--section.key value ...]"
     parser.add_argument("run_folder", metavar="RUN", help="a run's folder")
@@ -156,6 +158,7 @@ def add_sweep(commands: Any) -> None:
         "  tilestream sweep vits14 --data.catalog s3://bucket/catalog --evaluate tiles.csv --out s3://bucket/sweep \\\n"
         "      --slides 0.01,0.1,1.0 --tiles-per-slide 100,1000,inf",
         run_sweep,
+        extra="train",
     )
     parser.usage = "tilestream sweep CONFIG --evaluate DATASET --out URI [options] [--section.key value ...]"
     parser.add_argument("config", metavar="CONFIG", help=f"a YAML file or a preset: {', '.join(presets())}")
@@ -216,6 +219,7 @@ def add_capacity(commands: Any) -> None:
         "readers, nodes, requests, bytes and costs that it takes to feed some GPUs",
         "  tilestream capacity vits14 --gpus 64 --tiles-per-second-per-gpu 40 --latency-ms 30 --prices prices.yaml",
         run_capacity,
+        extra="embed",
     )
     parser.usage = "tilestream capacity CONFIG --gpus N --tiles-per-second-per-gpu R [--section.key value ...]"
     parser.add_argument("config", metavar="CONFIG", help=f"a YAML file or a preset: {', '.join(presets())}")

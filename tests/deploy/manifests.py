@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,41 @@ def pod_templates(manifest: Manifest) -> Iterator[PodTemplate]:
         templates += [
             (group.get("groupName", "head"), group["template"], group["labels"]) for group in groups(manifest)
         ]
-    if kind == "RayJob":
-        templates.append(("submitter", manifest["spec"]["submitterPodTemplate"], {}))
     if kind in ("StatefulSet", "Deployment", "Job"):
         templates.append(("", manifest["spec"]["template"], {}))
     for group, template, labels in templates:
         yield PodTemplate(
             f"{kind} {name} {group}".strip(), {**template["metadata"]["labels"], **labels}, template["spec"]
         )
+
+
+def lets_in(policy: Manifest, labels: dict[str, str], port: int) -> bool:
+    """Whether a pod with these labels, of another namespace, reaches a port of the policy's pods."""
+    return any(
+        set(peer["podSelector"]["matchLabels"].items()) <= labels.items()
+        for rule in policy["spec"]["ingress"]
+        for peer in rule["from"]
+        if "namespaceSelector" in peer and _has_port(rule, "TCP", port)
+    )
+
+
+def lets_out(policy: Manifest, address: str, port: int, protocol: str = "TCP") -> bool:
+    """Whether the policy's pods reach a port of an address that is no pod's."""
+    there = ip_address(address)
+
+    def holds(block: Manifest) -> bool:
+        inside = there in ip_network(block["cidr"])
+        return inside and not any(there in ip_network(left_out) for left_out in block.get("except", []))
+
+    return any(
+        _has_port(rule, protocol, port)
+        and ("to" not in rule or any(holds(peer["ipBlock"]) for peer in rule["to"] if "ipBlock" in peer))
+        for rule in policy["spec"]["egress"]
+    )
+
+
+def _has_port(rule: Manifest, protocol: str, port: int) -> bool:
+    return "ports" not in rule or {"port": port, "protocol": protocol} in rule["ports"]
 
 
 def nbytes(quantity: str) -> int:

@@ -39,7 +39,7 @@ def write_stores(
         raise ConfigError(f"{out}: LazySlide opens stores on this machine alone; name a local folder")
     if importlib.util.find_spec("wsidata") is None:
         raise ConfigError(
-            "LazySlide's stores need wsidata, in an environment of its own: pip install tilestream wsidata"
+            "LazySlide's stores need wsidata, in an environment that has tilestream, too: pip install wsidata"
         )
     written = list[Path]()
     for uri in find_embeddings(sources, options):

@@ -157,7 +157,7 @@ class AfterStep(Callback):
         raise TrainingError(
             f"{self._config.run.out}: step {step}: {trouble}; the run was stopped. What it was trained on: "
             f"`tilestream replay {self._config.run.out} --step {step}`. Last good checkpoint: {where}; "
-            "remove later ones, lower optim.base_lr and start again (watch.* says what counts as broken)"
+            "remove later ones, lower optim.base_lr and go on with --force (watch.* says what counts as broken)"
         )
 
     def _log(self, trainer: pl.Trainer, pl_module: DinoModule, step: int, index: torch.Tensor) -> None:

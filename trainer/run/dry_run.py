@@ -32,6 +32,7 @@ _GIB = 2**30
 _SAMPLE = 4096  # tiles of which is told what they cost
 # Micro-batches of a rank that lie in Ray's object store: two prefetched, one being read, one in training.
 _BATCHES_IN_STORE = 4
+_PROCESS_NBYTES = 6 * 10**9
 # Bytes that a block keeps per token and channel for the backward pass, at 16 bits and with attention that is not kept
 # (Korthikanti et al., arXiv 2205.05198, section 4).
 _KEPT_PER_CHANNEL = 34
@@ -115,6 +116,35 @@ def memory(config: Config, size: Size) -> dict[str, tuple[float, str]]:
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class NodeRoom:
+    """What a node of some ranks needs besides its GPUs, in bytes."""
+
+    memory: int
+    """of the host, without Ray's object store"""
+    store: int
+    """of Ray's object store"""
+    weights: int
+    """of the disk that HF_HOME lies on: the file that `model.init` names, where a hub has it"""
+
+
+def room_of_node(config: Config, size: Size, ranks: int) -> NodeRoom:
+    """The room for so many ranks of a configuration on one node.
+
+    The most is needed when a run goes on: the first rank holds its checkpoint's bytes and the state that is read from
+    them, 16 bytes a parameter each (weights, teacher, two moments), and each rank the model, 8 bytes a parameter,
+    before it goes to the GPU. What a process of torch and CUDA takes by itself is an estimate.
+    """
+    tiles, _ = memory(config, size)["tiles in object store"]
+    init = config.model.init or ""
+    from_hub = init and "/" not in init and not init.endswith(starting_weights.FILES)
+    return NodeRoom(
+        memory=2 * 16 * size.parameters + ranks * (8 * size.parameters + _PROCESS_NBYTES),
+        store=round(tiles) * ranks,
+        weights=4 * size.backbone if from_hub else 0,
+    )
+
+
 def describe(config: Config, probe: ProbeKind | None = None) -> Iterator[str]:
     """Lines that say what a run would do, and that the catalog can give it; draws the schedules to `run.out`.
 
@@ -145,6 +175,8 @@ def describe(config: Config, probe: ProbeKind | None = None) -> Iterator[str]:
         yield f"{name:<21} {nbytes / _GIB:8.2f} GiB a rank = {formula} bytes"
     device = sum(nbytes for name, (nbytes, _) in estimate.items() if "object store" not in name)
     yield f"{'on the device':<21} {device / _GIB:8.2f} GiB a rank, an estimate"
+    first, other = (room_of_node(config, size, ranks).memory / _GIB for ranks in (1, 2))
+    yield f"{'on the host':<21} {first:8.2f} GiB the first rank, {other - first:.2f} each other, when a run goes on"
     picture = storage.join(config.run.out, PICTURE)
     schedules = Schedules(config.optim, train.steps, train.batch)
     storage.write_bytes(picture, draw(schedules), config.data.storage_options)

@@ -34,7 +34,7 @@ class Trackers:
         for name in names:
             packages = _PACKAGES[name]
             if packages and not any(find_spec(package) for package in packages):
-                remedy = f"pip install 'tilestream[{name}]', or leave it out"
+                remedy = f"pip install {name}, or leave it out"
                 raise ConfigError(f"run.loggers names {name}, which is not installed; {remedy}")
         # CSV is appended to, which object storage can't; metrics.parquet is there anyhow.
         kept = [name for name in names if name != "csv" or storage.is_local(out)]

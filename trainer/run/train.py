@@ -15,6 +15,7 @@ from trainer.run.after_step import ProbeKind
 from trainer.run.background_checkpoints import FolderCheckpointIO
 from trainer.run.config import Config
 from trainer.run.data import load_catalog, make_plan
+from trainer.run.endings import check_not_stopped, told_in_its_folder
 from trainer.run.execution import TrainConfig
 from trainer.run.fit import check_model, fit
 from trainer.run.fitted import fitted
@@ -69,8 +70,8 @@ def train(
     """Runs a training to its last step, from the newest checkpoint of `run.out` if there is one.
 
     With `debug`, reader and trainer run in this process, without Ray, so that a debugger stops in both. With `force`,
-    a run goes on by another recipe than it began with. probe scores the teacher on `watch.knn_dataset`, where there is
-    one.
+    a run goes on by another recipe than it began with, or though it broke down. probe scores the teacher on
+    `watch.knn_dataset`, where there is one.
 
     Raises:
         TilestreamError: bad input, told in one line.
@@ -83,6 +84,7 @@ def train(
         sys.stderr.write(f"train: {line}\n")
     catalog = load_catalog(config.data)
     out, options, steps = config.run.out, config.data.storage_options, config.train.steps
+    check_not_stopped(config, force=force)
     start, resume = resume_point(config, config.identity(catalog), force=force)
     last = checkpoints.checkpoint_uri(out, steps)
     if start >= steps:
@@ -105,7 +107,7 @@ def train(
             raise ConfigError("watch.knn_dataset is set, so pass who scores it: trainer.evaluate.knn_watch.KnnWatch")
         probe.check(config)
     storage.write_bytes(storage.join(out, checkpoints.CONFIG), config.to_yaml().encode(), options)
-    with MetricsLog(config, start) as log:
+    with told_in_its_folder(config), MetricsLog(config, start) as log:
         if debug:
             if config.train.ranks != 1:
                 raise ConfigError(f"train.ranks is {config.train.ranks}; --debug runs one rank: add --train.ranks 1")

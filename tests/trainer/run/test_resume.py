@@ -193,6 +193,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_last_good_checkpoint(
     assert "step 6: loss, dino_global, dino_local not finite" in str(caught.value)
     assert good in str(caught.value)
     assert checkpoints.steps_of(str(tmp_path / "run")) == [2, 4]
+    (log,) = (tmp_path / "run/logs").glob("failed-*.log")
+    assert "_break_down" in log.read_text(), "a traceback"
+    # Whatever starts it again, as it would after a lost machine, is told so before anything is trained.
+    with pytest.raises(TrainingError, match=r"STOPPED: .* --force\. It was: .*step 6: loss, "):
+        train(tiny(catalog, tmp_path / "run", *overrides), debug=True)
+    monkeypatch.undo()
+    assert train(tiny(catalog, tmp_path / "run", *overrides), debug=True, force=True).start == 4
+    assert not (tmp_path / "run/STOPPED").exists()
 
 
 def test_a_recipe_that_collapses_stops_the_run(catalog: str, tmp_path: Path) -> None:
