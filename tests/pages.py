@@ -319,7 +319,12 @@ def _docker(arguments: Sequence[str]) -> str | None:
 
 
 def _kubectl(arguments: Sequence[str]) -> str | None:
-    return None if arguments[0] in ("apply", "kustomize") else f"kubectl {arguments[0]}: nothing checks that"
+    verb = next((word for word in arguments if word in ("apply", "kustomize", "port-forward", "get")), None)
+    if verb is None:
+        return f"kubectl {arguments[0]}: nothing checks that"
+    # Objects that KubeRay makes of our RayCluster: the head's service and the token.
+    made = {"port-forward": "svc/tilestream-head-svc", "get": "tilestream"}
+    return None if verb not in made or made[verb] in arguments else f"kubectl {verb}: of what KubeRay makes nothing"
 
 
 def _make(arguments: Sequence[str]) -> str | None:
@@ -373,4 +378,5 @@ _CHECKS: dict[str, Callable[[Sequence[str]], str | None]] = {
     "apt-get": _fine,
     ".": lambda words: None if list(words) == [".venv/bin/activate"] else "that is not the environment of make",
     "BASE=python:3.11-slim-bookworm@sha256:…": _fine,  # of docker build
+    "TORCH_INDEX=…": _fine,
 }

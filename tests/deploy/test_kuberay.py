@@ -272,7 +272,7 @@ def test_each_shipped_training_has_the_room_that_its_preset_needs(site: list[Man
         assert 4 * 10**9 < room.weights < sizes["scratch"] / 4
         assert 2 * room.weights < sizes["tmp"], "what is exported is written there, with a copy"
         assert sum(sizes.values()) - sizes["shm"] <= nbytes(limits["ephemeral-storage"])
-        assert config.train.ranks <= trainers["maxReplicas"] * int(limits["nvidia.com/gpu"])
+        assert config.train.most_ranks <= trainers["maxReplicas"] * int(limits["nvidia.com/gpu"])
         assert int(limits["cpu"]) >= int(limits["nvidia.com/gpu"]) * config.train.rank_cpus
 
 
@@ -385,7 +385,7 @@ def test_a_queued_training_has_a_fixed_size_and_waits_for_kueue(tmp_path: Path) 
         assert group["minReplicas"] == group["replicas"] == group["maxReplicas"]
     (queue,) = [m for m in site if m["kind"] == "ClusterQueue"]
     quota = {r["name"]: r["nominalQuota"] for r in queue["spec"]["resourceGroups"][0]["flavors"][0]["resources"]}
-    assert gpus == job_config(job).train.ranks
+    assert gpus == job_config(job).train.most_ranks
     for resource in quota:
         wanted = sum(
             group.get("replicas", 1)
