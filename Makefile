@@ -4,13 +4,13 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 # Ray keeps repeated lines back and prints them when it leaves: after pytest's last line.
-test test-fast: export RAY_DEDUP_LOGS = 0
+test test-fast test-long: export RAY_DEDUP_LOGS = 0
 # Ray gives its workers the lowest priority but four: beside another test on a busy machine they would come to nothing.
-test test-fast: export RAY_worker_niceness = 0
+test test-fast test-long: export RAY_worker_niceness = 0
 # Two test processes with two threads of torch each, and Ray's beside them, would wait for one another.
-test test-fast: export OMP_NUM_THREADS = 1
+test test-fast test-long: export OMP_NUM_THREADS = 1
 
-.PHONY: demo test test-fast lint lock clean
+.PHONY: demo test test-fast test-long lint lock clean
 
 demo: $(INSTALLED)
 	$(BIN)/tilestream demo
@@ -18,6 +18,10 @@ demo: $(INSTALLED)
 # Two processes: tests that start Ray wait more than they work. In order: the few long tests of tests/e2e go first.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# What takes over a minute each, one after the other: some 20 minutes and more on two cores.
+test-long: $(INSTALLED)
+	$(BIN)/python -m pytest -m long
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not long"

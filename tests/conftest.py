@@ -1,6 +1,7 @@
 import logging
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,21 @@ from streaming.storage.staging import Staging
 from streaming.synthetic.layout import SyntheticSlide
 from streaming.synthetic.svs import write_slide
 from streaming.vision import cv2
+
+# What a machine can't be given by an installation: a GPU, other people's slides and environments, a right.
+_MAY_BE_SKIPPED = ("GPU", "real slide", "wsidata", "_PYTHON names no Python", "IPP", "may mount a disk")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In continuous integration a test that is skipped for want of a program fails the run: it would check nothing."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("TILESTREAM_NO_SKIPS") != "1" or reporter is None:
+        return  # on request, and with several processes in the one that reports
+    reasons = {str(report.longrepr[2]) for report in reporter.stats.get("skipped", ())}
+    if missing := sorted(reason for reason in reasons if not any(why in reason for why in _MAY_BE_SKIPPED)):
+        sys.stderr.write(f"\nskipped, which TILESTREAM_NO_SKIPS=1 forbids: {'; '.join(missing)}\n")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,7 @@ _SHM_NBYTES = 2 * 10**9
 _SKEW_S, _LARGE_SKEW_S = 5.0, 300.0
 _GETS, _GET_NBYTES, _SLOW_GET_S = 8, 64 * 1024, 0.2
 _TILES = 4
+_DEVICES = Path("/dev")
 
 State = Literal["ok", "note", "mend"]
 
@@ -100,6 +101,11 @@ def _libraries() -> Iterator[Finding]:
 
 def _gpu() -> Iterator[Finding]:
     program = shutil.which("nvidia-smi")
+    if program is None and (devices := sorted(_DEVICES.glob("nvidia[0-9]*"))):
+        what = f"{', '.join(path.name for path in devices)} in {_DEVICES}, but the driver's nvidia-smi is not in PATH"
+        remedy = "GKE mounts the driver at /usr/local/nvidia: add its bin to PATH and its lib64 to LD_LIBRARY_PATH"
+        yield Finding(check="gpu", state="mend", what=what, remedy=remedy)
+        return
     if program is None:
         what, remedy = "none: no nvidia-smi here", "none needed to read or to try; to train, take a node with a GPU"
         yield Finding(check="gpu", state="note", what=what, remedy=remedy)
@@ -115,7 +121,7 @@ def _gpu() -> Iterator[Finding]:
 
         if not torch.cuda.is_available():
             what = f"{len(names)} GPUs, but torch {torch.__version__} (CUDA {torch.version.cuda}) can't use them"
-            remedy = "install requirements-cuda.lock, and a driver for that CUDA"
+            remedy = "install requirements-cuda.lock, and a driver for that CUDA (for 13: 580 or newer)"
             yield Finding(check="gpu", state="mend", what=what, remedy=remedy)
             return
     yield Finding(check="gpu", state="ok", what=", ".join(names))

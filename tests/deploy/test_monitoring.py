@@ -72,6 +72,8 @@ def test_the_overlay_provisions_the_dashboard_and_lets_prometheus_in(site: dict[
     assert site["ConfigMap"]["metadata"]["labels"]["grafana_dashboard"] == "1"
     ports = [entry.get("ports") for entry in site["NetworkPolicy"]["spec"]["ingress"]]
     assert ports == [None, [{"port": 8265, "protocol": "TCP"}], [{"port": 8080, "protocol": "TCP"}]]
+    for kind in ("PodMonitor", "PrometheusRule"):  # kube-prometheus-stack passes over what is not labelled so
+        assert site[kind]["metadata"]["labels"] == {"release": "kube-prometheus-stack"}
     (endpoint,) = site["PodMonitor"]["spec"]["podMetricsEndpoints"]
     spec = site["RayCluster"]["spec"]
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
@@ -96,7 +98,7 @@ def test_prometheus_takes_every_query(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("alert", "bad", "good"),
     [
-        ("TilestreamStalled", {"step": "7x90"}, {"step": "0+1x90"}),
+        ("TilestreamStalled", {"batches": "7x90", "step": "7x90"}, {"batches": "0+1x90", "step": "7x90"}),
         ("TilestreamTrainerWaits", {"wait_sum": "0+12x90", "wait_count": "0+60x90"},
          {"wait_sum": "0+1x90", "wait_count": "0+60x90"}),
         ("TilestreamTilesFail", {"failed": "0+10x90", "tiles": "0+1000x90"},
@@ -115,6 +117,7 @@ def test_an_alert_fires_in_its_trouble_and_only_then(
 ) -> None:
     series = {
         "step": "ray_tilestream_step",
+        "batches": "ray_tilestream_batches_total",
         "loss": "ray_tilestream_loss",
         "wait_sum": 'ray_tilestream_batch_wait_seconds_sum{instance="a",WorkerId="1"}',
         "wait_count": 'ray_tilestream_batch_wait_seconds_count{instance="a",WorkerId="1"}',

@@ -73,6 +73,19 @@ def test_a_gpu_that_torch_cannot_use_is_found(monkeypatch: pytest.MonkeyPatch, t
     assert findings()["gpu"] == Finding(check="gpu", state="ok", what="GPU 0: NVIDIA H100")
 
 
+def test_a_gpu_whose_driver_is_mounted_where_nobody_looks_is_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor, "_DEVICES", tmp_path)
+    monkeypatch.setenv("PATH", "")
+    assert findings()["gpu"].state == "note", "a machine without a GPU"
+    for name in ("nvidia0", "nvidiactl"):
+        (tmp_path / name).touch()
+    found = findings()["gpu"]
+    assert (found.state, "LD_LIBRARY_PATH" in found.remedy) == ("mend", True)
+    assert found.what.startswith("nvidia0 in ")
+
+
 @pytest.fixture
 def s3_catalog(s3_slides: str, s3_bucket: str, slides: list[Path], tmp_path: Path) -> str:
     """A catalog of slides on S3 of which one is a copy of its own, to be broken."""
