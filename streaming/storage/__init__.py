@@ -1,6 +1,6 @@
 """From a URI and its options to bytes: the one seam between object stores and the rest."""
 
-from streaming.storage.addresses import canonical, is_local, join, local_path, name_of, shown
+from streaming.storage.addresses import canonical, is_local, join, local_path, name_of, shortened, shown
 from streaming.storage.clients import StorageOptions
 from streaming.storage.files import Current
 from streaming.storage.local_files import whole_file
@@ -61,6 +61,7 @@ __all__ = [
     "relative_name",
     "remove",
     "replace",
+    "shortened",
     "shown",
     "stat",
     "storage_errors",

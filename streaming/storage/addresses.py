@@ -23,6 +23,8 @@ _ODD_PART = re.compile(r"[\x00-\x1f\x7f]|^\.{0,2}$")
 _QUERY = re.compile(r"(https?://[^\s?\"'<>]*)\?[^\s\"'<>)]*", re.IGNORECASE)
 _LOGIN = re.compile(r"(https?://)[^\s/@\"'<>]+@", re.IGNORECASE)
 
+_NAME_NBYTES = 200
+
 
 def is_local(uri: str) -> bool:
     """Whether a URI names a path on this machine."""
@@ -107,6 +109,11 @@ def is_plain(key: str) -> bool:
 def join(uri: str, *names: str) -> str:
     """A URI below another; below an empty one, as the folder of a relative path is, just the names."""
     return posixpath.join(uri.rstrip("/") or uri[:1], *names)
+
+
+def shortened(name: str) -> str:
+    """The beginning of a name that has room for what is put behind it: most disks allow 255 bytes."""
+    return name.encode()[:_NAME_NBYTES].decode(errors="ignore")
 
 
 def name_of(uri: str) -> str:

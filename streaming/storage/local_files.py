@@ -18,7 +18,7 @@ from typing import BinaryIO, TypeVar, cast
 
 from fsspec.utils import glob_translate
 
-from streaming.storage.addresses import local_path
+from streaming.storage.addresses import local_path, shortened
 from streaming.storage.files import Current
 from streaming.storage.object_info import ObjectInfo, file_version
 from streaming.storage.patience import Patience
@@ -29,8 +29,6 @@ T = TypeVar("T")
 # A network's disk may be away for a while, too.
 _PATIENCE = Patience()
 _PATIENCE.reached = True
-# What is left of a name beside `.part-01234567`: a name may have 255 bytes.
-_NAME_NBYTES = 200
 
 
 @dataclass(frozen=True)
@@ -147,8 +145,7 @@ def whole_file(path: str) -> Generator[str]:
     """A temporary path beside a local one, renamed to it when the block ends well and removed when it does not."""
     folder, name = os.path.split(path)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    short = name.encode()[:_NAME_NBYTES].decode(errors="ignore")
-    temporary = os.path.join(folder, f"{short}.part-{uuid.uuid4().hex[:8]}")
+    temporary = os.path.join(folder, f"{shortened(name)}.part-{uuid.uuid4().hex[:8]}")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -83,6 +83,7 @@ _RULES = (
         text="NoSuchBucket|bucket does not exist|no bucket named|ContainerNotFound|container does not exist",
         told_as=MissingError,
     ),
+    _Rule("a pipe, a socket or a device; name a file", text="no file, but a pipe", kind=(OSError,)),
     _Rule(_NOT_FOUND, kind=(FileNotFoundError, NotADirectoryError), told_as=MissingError),
     _Rule(_NOT_FOUND, status="404|410", told_as=MissingError),
     _Rule(_DENIED, status="401|403", told_as=DeniedError),

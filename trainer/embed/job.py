@@ -77,7 +77,7 @@ class Job:
     def marked(self, info: storage.ObjectInfo) -> str:
         """A slide's name, and a digest of its version and of how it is embedded."""
         digest = hashlib.sha256(f"{info.uri}\n{info.version}\n{self.settings}".encode()).hexdigest()[:8]
-        return f"{name_of(info)}-{digest}"
+        return f"{storage.shortened(name_of(info))}-{digest}"
 
     def file(self, info: storage.ObjectInfo) -> str:
         """Where a slide's embeddings go. Readers of HDF5 look for a slide's name, those of Parquet for any file."""

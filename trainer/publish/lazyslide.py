@@ -44,7 +44,7 @@ def write_stores(
     written = list[Path]()
     for uri in find_embeddings(sources, options):
         found = read_embeddings(uri, options)
-        store = Path(storage.local_path(out), f"{found.about.name}.zarr")
+        store = Path(storage.local_path(out), f"{storage.shortened(found.about.name)}.zarr")
         if store in written:
             raise ConfigError(f"{uri}: the store {store} is of another file of these; name one file a slide")
         store.parent.mkdir(parents=True, exist_ok=True)

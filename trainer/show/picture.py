@@ -32,7 +32,7 @@ def draw(
         return
     for slide, content in zip(slides, _of_each(slides, options, storage_options), strict=True):
         suffix = ".geojson" if options.kind == "geojson" else f"-{options.kind}.png"
-        uri = storage.join(out, slide.about.name + suffix)
+        uri = storage.join(out, storage.shortened(slide.about.name) + suffix)
         storage.write_bytes(uri, content, storage_options)
         yield uri
 

@@ -1,5 +1,6 @@
 """A catalog loses nothing: what was told of slides stays, corrections reach them, every file is accounted for."""
 
+import contextlib
 import gzip
 import os
 import shutil
@@ -277,6 +278,36 @@ def test_every_file_that_is_seen_is_counted_and_named(
     assert main(["catalog", str(tmp_path / "more"), str(folder / "x.vsi"), "--out", out]) == 0
     again = pq.read_table(f"{out}/skipped.parquet")["file"].to_pylist()
     assert set(again) == (set(skipped) - {str(folder / "x.vsi")}) | {str(tmp_path / "more/y.txt")}
+
+
+def test_a_pipe_that_is_named_is_refused_and_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe.svs")
+    for arguments in ([str(tmp_path / "pipe.svs")], [str(tmp_path), "--metadata", str(tmp_path / "pipe.svs")]):
+        assert main(["catalog", *arguments, "--out", str(tmp_path / "catalog")]) == 2
+        assert (
+            capsys.readouterr().err == f"tilestream: {tmp_path}/pipe.svs: a pipe, a socket or a device; name a file\n"
+        )
+
+
+def test_names_as_long_as_a_disk_takes_them_and_with_any_letters_are_slides(folder: Path, tmp_path: Path) -> None:
+    names = [
+        "x" * 251 + ".svs",
+        "ü" * 125 + ".svs",
+        "a\nb.svs",
+        "-a.svs",
+        "a'\".svs",
+        "a%20b.svs",
+        "a*.svs",
+        "a?b#c.svs",
+    ]
+    for name in names:
+        shutil.copy(folder / "a.svs", folder / name)
+    build_catalog([str(folder)], str(tmp_path / "catalog"), mpp=0.5)
+    catalog = Catalog.load(str(tmp_path / "catalog"))
+    assert {str(folder / name) for name in names} < set(catalog.slides())
+    for row in range(len(catalog)):
+        with contextlib.closing(catalog.open_slide(row, None, Staging())) as slide:
+            assert slide.read_tile(0, 0, 0.5, 64).shape == (64, 64, 3)
 
 
 def test_a_hidden_folder_that_is_named_is_searched(folder: Path, tmp_path: Path) -> None:
