@@ -4,19 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
+import re
+import secrets
+import shutil
 import signal
+import socket
+import time
+from collections.abc import Generator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
+from ray._private.services import canonicalize_bootstrap_address
 from ray.data import DataContext
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from streaming import machine
+from streaming.errors import ConfigError, NodeError, TilestreamError
+
 # What Ray says without need: token authentication is on, its own progress bars are off; what fails raises anyhow.
 _QUIET_LOGGERS = ("ray._private.authentication.authentication_token_setup", "ray.data", "ray.data._internal.progress")
+
+# The object store's share of the memory: Ray's default.
+_STORE_SHARE = 0.3
+_ANSWERS_S = 10.0
+_HERE = "`tilestream doctor` tells what is missing here; Ray's own logs are in {folder}/ray/session_*/logs"
+_IN_A_CLUSTER = "is this machine a node of that cluster? For a Ray on this machine unset RAY_ADDRESS"
+_REMEDIES = (
+    (r"[Vv]ersion mismatch", "take the cluster's versions of Ray and Python"),
+    (r"Authentication|Unauthenticated|RAY_AUTH", "set RAY_AUTH_MODE and RAY_AUTH_TOKEN as the cluster has them"),
+    (r"PermissionError|Permission denied", "let RAY_TMPDIR name a folder of your own on a local disk"),
+    (r"timed out during startup", "is this machine overloaded? Try again"),
+    (r"No space left", "make room, or let RAY_TMPDIR name a folder on another local disk"),
+)
 
 
 def connect(num_cpus: int, *, verbose: bool = False, ignore_sigterm: bool = False) -> None:
@@ -28,45 +50,119 @@ def connect(num_cpus: int, *, verbose: bool = False, ignore_sigterm: bool = Fals
     of a Ray that is started here do so: SLURM and systemd send it to all that belong to a job, and a training needs
     Ray until it has saved. They take four seconds longer to end.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not verbose:
         quiet()
-    if not ray.is_initialized():
-        level = logging.INFO if verbose else logging.WARNING
-        if address():
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    level = logging.INFO if verbose else logging.WARNING
+    if where := address():
+        check_address(where)
+        with _one_line(f"RAY_ADDRESS={where}", _IN_A_CLUSTER):
             ray.init(logging_level=level, log_to_driver=verbose)
-        else:
-            # Eight at least: the next job of this process may need more than the first, and would wait forever.
-            cores = max(num_cpus, usable_cores(), 8)
-            # A training has a dozen actors that hold no CPU slot; on two cores Ray would warn of them, on stdout.
-            os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(cores, 8)))
-            # A signal that this process blocks is blocked in the processes that it starts: so Ray's go on at a SIGTERM.
-            # (Ray itself keeps SIGINT from them in the same way.)
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if ignore_sigterm else ())
-            try:
-                ray.init(
-                    address="local",
-                    num_cpus=cores,
-                    include_dashboard=False,
-                    logging_level=level,
-                    log_to_driver=verbose,
-                )
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    else:
+        folder = machine.short_temporary_folder()
+        with _one_line("a Ray on this machine", _HERE.format(folder=machine.temporary_folder())):
+            _start(num_cpus, folder, ignore_sigterm=ignore_sigterm, logging_level=level, log_to_driver=verbose)
 
 
-def usable_cores() -> int:
-    """Cores that this process may use: SLURM, a container's quota or taskset may leave it few of the machine's."""
-    allowed = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(allowed, math.ceil(int(quota) / int(period))))  # "max": no quota, which is no number
-    return allowed
+def _start(num_cpus: int, folder: str, *, ignore_sigterm: bool, **options: Any) -> None:
+    """Starts a Ray on this machine that keeps its files in a folder."""
+    # Eight at least: the next job of this process may need more than the first, and would wait forever.
+    cores = max(num_cpus, machine.cpus().amount, 8)
+    memory = machine.memory()
+    if memory.by != machine.MACHINE:
+        # As Ray's own, of the machine's memory; where that is more than /dev/shm has, it knows better.
+        store_nbytes = int(_STORE_SHARE * memory.amount)
+        if os.path.isdir("/dev/shm") and store_nbytes < shutil.disk_usage("/dev/shm").free:
+            options["object_store_memory"] = store_nbytes
+    # A training has a dozen actors that hold no CPU slot; on two cores Ray would warn of them, on stdout.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(cores, 8)))
+    # Ray would write it to the home.
+    if not machine.has_home() and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # Under `uv run` Ray would ship the folder that one is in to workers on this same machine, and make an environment
+    # for each. It reads the variable when it is imported.
+    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
+    # A signal that this process blocks is blocked in the processes that it starts: so Ray's go on at a SIGTERM.
+    # (Ray itself keeps SIGINT from them in the same way.)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if ignore_sigterm else ())
+    try:
+        ray.init(
+            address="local", num_cpus=cores, include_dashboard=False, _temp_dir=os.path.join(folder, "ray"), **options
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _one_line(where: str, remedy: str) -> Generator[None]:
+    """Makes whatever Ray raises while it starts an error of one line."""
+    try:
+        yield
+    except TilestreamError:
+        raise
+    except Exception as error:  # Ray raises what it likes
+        text = " ".join(str(error).split())[:300]
+        known = next(
+            (said for pattern, said in _REMEDIES if re.search(pattern, f"{type(error).__name__} {text}")), remedy
+        )
+        raise NodeError(f"{where}: {text or type(error).__name__}; {known}") from error
 
 
 def address() -> str | None:
     """The cluster that RAY_ADDRESS names, if it names one."""
-    return os.environ.get("RAY_ADDRESS") or None
+    named = os.environ.get("RAY_ADDRESS")
+    return None if named == "local" else named or None
+
+
+def check_address(where: str) -> None:
+    """Refuses an address at which no Ray answers: Ray itself would ask it for a quarter of an hour.
+
+    Raises:
+        ConfigError: it is none, or nobody answers there.
+    """
+    what = f"RAY_ADDRESS={where}"
+    scheme, separator, rest = where.partition("://")
+    if scheme in ("http", "https"):
+        raise ConfigError(
+            f"{what}: is where `ray job submit` sends jobs; submit this one, or unset it for a Ray on this machine"
+        )
+    if separator and scheme != "ray":
+        return  # of a package of its own
+    try:
+        found = canonicalize_bootstrap_address(rest or where)
+    except ConnectionError:
+        raise ConfigError(f"{what}: no Ray runs here; `ray start --head`, or unset it") from None
+    except (ValueError, OSError) as error:
+        raise ConfigError(
+            f"{what}: {error}; it is the HOST:PORT of a cluster; for a Ray on this machine unset it"
+        ) from None
+    host, _, port = (found or "").rpartition(":")
+    if trouble := _silent(host.strip("[]"), int(port)):
+        raise ConfigError(
+            f"{what}: no Ray answers there ({trouble}); is the cluster up? For a Ray on this machine unset it"
+        )
+
+
+def _silent(host: str, port: int) -> str:
+    """Why no gRPC server answers at an address within some seconds; empty: one does."""
+    until, trouble = time.monotonic() + _ANSWERS_S, ""
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=_ANSWERS_S) as connection:
+                if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+                    return ""
+                # RFC 9113, 3.4: each side begins with its settings. The frame's type is its fourth byte.
+                connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+                head = connection.recv(9)
+                return "" if head[3:4] == b"\4" else "another program does"
+        except OSError as error:
+            trouble = str(error.strerror or error)
+        if time.monotonic() > until:
+            return trouble
+        time.sleep(0.5)
 
 
 def gpus() -> int:

@@ -9,9 +9,13 @@ training's configuration, does this only by other rules: `--min_tissue` for `--m
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
+import select
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from functools import cache
 from types import NoneType, UnionType
@@ -41,6 +45,50 @@ def out(line: str = "") -> None:
     """A line of a command's result."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def terminal() -> Generator[None]:
+    """Within it no output can end a command: letters that an encoding lacks are replaced, a stream may be closed.
+
+    Raises:
+        SystemExit: with status 1 and without a word, where nobody reads what is written, as `head` does not.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", errors="replace"))  # noqa: SIM115 — as long as the process
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    failed = False
+    try:
+        yield
+    except BrokenPipeError:
+        if not is_unread():
+            raise
+        failed = True
+    finally:
+        # Python would try it again at its end, and complain.
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                failed = True
+                with open(os.devnull, "w") as nowhere:
+                    os.dup2(nowhere.fileno(), stream.fileno())
+    if failed:
+        raise SystemExit(1)
+
+
+def is_unread() -> bool:
+    """Whether whoever read our output has gone."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(io.UnsupportedOperation):  # a test's
+            asked = select.poll()
+            asked.register(stream.fileno(), 0)
+            if any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0)):
+                return True
+    return False
 
 
 def add_command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -12,7 +13,7 @@ from typing import Any
 
 from streaming import storage
 from streaming.cli import add_bench, add_catalog, add_doctor, add_stream
-from streaming.command_line import OneLineParser, add_command, address
+from streaming.command_line import OneLineParser, add_command, address, is_unread, terminal
 from streaming.errors import TilestreamError, UnreachableError, root_cause
 from trainer.model_commands import add_embed, add_evaluate, add_export, add_lazyslide, add_picture, add_report
 from trainer.training_commands import add_capacity, add_replay, add_sweep, add_train
@@ -61,6 +62,11 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
+    with terminal():
+        return _run(argv)
+
+
+def _run(argv: list[str] | None) -> int:
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     if rest and not getattr(args, "takes_overrides", False):
@@ -69,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.verbose:
         # What libraries warn their own callers of is nothing that a user of the command could act on.
         warnings.simplefilter("ignore")
+        logging.getLogger("tifffile").setLevel(logging.CRITICAL)
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
     storage.answer_soon()
     try:
@@ -78,6 +85,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Exception as error:
         cause = root_cause(error)
+        if isinstance(cause, BrokenPipeError) and is_unread():
+            raise
         if args.verbose:
             traceback.print_exc()
         if isinstance(cause, ModuleNotFoundError) and args.extra:

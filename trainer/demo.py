@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from streaming import cluster, storage
+from streaming import cluster, machine, storage
 from streaming.catalog.build import build_catalog
 from streaming.errors import ConfigError
 from streaming.synthetic.layout import SyntheticSlide
@@ -94,18 +94,18 @@ def _write_slides(slides: list[SyntheticSlide], folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     note = folder / "made.json"
     wanted = json.dumps([asdict(slide) for slide in slides])
-    if note.exists() and note.read_text() == wanted:
+    if note.exists() and note.read_text(encoding="utf-8") == wanted:
         return
     for path in folder.iterdir():
         path.unlink()
-    with ProcessPoolExecutor(min(len(slides), cluster.usable_cores()), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(len(slides), machine.cpus().amount), mp_context=get_context("spawn")) as pool:
         list(pool.map(write_slide, slides, [folder / _name(slide) for slide in slides]))
-    note.write_text(wanted)
+    note.write_text(wanted, encoding="utf-8")
 
 
 def _write_metadata(slides: list[SyntheticSlide], path: Path) -> None:
     lines = [f"{_name(s)},{s.patient},{_ORGANS[s.patient % len(_ORGANS)]},H&E" for s in slides]
-    path.write_text("\n".join(["slide,patient,organ,stain", *lines]) + "\n")
+    path.write_text("\n".join(["slide,patient,organ,stain", *lines]) + "\n", encoding="utf-8")
 
 
 def _say_where(console: Console, folder: Path, report: str, checkpoint: str, embeddings: str, seconds: float) -> None:

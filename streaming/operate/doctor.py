@@ -7,7 +7,6 @@ import platform
 import resource
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,9 +19,9 @@ import numpy as np
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from streaming import cluster, storage
+from streaming import cluster, machine, storage
 from streaming.catalog import Catalog
-from streaming.errors import NodeError, PlanError, SlideError, StorageError, TilestreamError
+from streaming.errors import ConfigError, NodeError, PlanError, SlideError, StorageError, TilestreamError
 from streaming.plan import TilePlan
 from streaming.plan.magnifications import DEFAULT_MPP
 from streaming.storage.clock import clock_skew
@@ -60,7 +59,9 @@ def examine(catalog: str | None, options: storage.StorageOptions, *, ray: bool =
         TilestreamError: the catalog can't be read: its message tells more than a finding would.
     """
     loaded = Catalog.load(catalog, options) if catalog else None
-    checks: list[Callable[[], Iterator[Finding]]] = [_python, _libraries, _gpu, _shared_memory, _open_files, _disk]
+    checks: list[Callable[[], Iterator[Finding]]] = [
+        *(_python, _libraries, _gpu, _allotted, _shared_memory, _open_files, _home, _disk, _ray_files, _ray_address)
+    ]
     for check in checks:
         yield from check()
     if ray:
@@ -172,16 +173,55 @@ def _disk() -> Iterator[Finding]:
     yield Finding(check="staging", state=state, what=what, remedy="" if state == "ok" else remedy)
 
 
+def _allotted() -> Iterator[Finding]:
+    for check, (amount, by), unit in (("cpus", machine.cpus(), 1), ("memory", machine.memory(), 10**9)):
+        shown = f"{amount / unit:,.0f}" + (" GB" if unit > 1 else "")
+        yield Finding(check=check, state="ok", what=f"{shown}, by {by}")
+
+
+def _home() -> Iterator[Finding]:
+    if machine.has_home():
+        yield Finding(check="home", state="ok", what=str(Path.home()))
+        return
+    what = "none that can be written to: a Ray that is started here has its token in RAY_AUTH_TOKEN"
+    remedy = "set HOME to a folder of your own, where downloaded weights are kept, too"
+    yield Finding(check="home", state="note", what=what, remedy=remedy)
+
+
+def _ray_files() -> Iterator[Finding]:
+    try:
+        folder = machine.short_temporary_folder()
+    except NodeError as error:
+        yield _of_error("ray's files", error)
+        return
+    named = os.path.abspath(machine.temporary_folder())
+    what = named if folder == named else f"{named}, by the short link {folder}"
+    yield Finding(check="ray's files", state="ok", what=what)
+
+
+def _ray_address() -> Iterator[Finding]:
+    where = cluster.address()
+    if where is None:
+        return
+    try:
+        cluster.check_address(where)
+    except ConfigError as error:
+        yield _of_error("ray address", error)
+    else:
+        yield Finding(check="ray address", state="ok", what=f"RAY_ADDRESS={where}: answers")
+
+
+def _of_error(check: str, error: TilestreamError) -> Finding:
+    what, _, remedy = str(error).rpartition("; ")
+    return Finding(check=check, state="mend", what=what, remedy=remedy)
+
+
 def _ray() -> Iterator[Finding]:
     where = cluster.address() or "a Ray on this machine"
     try:
         seen = cluster.survey()
-    except Exception as error:  # Ray raises what it likes
-        text = " ".join(str(error).split())[:300]
-        remedy = "check RAY_ADDRESS, RAY_AUTH_MODE and RAY_AUTH_TOKEN" if cluster.address() else (
-            f"look into {tempfile.gettempdir()}/ray/session_latest/logs"
-        )  # fmt: skip
-        yield Finding(check="ray", state="mend", what=f"{where}: {type(error).__name__}: {text}", remedy=remedy)
+    except TilestreamError as error:
+        yield _of_error("ray", error)
         return
     shape = f"{seen.nodes} nodes, {seen.cpus:g} CPUs, {seen.gpus:g} GPUs"
     yield Finding(check="ray", state="ok", what=f"{seen.version} on {where}: {shape}")

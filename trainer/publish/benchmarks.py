@@ -94,5 +94,5 @@ _BEHIND = {TRIDENT_FILE: _TRIDENT, PATHO_BENCH_FILE: _PATHO_BENCH, THUNDER_FILE:
 
 def benchmark_file(file: str, name: str, width: int) -> str:
     """The text of one of the files, for a model of that name and width of embeddings."""
-    network = resources.files("trainer.publish").joinpath("exported_network.py").read_text()
+    network = resources.files("trainer.publish").joinpath("exported_network.py").read_text(encoding="utf-8")
     return network + _BEHIND[file].format(name=name, width=width, file=file)

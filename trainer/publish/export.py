@@ -68,11 +68,11 @@ def export(
         write = {"timm": write_timm, "transformers": write_transformers}[options.layout]
         write(folder, config, backbone, about)
         card = model_card(config, about, meta.sources, options)
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         for task in options.eva:
-            settings = json.loads((folder / "config.json").read_text())
+            settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             content = eva_config(task, out, settings, options.name, storage_options)
-            (folder / eva_name(task)).write_text(content)
+            (folder / eva_name(task)).write_text(content, encoding="utf-8")
         asked = {
             benchmarks.TRIDENT_FILE: options.trident,
             benchmarks.PATHO_BENCH_FILE: options.patho_bench,
@@ -80,7 +80,7 @@ def export(
         }
         for file in (file for file, wanted in asked.items() if wanted):
             content = benchmarks.benchmark_file(file, options.name, about["embedding_dim"])
-            (folder / file).write_text(content)
+            (folder / file).write_text(content, encoding="utf-8")
         # The configuration last: a folder without it is no model to anybody.
         names = sorted((path.name for path in folder.iterdir()), key=lambda name: name == "config.json")
         written = [storage.join(out, name) for name in names]
@@ -207,8 +207,8 @@ def write_transformers(folder: Path, config: Config, backbone: Backbone, about: 
         "do_convert_rgb": True,
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1))
-    (folder / "config.json").write_text(json.dumps(settings, indent=1))
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
 def dinov2_weights(vit: VisionTransformer, mask_token: Tensor) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ class ExportedNetwork(nn.Module):
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
-        about: dict[str, Any] = json.loads(Path(folder, "config.json").read_text())
+        about: dict[str, Any] = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
         wanted, told = about["pretrained_cfg"], about["tilestream"]
         self.token, self.width = told["embedding"], told["embedding_dim"]
         options: dict[str, Any] = {**about["model_args"], "num_classes": 0, "dynamic_img_size": True}

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import boto3
 import pytest
 
+from streaming import cluster
 from streaming.operate import doctor
 from streaming.operate.doctor import Finding, examine
 from streaming.storage.clock import clock_skew
@@ -26,7 +27,19 @@ def test_a_machine_with_enough_of_everything_needs_no_mending(monkeypatch: pytes
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1_000_000, 1_000_000))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
     found = findings()
-    assert {"python", "libraries", "gpu", "/dev/shm", "open files", "staging"} == found.keys()
+    checks = [
+        "python",
+        "libraries",
+        "gpu",
+        "cpus",
+        "memory",
+        "/dev/shm",
+        "open files",
+        "home",
+        "staging",
+        "ray's files",
+    ]
+    assert list(found) == checks
     assert {finding.state for check, finding in found.items() if check != "gpu"} == {"ok"}
 
 
@@ -49,6 +62,26 @@ def test_a_cache_that_others_may_change_is_to_be_mended(monkeypatch: pytest.Monk
     found = findings()["staging"]
     assert (found.state, "others may write into it" in found.what) == ("mend", True)
     assert "TILESTREAM_STAGING" in found.remedy
+
+
+def test_what_ray_would_stumble_over_is_seen_before_it_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cluster, "_ANSWERS_S", 0.1)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("job" * 30)))
+    monkeypatch.setenv("HOME", "/proc")
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "1")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    found = findings()
+    assert found["cpus"].what in ("1, by SLURM_CPUS_ON_NODE", "1, by the affinity", "1, by the cgroup")
+    assert (found["home"].state, "HOME" in found["home"].remedy) == ("note", True)
+    assert found["ray's files"].what.startswith(f"{tmp_path / ('job' * 30)}, by the short link /")
+    assert found["ray address"] == Finding(
+        check="ray address",
+        state="mend",
+        what="RAY_ADDRESS=127.0.0.1:1: no Ray answers there (Connection refused)",
+        remedy="is the cluster up? For a Ray on this machine unset it",
+    )
+    monkeypatch.setenv("RAY_TMPDIR", "/proc/no")
+    assert findings()["ray's files"].state == "mend"
 
 
 def test_a_library_out_of_its_bounds_is_named_with_what_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
