@@ -3,7 +3,8 @@
     tilestream bench soak [--segments 200] [--steps-a-segment 8] [--json]
 
 Two runs on slides made on the spot, on this machine: many small segments, with the resident memory (RSS) of the driver,
-the chain, the segments' coordinators and the readers along the way; then a few segments of a realistic length, with the
+the chain, the segments' coordinators, the readers and Ray's GCS along the way, and how many series of metrics the node
+shows; then a few segments of a realistic length, with the
 time that the first batch of each segment was waited for, as a share of the run's.
 """
 
@@ -14,11 +15,13 @@ import json
 import statistics
 import tempfile
 import time
+import urllib.request
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import ray
 
 from benchmarks.common import made_catalog
 from benchmarks.table import machine
@@ -29,7 +32,13 @@ from streaming.plan import TilePlan
 from streaming.synthetic.layout import SyntheticSlide
 from streaming.synthetic.svs import write_slide
 
-KINDS = {"driver": "", "chain": "ray::Chain", "coordinators": "ray::SplitCoordinator", "readers": "ReaderActor"}
+KINDS = {
+    "driver": "",
+    "chain": "ray::Chain",
+    "coordinators": "ray::SplitCoordinator",
+    "readers": "ReaderActor",
+    "gcs": "gcs_server",
+}
 
 
 def make_catalog(folder: Path) -> Catalog:
@@ -50,10 +59,17 @@ def memory() -> dict[str, tuple[int, float]]:
         except psutil.Error:
             continue
         for kind, sign in KINDS.items():
-            if sign and title.startswith("ray::") and sign in title:
+            if sign and (title.startswith("ray::") or kind == "gcs") and sign in title:
                 count, total = found.get(kind, (0, 0.0))
                 found[kind] = count + 1, total + rss
     return found
+
+
+def num_series() -> int:
+    """Series of metrics that this node shows: lines of its endpoint that are no comments."""
+    node = next(node for node in ray.nodes() if node["Alive"])
+    with urllib.request.urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=60) as answer:
+        return sum(not line.startswith(b"#") for line in answer)
 
 
 def run(stream: TileStream, steps: int, watch: Callable[[int], None]) -> list[float]:
@@ -79,13 +95,13 @@ def soak(catalog: Catalog, segments: int, per_segment: int) -> list[dict[str, fl
     def watch(step: int) -> None:
         if step % every == 0:
             found = memory()
-            row: dict[str, float] = {"segment": step // per_segment}
+            row: dict[str, float] = {"segment": step // per_segment, "series": num_series()}
             for kind in KINDS:
                 count, total = found.get(kind, (0, 0.0))
                 row |= {f"{kind}_count": count, f"{kind}_mib": round(total / max(count, 1), 1)}
             rows.append(row)
             each = "  ".join(f"{kind} {row[f'{kind}_count']:.0f} × {row[f'{kind}_mib']:.0f} MiB" for kind in KINDS)
-            print(f"segment {row['segment']:4.0f}  {each}", flush=True)
+            print(f"segment {row['segment']:4.0f}  {each}  {row['series']:.0f} series", flush=True)
 
     run(stream, segments * per_segment, watch)
     return rows

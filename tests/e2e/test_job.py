@@ -23,7 +23,7 @@ from streaming import storage
 from streaming.catalog import Catalog
 from streaming.delivery.exported_metrics import METRICS
 from tests.conftest import write_catalog
-from tests.processes import free_ports, kill_tree
+from tests.processes import SMALL, free_ports, kill_tree
 from tests.tiff_files import STAGED, write_tiff
 from trainer.run import checkpoints
 
@@ -44,6 +44,7 @@ class Nodes:
     dashboard: str
     agents: Sequence[str]
     metrics: Sequence[str]
+    processes: Sequence[subprocess.Popen[bytes]]
     environment: dict[str, str]
 
     def ray(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -91,7 +92,7 @@ def nodes(s3_bucket: str) -> Iterator[Nodes]:  # the bucket first: nodes take ov
     }
     head = ["--head", "--num-cpus", "0", "--port", str(port), "--ray-client-server-port", str(client)]
     head += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard), "--temp-dir", str(folder)]
-    reader = ["--num-cpus", "2", "--labels", "tilestream-role=reader"]
+    reader = ["--num-cpus", "2", "--labels", "tilestream-role=reader", "--resources", '{"driver": 1}']
     trainer = ["--num-cpus", "2", "--labels", "tilestream-role=trainer", "--resources", '{"accelerator": 2}']
     started: list[tuple[subprocess.Popen[bytes], str, str]] = []
     try:
@@ -105,8 +106,8 @@ def nodes(s3_bucket: str) -> Iterator[Nodes]:  # the bucket first: nodes take ov
                     break
             started.append((node, agent, metrics))
         assert answers(f"http://127.0.0.1:{dashboard}/api/gcs_healthz", started[0][0], folder / "node0-0.log")
-        _, agents, endpoints = zip(*started, strict=True)
-        yield Nodes(f"http://127.0.0.1:{dashboard}", agents, endpoints, environment)
+        processes, agents, endpoints = zip(*started, strict=True)
+        yield Nodes(f"http://127.0.0.1:{dashboard}", agents, endpoints, processes, environment)
     finally:
         for node, _, _ in started:
             kill_tree(node)
@@ -202,6 +203,49 @@ def test_a_job_whose_driver_is_killed_is_submitted_again_by_a_loop_and_goes_on_w
     assert nodes.ray("job", "stop", "--address", nodes.dashboard, "again").returncode == 0
     until(lambda: nodes.ask("/api/jobs/again")["status"] == "STOPPED", nodes)
     assert submitting.wait(timeout=60) == 0, "who stops it ends the loop, too"
+    steps = checkpoints.steps_of(str(out))[-1]
+    rows = storage.read_table(f"{out}/metrics.parquet").to_pylist()[:steps]
+    assert [(row["first_index"], row["next_index"]) for row in rows] == [(8 * s, 8 * s + 8) for s in range(steps)]
+    assert [row["time"] < killed_at for row in rows] == [True] * reached + [False] * (steps - reached)
+
+
+def test_a_job_whose_drivers_node_is_lost_is_submitted_again_and_goes_on_from_another_node(
+    nodes: Nodes, catalog: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    out = tmp_path / "run"
+    command = ["tilestream", "train", "debug", "--data.catalog", catalog, "--run.out", str(out), *SMALL]
+    command += [
+        "--data.mpp",
+        "{0.5: 1}",
+        "--train.steps",
+        "5000",
+        "--train.batch",
+        "8",
+        "--train.checkpoint_every",
+        "2",
+    ]
+    command += ["--train.rank_labels.tilestream-role", "trainer", "--data.readers", "[1,2]"]
+    command += ["--data.reader_labels.tilestream-role", "reader", "--train.log_every", "1"]
+    # Drivers run on the head unless they are asked elsewhere.
+    options = """--working-dir . --entrypoint-resources '{"driver": 1}'"""
+    loop = f'for name in one other; do ray job submit --submission-id $name {options} -- "$@" && break; done'
+    environment = nodes.environment | {"RAY_API_SERVER_ADDRESS": nodes.dashboard}
+    submitting = subprocess.Popen(
+        ["bash", "-c", loop, "submit", *command], env=environment, cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    request.addfinalizer(lambda: kill_tree(submitting))
+    until(lambda: is_known(nodes, "one"), nodes)
+    until(lambda: bool(checkpoints.steps_of(str(out))), nodes, "one")
+    where = nodes.agents.index(nodes.ask("/api/jobs/one")["driver_agent_http_address"])
+    kill_tree(nodes.processes[where])
+    until(lambda: nodes.ask("/api/jobs/one")["status"] == "FAILED", nodes)
+    reached, killed_at = checkpoints.steps_of(str(out))[-1], time.time()
+
+    until(lambda: is_known(nodes, "other"), nodes)
+    until(lambda: checkpoints.steps_of(str(out))[-1] >= reached + 4, nodes, "other")
+    assert nodes.agents.index(nodes.ask("/api/jobs/other")["driver_agent_http_address"]) != where
+    assert nodes.ray("job", "stop", "--address", nodes.dashboard, "other").returncode == 0
+    until(lambda: nodes.ask("/api/jobs/other")["status"] == "STOPPED", nodes)
     steps = checkpoints.steps_of(str(out))[-1]
     rows = storage.read_table(f"{out}/metrics.parquet").to_pylist()[:steps]
     assert [(row["first_index"], row["next_index"]) for row in rows] == [(8 * s, 8 * s + 8) for s in range(steps)]

@@ -1,6 +1,7 @@
 """How long segments are, when the next one is opened, and what becomes of ranks and readers that come late."""
 
 import contextlib
+import gc
 import itertools
 import threading
 import time
@@ -17,7 +18,7 @@ from streaming import cluster
 from streaming.catalog import Catalog
 from streaming.delivery.chain import start_chain
 from streaming.delivery.pulses import Pulse, Pulses
-from streaming.delivery.rank_batches import Pace
+from streaming.delivery.rank_batches import Pace, rank_batches
 from streaming.delivery.segments import Readers, Source, groups_of
 from streaming.delivery.stream import BatchShape, TileStream
 from streaming.plan import TilePlan
@@ -80,13 +81,13 @@ def test_the_next_segment_is_opened_so_late_that_the_margin_is_left_and_never_wi
     assert rate * num * (batch_s if done else opening_s) == pytest.approx(1, rel=1e-3) or rate == pytest.approx(1e3)
 
 
-def readers_alive() -> set[int]:
-    """Process ids of this process's reader actors."""
+def alive(kind: str) -> set[int]:
+    """Process ids of this process's actors of a kind."""
     found = set[int]()
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             title = " ".join(process.cmdline())
-            if title.startswith("ray::") and "ReaderActor" in title:
+            if title.startswith("ray::") and kind in title:
                 found.add(process.pid)
     return found
 
@@ -104,7 +105,7 @@ def test_one_set_of_readers_lives_until_the_last_quarter_of_a_segment(catalog: s
     with contextlib.closing(stream(catalog, segment_blocks=2 * num).steps(0, 2 * num)) as steps:
         for step, _ in enumerate(itertools.islice(steps, num + 4)):
             time.sleep(0.1)
-            (early if step < 0.75 * num else late).update(readers_alive())
+            (early if step < 0.75 * num else late).update(alive("ReaderActor"))
     assert len(early) == 1
     assert late - early, "the second segment has a reader of its own"
 
@@ -177,6 +178,39 @@ def test_a_stall_is_blamed_on_a_rank_only_for_the_segment_that_is_waited_for(cat
         assert ray.get(other.stalled.remote()) == "rank 0 waited 60 s for a batch: rank 1 has not asked for step 10"
     finally:
         ray.kill(other)
+
+
+@pytest.mark.slow
+def test_a_lost_iterator_and_its_successor_end_with_the_ranks_batches_not_by_the_garbage_collector(
+    catalog: str,
+) -> None:
+    cluster.connect(8)
+    loaded = Catalog.load(catalog)
+    source = TileStream(loaded, TilePlan(loaded, mpp={0.5: 1}, size=32), BatchShape(4), readers=(1, 1)).source
+    chain, began, ended = start_chain(source), list[int](), list[int]()
+
+    def read(share: Any) -> Iterator[Any]:
+        number = len(began)
+        began.append(number)
+        try:
+            yield from share.iter_batches(batch_size=4, batch_format="numpy")
+        finally:
+            ended.append(number)
+
+    gc.disable()
+    try:
+        before = alive("SplitCoordinator")
+        batches = rank_batches(chain, source, 0, (0, 400), read)
+        next(batches)
+        for coordinator in alive("SplitCoordinator") - before:
+            psutil.Process(coordinator).kill()
+        while len(began) < 2:
+            next(batches)
+        batches.close()
+        assert ended == [0, 1]
+    finally:
+        gc.enable()
+        ray.kill(chain)
 
 
 def test_pulses_of_many_threads_are_all_heard_and_old_ones_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,12 +19,14 @@ from trainer.run.fit import make_module
 def test_a_dry_run_of_the_largest_preset_tells_its_size_steps_and_curves(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert main(["train", "midnight-12k", "--dry-run", "--run.out", str(tmp_path)]) == 0
+    options = ["--run.out", str(tmp_path), "--train.ranks", "[16,32]"]
+    assert main(["train", "midnight-12k", "--dry-run", *options]) == 0
     told = capsys.readouterr().out
     # ViT-g/14 as published, 1,134,771,712 with the 1,536 of timm's missing mask token and positions of 37×37 patches.
     backbone = int(told.split("\nstudent ")[1].split()[0].replace(",", ""))
     assert 1_130_000_000 < backbone < 1_140_000_000
-    assert "500,000 optimiser steps of 768 tiles: 32 ranks × 12 tiles × 2 rounds, fsdp" in told
+    assert "500,000 optimiser steps of 768 tiles: 32 ranks × 12 tiles × 2 rounds, fsdp\n" in told
+    assert "\n              or 16 ranks × 12 tiles × 4 rounds, fsdp, where there is no room for more\n" in told
     assert "384,000,000 of 256 px" in told
     assert "not checked" in told
     assert "vit_giant_patch14_dinov2.lvd142m: its names and shapes fit" in told
