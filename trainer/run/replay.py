@@ -7,6 +7,7 @@ newest checkpoint before are trained again, by the same code on as many ranks, w
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from trainer.run.step_batches import StepBatches
 from trainer.run.stop_signals import Signals
 
 _POLL_S = 0.5
+_THREADS = "OMP_NUM_THREADS"
 
 Told = Callable[[Row], None]
 
@@ -142,10 +144,17 @@ def train_again(replay: Replay, tell: Told) -> str | None:
     if train.most_ranks > 1 or train.strategy != "ddp":
         return _train_ranks(replay, tell)
     before = torch.get_num_threads()
+    torch.set_num_threads(_num_threads(replay))
     try:
         return _train_rank(replay, 0, None, tell)
     finally:
         torch.set_num_threads(before)
+
+
+def _num_threads(replay: Replay) -> int:
+    """Threads of a rank as Ray has them, by which sums are rounded: what the environment says, else its CPU slots."""
+    told = os.environ.get(_THREADS, "").split(",")[0]  # it may be a list, by depth
+    return int(told) if told else max(int(replay.config.train.rank_cpus), 1)
 
 
 class LocalRank(LightningEnvironment):
@@ -220,7 +229,6 @@ def _alone(replay: Replay) -> Config:
 
 def _train_rank(replay: Replay, rank: int, place: Place | None, tell: Told) -> str | None:
     config, alone = replay.config, _alone(replay)
-    torch.set_num_threads(max(int(config.train.rank_cpus), 1))  # as Ray does: sums are rounded by them
     catalog = load_catalog(config.data)
     stream = config.stream(catalog)
     batches = StepBatches(stream.local_batches(replay.start, replay.step, rank), replay.start, config)
@@ -264,7 +272,14 @@ def _train_ranks(replay: Replay, tell: Told) -> str | None:
                     tell(message)
 
     arguments = (replay, find_free_network_port(), messages)
-    running: Any = spawn(_rank_process, arguments, replay.config.train.most_ranks, join=False, daemon=True)
+    # As Ray starts its ranks, before torch is imported: with `torch.set_num_threads` alone the first step was the same,
+    # and the next one differed in the seventh digit.
+    before, os.environ[_THREADS] = os.environ.get(_THREADS), str(_num_threads(replay))
+    try:
+        running: Any = spawn(_rank_process, arguments, replay.config.train.most_ranks, join=False, daemon=True)
+    finally:
+        if before is None:
+            del os.environ[_THREADS]
     try:
         while not running.join(timeout=0):
             take()
