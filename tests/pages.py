@@ -87,6 +87,19 @@ def commands(block: Block) -> list[Command]:
     return found
 
 
+def script_name(block: Block) -> str | None:
+    """The file that a block of Python is to be kept in, where its first line names one; else it is run as it stands."""
+    match = re.match(r"# (\w+\.py)\n", block.text)
+    return match[1] if match else None
+
+
+@cache
+def scripts() -> dict[str, str]:
+    """The files that the pages tell users to write."""
+    found = [block for page in PAGES for block in blocks(page, (ROOT / page).read_text()) if block.language == "python"]
+    return {name: block.text for block in found if (name := script_name(block))}
+
+
 def prose(text: str) -> str:
     """A page without its fenced blocks."""
     return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
@@ -361,6 +374,10 @@ def _assignments(arguments: Sequence[str]) -> str | None:
     return f"nothing knows {unknown}" if unknown or not names else None
 
 
+def _torchrun(arguments: Sequence[str]) -> str | None:
+    return None if arguments[-1] in scripts() else f"no page has a block of python that begins with # {arguments[-1]}"
+
+
 def _fine(arguments: Sequence[str]) -> None:
     """A command of the system's, or that makes a name for the next one."""
 
@@ -373,6 +390,7 @@ _CHECKS: dict[str, Callable[[Sequence[str]], str | None]] = {
     "make": _make,
     "pip": _pip,
     "python": _python,
+    "torchrun": _torchrun,
     "pytest": _pytest,
     "export": _assignments,
     "apt-get": _fine,

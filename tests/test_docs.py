@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from streaming.synthetic.layout import SyntheticSlide, TissueClass, tissue_class
 from streaming.synthetic.svs import write_slide
 from tests.dicom_files import write_series
 from tests.idc_index import BUCKET, series, write_index
-from tests.pages import PAGES, ROOT, Block, benchmarks, blocks, commands, troubles
+from tests.pages import PAGES, ROOT, Block, benchmarks, blocks, commands, script_name, scripts, troubles
 from tests.trainer.publish.test_kaiko_eva import TASK
 from trainer.cli import main
 from trainer.configs import presets
@@ -58,6 +59,7 @@ def test_what_a_page_says_of_commands_options_fields_files_and_links_is_so(page:
         ("```sh\ntilestream bench raeder\n```", "raeder"),
         ("```sh\ntilestream bench reader --minutes 3\n```", "--minutes"),
         ("```sh\nmake demmo\n```", "demmo"),
+        ("```sh\ntorchrun lop.py\n```", "begins with # lop.py"),
         ("```sh\nrm -rf runs\n```", "nothing runs or checks this program"),
         ("```sh\nray start --haed\n```", "--haed"),
         ("```sh\nray job submit -- tilestream doctor --no-rya\n```", "--no-rya"),
@@ -152,19 +154,32 @@ def _arguments(words: Sequence[str], folder: Path) -> list[str]:
     return [name, *rest, *(() if asks_only else smaller)]
 
 
+def _run_ranks(words: Sequence[str]) -> None:
+    """Runs a loop of ours by torchrun, on a Ray that its ranks start; it prints a line a step."""
+    command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["1", "2", "3"]
+
+
 @pytest.mark.slow
 def test_the_commands_and_snippets_of_the_pages_run_in_their_order(
     scratch: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for name, text in scripts().items():
+        Path(name).write_text(text)
     for block in _of_language("sh"):
         for command in commands(block):
+            if command.words[0] == "torchrun":
+                _run_ranks(command.words)
             if command.words[0] != "tilestream" or command.words[1] not in RUN:
                 continue
             status = main(_arguments(command.words, scratch))
             said = capsys.readouterr()
             assert status == 0, f"{command}: {said.err}"
     for block in _of_language("python"):
-        exec(compile(block.text, f"{block.page}:{block.line}", "exec"), {})
+        if not script_name(block):
+            exec(compile(block.text, f"{block.page}:{block.line}", "exec"), {})
     made = {path.relative_to(scratch).as_posix() for path in scratch.rglob("*")}
     assert made >= {"catalog/slides.parquet", "runs/first/metrics.parquet", "model/config.json", "map.html"}
     assert made >= {"scores/scores.json", "sweep/sweep.png", "features/patient0.h5", "model-eva/eva-bach.yaml"}

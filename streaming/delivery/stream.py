@@ -8,10 +8,12 @@ and however the run is cut into segments (`streaming/delivery/chain.py`).
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -93,6 +95,11 @@ class TileStream:
             stall_s=stall_s,
         )
 
+    @property
+    def slots(self) -> int:
+        """CPU slots that the stream takes at most."""
+        return math.ceil(self._readers.count[1] * self._readers.cpus) + 1
+
     @cached_property
     def source(self) -> Source:
         """The stream's parts in Ray's shared memory, one copy a node for all readers."""
@@ -127,6 +134,23 @@ class TileStream:
         every, offset = (1, 0) if rank is None else (ranks, rank)
         for first in range(start * self.shape.batch + offset * micro, stop * self.shape.batch, every * micro):
             yield TorchCollate()(reader({"index": np.arange(first, first + micro, dtype=np.int64)}))
+
+    def rank_batches(self, rank: int, start: int, stop: int) -> Generator[dict[str, Any]]:
+        """The same of one rank, as tensors, through a chain of its own: it waits for no other rank.
+
+        Raises:
+            ConfigError: no step lies between start and stop.
+            StreamError: the stream stands still (see `segments.Readers.stall_s`).
+        """
+        check_steps(start, stop)
+        part = self.source.part(range(rank, rank + 1))
+        chain = start_chain(part)
+        read = partial(torch_batches, micro=self.shape.micro)
+        try:
+            # Counted, so that it does not tell the chain of its end, which would be under way when that is killed.
+            yield from islice(rank_batches(chain, part, rank, (start, stop), read), part.rank_blocks(stop - start))
+        finally:
+            ray.kill(chain)
 
     def steps(self, start: int, stop: int) -> Generator[list[Batch]]:
         """Each step's micro-batches, pulled over all ranks at once by this process; every rank has its own iterator.
