@@ -177,8 +177,8 @@ def _of_span(page: str, span: str) -> Iterator[str]:
         yield "there is no such file"
 
 
-# Of ray job submit, of docker build, and what stands for any field.
-_OPTIONS_OF_OTHERS = {"--working-dir", "--build-arg", "--section.key"}
+# Of ray job submit, of docker build, of sbatch, and what stands for any field.
+_OPTIONS_OF_OTHERS = {"--working-dir", "--build-arg", "--requeue", "--section.key"}
 _MADE_BY_USERS = {"bach.yaml"}
 _MADE_BY_EXPORT = {"trident_encoder.py", "patho_bench_encoder.py", "thunder_model.py"}
 
@@ -378,6 +378,13 @@ def _torchrun(arguments: Sequence[str]) -> str | None:
     return None if arguments[-1] in scripts() else f"no page has a block of python that begins with # {arguments[-1]}"
 
 
+def _sbatch(arguments: Sequence[str]) -> str | None:
+    at = next((number for number, word in enumerate(arguments) if word.endswith(".sh")), None)
+    if at is None or not (ROOT / arguments[at]).is_file():
+        return "sbatch takes a batch script that exists"
+    return _tilestream(["train", *arguments[at + 1 :]])
+
+
 def _fine(arguments: Sequence[str]) -> None:
     """A command of the system's, or that makes a name for the next one."""
 
@@ -391,6 +398,7 @@ _CHECKS: dict[str, Callable[[Sequence[str]], str | None]] = {
     "pip": _pip,
     "python": _python,
     "torchrun": _torchrun,
+    "sbatch": _sbatch,
     "pytest": _pytest,
     "export": _assignments,
     "apt-get": _fine,

@@ -70,7 +70,7 @@ class TileDataset(IterableDataset[torch.Tensor]):
 
     Row j of step s is the tile of index `s·batch + rank·batch/ranks + j`. An iterator begins where the last one was
     left, so that a loop that pauses (to validate, or between Lightning's epochs) repeats nothing; after the last step
-    it begins at the first one again. `budget` counts what was replaced.
+    nothing comes. `budget` counts what was replaced.
     """
 
     def __init__(self, stream: TileStream, rank: int, start: int, stop: int | None, max_failed_share: float) -> None:
@@ -80,7 +80,7 @@ class TileDataset(IterableDataset[torch.Tensor]):
             raise ConfigError(f"steps {start}:{stop}; give a first step of at least 0 and a later end, or none")
         self.budget = FailureBudget(max_failed_share)
         self._stream, self._rank = stream, rank
-        self._start, self._stop, self._next = start, end, start
+        self._stop, self._next = end, start
         self._plan = _mark(stream.plan)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -98,9 +98,9 @@ class TileDataset(IterableDataset[torch.Tensor]):
                 "Ray's processes, for which give `torch_dataset(…, readers=(least, most))`"
             )
         stream, shape = self._stream, self._stream.shape
-        node_ray.join(stream.slots)
         if self._next >= self._stop:
-            self._next = self._start
+            return
+        node_ray.join(stream.slots)
         for batch in stream.rank_batches(self._rank, self._next, self._stop):
             first = self._next * shape.batch + self._rank * shape.micro
             if not np.array_equal(batch["index"], np.arange(first, first + shape.micro)):

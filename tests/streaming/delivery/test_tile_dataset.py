@@ -74,6 +74,8 @@ def test_ranks_get_the_stream_s_batches_and_go_on_at_any_step_with_other_ranks(c
     assert len(steps) == 5
     assert all(map(torch.equal, steps[3:], wanted(catalog, 3, 5)))
 
+    assert list(loaders[0]) == [], "the last step was given"
+
     states = [loader.dataset.state_dict() for loader in loaders]
     assert states[0] == states[1]
     assert states[0]["step"] == 5
