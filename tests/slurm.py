@@ -8,7 +8,7 @@ import secrets
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 
 from tests.processes import free_ports, wait_for
@@ -45,7 +45,7 @@ def missing() -> str | None:
 
 
 @contextlib.contextmanager
-def slurm(folder: Path, partitions: Mapping[str, Sequence[str]], cpus: int) -> Iterator[dict[str, str]]:
+def slurm(folder: Path, partitions: Mapping[str, Sequence[str]], cpus: int) -> Generator[dict[str, str]]:
     """A cluster with these partitions of nodes, each with so many CPUs; the environment in which its commands find it.
 
     folder's path must be short.

@@ -24,6 +24,8 @@ from streaming import cluster
 from streaming.errors import NodeError
 
 _MEMBERS, _ADDRESS, _LOG = "members", "address", "log"
+# Ray gives itself half a minute to start, which is too short on a busy machine.
+_TRIES = 4
 # What must stay open while this process lives: the lock, and the keeper's process.
 _held = list[object]()
 
@@ -88,18 +90,21 @@ def _started(folder: Path, num_cpus: int) -> str:
     Raises:
         NodeError: it does not start.
     """
-    command = [sys.executable, "-m", "streaming.delivery.node_ray", str(folder), str(num_cpus)]
-    with (folder / _LOG).open("w") as log:
-        # In a session of its own: a Ctrl-C is for the ranks.
-        keeper = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-    _held.append(keeper)
-    while keeper.poll() is None:
-        if address := _kept(folder):
-            return address
-        time.sleep(0.1)
-    said = (folder / _LOG).read_text().splitlines() or [f"it ended with status {keeper.returncode}"]
+    command, said = [sys.executable, "-m", "streaming.delivery.node_ray", str(folder), str(num_cpus)], ""
+    for _ in range(_TRIES):
+        with (folder / _LOG).open("w") as log:
+            # In a session of its own: a Ctrl-C is for the ranks.
+            keeper = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        _held.append(keeper)
+        while keeper.poll() is None:
+            if address := _kept(folder):
+                return address
+            time.sleep(0.1)
+        said = next(reversed((folder / _LOG).read_text().splitlines()), f"it ended with status {keeper.returncode}")
+        if "timed out" not in said:
+            break
     raise NodeError(
-        f"Ray does not start on this machine: {said[-1]}; where a path is too long, set RAY_TMPDIR to a short one; "
+        f"Ray does not start on this machine: {said}; where a path is too long, set RAY_TMPDIR to a short one; "
         f"{folder / _LOG} has the whole, and `tilestream doctor` looks for the reason"
     )
 

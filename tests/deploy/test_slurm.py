@@ -42,7 +42,8 @@ def steps_done(log: Path) -> int:
 def shown(job: str, env: Mapping[str, str]) -> dict[str, str]:
     """What SLURM tells of a job."""
     said = subprocess.run(["scontrol", "show", "job", job], env=env, capture_output=True, text=True)
-    return dict(word.split("=", 1) for word in said.stdout.split() if "=" in word)
+    words = [word.split("=", 1) for word in said.stdout.split() if "=" in word]
+    return dict(reversed(words))  # of a heterogeneous job the first part's
 
 
 @pytest.mark.long

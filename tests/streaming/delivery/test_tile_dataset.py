@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import psutil
 import pytest
@@ -17,6 +18,7 @@ from streaming import Catalog, TilePlan, cluster, torch_dataset
 from streaming.delivery.stream import BatchShape, TileStream
 from streaming.delivery.tile_dataset import TileDataset
 from streaming.errors import ConfigError
+from tests.pages import ROOT
 from tests.processes import free_ports, wait_for
 
 BATCH = 8
@@ -128,3 +130,15 @@ def test_ranks_of_a_machine_share_a_ray_that_ends_with_the_last_one_however_it_e
     )
     for rank in ranks:
         rank.communicate()
+
+
+@pytest.mark.long
+def test_the_loop_of_lightly_takes_the_tiles(catalog: str) -> None:
+    if not find_spec("lightly"):
+        pytest.skip("lightly is not installed: it is no dependency of ours")
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "tests/e2e/lightly_loop.py"), catalog]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["1", "2", "3"]
