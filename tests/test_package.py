@@ -161,7 +161,7 @@ def test_a_command_whose_extra_is_missing_names_it(reader: Commands, words: tupl
     assert re.match(rf"tilestream {words[0]}: \w+ is not installed here; .* `{extra}` brings it: .*\[{extra}\]", line)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_model_is_scored_and_exported_without_lightning(
     installed: Callable[..., Commands], coloured: Path, tmp_path: Path
 ) -> None:
