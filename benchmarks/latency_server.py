@@ -141,7 +141,7 @@ async def _answer(
             await asyncio.sleep(latency_s)
             method, target, _ = head.split(" ", 2)
             address = urllib.parse.urlsplit(target)
-            path = folder / address.path.lstrip("/")
+            path = folder / urllib.parse.unquote(address.path).lstrip("/")
             if "prefix" in (query := urllib.parse.parse_qs(address.query)):
                 path = path / query["prefix"][0] / LISTING
             if not path.is_file():

@@ -10,10 +10,12 @@ import secrets
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray._private import ray_constants
@@ -24,6 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from streaming import machine
 from streaming.errors import ConfigError, NodeError, TilestreamError
+from streaming.secrets import without_values
 
 # What Ray says without need: token authentication is on, its own progress bars are off; what fails raises anyhow.
 _QUIET_LOGGERS = ("ray._private.authentication.authentication_token_setup", "ray.data", "ray.data._internal.progress")
@@ -55,6 +58,7 @@ def connect(num_cpus: int, *, verbose: bool = False, ignore_sigterm: bool = Fals
         quiet()
     if ray.is_initialized():
         return
+    _hide_secrets()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     level = logging.INFO if verbose else logging.WARNING
     if where := address():
@@ -113,6 +117,13 @@ def _one_line(where: str, remedy: str) -> Generator[None]:
             (said for pattern, said in _REMEDIES if re.search(pattern, f"{type(error).__name__} {text}")), remedy
         )
         raise NodeError(f"{where}: {text or type(error).__name__}; {known}") from error
+
+
+def _hide_secrets() -> None:
+    """Takes secrets out of this process's command line: Ray notes it among its jobs, in its logs and its events."""
+    shown = without_values(sys.orig_argv)
+    if shown != sys.orig_argv:
+        cast(Any, ray)._raylet.setproctitle(subprocess.list2cmdline(shown))
 
 
 def address() -> str | None:

@@ -228,7 +228,7 @@ def storage_options(args: Namespace) -> dict[str, Any]:
     for text in args.storage:
         key, separator, value = str(text).partition("=")
         if not separator or not key:
-            raise ConfigError(f"--storage {text}; it is KEY=VALUE, for example endpoint_url=http://127.0.0.1:9000")
+            raise ConfigError("a --storage is not KEY=VALUE, as for example endpoint_url=http://127.0.0.1:9000 is")
         options[key] = {"true": True, "false": False}.get(value.lower(), value)
     # Told here, since workers on other machines have another environment.
     mirrors = read_mirrors(args.mirrors) or default_mirrors()

@@ -21,11 +21,16 @@ A message says what, where, the numbers, and the next action, in one line.
 
 from __future__ import annotations
 
+from streaming.secrets import without_secrets
+
 EMPTY_ADDRESS = "an address is empty; is a variable of the shell that it comes from not set?"
 
 
 class TilestreamError(Exception):
-    """Base of all errors a user can act on."""
+    """Base of all errors a user can act on; a message names addresses without their queries and passwords."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(without_secrets(message))
 
 
 class ConfigError(TilestreamError, ValueError):

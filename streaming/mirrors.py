@@ -23,7 +23,8 @@ def read_mirrors(texts: Iterable[str]) -> dict[str, str]:
     for text in texts:
         source, separator, target = text.strip().partition("=")
         if not (separator and target and "://" in source):
-            raise ConfigError(f"mirror {text!r}; it is FROM=TO, for example s3://idc-open-data=/data/idc")
+            shown = text.partition("?")[0]  # what follows may be a secret
+            raise ConfigError(f"mirror {shown!r}; it is FROM=TO, for example s3://idc-open-data=/data/idc")
         mirrors[source] = target
     return mirrors
 

@@ -8,10 +8,12 @@ import contextlib
 import importlib.util
 import json
 import shutil
+import threading
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 
@@ -53,15 +55,35 @@ def fake_gcs() -> Iterator[Options]:
 
 
 class _Uploads(FaultyServer):
-    """What Google's storage can and the fake one can't: to take an upload as its XML interface has it."""
+    """What Google's storage can and the fake one can't: to take an upload as its XML interface has it, and conditions.
+
+    https://cloud.google.com/storage/docs/xml-api/reference-headers#xgoogifgenerationmatch
+    """
+
+    def __init__(self, source: str) -> None:
+        super().__init__(source)
+        self._one_at_a_time = threading.Lock()
 
     def answer(
         self, command: str, path: str, headers: Mapping[str, str], content: bytes
     ) -> tuple[int, Mapping[str, str], bytes]:
         if command != "PUT":
             return super().answer(command, path, headers, content)
+        with self._one_at_a_time:
+            wanted = {name.lower(): value for name, value in headers.items()}.get("x-goog-if-generation-match")
+            if wanted is not None and wanted != self._generation(path):
+                return 412, {"Content-Length": "0"}, b""
+            return self._uploaded(path, headers, content)
+
+    def _generation(self, path: str) -> str:
+        """That of the object which is there; 0 where none is."""
+        bucket, _, key = unquote(urlsplit(path).path).lstrip("/").partition("/")
+        status, _, body = super().answer("GET", f"/storage/v1/b/{bucket}/o/{quote(key, safe='')}", {}, b"")
+        return json.loads(body)["generation"] if status == 200 else "0"
+
+    def _uploaded(self, path: str, headers: Mapping[str, str], content: bytes) -> tuple[int, Mapping[str, str], bytes]:
         # As an upload to a signed address, which it knows.
-        status, headers, body = super().answer(command, f"{path}?X-Goog-Algorithm=GOOG4", headers, content)
+        status, headers, body = super().answer("PUT", f"{path}?X-Goog-Algorithm=GOOG4", headers, content)
         return status, {**headers, "ETag": json.loads(body).get("etag", "")}, body
 
 

@@ -15,6 +15,7 @@ from streaming import storage
 from streaming.cli import add_bench, add_catalog, add_doctor, add_stream
 from streaming.command_line import OneLineParser, add_command, address, is_unread, terminal
 from streaming.errors import TilestreamError, UnreachableError, root_cause
+from streaming.secrets import without_secrets
 from trainer.model_commands import add_embed, add_evaluate, add_export, add_lazyslide, add_picture, add_report
 from trainer.training_commands import add_capacity, add_replay, add_sweep, add_train
 
@@ -70,7 +71,9 @@ def _run(argv: list[str] | None) -> int:
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     if rest and not getattr(args, "takes_overrides", False):
-        parser.error(f"unrecognised arguments: {' '.join(rest)}")
+        # What follows an option may be a secret.
+        options = [argument.partition("=")[0] for argument in rest if argument.startswith("-")]
+        parser.error(f"unrecognised arguments: {without_secrets(' '.join(options or rest))}")
     args.overrides = rest
     if not args.verbose:
         # What libraries warn their own callers of is nothing that a user of the command could act on.
@@ -88,7 +91,7 @@ def _run(argv: list[str] | None) -> int:
         if isinstance(cause, BrokenPipeError) and is_unread():
             raise
         if args.verbose:
-            traceback.print_exc()
+            sys.stderr.write(without_secrets(traceback.format_exc()))
         if isinstance(cause, ModuleNotFoundError) and args.extra:
             sys.stderr.write(
                 f"tilestream {args.command}: {cause.name} is not installed here; the package's extra `{args.extra}` "
@@ -100,7 +103,7 @@ def _run(argv: list[str] | None) -> int:
             sys.stderr.write(f"tilestream: {str(cause).partition(chr(10))[0]}\n")
             # A training whose storage is away has no bad input: what starts it again after a lost machine shall do so.
             return 1 if args.command == "train" and isinstance(cause, UnreachableError) else 2
-        what = " ".join(str(cause).split())[:400]
+        what = without_secrets(" ".join(str(cause).split()))[:400]
         sys.stderr.write(f"tilestream: unexpected {type(cause).__name__}: {what}; --verbose shows the traceback\n")
         return 1
     return 0

@@ -18,7 +18,7 @@ from streaming.catalog.inspection import Rejected
 from streaming.catalog.metadata_csv import with_metadata
 from streaming.catalog.selection import folder_of
 from streaming.catalog.writing import merge, write
-from streaming.errors import MissingError
+from streaming.errors import MissingError, StorageError
 from streaming.storage.staging import Staging
 
 
@@ -113,7 +113,14 @@ def write_beside(
     seen: Container[str],
     options: storage.StorageOptions | None,
 ) -> None:
-    """Replaces the records of what was seen in this run; what other runs rejected and skipped stays."""
+    """Replaces the records of what was seen in this run; what other runs rejected and skipped stays.
+
+    They are notes for people: a damaged one is told of and begun anew.
+    """
+
+    def lost(error: StorageError) -> None:
+        sys.stderr.write(f"catalog: {error}: what earlier runs noted there is lost\n")
+
     bad = pa.Table.from_pylist([asdict(entry) for entry in rejected], schema=schema.REJECTED_SCHEMA)
     passed = pa.table({"file": list(skipped), "reason": list(skipped.values())}, schema=schema.SKIPPED_SCHEMA)
     for name, now, key in ((schema.REJECTED, bad, "slide"), (schema.SKIPPED, passed, "file")):
@@ -126,4 +133,4 @@ def write_beside(
                 now = pa.concat_tables([before.filter(pa.array(keep, pa.bool_())), now])
             return now.sort_by(key)
 
-        storage.update_table(storage.join(out, name), merged, options)
+        storage.update_table(storage.join(out, name), merged, options, lost)

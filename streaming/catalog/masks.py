@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -95,6 +95,7 @@ class Mask:
     def _of_shapes(self, slide: Slide, height: int, width: int, options: storage.StorageOptions | None) -> Pixels:
         found = read_annotation(self.uri, options, unnamed=_UNNAMED).moved(*slide.bounds[:2])
         areas = [shape for layer in (found.shapes, found.regions, found.ignored) for shape in layer.areas]
+        self._check_there(slide, sorted({shape.name for shape in areas}), self.include)
         excluded = {*self.exclude, IGNORE}
         kept = [shape for shape in areas if shape.name in self.include or not self.include]
         counted = [(shape, True) for shape in kept if shape.name not in excluded]
@@ -118,10 +119,21 @@ class Mask:
                 f"{slide.uri}: {self.uri} of {own_width} × {own_height} px has not the slide's shape, "
                 f"{slide_width} × {slide_height}; is it another slide's?"
             )
+        if self.include:
+            self._check_there(slide, sorted(map(int, np.unique(values))), _codes(self.include))
         share = np.where(self._is_tissue(values), 255, 0).astype(np.uint8)
         shrinks = own_width > width or own_height > height
         how = cv2.INTER_AREA if shrinks else cv2.INTER_NEAREST
         return np.asarray(cv2.resize(share, (width, height), interpolation=how), dtype=np.uint8)
+
+    def _check_there(self, slide: Slide, there: Sequence[str | int], wanted: Iterable[str | int]) -> None:
+        """Refuses a mask in which nothing is of a class that counts, which a wrong name would make of any."""
+        if self.include and there and not {*there} & {*wanted}:
+            some = ", ".join(map(str, there[:9])) + (", …" if len(there) > 9 else "")
+            wanted = ", ".join(self.include)
+            raise SlideError(
+                f"{slide.uri}: no tissue found by {self.uri}: --masks-include names {wanted}, it has {some}"
+            )
 
     def _is_tissue(self, values: Pixels) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
         include, exclude = (np.isin(values, _codes(names)) for names in (self.include, self.exclude))
@@ -158,15 +170,21 @@ def find_masks(
 ) -> tuple[dict[str, Mask], list[str]]:
     """The masks of slides, by the slides' addresses, and the files there that are no slide's.
 
+    Where they lie beside the slides, a slide is nobody's mask.
+
     Raises:
         ConfigError: two masks fit a slide, or one two slides.
         StorageError: the folder can't be listed.
     """
     if asked.masks is None:
         return {}, []
+    slides = list(slides)
+    are_slides = {*slides}
     of_name: dict[str, list[storage.ObjectInfo]] = {}
     others = list[str]()
     for info in storage.expand(storage.canonical(asked.masks), options)[0]:
+        if info.uri in are_slides:
+            continue
         name = storage.name_of(info.uri)
         suffix = next((s for s in _SUFFIXES if name.lower().endswith(s)), "")
         if suffix:
@@ -177,8 +195,6 @@ def find_masks(
     for slide in slides:
         name = storage.name_of(slide)
         for info in [info for key in dict.fromkeys((name, PurePosixPath(name).stem)) for info in of_name.get(key, ())]:
-            if info.uri == slide:  # masks beside the slides
-                continue
             if slide in found:
                 raise ConfigError(
                     f"{slide}: {found[slide].uri} and {info.uri} are both its mask; name a folder with one"

@@ -13,6 +13,7 @@ import re
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from streaming.errors import EMPTY_ADDRESS, ConfigError
+from streaming.secrets import without_login
 
 S3, GCS, AZURE = "s3", "gs", "az"
 HTTP = ("http", "https")
@@ -20,8 +21,6 @@ HTTP = ("http", "https")
 _SPELLINGS = {"s3a": S3, "gcs": GCS, "abfs": AZURE, "abfss": AZURE}
 # What obstore takes for no part of a path.
 _ODD_PART = re.compile(r"[\x00-\x1f\x7f]|^\.{0,2}$")
-_QUERY = re.compile(r"(https?://[^\s?\"'<>]*)\?[^\s\"'<>)]*", re.IGNORECASE)
-_LOGIN = re.compile(r"(https?://)[^\s/@\"'<>]+@", re.IGNORECASE)
 
 _NAME_NBYTES = 200
 
@@ -68,15 +67,12 @@ def canonical(uri: str) -> str:
 
 def shown(uri: str) -> str:
     """An address as messages, logs and files may tell it: without query and password."""
-    if protocol_of(uri) not in HTTP:
+    if is_local(uri):
         return uri
+    if protocol_of(uri) not in HTTP:
+        return without_login(uri)
     parts = urlsplit(uri)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", parts.fragment))
-
-
-def without_secrets(text: str) -> str:
-    """A text in which no HTTP address has a query or a password."""
-    return _LOGIN.sub(r"\1", _QUERY.sub(r"\1", text))
 
 
 def has_secret(uri: str) -> bool:

@@ -25,8 +25,10 @@ import threading
 import time
 from collections.abc import Generator
 from dataclasses import astuple, dataclass
+from pathlib import Path
 
 from streaming.errors import NodeError
+from streaming.storage.private_folder import make_private
 
 # The part that is left of the rate where a storage throttles.
 _LEFT = 0.8
@@ -175,17 +177,14 @@ class Brake:
                 fcntl.lockf(self._file, fcntl.LOCK_UN)
 
     def _mapped(self) -> mmap.mmap:
-        folder = os.path.join(tempfile.gettempdir(), f"tilestream-brakes-{os.getuid()}")
+        folder = Path(tempfile.gettempdir(), f"tilestream-brakes-{os.geteuid()}")
+        remedy = "readers agree there how fast to ask; set TMPDIR"
+        make_private(folder, remedy)
         try:
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-            if os.stat(folder).st_uid != os.getuid():
-                raise PermissionError("it belongs to another user")
             # Kept open: to close any descriptor of it would let go of this process's locks.
-            self._file = os.open(os.path.join(folder, self._name), os.O_RDWR | os.O_CREAT, 0o600)
+            self._file = os.open(folder / self._name, os.O_RDWR | os.O_CREAT, 0o600)
             os.ftruncate(self._file, _LAYOUT.size)
             self._memory = mmap.mmap(self._file, _LAYOUT.size)
         except OSError as error:
-            raise NodeError(
-                f"{folder}: {error.strerror or error}; readers agree there how fast to ask; set TMPDIR"
-            ) from error
+            raise NodeError(f"{folder}: {error.strerror or error}; {remedy}") from error
         return self._memory

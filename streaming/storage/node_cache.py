@@ -10,19 +10,20 @@ found, and let go of, by the next one that needs room.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import platform
 import re
 import shutil
 import sqlite3
-import stat
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 from streaming.errors import NodeError, StorageError
+from streaming.storage.private_folder import make_private
 
 _DATABASE, _ALIVE = "index.db", "alive"
 _SCHEMA = """
@@ -43,7 +44,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.5
 _SHARED = re.compile(
     r"nfs4?|cifs|smb3|smbfs|9p|afs|beegfs|ceph|glusterfs|gpfs|lustre|ocfs2|pvfs2|fuse\.(?!fuse-overlayfs).*"
 )
-_REMEDY = "set data.staging or TILESTREAM_STAGING to a folder of your own on a local disk"
+REMEDY = "set data.staging or TILESTREAM_STAGING to a folder of your own on a local disk"
 
 
 class NodeCache:
@@ -194,9 +195,11 @@ class NodeCache:
     def disk_full(self, what: str, nbytes: int) -> str:
         """What is said where the disk has no room."""
         free = shutil.disk_usage(self.folder).free
+        disk = os.statvfs(self.folder)
+        left = "no inodes free" if disk.f_files and not disk.f_favail else f"{free:,} bytes free"
         return (
             f"{what}: its copy of {nbytes:,} bytes does not fit the disk of {self.folder} on {platform.node()}, "
-            f"{free:,} bytes free; free some, or set data.staging or TILESTREAM_STAGING to another"
+            f"{left}; free some, or set data.staging or TILESTREAM_STAGING to another"
         )
 
     def _let_go_of_the_dead(self, db: sqlite3.Connection) -> None:
@@ -259,7 +262,7 @@ class NodeCache:
         except (BlockingIOError, PermissionError):
             return False
         except OSError as error:
-            raise NodeError(f"{self.folder}: files can't be locked there ({error.strerror}); {_REMEDY}") from error
+            raise NodeError(f"{self.folder}: files can't be locked there ({error.strerror}); {REMEDY}") from error
         return True
 
     @contextlib.contextmanager
@@ -280,7 +283,7 @@ class NodeCache:
                     raise StorageError(self.disk_full(f"{self.folder}/{_DATABASE}", 2**16)) from error
                 raise NodeError(
                     f"{self.folder}: the database of this cache can't be used ({error}); files must be lockable there: "
-                    f"{_REMEDY}"
+                    f"{REMEDY}"
                 ) from error
             except sqlite3.DatabaseError as error:
                 raise NodeError(f"{self.folder}: the database of this cache is damaged ({error}); remove it") from error
@@ -296,8 +299,8 @@ class NodeCache:
             os.close(self._alive)
             self._db = None
         for folder in (self._given, self.folder):
-            make_private(folder)
-        self._alive = os.open(self.folder / _ALIVE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            make_private(folder, REMEDY)
+        self._alive = self._opened(_ALIVE)
         try:
             self._try_lock(0)  # SQLite would wait a minute, and then call the database busy
         except NodeError:
@@ -305,7 +308,7 @@ class NodeCache:
             raise
         is_new = not path.exists()
         if is_new:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            os.close(self._opened(_DATABASE))
         db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
         # The faster journal needs memory that processes share, which those of several machines do not have.
         db.execute(f"PRAGMA journal_mode = {'DELETE' if self._is_shared else 'WAL'}")
@@ -318,6 +321,14 @@ class NodeCache:
             self._remove_unknown(db)
             db.execute("COMMIT")
         return db
+
+    def _opened(self, name: str) -> int:
+        try:
+            return os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise StorageError(self.disk_full(f"{self.folder}/{name}", 0)) from error
+            raise NodeError(f"{self.folder}/{name}: can't be written ({error.strerror}); {REMEDY}") from error
 
     def _number(self) -> int:
         """A number for this process, that no other has or had."""
@@ -352,23 +363,6 @@ def cache_at(folder: str) -> NodeCache:
         if known not in _CACHES:
             _CACHES[known] = NodeCache(known[0])
         return _CACHES[known]
-
-
-def make_private(folder: Path) -> None:
-    """Makes a folder for this user alone, or sees that nobody else may write into the one that is there.
-
-    Raises:
-        NodeError: others may, and so plant other slides; or it can't be made.
-    """
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = os.stat(folder)
-    except OSError as error:
-        raise NodeError(f"{folder}: can't be used for copies ({error.strerror}); {_REMEDY}") from error
-    if found.st_uid != os.geteuid():
-        raise NodeError(f"{folder}: is of another user (uid {found.st_uid}), who could change copies in it; {_REMEDY}")
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise NodeError(f"{folder}: others may write into it and change copies; chmod 700 it, or {_REMEDY}")
 
 
 def is_shared_disk(folder: str) -> bool:

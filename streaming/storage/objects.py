@@ -71,7 +71,7 @@ def expand(
     if addresses.has_secret(uri):
         raise StorageError(
             f"{shown(uri)}: the address has a query or a password, which would end up in files; give the query as the "
-            "storage option query=…, a password as headers"
+            "storage option query=…, a password as headers=… (of other than web servers, password=…)"
         )
     files = _files(uri, storage_options, left_out)
     with contextlib.suppress(MissingError):

@@ -18,9 +18,9 @@ from typing import TypeVar
 
 from streaming import storage
 from streaming.counters import UNCOUNTED, Counters
-from streaming.errors import SlideError, StorageError
+from streaming.errors import NodeError, SlideError, StorageError
 from streaming.storage.download import download
-from streaming.storage.node_cache import cache_at
+from streaming.storage.node_cache import REMEDY, cache_at
 
 T = TypeVar("T")
 
@@ -60,6 +60,7 @@ class Staging:
             StorageError: it can't be read, or the cache or its disk has no room for it.
             SlideError: it, or one of `files`, has changed.
             NodeError: the cache can't be used on this machine.
+            FileNotFoundError: somebody removed the cache while the copy came; `use` and `fetch` try again.
         """
         cache, key = cache_at(self.path), info.digest[:32]
         entry = cache.folder / key
@@ -72,9 +73,13 @@ class Staging:
                 _download_all(entry, info, files, options, count)
             except BaseException as error:
                 cache.dropped(key)
-                cause = error.__cause__
+                cause = error if isinstance(error, OSError) else error.__cause__
                 if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
                     raise StorageError(cache.disk_full(info.uri, info.size)) from error
+                if isinstance(cause, FileNotFoundError) and not entry.exists():
+                    raise FileNotFoundError(f"{entry}: was removed while a copy came") from error
+                if isinstance(error, OSError):  # of the folder itself
+                    raise NodeError(f"{entry}: can't be written ({error.strerror}); {REMEDY}") from error
                 raise
             cache.filled(key)
         try:
@@ -90,8 +95,7 @@ class Staging:
         count: Counters = UNCOUNTED,
     ) -> str:
         """The path of an object's copy as `holding`, which may be evicted from now on."""
-        with self.holding(info, options, files, count) as path:
-            return path
+        return self.use(info, options, lambda path: path, files, count)
 
     def use(
         self,
@@ -120,7 +124,7 @@ def _download_all(
     count: Counters,
 ) -> None:
     shutil.rmtree(entry, ignore_errors=True)  # what somebody left who removed the database
-    entry.mkdir(mode=0o700)
+    entry.mkdir(mode=0o700, parents=True)  # somebody may have removed the cache meanwhile
     for file in files or [info]:
         download(file, str(_inside(entry, storage.relative_name(file, info), file)), options, count)
     for file in files:

@@ -95,16 +95,26 @@ def parquet_of(table: pa.Table) -> bytes:
 
 
 def update_table(
-    uri: str, change: Callable[[pa.Table | None], pa.Table], storage_options: StorageOptions | None = None
+    uri: str,
+    change: Callable[[pa.Table | None], pa.Table],
+    storage_options: StorageOptions | None = None,
+    damaged: Callable[[StorageError], None] | None = None,
 ) -> None:
     """Replaces a Parquet file by what `change` makes of it; anew, if another process has written it meanwhile.
+
+    With `damaged`, which is told, a file that is no Parquet is replaced as if there were none.
 
     Raises:
         StorageError: it can't be read or written.
     """
     while True:
-        current = read_current(uri, storage_options)
-        before = None if current.content is None else table_of(uri, current.content)
+        current, before = read_current(uri, storage_options), None
+        try:
+            before = None if current.content is None else table_of(uri, current.content)
+        except StorageError as error:
+            if damaged is None:
+                raise
+            damaged(error)
         if replace(uri, current, parquet_of(change(before)), storage_options):
             return
 

@@ -16,7 +16,8 @@ import obstore.exceptions
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
 from streaming.errors import DeniedError, MissingError, NoRangesError, StorageError, TilestreamError, UnreachableError
-from streaming.storage.addresses import AZURE, GCS, S3, is_local, protocol_of, shown, without_secrets
+from streaming.secrets import without_secrets
+from streaming.storage.addresses import AZURE, GCS, S3, is_local, protocol_of, shown
 
 _STATUS = re.compile(r"status code: (\d{3})")
 _FOREIGN = ("aiohttp", "fsspec", "ftplib", "http", "paramiko", "requests", "smbprotocol", "urllib3")

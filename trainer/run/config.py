@@ -15,6 +15,7 @@ from streaming import storage
 from streaming.catalog import Catalog
 from streaming.delivery.stream import TileStream
 from streaming.errors import ConfigError
+from streaming.mirrors import default_mirrors
 from streaming.plan.universe import HeldOut
 from streaming.secrets import Secret
 from trainer.configs import preset_text, presets
@@ -145,6 +146,8 @@ def leaves(section: type[Any] = Config, prefix: str = "", *, is_free: bool = Fal
 _DICT_FIELDS = frozenset(
     leaf.key for leaf in leaves() if dict in (get_origin(part) for part in (leaf.kind, *get_args(leaf.kind)))
 )
+# Those whose values may be secret.
+_SECRET_FIELDS = ("data.storage_options", "data.mirrors")
 
 
 def plain(value: Any) -> Any:
@@ -179,7 +182,10 @@ def read_config(source: str, overrides: list[str]) -> Config:
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
+        # Its own words quote the line, which may hold a secret.
+        at, why = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f", line {at.line + 1}, column {at.column + 1}" if at else ""
+        raise ConfigError(f"{source}{where}: not YAML: {why or 'it holds characters that YAML does not'}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: not a map of sections; see the presets for an example")
     return parse_config(values, overrides, source)
@@ -204,9 +210,17 @@ def parse_config(values: dict[str, Any], overrides: list[str], source: str = "co
         base = parser.parse_object(values)
         namespace = parser.parse_args(overrides, namespace=base) if overrides else base
         instantiated = parser.instantiate(namespace)
-        return Config(**vars(instantiated))
+        config = Config(**vars(instantiated))
     except (ArgumentError, ValueError, TypeError) as error:
-        raise ConfigError(f"{source}: {_one_line(error)}") from error
+        text = _one_line(error)
+        if secret := next((key for key in _SECRET_FIELDS if key in text), None):
+            # The error's own words quote them.
+            raise ConfigError(
+                f"{source}: {secret} is a map, such as {{region: eu-west-1}}; what is given is none"
+            ) from None
+        raise ConfigError(f"{source}: {text}") from error
+    # Told here, since workers on other machines have another environment.
+    return replace(config, data=replace(config.data, mirrors=config.data.mirrors or default_mirrors()))
 
 
 def changed(config: Config, overrides: list[str], options: dict[str, Any]) -> Config:

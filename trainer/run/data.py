@@ -10,7 +10,6 @@ from streaming.delivery.failures import MAX_FAILED_SHARE
 from streaming.delivery.segments import Readers
 from streaming.delivery.stream import BatchShape, TileStream
 from streaming.errors import ConfigError
-from streaming.mirrors import default_mirrors
 from streaming.plan import TilePlan
 from streaming.plan.footprints import Corners
 from streaming.plan.magnifications import DEFAULT_MPP, mpp_weights
@@ -33,8 +32,9 @@ class DataConfig:
     """folder or URI that `tilestream catalog` wrote"""
     storage_options: dict[str, Any] = field(default_factory=dict, metadata=FREE)
     """options for all remote URIs of the run, secrets among them kept from files; empty: the usual variables"""
-    mirrors: dict[str, str] = field(default_factory=default_mirrors, metadata=FREE)
-    """where slides are read instead of at the addresses of the catalog, by the beginning of the address"""
+    mirrors: dict[str, str] = field(default_factory=dict[str, str], metadata=FREE)
+    """where slides are read instead of at the addresses of the catalog, by the beginning of the address; empty: what
+    `TILESTREAM_MIRRORS` says"""
     mpp: dict[float, float] | dict[str, Any] = field(default_factory=lambda: dict(DEFAULT_MPP))
     """weight of each magnification in µm/px; or a range: uniform: [0.25, 2.0], log_uniform, density"""
     cohorts: dict[str, float] | None = None
@@ -78,6 +78,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "storage_options", hidden(self.storage_options))
+        object.__setattr__(self, "mirrors", hidden({"mirrors": self.mirrors})["mirrors"])
         mpp_weights(self.mpp)  # tells of what is no magnification
         if not 0 <= self.max_failed_share <= 1:
             raise ValueError(f"max_failed_share is a share from 0 to 1, not {self.max_failed_share}")

@@ -1,10 +1,12 @@
 """A catalog loses nothing: what was told of slides stays, corrections reach them, every file is accounted for."""
 
 import contextlib
+import functools
 import gzip
 import os
 import shutil
 import socket
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from streaming.errors import ConfigError
 from streaming.storage.staging import Staging
 from streaming.synthetic.layout import SyntheticSlide
 from streaming.synthetic.svs import write_slide
+from tests.cloud_servers import Options, azurite, fake_gcs, make_bucket
 from trainer.cli import main
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -56,11 +59,33 @@ def test_a_slide_that_was_uploaded_anew_keeps_its_patient_and_cohort(
     assert column(out, "mpp") == [0.25, 0.25, 0.5]
 
 
-@pytest.mark.parametrize("place", ["disk", "s3"])
+@pytest.fixture(scope="module")
+def buckets(s3_bucket: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], tuple[str, Options]]]:
+    """Gives the bucket of a storage, or a folder, with its options."""
+    with contextlib.ExitStack() as running:
+
+        @functools.cache
+        def started(kind: str) -> tuple[str, Options]:
+            if kind in ("disk", "s3"):
+                return (s3_bucket if kind == "s3" else str(tmp_path_factory.mktemp("disk"))), {}
+            server = azurite(tmp_path_factory.mktemp("azurite")) if kind == "az" else fake_gcs()
+            root, options = f"{kind}://keeps", running.enter_context(server)
+            make_bucket(root, options)
+            return root, options
+
+        yield started
+
+
+@pytest.mark.parametrize("place", ["disk", "s3", "az", "gs"])
 def test_two_builds_on_one_catalog_add_to_it(
-    folder: Path, tmp_path: Path, s3_bucket: str, place: str, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tmp_path: Path,
+    buckets: Callable[[str], tuple[str, Options]],
+    place: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    out = str(tmp_path / "catalog") if place == "disk" else f"{s3_bucket}/two-builds"
+    root, options = buckets(place)
+    out = f"{root}/two-builds"
     (tmp_path / "m.csv").write_text("slide,stain\na,HE\nb,HE\n")
     real, others = keeping.write, [str(folder / "b.svs"), str(folder / "c.svs")]
 
@@ -68,35 +93,56 @@ def test_two_builds_on_one_catalog_add_to_it(
         # Between reading the catalog and writing it, other builds begin and end, and saved parts go with them.
         if others:
             one = others.pop()
-            build_catalog([one], out, mpp=0.5, metadata_csv=str(tmp_path / "m.csv"))
+            build_catalog([one], out, mpp=0.5, metadata_csv=str(tmp_path / "m.csv"), options=options)
         return real(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(keeping, "write", beaten)
-    build_catalog([str(folder / "a.svs")], out)
-    catalog = Catalog.load(out)
+    build_catalog([str(folder / "a.svs")], out, options=options)
+    catalog = Catalog.load(out, options)
     assert [Path(slide).name for slide in catalog.slides()] == ["a.svs", "b.svs", "c.svs"]
     assert catalog.metadata("stain") == ["HE", "HE", None]
     assert [bool(catalog.tissue_grid(row).fraction.any()) for row in range(3)] == [True] * 3
     # Nothing is left of what was written in vain.
-    assert [name for name in storage.list_names(out) if "tissue" in name] == [f"tissue-{catalog.fingerprint}.bin"]
-    assert not storage.list_names(storage.join(out, "parts"))
+    names = storage.list_names(out, options)
+    assert [name for name in names if "tissue" in name] == [f"tissue-{catalog.fingerprint}.bin"]
+    assert not storage.list_names(storage.join(out, "parts"), options)
     # From scratch it is the same catalog.
     whole = str(tmp_path / "whole")
     build_catalog([str(folder)], whole, mpp=0.5)
     assert Catalog.load(whole).fingerprint == catalog.fingerprint
 
 
-@pytest.mark.parametrize("place", ["disk", "s3"])
-def test_a_file_is_replaced_by_one_of_those_who_have_read_it(tmp_path: Path, s3_bucket: str, place: str) -> None:
-    uri = str(tmp_path / "file") if place == "disk" else f"{s3_bucket}/replaced/file"
+@pytest.mark.parametrize("place", ["disk", "s3", "az", "gs"])
+def test_a_file_is_replaced_by_one_of_those_who_have_read_it(
+    buckets: Callable[[str], tuple[str, Options]], place: str
+) -> None:
+    root, options = buckets(place)
+    uri = f"{root}/replaced/file"
     for turn in range(3):  # there is none yet, and then one
-        seen = [storage.read_current(uri) for _ in range(4)]
+        seen = [storage.read_current(uri, options) for _ in range(4)]
         contents = [b"%d, %d" % (turn, i) for i in range(4)]
         # moto compares and writes in two steps.
-        with ThreadPoolExecutor(4 if place == "disk" else 1) as pool:
-            assert sorted(pool.map(storage.replace, [uri] * 4, seen, contents)) == [False, False, False, True]
-    storage.remove(uri)
-    assert not storage.replace(uri, seen[0], b"x")
+        with ThreadPoolExecutor(1 if place == "s3" else 4) as pool:
+            written = pool.map(storage.replace, [uri] * 4, seen, contents, [options] * 4)
+            assert sorted(written) == [False, False, False, True]
+    storage.remove(uri, options)
+    assert not storage.replace(uri, seen[0], b"x", options)
+
+
+def test_damaged_notes_of_what_was_passed_over_are_begun_anew(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "catalog"
+    (folder / "notes.xyz").touch()
+    assert main(["catalog", str(folder), "--out", str(out)]) == 0
+    for name in ("skipped.parquet", "rejected.parquet"):
+        (out / name).write_bytes((out / name).read_bytes()[:-9])
+    capsys.readouterr()
+    assert main(["catalog", str(folder), "--out", str(out)]) == 0
+    said = capsys.readouterr().err
+    assert all(f"{name}: not a whole Parquet file" in said for name in ("skipped.parquet", "rejected.parquet"))
+    assert [Path(row["slide"]).name for row in pq.read_table(out / "rejected.parquet").to_pylist()] == ["c.svs"]
+    assert [Path(row["file"]).name for row in pq.read_table(out / "skipped.parquet").to_pylist()] == ["notes.xyz"]
 
 
 def test_a_second_mpp_changes_the_slides_it_concerns(

@@ -103,6 +103,20 @@ def test_qupath_s_classes_are_included_and_excluded(slides: list[Path], masks: P
         assert np.abs(fractions(tmp_path / "out") - shares(wanted)).max() < 0.045
 
 
+@pytest.mark.parametrize("kind", ["shapes", "image"])
+def test_a_class_that_a_mask_has_not_is_told_with_those_that_it_has(
+    slides: list[Path], masks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    wrong, there = ("Tumour", "Stroma, Tumor") if kind == "shapes" else ("7", "0, 3")
+    if kind == "shapes":
+        box = shapely.geometry.mapping(shapely.box(0, 0, 1000, 1000))
+        save(masks / "patient0.geojson", [feature(box, "Tumor"), feature(box, "Stroma")])
+    else:
+        Image.fromarray(np.repeat(np.uint8([[0, 3]] * 150), 100, axis=1)).save(masks / "patient0.png")
+    assert catalog(slides[0], "--out", tmp_path / "out", "--masks", masks, "--masks-include", wrong) == 2
+    assert f": --masks-include names {wrong}, it has {there}" in capsys.readouterr().err
+
+
 def test_qupath_counts_from_what_was_scanned_trident_from_the_slide_s_corner(masks: Path, tmp_path: Path) -> None:
     # OpenSlide tells bounds where the first blocks of a generic TIFF are empty.
     empty = tuple((0, i) for i in range(5))
@@ -270,5 +284,13 @@ def test_masks_are_found_by_the_slide_s_name_and_two_of_a_slide_are_refused(mask
     (masks / "0012_mask_use.png").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"0012.* are both its mask"):
         find_masks(MaskOptions(masks=str(masks)), slides)
+    # Where masks and slides lie in one folder, a slide is no mask of its namesake, nor a file too many.
+    beside = [str(masks / name) for name in ("e.svs", "e.tif")]
+    for path in beside:
+        Path(path).touch()
+    (masks / "0012_mask_use.png").unlink()
+    found, others = find_masks(MaskOptions(masks=str(masks)), [*slides, *beside])
+    assert set(found) == set(slides)
+    assert not others
     with pytest.raises(ConfigError, match="give slides unlike names"):
         find_masks(MaskOptions(masks=str(masks / "d.tif")), ["s3://bucket/x/d.svs", "s3://bucket/y/d.svs"])

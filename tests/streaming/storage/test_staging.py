@@ -315,6 +315,42 @@ def test_a_full_disk_costs_the_slide_and_leaves_no_part(
     assert Staging(folder=str(small_disk)).fetch(info, None)
 
 
+def test_a_disk_without_room_for_names_costs_the_slide(make_disk: Callable[[int], Path], tmp_path: Path) -> None:
+    disk, infos = make_disk(2**22), [storage.ObjectInfo("memory://inodes/a.svs", 7, f"v{i}") for i in range(2)]
+    storage.write_bytes(infos[0].uri, b"7 bytes")
+    subprocess.run(["mount", "-o", "remount,nr_inodes=8", disk], check=True)
+    staging = Staging(folder=str(disk / "cache"))
+    assert Path(staging.fetch(infos[0], None)).read_bytes() == b"7 bytes"
+    with pytest.raises(StorageError, match=r"a\.svs: its copy of 7 bytes does not fit .* no inodes free"):
+        staging.fetch(infos[1], None)
+    assert Path(staging.fetch(infos[0], None)).exists()
+
+
+def test_a_folder_that_can_t_be_written_is_told_with_the_remedy(make_disk: Callable[[int], Path]) -> None:
+    disk = make_disk(2**22)
+    (disk / "odd" / "alive").mkdir(parents=True)
+    (disk / "file").touch()
+    (disk / "empty").mkdir()
+    for name in ("odd", "file"):
+        with pytest.raises(NodeError, match=rf"{name}.* set data\.staging or TILESTREAM_STAGING"):
+            cache_at(str(disk / name)).num_bytes()
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    for name in ("empty", "new"):
+        with pytest.raises(NodeError, match=rf"{name}.*Read-only file system.* set data\.staging"):
+            cache_at(str(disk / name)).num_bytes()
+
+
+def test_a_cache_that_is_removed_while_a_copy_comes_is_made_anew(tmp_path: Path) -> None:
+    content = bytes(2**16)
+    with FaultyServer(content) as server:
+        info = storage.stat(f"{server.url}/a.ndpi")
+        # Between the answer that there is room and the first byte.
+        first = iter([tmp_path / "cache"])
+        server.mood = lambda n: "".join(str(shutil.rmtree(folder) or "") for folder in first)
+        path = Staging(folder=str(tmp_path / "cache")).use(info, None, lambda path: path)
+    assert Path(path).read_bytes() == content
+
+
 NO_LOCKS = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
