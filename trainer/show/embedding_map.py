@@ -37,6 +37,8 @@ _COLOURS = (
     "#777777",
 )
 
+_SAME = 1e-12  # what lies nearer lies in one place
+
 _STYLE = """
 body{font:14px/1.5 system-ui,sans-serif}
 header{padding:14px 20px 6px}h1{font-size:19px;margin:0}p{margin:2px 0;color:var(--soft)}
@@ -123,13 +125,16 @@ def in_plane(vectors: Floats, method: Method, seed: int = 0) -> NDArray[np.float
     """
     if len(vectors) < _FEWEST:
         raise ConfigError(f"{len(vectors)} tiles are too few for a map; embed at least {_FEWEST}")
-    reduced = PCA(n_components=min(_REDUCED_TO, *vectors.shape), random_state=seed).fit_transform(vectors)
+    with np.errstate(invalid="ignore"):  # shares of a variance of 0, which nobody asks for
+        reduced = PCA(n_components=min(_REDUCED_TO, *vectors.shape), random_state=seed).fit_transform(vectors)
     if method == "tsne":
-        tsne = TSNE(perplexity=min(30.0, (len(vectors) - 1) / 3), init="pca", random_state=seed)
+        # It divides by the spread of the first component, which equal embeddings do not have.
+        init = "pca" if np.ptp(reduced[:, 0]) > _SAME else "random"
+        tsne = TSNE(perplexity=min(30.0, (len(vectors) - 1) / 3), init=init, random_state=seed)
         reduced = tsne.fit_transform(reduced.astype(np.float32))
     places = np.asarray(reduced, dtype=np.float64)[:, :2]
     low, high = places.min(axis=0), places.max(axis=0)
-    return 0.03 + 0.94 * (places - low) / np.maximum(high - low, 1e-12)
+    return 0.03 + 0.94 * (places - low) / np.maximum(high - low, _SAME)
 
 
 def map_page(

@@ -228,6 +228,14 @@ def test_the_map_shows_each_tile_and_needs_nothing_else(embedded: list[SlideEmbe
 
 
 @pytest.mark.parametrize("method", ["tsne", "pca"])
+@pytest.mark.parametrize("value", [0.0, 0.3])
+def test_equal_embeddings_have_places_on_the_map(method: str, value: float) -> None:
+    places = in_plane(np.full((40, 8), value, np.float32), method)
+    assert places.shape == (40, 2)
+    assert ((places >= 0) & (places <= 1)).all()
+
+
+@pytest.mark.parametrize("method", ["tsne", "pca"])
 def test_groups_that_lie_apart_lie_apart_on_the_map(method: str) -> None:
     random = np.random.default_rng(0)
     vectors = random.normal(size=(60, 20)) + 20 * np.repeat(np.eye(20)[:2], 30, axis=0)
