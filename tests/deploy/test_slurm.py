@@ -15,7 +15,7 @@ from tests.processes import wait_for
 from tests.slurm import missing, slurm
 
 CONFIG = (
-    *("debug", "--data.catalog", "catalog", "--data.readers", "[1,1]", "--train.batch", "4"),
+    *("debug", "--data.catalog", "catalog", "--data.mpp", "{0.5: 1}", "--data.readers", "[1,1]", "--train.batch", "4"),
     *("--train.checkpoint_every", "5", "--optim.warmup_steps", "1", "--augment.num_local", "1"),
     *("--model.head_hidden", "16", "--model.num_prototypes", "32"),
 )
@@ -63,7 +63,7 @@ def test_a_job_whose_time_is_up_saves_and_goes_on_by_itself(
         command += ["--run.out", str(scratch / "run"), "--train.steps", "60"]
         done = subprocess.run(command, env=env, cwd=scratch, capture_output=True, text=True)
         assert done.stdout.split(";")[0].strip() == "1", done.stderr
-        wait_for(lambda: steps_done(log) >= 5)
+        wait_for(lambda: steps_done(log) >= 5 or shown("1", env).get("JobState") == "FAILED")
         # What SLURM does before the time is up.
         subprocess.run(["scancel", "--batch", "--signal=USR1", "1"], env=env, check=True)
         wait_for(lambda: shown("1", env).get("Restarts") == "1")

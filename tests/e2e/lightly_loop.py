@@ -45,7 +45,7 @@ class DINO(nn.Module):
 def main() -> None:
     dist.init_process_group("gloo")
     catalog = Catalog.load(sys.argv[1])
-    dataset = torch_dataset(catalog, TilePlan(catalog), batch=8, stop=STEPS)
+    dataset = torch_dataset(catalog, TilePlan(catalog, mpp={0.5: 1}), batch=8, stop=STEPS)
     transform = DINOTransform(global_crop_size=96, local_crop_size=48, n_local_views=2)
 
     def views_of(tiles: torch.Tensor) -> list[torch.Tensor]:
