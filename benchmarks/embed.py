@@ -23,7 +23,7 @@ import psutil
 
 from benchmarks.table import TURNS, Line, arguments, line, report
 from streaming import cluster, storage
-from streaming.catalog.sources import find_slides
+from streaming.catalog.known import known_slides
 from streaming.synthetic.layout import SyntheticSlide
 from streaming.synthetic.svs import write_slide
 from trainer.embed.job import Job, embed, rows_of
@@ -99,7 +99,7 @@ def alone(model: str, size: int, batch: int, count: int) -> tuple[float, float]:
 def through_ray(model: str, slide: str, options: EmbedOptions, count: int) -> tuple[float, float]:
     """Seconds of wall clock a tile from file to row, and of CPU of the model's process."""
     job = Job(model, load_model(model).digest, "/nowhere", options, {})
-    rows: Any = rows_of(job, find_slides([slide], None))
+    rows: Any = rows_of(job, known_slides([slide]))
     batches = iter(rows.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
     for _ in range(2):
         next(batches)
@@ -143,7 +143,7 @@ class Peaks:
 def memory_lines(folder: Path, sides: tuple[int, int]) -> list[Line]:
     """Peak memory at two sizes of a slide; the first runs twice, for what a process takes once."""
     model = made_model(folder, "vit_tiny_patch16_224", 64)
-    options = EmbedOptions(mpp=0.5, size=64, batch=64, readers=(1, 1), tokens=True, format="h5")
+    options = EmbedOptions(mpp=0.5, size=64, model_batch=64, readers=(1, 1), tokens=True, format="h5")
     peaks: dict[int, dict[str, float]] = {}
     tiles: dict[int, int] = {}
     for side in (sides[0], *sides):
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder: Path = args.folder / "embed"
     folder.mkdir(parents=True, exist_ok=True)
     model, slide = made_model(folder, args.backbone, args.size), made_slide(folder, args.sides[1])
-    options = EmbedOptions(mpp=0.5, size=args.size, batch=args.batch, readers=(1, 1))
+    options = EmbedOptions(mpp=0.5, size=args.size, model_batch=args.batch, readers=(1, 1))
     cluster.connect(8)
     turns = [
         (

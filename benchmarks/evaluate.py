@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
 from benchmarks.table import TURNS, Line, arguments, line, report
+from trainer.embed.options import SlideOptions
+from trainer.embed.table_slides import TableSlides
 from trainer.evaluate.annotations import AnnotatedTiles
 from trainer.evaluate.datasets import read_dataset
 from trainer.evaluate.neighbours import nearest, nearest_others
@@ -89,7 +91,8 @@ def annotation_lines(folder: Path, tiles: int, cells: int) -> list[Line]:
     lines: list[Line] = []
     for target in ("points", "mask"):
         started = time.perf_counter()
-        samples = read_dataset(table, AnnotatedTiles(mpp=MPP, size=TILE, slide_mpp=0.25, target=target))
+        slides = TableSlides(SlideOptions(slide_mpp=0.25))
+        samples = read_dataset(table, AnnotatedTiles(mpp=MPP, size=TILE, target=target), slides=slides)
         for mask in samples.masks or ():
             mask(TILE, TILE)
         what = f"{cells:,} cells, {len(samples):,} tiles of a slide, {target} / limit"

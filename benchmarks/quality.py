@@ -105,7 +105,7 @@ def cpu_s_of_a_step(catalog: str) -> float:
 
 def scored(model: Model, dataset: str, probe_steps: int) -> list[Score]:
     """Linear probe, kNN, logistic regression and rank of a model on the made tiles."""
-    options = EvaluateOptions(tasks=("linear", "knn", "logistic", "quality"), steps=probe_steps)
+    options = EvaluateOptions(tasks=("linear", "knn", "logistic", "quality"), probe_steps=probe_steps)
     return evaluate_model(model, read_dataset(dataset, AnnotatedTiles()), options)
 
 

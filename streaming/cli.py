@@ -40,7 +40,7 @@ from streaming.plan.magnifications import DEFAULT_MPP
 from streaming.plan.strata import Strata
 from streaming.plan.universe import Universe
 from streaming.reading.reader import ReaderOptions
-from streaming.slide.geometry import MPP_TOLERANCE
+from streaming.slide.geometry import MAX_UPSAMPLING, MPP_TOLERANCE
 from streaming.storage.staging import Staging
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def add_catalog(commands: Any) -> None:
         "--out", type=address, required=True, metavar="URI", help="folder of the catalog; extended if it exists"
     )
     add_options(parser, IdcOptions, where={"metavar": "SQL"}, idc_index={"metavar": "URI"})
-    parser.add_argument("--mpp", type=float, metavar="µm/px", help="level-0 mpp of slides whose metadata has none")
+    of_slides = "µm/px at level 0 of slides whose metadata has none"
+    parser.add_argument("--slide-mpp", type=float, metavar="µm/px", help=of_slides)
     parser.add_argument(
         "--metadata",
         metavar="CSV",
@@ -117,7 +118,7 @@ def _of_slides(args: Namespace) -> list[str]:
     values = {
         "--where": idc.where,
         "--idc-index": idc.idc_index,
-        "--mpp": args.mpp,
+        "--slide-mpp": args.slide_mpp,
         "--metadata": args.metadata,
         "--masks": masks.masks,
         "--recheck": args.recheck or None,
@@ -135,7 +136,7 @@ def _build(args: Namespace) -> None:
     report = build_catalog(
         args.slides,
         args.out,
-        mpp=args.mpp,
+        mpp=args.slide_mpp,
         metadata_csv=args.metadata,
         mpp_from=args.mpp_from,
         recheck=args.recheck,
@@ -216,8 +217,7 @@ def add_stream(commands: Any) -> None:
     parser.add_argument("--ranks-per-stream", type=int, metavar="N", help=shared)
     count = {"flag": "--readers", "metavar": "MIN:MAX"}
     add_options(parser, Readers, only=("count", "segment_minutes"), count=count, segment_minutes={"metavar": "MIN"})
-    in_flight = {"flag": "--in-flight", "metavar": "N"}
-    add_options(parser, ReaderOptions, only=("requests_in_flight",), requests_in_flight=in_flight)
+    add_options(parser, ReaderOptions, only=("requests_in_flight",), requests_in_flight={"metavar": "N"})
     parser.add_argument("--seed", type=int, default=0, help="seed of the plan (0)")
     mpp = ",".join(f"{value:g}" for value in DEFAULT_MPP)
     parser.add_argument(
@@ -230,6 +230,8 @@ def add_stream(commands: Any) -> None:
         metavar="SHARE",
         help=f"how far a slide's own pixels may be off it and be taken as they are; 0: none ({MPP_TOLERANCE:g})",
     )
+    bound = f"times that a slide's pixels may be enlarged; past it, it serves none ({MAX_UPSAMPLING:g})"
+    parser.add_argument("--max-upsampling", type=float, default=MAX_UPSAMPLING, metavar="TIMES", help=bound)
     where = "where tiles begin: anywhere, or on as few compressed blocks as can be (anywhere)"
     parser.add_argument("--corners", choices=get_args(Corners), default="anywhere", help=where)
     parser.add_argument("--size", type=int, default=256, help="side of a tile in px (256)")
@@ -296,6 +298,7 @@ def run_stream(args: Namespace) -> None:
         args.size,
         cohorts=args.cohorts,
         strata=read_options(args, Strata, weights=args.strata_weights),
+        max_upsampling=args.max_upsampling,
         mpp_tolerance=args.mpp_tolerance,
         corners=args.corners,
         universe=universe,

@@ -14,6 +14,13 @@ from rich.text import Text
 _LOG_EVERY_S = 10.0
 
 
+def clock(seconds: float) -> str:
+    """A time as `2:05`, from an hour on as `1:02:05`."""
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
+
+
 class _DetailColumn(TextColumn):
     """Text that is cut where the terminal ends; rich would squeeze count and unit just as much."""
 
@@ -32,7 +39,9 @@ class ProgressLine:
 
     def __init__(self, what: str, unit: str, total: int | None = None) -> None:
         self._what, self._unit, self._total = what, unit, total
-        self._done, self._text, self._logged_at = 0, "", time.monotonic()
+        self._done, self._text, self._logged_at = 0.0, "", time.monotonic()
+        self._first: tuple[float, float] | None = None
+        """when something was done first, and what"""
         self._progress: Progress | None = None
         console = Console(stderr=True)
         if console.is_terminal:
@@ -49,9 +58,11 @@ class ProgressLine:
             self._task = self._progress.add_task(self._what, total=self._total, text="")
         return self
 
-    def update(self, done: int, text: str = "") -> None:
-        """Sets the count and the text."""
+    def update(self, done: float, text: str = "") -> None:
+        """Sets the count, of which parts of one make the time left more exact, and the text."""
         self._done, self._text = done, text
+        if self._first is None and done:
+            self._first = time.monotonic(), done
         if self._progress is not None:
             self._progress.update(self._task, completed=done, text=text)
         elif time.monotonic() - self._logged_at >= _LOG_EVERY_S:
@@ -60,8 +71,17 @@ class ProgressLine:
     def _log(self) -> None:
         self._logged_at = time.monotonic()
         of_total = f"/{self._total:,}" if self._total is not None else ""
-        sys.stderr.write(f"{self._what}: {self._done:,}{of_total} {self._unit}  {self._text}".rstrip() + "\n")
+        parts = (f"{self._what}: {int(self._done):,}{of_total} {self._unit}", self._text, self._left())
+        sys.stderr.write("  ".join(part for part in parts if part) + "\n")
         sys.stderr.flush()
+
+    def _left(self) -> str:
+        """The time that the rest takes at the pace so far, as the live line has it."""
+        if self._total is None or self._first is None or self._done >= self._total:
+            return ""
+        since, before = self._first
+        pace = (self._done - before) / max(1e-9, time.monotonic() - since)
+        return f"{clock((self._total - self._done) / pace)} left" if pace > 0 else ""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -13,6 +13,7 @@ import numpy as np
 
 from streaming import storage
 from streaming.catalog import Catalog
+from streaming.catalog.catalog import OfSlide
 from streaming.counters import UNCOUNTED, Counters
 from streaming.errors import SlideError
 from streaming.slide import PendingTile, Slide
@@ -75,9 +76,11 @@ class OddCatalog(Catalog):
 
     def open_slide(
         self,
-        row: int,
-        storage_options: storage.StorageOptions | None,
-        staging: Staging,
+        slide: int | str | OfSlide,
+        storage_options: storage.StorageOptions | None = None,
+        staging: Staging | None = None,
         count: Counters = UNCOUNTED,
     ) -> Any:
-        return OddSlide(super().open_slide(row, storage_options, staging, count), self.delay_s, self.deadly, self.sign)
+        return OddSlide(
+            super().open_slide(slide, storage_options, staging, count), self.delay_s, self.deadly, self.sign
+        )

@@ -38,7 +38,7 @@ SMALLER = {
     "stream": ("--steps", "0:2", "--batch", "8"),
     "train": _TINY,
     "sweep": (*_TINY, *("--slides", "1", "--tiles-per-slide", "5", "--task", "knn", "--k", "3", "--debug")),
-    "evaluate": ("--k", "3", "--steps", "5", "--folds", "2", "--epochs", "1"),
+    "evaluate": ("--k", "3", "--probe-steps", "5", "--folds", "2", "--epochs", "1"),
     "doctor": ("--no-ray",),
 }
 
@@ -150,7 +150,7 @@ def _arguments(words: Sequence[str], folder: Path) -> list[str]:
     asks_only = {"--fields", "--print_config"} & set(rest)
     smaller = ("--dry-run",) if "midnight-12k" in rest else SMALLER.get(name, ())
     if "eva" in rest:
-        smaller = ("--steps", "5")
+        smaller = ("--probe-steps", "5")
     return [name, *rest, *(() if asks_only else smaller)]
 
 

@@ -33,14 +33,14 @@ def add_demo(commands: Any) -> None:
     parser.add_argument(
         "--out", type=address, default="demo-output", metavar="FOLDER", help="where all of it goes (demo-output)"
     )
-    parser.add_argument("--steps", type=int, default=60, help="optimiser steps (60)")
+    parser.add_argument("--train-steps", type=int, default=60, metavar="N", help="optimiser steps (60)")
 
 
 def run_demo_command(args: Namespace) -> None:
     """Runs the demo."""
     from trainer.demo import run_demo
 
-    run_demo(args.out, steps=args.steps)
+    run_demo(args.out, steps=args.train_steps)
 
 
 def build_parser() -> ArgumentParser:

@@ -17,7 +17,7 @@ from streaming.command_line import (
     read_options,
     storage_options,
 )
-from trainer.embed.options import EmbedOptions
+from trainer.embed.options import EmbedOptions, SlideOptions
 from trainer.evaluate.annotations import AnnotatedTiles
 from trainer.evaluate.options import EvaluateOptions
 from trainer.publish.options import ExportOptions
@@ -30,7 +30,7 @@ def add_embed(commands: Any) -> None:
         commands,
         "embed",
         "embed every tissue tile of slides, a file a slide",
-        "  tilestream embed s3://bucket/runs/a s3://bucket/slides --out s3://bucket/embeddings --token cls+patch\n"
+        "  tilestream embed s3://bucket/runs/a s3://bucket/catalog --out s3://bucket/embeddings --token cls+patch\n"
         "  tilestream embed vit_small_patch14_dinov2.lvd142m slides --out features --format h5 --gpu --precision bf16",
         run_embed,
         extra="embed",
@@ -38,18 +38,26 @@ def add_embed(commands: Any) -> None:
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a run or one of its checkpoints/step-…, an export, or a timm model"
     )
-    parser.add_argument("slides", nargs="+", metavar="SLIDES", help=SLIDES_HELP)
+    parser.add_argument("slides", nargs="+", metavar="SLIDES", help=f"catalogs, {SLIDES_HELP}")
     parser.add_argument(
         "--out", type=address, required=True, metavar="URI", help="folder of the files; done slides stay"
     )
     add_options(parser, IdcOptions, where={"metavar": "SQL"}, idc_index={"metavar": "URI"})
-    add_options(parser, EmbedOptions, readers={"metavar": "MIN:MAX"}, slide_mpp={"metavar": "µm/px"})
+    add_options(
+        parser,
+        EmbedOptions,
+        readers={"metavar": "MIN:MAX"},
+        model_batch={"metavar": "N"},
+        slide_mpp={"metavar": "µm/px"},
+        max_upsampling={"metavar": "TIMES"},
+    )
     add_storage_options(parser)
 
 
 def run_embed(args: Namespace) -> None:
     """Embeds, and says what became of the slides."""
     from streaming import storage
+    from streaming.progress import clock
     from trainer.embed.files import REJECTED
     from trainer.embed.job import embed
 
@@ -62,6 +70,8 @@ def run_embed(args: Namespace) -> None:
     if report.rejected:
         rejected += f" (reasons in {storage.join(args.out, REJECTED)})"
     done = f"{report.tiles:,} tiles of {report.slides} slides embedded"
+    if report.seconds:
+        done += f" in {clock(report.seconds)}, {report.tiles / report.seconds:,.0f} tiles/s"
     out(f"{args.out}: {done}, {report.skipped} slides done before, {rejected}")
 
 
@@ -90,13 +100,31 @@ def add_evaluate(commands: Any) -> None:
 def add_scoring(parser: Any) -> None:
     """What decides how a model is scored; of a parser, or a group of its arguments."""
     task = {"flag": "--task", "action": "store", "nargs": "+", "metavar": "TASK"}
-    add_options(parser, EvaluateOptions, tasks=task, radius={"metavar": "PX"}, resize={"metavar": "PX"})
-    add_options(parser, AnnotatedTiles, only=("mpp", "size", "slide_mpp"), slide_mpp={"metavar": "µm/px"})
+    add_options(
+        parser,
+        EvaluateOptions,
+        tasks=task,
+        radius={"metavar": "PX"},
+        resize={"metavar": "PX"},
+        probe_steps={"metavar": "N"},
+        model_batch={"metavar": "N"},
+    )
+    add_options(parser, AnnotatedTiles, only=("mpp", "size"))
+    _add_slides(parser)
+
+
+def _add_slides(parser: Any) -> None:
+    """What is said of the slides that a table or a file names."""
+    slides_in, max_upsampling = {"metavar": "URI"}, {"metavar": "TIMES"}
+    add_options(
+        parser, SlideOptions, slides_in=slides_in, slide_mpp={"metavar": "µm/px"}, max_upsampling=max_upsampling
+    )
 
 
 def scoring(args: Namespace) -> EvaluateOptions:
     """The options that `add_scoring` asked for."""
-    return read_options(args, EvaluateOptions, grid=read_options(args, AnnotatedTiles))
+    grid, slides = read_options(args, AnnotatedTiles), read_options(args, SlideOptions)
+    return read_options(args, EvaluateOptions, grid=grid, slides=slides)
 
 
 def run_evaluate(args: Namespace) -> None:
@@ -127,9 +155,9 @@ def add_picture(commands: Any) -> None:
         kind={"metavar": "KIND"},
         dataset={"metavar": "URI"},
         name={"flag": "--class"},
-        k={"flag": "-k"},
         most={"metavar": "N"},
     )
+    _add_slides(parser)
     parser.add_argument("embeddings", nargs="+", metavar="EMBEDDINGS", help="files or folders of `tilestream embed`")
     parser.add_argument(
         "--out", type=address, required=True, metavar="URI", help="folder of the files; of neighbours, map: the file"
@@ -141,7 +169,8 @@ def run_picture(args: Namespace) -> None:
     """Draws, and says where the files are."""
     from trainer.show.picture import draw
 
-    for uri in draw(args.embeddings, args.out, read_options(args, PictureOptions), storage_options(args)):
+    options = read_options(args, PictureOptions, slides=read_options(args, SlideOptions))
+    for uri in draw(args.embeddings, args.out, options, storage_options(args)):
         out(uri)
 
 

@@ -96,14 +96,16 @@ def add_replay(commands: Any) -> None:
         "replay",
         "make a step of a run again: its tiles, crops and masks as pictures and tensors, and its losses",
         "  tilestream replay runs/first --step 1234\n"
-        "  tilestream replay s3://bucket/runs/a --step 1234 --ranks 0 5 --no-losses --out step-1234 --train.gpu false",
+        "  tilestream replay s3://bucket/runs/a --step 1234 --only-ranks 0 5 --out step-1234 --train.gpu false",
         run_replay,
         extra="train",
     )
-    parser.usage = "tilestream replay RUN --step N [--ranks R ...] [--no-losses] [--out URI] [--section.key value ...]"
+    parser.usage = (
+        "tilestream replay RUN --step N [--only-ranks R ...] [--no-losses] [--out URI] [--section.key value ...]"
+    )
     parser.add_argument("run_folder", metavar="RUN", help="a run's folder")
     parser.add_argument("--step", type=int, required=True, metavar="N", help="as metrics.parquet counts, from 1")
-    parser.add_argument("--ranks", type=int, nargs="+", metavar="R", help="whose tiles are drawn, from 0 (all)")
+    parser.add_argument("--only-ranks", type=int, nargs="+", metavar="R", help="whose tiles are drawn, from 0 (all)")
     parser.add_argument("--no-losses", action="store_true", help="train nothing again")
     parser.add_argument("--out", type=address, metavar="URI", help="folder of the files (RUN/replay/step-N)")
     add_storage_options(parser)
@@ -124,7 +126,7 @@ def run_replay(args: Namespace) -> None:
     config = changed(read_config(run, options), args.overrides, options)
     replay = find_replay(run, args.step, config, options)
     folder = args.out or storage.join(run, "replay", f"step-{args.step:08d}")
-    ranks = range(replay.config.train.most_ranks) if args.ranks is None else args.ranks
+    ranks = range(replay.config.train.most_ranks) if args.only_ranks is None else args.only_ranks
     for uri in write_replay(replay, load_catalog(config.data), ranks, folder):
         out(uri)
     if args.no_losses:

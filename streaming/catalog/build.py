@@ -94,7 +94,7 @@ def build_catalog(
         CatalogError: a source holds no slide, none could be used, or `out` holds a catalog of another version.
         StorageError: a source or `out` can't be reached.
     """
-    check_given_mpp("--mpp", mpp)
+    check_given_mpp("--slide-mpp", mpp)
     metadata = read_metadata(metadata_csv, options) if metadata_csv is not None else {}
     skipped: dict[str, str] = {}
     slides = {named.uri: named for named in find(sources, options, idc, skipped)}
@@ -116,7 +116,7 @@ def build_catalog(
         if before is not None and before.mpp_from == schema.TABLE:
             decided = before.own_mpp is not None
             return Given(mpp=before.mpp, mpp_from=schema.TABLE, mpp_decides=decided, mask=mask)
-        option = before.mpp if mpp is None and before and before.mpp_from == schema.OPTION else mpp
+        option = before.mpp if mpp is None and before and before.mpp_from != schema.METADATA else mpp
         return Given(mpp=option, mask=mask)
 
     todo = list[tuple[Named, Given]]()

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,15 @@ from streaming.errors import CatalogError
 from streaming.slide import Slide, open_slide
 from streaming.slide.block_index import read_index
 from streaming.storage.staging import Staging
+
+
+class OfSlide(Protocol):
+    """What names a slide by its address, as `TileSpec` does."""
+
+    @property
+    def slide(self) -> str:
+        """The address."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,9 @@ class Catalog:
     fingerprint: str
     tissue: TissueMap = field(repr=False, compare=False)
     indexes: IndexPacks = field(repr=False, compare=False)
+    storage_options: storage.StorageOptions | None = field(default=None, repr=False, compare=False)
+    """that it was loaded with, by which its slides are opened where nothing else is said"""
+    staging: Staging | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def load(
@@ -92,7 +104,8 @@ class Catalog:
         info = storage.ObjectInfo(storage.join(uri, schema.tissue_name(fingerprint)), nbytes, fingerprint)
         tissue = TissueMap(info, storage_options, staging)
         # A column that is one array is looked up at once.
-        return cls(uri, table.combine_chunks(), fingerprint, tissue, IndexPacks(uri, table, storage_options, staging))
+        packs = IndexPacks(uri, table, storage_options, staging)
+        return cls(uri, table.combine_chunks(), fingerprint, tissue, packs, storage_options, staging)
 
     def __getstate__(self) -> dict[str, Any]:
         # Its fields alone: what was worked out on demand is large, and another thread may be adding to it just now.
@@ -118,24 +131,44 @@ class Catalog:
         cells = everything[entry.tissue_offset : entry.tissue_offset + shape[0] * shape[1]]
         return TissueGrid(fraction=cells.reshape(shape), threshold=entry.tissue_threshold)
 
+    def row_of(self, slide: str) -> int:
+        """The row of a slide's address.
+
+        Raises:
+            CatalogError: the catalog has no such slide.
+        """
+        row = pc.index(self.table["slide"], pa.scalar(storage.canonical(slide))).as_py()
+        if row < 0:
+            raise CatalogError(f"{slide}: not among the {len(self)} slides of {self.uri}; add it: `tilestream catalog`")
+        return row
+
     def open_slide(
         self,
-        row: int,
-        storage_options: storage.StorageOptions | None,
-        staging: Staging,
+        slide: int | str | OfSlide,
+        storage_options: storage.StorageOptions | None = None,
+        staging: Staging | None = None,
         count: Counters = UNCOUNTED,
     ) -> Slide:
-        """The slide of a row, by its block index if it has one; what that takes is added to `count`.
+        """A slide as the catalog knows it: of the version and with the µm/px that are noted, by its block index.
+
+        slide is a row, an address, or what has one as `TileSpec` does. Without storage options or staging, those serve
+        that the catalog was loaded with. What opening takes is added to `count`.
 
         Raises:
             SlideError: it can't be opened, or is not the version that was catalogued.
             StorageError: it can't be reached.
-            CatalogError: its block index is damaged.
+            CatalogError: it is not in the catalog, or its block index is damaged.
         """
-        slide, size, version, mpp, pack, at, nbytes = (column[row].as_py() for column in self._opening)
+        if isinstance(slide, int | np.integer):
+            row = int(slide)
+        else:
+            row = self.row_of(slide if isinstance(slide, str) else slide.slide)
+        storage_options = self.storage_options if storage_options is None else storage_options
+        staging = staging or self.staging or Staging()
+        uri, size, version, mpp, pack, at, nbytes = (column[row].as_py() for column in self._opening)
         index = None if pack is None else read_index(self.indexes.index(pack, at, nbytes), count)
-        info = storage.ObjectInfo(slide, size, version)
-        opened = open_slide(slide, storage_options, index=index, expected=info, staging=staging, count=count)
+        info = storage.ObjectInfo(uri, size, version)
+        opened = open_slide(uri, storage_options, index=index, expected=info, staging=staging, count=count)
         opened.mpp = mpp  # a table's word may count more than the metadata's
         return opened
 

@@ -75,7 +75,7 @@ REJECTED_SCHEMA = pa.schema(
 
 
 SKIPPED_SCHEMA = pa.schema([("file", pa.string()), ("reason", pa.string())])
-METADATA, TABLE, OPTION = "metadata", "table", "--mpp"
+METADATA, TABLE, OPTION = "metadata", "table", "--slide-mpp"
 """where a slide's mpp may come from"""
 
 

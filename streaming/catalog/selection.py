@@ -10,6 +10,7 @@ from dataclasses import replace
 from streaming import storage
 from streaming.catalog import idc, listings
 from streaming.catalog.idc import IdcOptions
+from streaming.catalog.metadata_csv import mpp_of
 from streaming.catalog.named import Named
 from streaming.catalog.sources import find_slides
 from streaming.errors import ConfigError, StorageError, UnreachableError
@@ -126,15 +127,18 @@ def slide_of(named: Named, options: storage.StorageOptions | None = None) -> sto
 
 def slides_of_all(
     sources: Sequence[str], options: storage.StorageOptions | None = None, asked: IdcOptions | None = None
-) -> list[storage.ObjectInfo]:
-    """All slides that sources name, sorted.
+) -> list[tuple[storage.ObjectInfo, float | None]]:
+    """All slides that sources name, sorted, each with the µm/px that a table among the sources tells of it.
 
     Raises:
-        ConfigError, StorageError, CatalogError: as `find`; or a series holds no slide.
+        ConfigError, StorageError, CatalogError: as `find`; a series holds no slide, or a µm/px is none.
     """
+    found = find(sources, options, asked)
+    told = [mpp_of(named.metadata, named.uri) for named in found]
     with ThreadPoolExecutor(_IN_FLIGHT) as pool:
-        slides = pool.map(lambda named: _exactly(named, options), find(sources, options, asked))
-        return sorted((info for of_one in slides for info in of_one), key=lambda info: info.uri)
+        slides = pool.map(lambda named: _exactly(named, options), found)
+        with_mpp = [(info, mpp) for of_one, mpp in zip(slides, told, strict=True) for info in of_one]
+    return sorted(with_mpp, key=lambda slide: slide[0].uri)
 
 
 def _exactly(named: Named, options: storage.StorageOptions | None) -> list[storage.ObjectInfo]:

@@ -62,7 +62,7 @@ def thumbnail(slide: Slide, mpp: float = THUMBNAIL_MPP) -> Pixels:
         SlideError: the slide has no mpp or can't be decoded.
     """
     if slide.mpp is None:
-        raise SlideError(f"{slide.uri}: {slide.no_mpp}; give it by --mpp or a CSV column `mpp`")
+        raise SlideError(f"{slide.uri}: {slide.no_mpp}; give it by --slide-mpp, or a column `mpp` of a table")
     source = geometry.tile_source(slide.mpp, slide.level_downsamples, mpp, geometry.MPP_TOLERANCE)
     level_width, level_height = slide.level_dimensions[source.level]
     scale = mpp / source.level_mpp

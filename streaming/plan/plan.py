@@ -24,7 +24,7 @@ from streaming.plan.magnifications import DEFAULT_MPP, Mpp
 from streaming.plan.slide_choice import MAX_TRIES, Choice, SlideChooser
 from streaming.plan.strata import Strata, of_cohorts
 from streaming.plan.universe import HeldOut, ShuffleQuality, Universe, shuffle_quality
-from streaming.slide.geometry import MANY_PIXELS, MPP_TOLERANCE
+from streaming.slide.geometry import MANY_PIXELS, MAX_UPSAMPLING, MPP_TOLERANCE
 
 # Past this, two of the reductions 1, 2, 4 and 8 would serve one magnification.
 _MAX_TOLERANCE = 0.3
@@ -130,7 +130,7 @@ class TilePlan:
         cohorts: Mapping[str, float] | None = None,
         strata: Strata | None = None,
         min_tissue: float = MIN_TISSUE,
-        max_upsampling: float = 2.0,
+        max_upsampling: float = MAX_UPSAMPLING,
         mpp_tolerance: float = MPP_TOLERANCE,
         corners: Corners = "anywhere",
         universe: Universe | None = None,

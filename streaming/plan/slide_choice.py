@@ -24,7 +24,7 @@ from streaming.plan.universe import (
     patient_ids,
     window_shares,
 )
-from streaming.slide.geometry import LEVEL_TOLERANCE
+from streaming.slide.geometry import is_fine_enough
 
 # A draw that lands on too little tissue is drawn again: on the same slide first, so that slides with ragged tissue are
 # not drawn less, then on others.
@@ -94,11 +94,10 @@ class SlideChooser:
         self.footprints = Footprints.of_slides(
             catalog.levels(), slide_mpp, lengths, catalog.bounds(), self.mpp_values, size, mpp_tolerance
         )
-        near = 1 + max(LEVEL_TOLERANCE, mpp_tolerance)
-        is_fine_enough = slide_mpp <= max_upsampling * self.mpp_values[:, None] * near
+        is_fine = is_fine_enough(slide_mpp, self.mpp_values[:, None], max_upsampling, mpp_tolerance)
         has_tissue = catalog.column("tissue_total") > 0
-        self._serves = self.footprints.fit() & has_tissue & is_fine_enough & self._chosen
-        self._check_magnifications(size)
+        self._serves = self.footprints.fit() & has_tissue & is_fine & self._chosen
+        self._check_magnifications(size, max_upsampling)
         self._members = members(catalog, strata, np.any(self._serves, axis=0, keepdims=True)[0])
         self._weights = self._members.weights
         self._pool_slides(catalog, strata)
@@ -112,13 +111,15 @@ class SlideChooser:
         share = self._universe.slides
         return f", or raise universe.slides (--slides) {share}" if share < 1 else ""
 
-    def _check_magnifications(self, size: int) -> None:
+    def _check_magnifications(self, size: int, max_upsampling: float) -> None:
         for row, mpp in enumerate(self.mpp_values):
             if not self._serves[row].any():
+                finest = self.footprints.slide_mpp[self._chosen].min()
                 raise PlanError(
                     f"{self._uri}: none of its {int(self._chosen.sum())} slides can give a {size} px tile at {mpp:.4g} "
-                    f"µm/px (too small, too coarse, or no tissue); take {mpp:.4g} out of the mpp (data.mpp, --mpp)"
-                    f"{self._or_more_slides}"
+                    f"µm/px (too small, too coarse, or no tissue; the finest has {finest:g} µm/px, and is enlarged "
+                    f"{max_upsampling:g} times at most: data.max_upsampling, --max-upsampling); take {mpp:.4g} out of "
+                    f"the mpp (data.mpp, --mpp){self._or_more_slides}"
                 )
 
     def _pool_slides(self, catalog: Catalog, strata: Strata) -> None:

@@ -27,6 +27,9 @@ LEVEL_TOLERANCE = 0.01
 # taken as they are, which costs a quarter of resampling them.
 MPP_TOLERANCE = 0.05
 
+# By how much a slide's pixels may be enlarged to be of the wanted mpp; past it, tiles are a blur of what is not there.
+MAX_UPSAMPLING = 2.0
+
 # A slide whose levels lie a factor 4 apart gives a tile's pixel of 1 to 16 of its own. So many tell that levels are
 # missing.
 MANY_PIXELS = 32.0
@@ -91,6 +94,29 @@ def tile_levels(
         level = np.where(found, np.where(near, level_downsamples, 0.0).argmax(axis=1), level)
         reduction[found] = k
     return level.astype(np.int64), reduction
+
+
+def is_fine_enough(mpp: Floats, wanted_mpp: Floats, max_upsampling: float, tolerance: float = 0.0) -> NDArray[np.bool_]:
+    """Whether slides of so many µm/px at level 0 give tiles of wanted µm/px by enlarging them at most that many times.
+
+    Both are broadcast. Downsamples are rounded, and pixels within `tolerance` (a share) are taken as they are: by that
+    much a slide may be coarser still.
+    """
+    return mpp <= max_upsampling * wanted_mpp * (1 + max(LEVEL_TOLERANCE, tolerance))
+
+
+def check_upsampling(mpp: float, wanted_mpp: float, max_upsampling: float) -> None:
+    """Refuses a resolution that a slide of so many µm/px at level 0 has not.
+
+    Raises:
+        SlideError: with both numbers.
+    """
+    if not is_fine_enough(np.array(mpp), np.array(wanted_mpp), max_upsampling):
+        raise SlideError(
+            f"has {mpp:g} µm/px at best: for tiles of {wanted_mpp:g} it would be enlarged {mpp / wanted_mpp:.1f} "
+            f"times, over {max_upsampling:g}; take tiles of a coarser mpp, or raise the bound (--max-upsampling, "
+            "data.max_upsampling of a training)"
+        )
 
 
 @lru_cache(maxsize=4096)

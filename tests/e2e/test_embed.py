@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from streaming import cluster
-from streaming.catalog.sources import find_slides
+from streaming.catalog.known import known_slides
+from tests.conftest import write_catalog
 from tests.processes import TILESTREAM, kill_tree, wait_for
 from tests.trainer.publish.test_export import saved
 from trainer.embed.files import Embedded
@@ -21,7 +22,7 @@ from trainer.embed.options import EmbedOptions
 
 pytestmark = pytest.mark.slow
 # 0.25 µm/px at level 0, where 128 px make a tile. Of a slide's 90 tiles or so none fills a batch.
-OPTIONS = EmbedOptions(mpp=0.5, size=64, batch=200, token="cls+patch", format="h5", tokens=True)
+OPTIONS = EmbedOptions(mpp=0.5, size=64, model_batch=200, token="cls+patch", format="h5", tokens=True)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +46,10 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def report(run: str, folder: Path, out: Path) -> EmbedReport:
-    return embed(run, [str(folder)], str(out), OPTIONS)
+def report(run: str, folder: Path, out: Path, tmp_path_factory: pytest.TempPathFactory) -> EmbedReport:
+    """One of the slides is a catalog's, too."""
+    catalog = write_catalog(tmp_path_factory.mktemp("of_one"), [folder / "patient1.svs"])
+    return embed(run, [str(folder), catalog], str(out), OPTIONS)
 
 
 def test_hdf5_is_read_by_clams_and_tridents_layout(report: EmbedReport, run: str, folder: Path, out: Path) -> None:
@@ -71,7 +74,9 @@ def test_hdf5_is_read_by_clams_and_tridents_layout(report: EmbedReport, run: str
     assert report.tiles == total > 200
     again = EmbedOptions(**{**vars(OPTIONS), "models": 2})
     job = Job(run, load_model(run).digest, str(out), again, {})
-    assert [Path(info.uri).name for info in job.undone(find_slides([str(folder)], None))] == ["patient0b.svs"]
+    known = known_slides([str(folder)])
+    undone = [Path(slide.info.uri).name for number, slide in enumerate(known.slides) if number not in job.done(known)]
+    assert undone == ["patient0b.svs"]
 
 
 def test_embeddings_are_the_models_of_openslides_pixels(report: EmbedReport, run: str, folder: Path) -> None:
@@ -91,7 +96,7 @@ def test_a_file_that_is_no_slide_is_rejected_and_the_others_are_embedded(
     report: EmbedReport, folder: Path, out: Path
 ) -> None:
     assert [entry.slide for entry in report.rejected] == [str(folder / "patient0b.svs")]
-    assert pq.read_table(out / "rejected.parquet")["slide"].to_pylist() == [str(folder / "patient0b.svs")]
+    assert pq.read_table(out / ".rejected" / "rejected.parquet")["slide"].to_pylist() == [str(folder / "patient0b.svs")]
     assert not (out / "patient0b.h5").exists()
 
 
@@ -99,8 +104,10 @@ def test_a_file_that_is_no_slide_is_rejected_and_the_others_are_embedded(
 def test_a_model_batch_holds_tiles_of_several_slides(run: str, folder: Path, report: EmbedReport) -> None:
     found = resolve(run)
     cluster.connect(8)
-    job = Job(found, load_model(found).digest, str(folder / "none"), EmbedOptions(mpp=0.5, size=64, batch=100), {})
-    batches = list(rows_of(job, find_slides([str(folder)], None)).iter_batches(batch_size=None, batch_format="numpy"))
+    job = Job(
+        found, load_model(found).digest, str(folder / "none"), EmbedOptions(mpp=0.5, size=64, model_batch=100), {}
+    )
+    batches = list(rows_of(job, known_slides([str(folder)])).iter_batches(batch_size=None, batch_format="numpy"))
     total = report.tiles + 1  # the file that is no slide has a row with its reason
     assert [len(batch["slide"]) for batch in batches] == [100] * (total // 100) + [total % 100]
     assert max(len(set(batch["slide"].tolist())) for batch in batches) >= 2
@@ -111,7 +118,7 @@ def test_a_model_batch_holds_tiles_of_several_slides(run: str, folder: Path, rep
 @pytest.mark.long
 def test_a_kill_in_the_midst_costs_no_slide_that_was_done(run: str, slides: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [*TILESTREAM, "embed", run, *map(str, slides), "--out", str(out), "--batch", "8"]
+    command = [*TILESTREAM, "embed", run, *map(str, slides), "--out", str(out), "--model-batch", "8"]
     command += ["--mpp", "0.25", "--size", "64", "--format", "h5"]
     with (tmp_path / "printed").open("w") as printed:
         killed = subprocess.Popen(command, start_new_session=True, stdout=printed, stderr=printed)
@@ -120,7 +127,7 @@ def test_a_kill_in_the_midst_costs_no_slide_that_was_done(run: str, slides: list
     done = sorted(out.glob(".done/*"))
     assert len(done) < len(slides)
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.h5")}
-    options = EmbedOptions(mpp=0.25, size=64, batch=8, format="h5")
+    options = EmbedOptions(mpp=0.25, size=64, model_batch=8, format="h5")
     report = embed(run, list(map(str, slides)), str(out), options)
     assert (report.skipped, report.slides) == (len(done), len(slides) - len(done))
     again = embed(run, list(map(str, slides)), str(out), options)

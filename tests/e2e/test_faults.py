@@ -264,14 +264,19 @@ def test_a_rank_whose_node_is_to_be_taken_away_saves_and_goes_on_elsewhere(
     ]
 
 
-def test_gpus_that_a_cluster_lacks_are_waited_for_aloud(cluster: Cluster, catalog: str, tmp_path: Path) -> None:
-    command = [*TILESTREAM, "train", "vits14", "--data.mpp", "{0.5: 1}"]
+def test_ranks_that_find_no_node_say_so_and_end_the_run(cluster: Cluster, catalog: str, tmp_path: Path) -> None:
+    command = [*TILESTREAM, "train", "vits14", "--data.mpp", "{0.5: 1}", "--data.stall_s", "5"]
     command += ["--data.catalog", catalog, "--run.out", tmp_path / "run", "--run.loggers", "[]"]
-    environment = os.environ | {"RAY_ADDRESS": cluster.address}
+    # Ray Train hears of the end when it has waited so long for nodes.
+    environment = os.environ | {"RAY_ADDRESS": cluster.address, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) as running:
         assert running.stderr is not None
         try:
-            said = next((line for line in running.stderr if b"GPU" in line), b"")
+            told = [line.decode() for line in running.stderr if line.startswith((b"train: waiting", b"tilestream:"))]
+            assert running.wait(timeout=300) == 2, told
         finally:
             kill_tree(running)
-    assert said == b"train: waiting for GPUs: the ranks need 1, the cluster has 0 so far\n"
+    for line, start in ((told[0], "train: waiting for nodes: "), (told[-1], "tilestream: the ranks found no nodes")):
+        assert line.startswith(start)
+        assert "1 ranks want 1 CPU, 1 GPU each" in line
+        assert "add nodes, or add --train.gpu false" in line

@@ -9,8 +9,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -22,14 +21,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from streaming import storage
-from streaming.catalog.sources import find_slides
-from streaming.errors import ConfigError, SlideError
-from streaming.slide import open_slide
+from streaming.catalog.known import keys
+from streaming.errors import ConfigError
 from trainer.embed.files import ABOUT, SUFFIXES, Embedded, SlideEmbeddings, find_embeddings, read_embeddings
+from trainer.embed.table_slides import TableSlides
 
 Maker = Literal["tilestream", "TRIDENT", "CLAM"]
-# What ends a name is a suffix if it looks like one: the UUID of TCGA-3C-AALI-01Z-00-DX1.F6E9A5DF-D8FB-… is none.
-_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,7}$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +40,6 @@ class FeatureFile:
     num: int
     width: int
     """numbers of an embedding"""
-
-
-def keys(slide: str) -> list[str]:
-    """By what a slide is found, the surest first: its address, its file's name, the same without suffix."""
-    name = storage.name_of(slide)
-    return list(dict.fromkeys([storage.canonical(slide), name, _SUFFIX.sub("", name)]))
 
 
 def find_features(sources: Sequence[str], options: storage.StorageOptions | None = None) -> list[FeatureFile]:
@@ -129,49 +120,43 @@ def _of_hdf5(uri: str, file: Any) -> FeatureFile | None:
 
 
 def read_slides(
-    sources: Sequence[str], slides: Sequence[str] = (), options: storage.StorageOptions | None = None
+    sources: Sequence[str], slides: TableSlides, options: storage.StorageOptions | None = None
 ) -> list[SlideEmbeddings]:
-    """All that files and folders hold; of others' files, whose slides are looked for among `slides` by name.
-
-    slides are files, folders and globs.
+    """All that files and folders hold; the slides of others' files are looked for by name.
 
     Raises:
-        ConfigError: there is none, one is broken, or the slide of another's file is not among `slides`.
+        ConfigError: there is none, one is broken, or the slide of another's file is not found.
         TilestreamError: something can't be read.
     """
     files = find_features(sources, options)
-    known: dict[str, str] = {}
-    for info in find_slides(list(slides), options) if slides else []:
-        known |= dict.fromkeys(keys(info.uri), info.uri)
-    return [read_embeddings(f.uri, options) if f.maker == "tilestream" else _foreign(f, known, options) for f in files]
+    return [read_embeddings(f.uri, options) if f.maker == "tilestream" else _foreign(f, slides, options) for f in files]
 
 
-def _foreign(file: FeatureFile, slides: Mapping[str, str], options: storage.StorageOptions | None) -> SlideEmbeddings:
+def _foreign(file: FeatureFile, slides: TableSlides, options: storage.StorageOptions | None) -> SlideEmbeddings:
     """A file of TRIDENT or CLAM as ours.
 
     Raises:
         ConfigError: its slide is not known, or it has no coordinates.
         SlideError, StorageError: the slide can't be read.
     """
-    address = next((slides[key] for key in keys(file.slide) if key in slides), None)
-    if address is None:
+    if not slides.are_looked_for:
         raise ConfigError(
-            f"{file.uri}: as {file.maker} writes them, which tells no slide's address; name its folder by --slides"
+            f"{file.uri}: as {file.maker} writes them, which tells no slide's address; name a folder or catalog with "
+            "its slide by --slides-in"
         )
     with _opened(file.uri, options) as opened:
         corners = opened["coords"][:].reshape(-1, 2).astype(np.int64)
         about, encoder = dict(opened["coords"].attrs), opened["features"].attrs.get("encoder", file.maker)
-    slide = open_slide(address, options)
+    slide = slides.open(file.slide, None)
     try:
         (width, height), slide_mpp, bounds = slide.level_dimensions[0], slide.mpp, slide.bounds
-        if slide_mpp is None:
-            raise SlideError(f"{address}: {slide.no_mpp}, and without one its tiles have no size")
     finally:
         slide.close()
+    assert slide_mpp is not None, "it is opened with one"
     extent = int(about.get("patch_size_level0", _step(corners)))
     size = int(about.get("patch_size", extent))
     embedded = Embedded(
-        slide=address,
+        slide=slide.uri,
         name=keys(file.slide)[-1],
         width=width,
         height=height,

@@ -22,7 +22,8 @@ from trainer.embed.tiling import rows_and_columns, tile_extent
 
 Array = NDArray[Any]
 
-REJECTED = "rejected.parquet"
+REJECTED = ".rejected/rejected.parquet"
+"""below the folder of embeddings: what reads all files of a folder passes over what begins with a point"""
 ABOUT = "tilestream.embedded"
 """metadata that tells what is embedded"""
 SUFFIXES: dict[Format, str] = {"parquet": ".parquet", "h5": ".h5"}
@@ -230,7 +231,7 @@ def find_embeddings(sources: Sequence[str], options: storage.StorageOptions | No
         info.uri
         for source in sources
         for info in storage.expand(storage.canonical(source), options)[0]
-        if info.uri.endswith(tuple(SUFFIXES.values())) and storage.name_of(info.uri) != REJECTED
+        if info.uri.endswith(tuple(SUFFIXES.values())) and storage.name_of(info.uri) != storage.name_of(REJECTED)
     }
     if not found:
         raise ConfigError(f"{', '.join(sources)}: no embeddings here; name what `tilestream embed` wrote")

@@ -9,22 +9,25 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataIterator
 
 from streaming import cluster, storage
 from streaming.catalog.idc import IdcOptions
 from streaming.catalog.inspection import Rejected
-from streaming.catalog.selection import slides_of_all
+from streaming.catalog.known import KnownSlides, known_slides
+from streaming.catalog.schema import REJECTED_SCHEMA
 from streaming.errors import ConfigError, SlideError
 from streaming.progress import ProgressLine
 from streaming.reading.batch import Batch
@@ -48,6 +51,8 @@ class EmbedReport:
     tiles: int
     rejected: list[Rejected]
     files: list[str]
+    seconds: float
+    """in which they came, from the first one on"""
 
 
 def name_of(info: storage.ObjectInfo) -> str:
@@ -74,42 +79,41 @@ class Job:
         chosen = (options.mpp, options.size, options.min_tissue, options.token, options.precision, options.tokens)
         return json.dumps([self.digest, *chosen])
 
-    def marked(self, info: storage.ObjectInfo) -> str:
-        """A slide's name, and a digest of its version and of how it is embedded."""
-        digest = hashlib.sha256(f"{info.uri}\n{info.version}\n{self.settings}".encode()).hexdigest()[:8]
-        return f"{storage.shortened(name_of(info))}-{digest}"
+    def marked(self, info: storage.ObjectInfo, made_by: str = "") -> str:
+        """A slide's name, and a digest of its version, of how it is embedded, and of what else decides its tiles."""
+        told = "\n".join([info.uri, info.version, self.settings, *([made_by] if made_by else [])])
+        return f"{storage.shortened(name_of(info))}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
 
-    def file(self, info: storage.ObjectInfo) -> str:
+    def file(self, info: storage.ObjectInfo, made_by: str = "") -> str:
         """Where a slide's embeddings go. Readers of HDF5 look for a slide's name, those of Parquet for any file."""
-        name = self.marked(info) if self.options.format == "parquet" else name_of(info)
+        name = self.marked(info, made_by) if self.options.format == "parquet" else name_of(info)
         return storage.join(self.out, name + SUFFIXES[self.options.format])
 
-    def files(self, slides: Sequence[storage.ObjectInfo]) -> dict[str, str]:
-        """The file of each slide, by the slide's address.
+    def check_names(self, slides: KnownSlides) -> None:
+        """Refuses slides that would have the same file.
 
         Raises:
-            ConfigError: two slides would have the same one.
+            ConfigError: naming it.
         """
-        files = {info.uri: self.file(info) for info in slides}
-        twice = [name for name, count in Counter(files.values()).items() if count > 1]
-        if twice:
+        names = Counter(self.file(known.info) for known in slides.slides)
+        if twice := [name for name, count in names.items() if count > 1]:
             raise ConfigError(f"{twice[0]}: the file of several slides of one name; embed them to folders of their own")
-        return files
 
-    def note(self, info: storage.ObjectInfo) -> str | None:
+    def note(self, info: storage.ObjectInfo, made_by: str = "") -> str | None:
         """Where it is noted that a file is of just this version and these settings, unless its name tells."""
-        return None if self.options.format == "parquet" else storage.join(self.out, DONE, self.marked(info))
+        return None if self.options.format == "parquet" else storage.join(self.out, DONE, self.marked(info, made_by))
 
-    def undone(self, slides: Sequence[storage.ObjectInfo]) -> list[storage.ObjectInfo]:
-        """The slides that no earlier run has embedded just so."""
+    def done(self, slides: KnownSlides) -> dict[int, str]:
+        """The files of the slides, by number, that earlier runs have embedded just so."""
         files = set(storage.list_names(self.out, self.stores))
         notes = set(storage.list_names(storage.join(self.out, DONE), self.stores))
-        return [
-            info
-            for info in slides
-            if storage.name_of(self.file(info)) not in files
-            or ((note := self.note(info)) is not None and storage.name_of(note) not in notes)
-        ]
+        found = dict[int, str]()
+        for number, known in enumerate(slides.slides):
+            for made_by in slides.may_be_made_by(number):
+                file, note = self.file(known.info, made_by), self.note(known.info, made_by)
+                if storage.name_of(file) in files and (note is None or storage.name_of(note) in notes):
+                    found[number] = file
+        return found
 
     def about(self, info: storage.ObjectInfo, found: TiledSlide) -> Embedded:
         """What a file says of its slide."""
@@ -129,8 +133,8 @@ class Job:
             model_sha256=self.digest,
         )
 
-    def write(self, info: storage.ObjectInfo, pieces: Iterator[Batch]) -> int:
-        """Writes a slide's file when all its pieces came; returns its tiles.
+    def write(self, info: storage.ObjectInfo, pieces: Iterator[Batch]) -> tuple[str, int]:
+        """Writes a slide's file when all its pieces came; returns where it is, and how many tiles it has.
 
         Raises:
             SlideError: why it has none.
@@ -141,7 +145,7 @@ class Job:
         _refuse(first)
         slide = TiledSlide(**json.loads(first["note"][0]))
         with (
-            storage.written_file(partial(self.file, info), self.stores) as path,
+            storage.written_file(partial(self.file, info, slide.made_by), self.stores) as path,
             open_writer(self.options.format, path, self.about(info, slide)) as writer,
         ):
             for piece in itertools.chain([first], pieces):
@@ -149,9 +153,9 @@ class Job:
                 writer.append(np.stack([piece["x"], piece["y"]], axis=1), piece["embedding"], piece.get("tokens"))
                 written += len(piece["x"])
             assert written == slide.num_tiles, "each tile comes once"
-        if note := self.note(info):
+        if note := self.note(info, slide.made_by):
             storage.write_bytes(note, self.settings.encode(), self.stores)
-        return written
+        return self.file(info, slide.made_by), written
 
 
 def _refuse(piece: Batch) -> None:
@@ -189,8 +193,9 @@ def embed(
 ) -> EmbedReport:
     """Embeds the tissue tiles of slides to `out`, a file a slide; slides done before are skipped.
 
-    model is what `load_model` takes. A file (Parquet: `NAME-DIGEST.parquet`, HDF5: `NAME.h5`; `trainer.embed.files`
-    tells what is in it) appears when it is whole. Slides that can't be used are listed in `rejected.parquet`.
+    model is what `load_model` takes, sources what `known_slides` does. A file (Parquet: `NAME-DIGEST.parquet`, HDF5:
+    `NAME.h5`; `trainer.embed.files` tells what is in it) appears when it is whole. Slides that can't be used are listed
+    in `trainer.embed.files.REJECTED`, and taken off that list by the run that embeds them.
 
     Raises:
         CheckpointError: no usable model.
@@ -204,48 +209,91 @@ def embed(
     found = resolve(model, stores)
     # What is wrong with the model is told before anything starts.
     job = Job(found, load_model(found, options=stores).digest, out, options, stores)
-    slides = slides_of_all(sources, stores, idc)
-    files = job.files(slides)
-    todo = job.undone(slides)
-    tiles, rejected = _embed_all(job, todo, verbose=verbose) if todo else (0, [])
-    if rejected:
-        table = pa.Table.from_pylist([vars(entry) for entry in rejected])
-        storage.write_table(storage.join(out, REJECTED), table, stores)
-    if len(rejected) == len(slides):
-        first = rejected[0]
-        raise SlideError(f"{first.slide}: {first.reason} ({len(rejected)} of {len(slides)} slides can't be embedded)")
-    unusable = {entry.slide for entry in rejected}
-    written = [file for slide, file in files.items() if slide not in unusable]
-    return EmbedReport(len(todo) - len(rejected), len(slides) - len(todo), tiles, rejected, written)
+    slides = known_slides(sources, stores, idc, options.slide_mpp)
+    job.check_names(slides)
+    done = job.done(slides)
+    todo = slides.some([number for number in range(len(slides)) if number not in done])
+    made = _Made()
+    try:
+        if len(todo):
+            _embed_all(job, todo, made, verbose=verbose)
+    finally:
+        # Also where an error or Ctrl-C is the end.
+        embedded = {slides.slides[number].info.uri for number in done} | made.files.keys()
+        keep_rejected(out, made.rejected, embedded, stores)
+    if len(made.rejected) == len(slides):
+        first = made.rejected[0]
+        raise SlideError(f"{first.slide}: {first.reason} ({len(slides)} of {len(slides)} slides can't be embedded)")
+    files = sorted([*done.values(), *made.files.values()])
+    return EmbedReport(len(made.files), len(done), made.tiles, made.rejected, files, made.seconds)
 
 
-def _embed_all(job: Job, todo: Sequence[storage.ObjectInfo], *, verbose: bool) -> tuple[int, list[Rejected]]:
-    """Embeds slides one after the other; returns the tiles written and the slides without a file."""
+@dataclass
+class _Made:
+    """What a run has done so far."""
+
+    files: dict[str, str] = field(default_factory=dict[str, str])
+    """by slide"""
+    tiles: int = 0
+    rejected: list[Rejected] = field(default_factory=list[Rejected])
+    seconds: float = 0.0
+    """since the first tiles came"""
+
+
+def keep_rejected(out: str, rejected: Sequence[Rejected], embedded: Set[str], stores: dict[str, Any]) -> None:
+    """Puts slides on the list of those that can't be embedded, and takes off it those that are."""
+    uri = storage.join(out, REJECTED)
+    if not rejected and not storage.exists(uri, stores):
+        return
+    now = pa.Table.from_pylist([vars(entry) for entry in rejected], schema=REJECTED_SCHEMA)
+    others = embedded | {entry.slide for entry in rejected}
+
+    def merged(before: pa.Table | None) -> pa.Table:
+        slides = [] if before is None else cast("list[str]", before["slide"].to_pylist())
+        stay = pa.array([slide not in others for slide in slides], pa.bool_())
+        kept = [] if before is None else [before.filter(stay)]
+        return pa.concat_tables([*kept, now]).sort_by("slide")
+
+    storage.update_table(uri, merged, stores)
+
+
+def _embed_all(job: Job, todo: KnownSlides, made: _Made, *, verbose: bool) -> None:
+    """Embeds slides one after the other; notes in `made` what became of each."""
     options = job.options
     cluster.connect(options.readers[1] + options.models * options.model_cpus + 2, verbose=verbose)
-    tiles, rejected = 0, list[Rejected]()
     with ProgressLine("embed", "slides", total=len(todo)) as progress:
+        started: float | None = None
 
-        def noted(pieces: Iterator[Batch]) -> Iterator[Batch]:
-            seen = 0
+        def told(done: float, tiles: int) -> None:
+            nonlocal started
+            # The first tiles wait for readers and model to start.
+            started = started or time.monotonic()
+            made.seconds = time.monotonic() - started
+            rate = f"  {tiles / made.seconds:,.0f} tiles/s" if made.seconds else ""
+            progress.update(done, f"{tiles:,} tiles{rate}  {len(made.rejected)} rejected")
+
+        def noted(pieces: Iterator[Batch], before: int) -> Iterator[Batch]:
+            seen, num_tiles = 0, 1
             for piece in pieces:
+                if note := piece["note"][0]:
+                    num_tiles = TiledSlide(**json.loads(note)).num_tiles
                 yield piece
                 seen += len(piece["x"])
-                progress.update(done, f"{tiles + seen:,} tiles  {len(rejected)} rejected")
+                told(before + min(1.0, seen / num_tiles), made.tiles + seen)
 
         by_slide = itertools.groupby(_pieces(job, todo), key=lambda piece: int(piece["slide"][0]))
-        for done, (number, pieces) in enumerate(by_slide):
-            info = todo[number]
+        for before, (number, pieces) in enumerate(by_slide):
+            info = todo.slides[number].info
             try:
-                tiles += job.write(info, noted(pieces))
+                made.files[info.uri], num = job.write(info, noted(pieces, before))
+                made.tiles += num
             except SlideError as error:
                 reason = str(error).removeprefix(f"{info.uri}: ")
-                rejected.append(Rejected(info.uri, info.size, info.version, reason))
-            progress.update(done + 1, f"{tiles:,} tiles  {len(rejected)} rejected")
-    return tiles, rejected
+                made.rejected.append(Rejected(info.uri, info.size, info.version, reason))
+            told(before + 1, made.tiles)
 
 
-def _pieces(job: Job, todo: Sequence[storage.ObjectInfo]) -> Iterator[Batch]:
+def _pieces(job: Job, todo: KnownSlides) -> Iterator[Batch]:
     """Embedded rows in the slides' order, each piece of one slide."""
     for batch in cast(Any, rows_of(job, todo)).iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1):
         cuts = np.flatnonzero(np.diff(batch["slide"])) + 1
@@ -253,21 +301,22 @@ def _pieces(job: Job, todo: Sequence[storage.ObjectInfo]) -> Iterator[Batch]:
             yield {name: column[start:stop] for name, column in batch.items()}
 
 
-def rows_of(job: Job, todo: Sequence[storage.ObjectInfo]) -> DataIterator:
+def rows_of(job: Job, todo: KnownSlides) -> DataIterator:
     """Slides → places, in blocks of one batch of the model whatever slide they are of → pixels → embeddings."""
     options = job.options
-    slides = list(todo), options.tiles, job.stores
+    # One copy a node, whatever large catalogs they are of.
+    slides = ray.put(todo), options.tiles
     model = job.source, job.stores, options.token, options.precision
     # Ray's types know no callable classes.
     place_tiles, read_tiles, embed_tiles = cast(Any, PlaceTiles), cast(Any, ReadTiles), cast(Any, EmbedTiles)
     dataset = (
         ray.data.range(len(todo), override_num_blocks=len(todo))
         .map_batches(place_tiles(*slides), batch_size=1, num_cpus=1, max_retries=3)
-        .repartition(target_num_rows_per_block=options.batch, strict=True)
+        .repartition(target_num_rows_per_block=options.model_batch, strict=True)
         .map_batches(
             read_tiles,
             fn_constructor_args=slides,
-            batch_size=options.batch,
+            batch_size=options.model_batch,
             compute=ActorPoolStrategy(
                 min_size=options.readers[0],
                 max_size=options.readers[1],
@@ -281,7 +330,7 @@ def rows_of(job: Job, todo: Sequence[storage.ObjectInfo]) -> DataIterator:
             embed_tiles,
             fn_constructor_args=model,
             fn_constructor_kwargs={"tokens": options.tokens, "gpu": options.gpu},
-            batch_size=options.batch,
+            batch_size=options.model_batch,
             compute=ActorPoolStrategy(size=options.models),
             num_cpus=options.model_cpus,
             num_gpus=1 if options.gpu else 0,

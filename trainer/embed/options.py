@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 from streaming.errors import ConfigError
 from streaming.plan.plan import MIN_TISSUE
+from streaming.slide.geometry import MAX_UPSAMPLING
 from streaming.slide.resolution import check_given_mpp
 
 Token = Literal["cls", "patch", "cls+patch"]
@@ -27,8 +28,29 @@ class TissueTiles:
     """side of a tile in px"""
     min_tissue: float
     """share of a tile's area that must be tissue"""
-    slide_mpp: float | None
+    max_upsampling: float
+    """times that a slide's pixels may be enlarged"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideOptions:
+    """Of the slides that tables and files name: where they lie, and what is to be known of them."""
+
+    slides_in: tuple[str, ...] = ()
+    """catalogs, folders or files of the slides that are named; of a catalog's slides its mpp and versions count"""
+    slide_mpp: float | None = None
     """µm/px at level 0 of slides whose metadata has none"""
+    max_upsampling: float = MAX_UPSAMPLING
+    """times that a slide's pixels may be enlarged for a tile; what takes more is refused"""
+
+    def __post_init__(self) -> None:
+        check_given_mpp("slide_mpp", self.slide_mpp)
+        _check_upsampling(self.max_upsampling)
+
+
+def _check_upsampling(value: float) -> None:
+    if not value >= 1:
+        raise ConfigError(f"max_upsampling is {value}; it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +71,7 @@ class EmbedOptions:
     """h5: HDF5 as CLAM and TRIDENT lay it out"""
     precision: Precision = "32"
     """bf16: products in bfloat16"""
-    batch: int = 64
+    model_batch: int = 64
     """tiles that the model sees at once"""
     readers: tuple[int, int] = (1, 2)
     """least and most reader actors"""
@@ -61,14 +83,17 @@ class EmbedOptions:
     """whether each takes a GPU"""
     slide_mpp: float | None = None
     """µm/px at level 0 of slides whose metadata has none"""
+    max_upsampling: float = MAX_UPSAMPLING
+    """times that a slide's pixels may be enlarged for a tile; slides that need more are rejected"""
 
     def __post_init__(self) -> None:
-        if not self.mpp > 0 or min(self.size, self.batch, self.models, self.model_cpus) < 1:
-            numbers = f"mpp {self.mpp}, size {self.size}, batch {self.batch}, models {self.models}"
+        if not self.mpp > 0 or min(self.size, self.model_batch, self.models, self.model_cpus) < 1:
+            numbers = f"mpp {self.mpp}, size {self.size}, model_batch {self.model_batch}, models {self.models}"
             raise ConfigError(f"{numbers}, model_cpus {self.model_cpus}: all above 0")
         check_given_mpp("slide_mpp", self.slide_mpp)
         if not 0 < self.min_tissue <= 1:
             raise ConfigError(f"min_tissue is {self.min_tissue}; it is a share above 0 and up to 1")
+        _check_upsampling(self.max_upsampling)
         for name, kind in (("token", Token), ("format", Format), ("precision", Precision)):
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(f"{name} {getattr(self, name)!r}; take one of {', '.join(get_args(kind))}")
@@ -76,4 +101,4 @@ class EmbedOptions:
     @property
     def tiles(self) -> TissueTiles:
         """Which tiles."""
-        return TissueTiles(mpp=self.mpp, size=self.size, min_tissue=self.min_tissue, slide_mpp=self.slide_mpp)
+        return TissueTiles(mpp=self.mpp, size=self.size, min_tissue=self.min_tissue, max_upsampling=self.max_upsampling)

@@ -6,22 +6,20 @@ Plain callables from columns to columns, which Ray Data keeps in its tasks and a
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 
-from streaming import storage
-from streaming.catalog.given import Given
-from streaming.catalog.inspection import Rejected, inspect
-from streaming.counters import Counters
+from streaming.catalog.inspection import Rejected
+from streaming.catalog.known import KnownSlides, made_by
+from streaming.catalog.schema import SlideRow
 from streaming.errors import SlideError, StorageError
 from streaming.reading.batch import Batch
 from streaming.reading.slide_pool import SlidePool
-from streaming.slide import PendingTile, Slide, open_slide
-from streaming.storage.staging import Staging
+from streaming.slide import PendingTile, geometry
 from trainer.embed.model import load_model
 from trainer.embed.options import Precision, TissueTiles, Token
 from trainer.embed.tiling import tissue_tiles
@@ -39,16 +37,17 @@ class TiledSlide:
     """µm/px at level 0"""
     origin: tuple[int, int]
     """level-0 px from which QuPath counts"""
+    made_by: str
+    """what else than its file decides its tiles (`streaming.catalog.known.made_by`)"""
     num_tiles: int
 
 
 class PlaceTiles:
     """Slides to the places of their tiles."""
 
-    def __init__(
-        self, slides: Sequence[storage.ObjectInfo], wanted: TissueTiles, storage_options: dict[str, Any]
-    ) -> None:
-        self._slides, self._wanted, self._storage_options = slides, wanted, storage_options
+    def __init__(self, slides: KnownSlides | ray.ObjectRef[KnownSlides], wanted: TissueTiles) -> None:
+        # A reference is one copy a node, in shared memory, for all its tasks.
+        self._slides, self._wanted = slides, wanted
 
     def __call__(self, batch: Batch) -> Batch:
         """One row a tile of the slide numbered `batch["id"]` (1,); one row with the reason for a slide without any.
@@ -56,13 +55,16 @@ class PlaceTiles:
         Columns: `slide` (its number), `x`, `y` (level-0 px), `note` (in the first row `TiledSlide`), `reason`.
         """
         number, wanted = int(batch["id"][0]), self._wanted
-        slide = inspect(self._slides[number], Given(mpp=wanted.slide_mpp), self._storage_options, Staging())
+        slide = _held(self._slides).inspect(number)
         corners, note, reason = np.zeros((1, 2), np.int64), "", ""
         if isinstance(slide, Rejected):
             reason = slide.reason
+        elif refused := _too_coarse(slide.row, wanted):
+            reason = refused
         elif len(found := tissue_tiles(slide, wanted.mpp, wanted.size, wanted.min_tissue)):
             row = slide.row
-            about = TiledSlide(row.width, row.height, row.mpp, (row.bounds[0], row.bounds[1]), len(found))
+            origin = row.bounds[0], row.bounds[1]
+            about = TiledSlide(row.width, row.height, row.mpp, origin, made_by(row), len(found))
             corners, note = found, json.dumps(vars(about))
         else:
             reason = f"no {wanted.size} px tile at {wanted.mpp} µm/px has {wanted.min_tissue:.0%} tissue"
@@ -76,19 +78,25 @@ class PlaceTiles:
         }
 
 
+def _held(slides: KnownSlides | ray.ObjectRef[KnownSlides]) -> KnownSlides:
+    return ray.get(slides) if isinstance(slides, ray.ObjectRef) else slides
+
+
+def _too_coarse(row: SlideRow, wanted: TissueTiles) -> str:
+    """Why a slide has not the resolution that is wanted; empty where it has."""
+    try:
+        geometry.check_upsampling(row.mpp, wanted.mpp, wanted.max_upsampling)
+    except SlideError as error:
+        return str(error)
+    return ""
+
+
 class ReadTiles:
     """Places to pixels; safe to call from several threads."""
 
-    def __init__(
-        self, slides: Sequence[storage.ObjectInfo], wanted: TissueTiles, storage_options: dict[str, Any]
-    ) -> None:
-        self._slides, self._wanted, self._storage_options = slides, wanted, storage_options
-        self._pool: SlidePool[int] = SlidePool(self._open)
-
-    def _open(self, number: int, count: Counters) -> Slide:
-        info = self._slides[number]
-        mpp = self._wanted.slide_mpp
-        return open_slide(info.uri, self._storage_options, mpp=mpp, expected=info, count=count)
+    def __init__(self, slides: KnownSlides | ray.ObjectRef[KnownSlides], wanted: TissueTiles) -> None:
+        self._wanted = wanted
+        self._pool: SlidePool[int] = SlidePool(_held(slides).open)
 
     def __call__(self, batch: Batch) -> Batch:
         """The rows of `PlaceTiles` with `tile` uint8 (n, size, size, 3), black where there is a reason."""

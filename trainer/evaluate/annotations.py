@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 from streaming import storage
 from streaming.catalog.geojson import Annotation, Layer, Points, Shape
 from streaming.catalog.painting import FINER, fill
-from streaming.errors import ConfigError, SlideError
-from streaming.slide import Slide, open_slide
+from streaming.errors import ConfigError
 from streaming.slide.resample import Pixels
-from streaming.slide.resolution import check_given_mpp
+from trainer.embed.table_slides import TableSlides
 from trainer.embed.tiling import Tiling, tile_extent
 from trainer.evaluate.image_files import read_image
 
@@ -31,7 +30,6 @@ BACKGROUND = "background"
 _IGNORED = 255
 _MIN_INSIDE = 0.75  # share of a tile that shapes of its class must cover
 _CELLS = 64  # into which a tile's side is divided to measure such shares; fine, as cv2 paints half a cell too far
-_MAX_UPSAMPLING = 1.25  # scanners' mpp vary (0.2527 for 0.25); beyond it, a slide does not have what is asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +40,12 @@ class AnnotatedTiles:
     """µm/px of the tiles"""
     size: int = 256
     """side of a tile in px"""
-    slide_mpp: float | None = None
-    """µm/px at level 0 of slides whose metadata has none"""
     target: Target | None = None
     """what of the annotation is wanted; none: points where there are any, else classes"""
 
     def __post_init__(self) -> None:
         if not self.mpp > 0 or self.size < 1:
             raise ConfigError(f"mpp {self.mpp}, size {self.size}: both must be above 0")
-        check_given_mpp("slide_mpp", self.slide_mpp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,24 +74,25 @@ def cut_tiles(
     wanted: AnnotatedTiles,
     target: Target,
     *,
-    is_slide: bool,
+    slides: TableSlides | None,
     options: storage.StorageOptions | None = None,
 ) -> list[Cut]:
     """The tiles of one slide, as `Tiling` lays them out, that the annotation tells the target of.
 
     For classes: those that shapes of one class cover by three quarters. For masks: those that touch a shape, or lie in
     a `Region*`. For points: those that lie in a `Region*`; where there is none, in the box around all points. An image
-    is one tile.
+    is one tile. slides opens slides; None: the place is an image.
 
     Raises:
-        SlideError: the slide has no mpp, or a coarser one than is asked for.
+        ConfigError: the slide is not found.
+        SlideError: it has no mpp, or too coarse a one for what is asked for.
         StorageError: it can't be read.
     """
-    if not is_slide:
+    if slides is None:
         height, width = read_image(place, options).shape[:2]
         side = max(width, height)
         return [_cut(annotation, _Marks.of(annotation, classes, target), classes, 0, 0, 1.0, side, 0)]
-    tiling, corner = _tiling(place, wanted, options)
+    tiling, corner = _tiling(place, wanted, slides)
     if not tiling.columns or not tiling.rows:
         return []
     annotation = annotation.moved(*corner)
@@ -111,29 +107,15 @@ def cut_tiles(
     ]
 
 
-def checked_mpp(slide: Slide, wanted: float) -> float:
-    """The µm/px of a slide, which must have what is wanted.
-
-    Raises:
-        SlideError: it is not known, or coarser.
-    """
-    if slide.mpp is None:
-        raise SlideError(f"{slide.uri}: {slide.no_mpp}; give it by --slide-mpp")
-    if slide.mpp > wanted * _MAX_UPSAMPLING:
-        raise SlideError(f"{slide.uri}: has {slide.mpp:g} µm/px at best, {wanted:g} is asked for; take a coarser mpp")
-    return slide.mpp
-
-
-def _tiling(
-    place: str, wanted: AnnotatedTiles, options: storage.StorageOptions | None
-) -> tuple[Tiling, tuple[int, int]]:
+def _tiling(place: str, wanted: AnnotatedTiles, slides: TableSlides) -> tuple[Tiling, tuple[int, int]]:
     """How a slide is cut, and where what was scanned of it begins."""
-    slide = open_slide(place, options, mpp=wanted.slide_mpp)
+    slide = slides.open(place, wanted.mpp)
     try:
-        (width, height), bounds = slide.level_dimensions[0], slide.bounds
-        extent = tile_extent(wanted.size, wanted.mpp, checked_mpp(slide, wanted.mpp))
+        (width, height), mpp, bounds = slide.level_dimensions[0], slide.mpp, slide.bounds
     finally:
         slide.close()
+    assert mpp is not None, "it is opened with one"
+    extent = tile_extent(wanted.size, wanted.mpp, mpp)
     return Tiling.of(width, height, extent), bounds[:2]
 
 

@@ -20,6 +20,7 @@ from streaming.errors import ConfigError
 from streaming.slide import SLIDE_SUFFIXES
 from streaming.slide.resample import Pixels
 from streaming.vision import cv2
+from trainer.embed.table_slides import TableSlides
 from trainer.evaluate.annotations import AnnotatedTiles, Cut, class_names, cut_tiles
 
 Names = NDArray[np.str_]
@@ -41,8 +42,6 @@ class Region:
     y: int
     mpp: float
     size: int
-    slide_mpp: float | None = None
-    """µm/px at level 0 where the slide's metadata has none"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +82,12 @@ class Samples:
         return None if names is None else np.unique(names, return_inverse=True)[1].astype(np.int64)
 
 
-def read_dataset(uri: str, wanted: AnnotatedTiles, options: storage.StorageOptions | None = None) -> Samples:
+def read_dataset(
+    uri: str,
+    wanted: AnnotatedTiles,
+    options: storage.StorageOptions | None = None,
+    slides: TableSlides | None = None,
+) -> Samples:
     """The samples of a folder or a table; a table's columns say what it is.
 
     | columns | samples |
@@ -95,11 +99,11 @@ def read_dataset(uri: str, wanted: AnnotatedTiles, options: storage.StorageOptio
 
     `patient`, `slide`, `site` and `split` (train, val, test) may stand beside them. A folder is CLASS/image or
     CLASS/PATIENT/image, both also below train, val and test; what other programs leave in it is passed over. Relative
-    paths are below the table's folder.
+    paths are below the table's folder. slides opens what slides are named (None: by their addresses).
 
     Raises:
         ConfigError: it is no such dataset, labels are missing, there is one class, or an annotation can't be used.
-        SlideError: a slide lacks the resolution that is asked for.
+        SlideError: a slide tells no mpp, or lacks the resolution that is asked for.
         StorageError: it can't be read.
     """
     if PurePosixPath(uri).suffix.lower() not in SUFFIXES:
@@ -108,7 +112,7 @@ def read_dataset(uri: str, wanted: AnnotatedTiles, options: storage.StorageOptio
     columns = set(rows[0])
     base = uri.rpartition("/")[0]
     if "annotation" in columns and columns & {"path", "slide"}:
-        samples = _annotated(uri, base, rows, wanted, options)
+        samples = _annotated(uri, base, rows, wanted, options, slides or TableSlides(None, options))
     elif {"path", "mask"} <= columns:
         samples = _masked(uri, base, rows, options)
     elif "label" in columns and columns & {"path", "slide"}:
@@ -282,7 +286,12 @@ def read_mask(mask: str, height: int, width: int, options: storage.StorageOption
 
 
 def _annotated(
-    uri: str, base: str, rows: Sequence[Row], wanted: AnnotatedTiles, options: storage.StorageOptions | None
+    uri: str,
+    base: str,
+    rows: Sequence[Row],
+    wanted: AnnotatedTiles,
+    options: storage.StorageOptions | None,
+    slides: TableSlides,
 ) -> Samples:
     """Tiles of every row's annotation, which inherit the row's patient, site and split."""
     places = _places(base, _column(uri, rows, "path" if "path" in rows[0] else "slide"))
@@ -306,7 +315,8 @@ def _annotated(
         image = places[slide_of.index(False)]
         raise ConfigError(f"{image}: an image, whose annotation gives no label for the whole; take --task segmentation")
     for i, (place, annotation) in enumerate(zip(places, found, strict=True)):
-        own = cut_tiles(place, annotation, classes, wanted, target, is_slide=slide_of[i], options=options)
+        opener = slides if slide_of[i] else None
+        own = cut_tiles(place, annotation, classes, wanted, target, slides=opener, options=options)
         if not own:
             raise ConfigError(
                 f"{place}: no tile of {wanted.size} px at {wanted.mpp:g} µm/px lies in the shapes of {files[i]}; "
@@ -330,4 +340,4 @@ def _annotated(
 
 
 def _region_of(one: Cut, wanted: AnnotatedTiles) -> Region:
-    return Region(x=one.x, y=one.y, mpp=wanted.mpp, size=wanted.size, slide_mpp=wanted.slide_mpp)
+    return Region(x=one.x, y=one.y, mpp=wanted.mpp, size=wanted.size)

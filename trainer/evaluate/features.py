@@ -16,10 +16,10 @@ from streaming import storage
 from streaming.counters import Counters
 from streaming.errors import SlideError
 from streaming.reading.slide_pool import SlidePool
-from streaming.slide import Slide, open_slide
+from streaming.slide import Slide
 from streaming.slide.resample import Pixels, resize
 from trainer.embed.model import Model
-from trainer.evaluate.annotations import checked_mpp
+from trainer.embed.table_slides import TableSlides
 from trainer.evaluate.datasets import Tile
 from trainer.evaluate.image_files import read_image
 from trainer.evaluate.scratch import Scratch
@@ -62,20 +62,20 @@ def resized_to(side: int) -> Fit:
 class TileFiles:
     """Reads tiles wherever they are, in threads; slides stay open."""
 
-    def __init__(self, options: storage.StorageOptions | None, fit: Fit = as_they_are) -> None:
-        self._options, self._fit = options, fit
-        self._pool: SlidePool[tuple[str, float, float | None]] = SlidePool(self._open)
+    def __init__(
+        self, options: storage.StorageOptions | None, fit: Fit = as_they_are, slides: TableSlides | None = None
+    ) -> None:
+        self._options, self._fit, self._slides = options, fit, slides or TableSlides(None, options)
+        self._pool: SlidePool[tuple[str, float]] = SlidePool(self._open)
 
-    def _open(self, key: tuple[str, float, float | None], count: Counters) -> Slide:
-        uri, wanted, mpp = key
-        slide = open_slide(uri, self._options, mpp=mpp, count=count)
-        checked_mpp(slide, wanted)
-        return slide
+    def _open(self, key: tuple[str, float], count: Counters) -> Slide:
+        return self._slides.open(*key, count)
 
     def read(self, tile: Tile) -> Shown:
         """One tile.
 
         Raises:
+            ConfigError: its slide is not found.
             SlideError: it can't be read, or the slide lacks its resolution.
             StorageError: it can't be reached.
         """
@@ -84,7 +84,7 @@ class TileFiles:
             pixels = read_image(tile.uri, self._options)
         else:
             pixels = np.empty((region.size, region.size, 3), dtype=np.uint8)
-            key = (tile.uri, region.mpp, region.slide_mpp)
+            key = tile.uri, region.mpp
             self._pool.begin_tile(key, region.x, region.y, region.mpp, region.size, tolerance=0.0).fill(pixels)
         return self._fit(pixels)
 
@@ -137,6 +137,7 @@ def extract(
     fit: Fit = as_they_are,
     batch: int = 64,
     options: storage.StorageOptions | None = None,
+    slides: TableSlides | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Features:
     """Passes tiles through a model once; keeps patch tokens where `patches` tells.
@@ -149,7 +150,7 @@ def extract(
     held: NDArray[np.float16] | None = None
     whole: list[tuple[int, int]] = []
     done, side = 0, (0, 0)
-    for pixels, wholes in TileFiles(options, fit).batches(tiles, batch):
+    for pixels, wholes in TileFiles(options, fit, slides).batches(tiles, batch):
         whole += wholes
         tokens = model.tokens(pixels)
         embeddings.append(model.embedding(tokens).cpu().numpy())

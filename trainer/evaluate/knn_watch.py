@@ -13,6 +13,7 @@ from torch import Tensor
 from streaming.errors import ConfigError
 
 if TYPE_CHECKING:
+    from trainer.embed.table_slides import TableSlides
     from trainer.evaluate.datasets import Samples
     from trainer.recipe.module import DinoModule
     from trainer.run.config import Config
@@ -34,13 +35,26 @@ def watched(config: Config) -> Samples:
 
     watch, options = config.watch, EvaluateOptions(tasks=("knn",), k=config.watch.knn_k)
     assert watch.knn_dataset is not None, "there is a dataset"
-    samples = labelled(watch.knn_dataset, options, config.data.storage_options)
+    samples = labelled(watch.knn_dataset, options, config.data.storage_options, _slides(config))
     if len(samples) > watch.knn_tiles:
         raise ConfigError(
             f"watch.knn_dataset {watch.knn_dataset}: {len(samples):,} tiles, which each rank would hold its share of; "
             f"take a smaller set, or raise watch.knn_tiles above {watch.knn_tiles:,}"
         )
     return samples
+
+
+def _slides(config: Config) -> TableSlides:
+    """Opens the slides that the dataset names: as the run's catalog knows them, others as they are."""
+    from trainer.embed.options import SlideOptions
+    from trainer.embed.table_slides import TableSlides
+
+    data = config.data
+    wanted = SlideOptions(
+        slides_in=(data.catalog,) if data.catalog else (), max_upsampling=max(1.0, data.max_upsampling)
+    )
+    remedy = "add it to data.catalog, which may tell it, or take images of tiles for watch.knn_dataset"
+    return TableSlides(wanted, data.slide_options, or_elsewhere=True, remedy=remedy)
 
 
 class KnnWatch:
@@ -57,9 +71,8 @@ class KnnWatch:
         # As many for each rank, so that all pass the same number of batches through what may be sharded.
         count = math.ceil(len(samples) / num_ranks)
         own = [samples.tiles[(at * num_ranks + rank) % len(samples)] for at in range(count)]
-        self._tiles = np.concatenate(
-            [pixels for pixels, _ in TileFiles(config.data.storage_options).batches(own, _BATCH)]
-        )
+        tiles = TileFiles(config.data.storage_options, slides=_slides(config))
+        self._tiles = np.concatenate([pixels for pixels, _ in tiles.batches(own, _BATCH)])
         self._config = config
 
     @staticmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
 import sys
 from collections.abc import Sequence
 
@@ -12,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from streaming import storage
+from streaming.catalog.known import keys, keys_of_series
 from streaming.errors import ConfigError, SlideError
-from streaming.slide.multi_file import DICOM_SUFFIXES
-from trainer.embed.feature_files import FeatureFile, find_features, keys, read_features
+from trainer.embed.feature_files import FeatureFile, find_features, read_features
 from trainer.evaluate.datasets import Samples
 from trainer.evaluate.scores import Score, auroc, balanced_accuracy
 from trainer.evaluate.scratch import Scratch
@@ -82,7 +81,7 @@ def _chosen(folder: str, found: Sequence[FeatureFile], samples: Samples) -> list
     """The file of each slide."""
     of_key: dict[str, list[FeatureFile]] = {}
     for file in found:
-        for key in (*keys(file.slide), *_keys_of_series(file.slide)):
+        for key in (*keys(file.slide), *keys_of_series(file.slide)):
             of_key.setdefault(key, []).append(file)
     named = [
         next((of_key[key] for key in keys(tile.uri.removesuffix("*")) if key in of_key), []) for tile in samples.tiles
@@ -108,11 +107,6 @@ def _chosen(folder: str, found: Sequence[FeatureFile], samples: Samples) -> list
         if not files[0].num:
             raise SlideError(f"{tile.uri}: {files[0].uri} holds no tile; leave the slide out")
     return [files[0] for files in named]
-
-
-def _keys_of_series(slide: str) -> list[str]:
-    """Of DICOM, the folder that it lies in: its series may be called by that."""
-    return keys(posixpath.dirname(slide))[:2] if slide.lower().endswith(DICOM_SUFFIXES) else []
 
 
 def fit(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 from streaming.errors import ConfigError
-from trainer.embed.options import Token
+from trainer.embed.options import SlideOptions, Token
 from trainer.evaluate.annotations import AnnotatedTiles
 
 Task = Literal["knn", "linear", "logistic", "quality", "slide", "segmentation", "detection"]
@@ -32,7 +32,7 @@ class EvaluateOptions:
     """class token, mean patch token, or both; none: cls, or what an exported model says"""
     k: int = 20
     """neighbours of kNN, purity and robustness index"""
-    steps: int = PROBE_STEPS
+    probe_steps: int = PROBE_STEPS
     """steps of the linear probe; for eva, at most"""
     epochs: int = 20
     """passes that attention MIL takes over the slides, and decoders over the tiles"""
@@ -42,12 +42,14 @@ class EvaluateOptions:
     """parts of the cross-validation, where there is no split"""
     seed: int = 0
     """of folds, probes and resamples"""
-    batch: int = 64
+    model_batch: int = 64
     """tiles that the model sees at once"""
     resize: int | None = None
     """side in px that tiles are resized to; none: as they are, and 224 for eva"""
     grid: AnnotatedTiles = field(default_factory=AnnotatedTiles)
     """which tiles of annotated slides"""
+    slides: SlideOptions = field(default_factory=SlideOptions)
+    """where the slides of the dataset lie"""
     gpu: bool = False
     """whether model, heads and search of neighbours run on a GPU"""
     scratch: str | None = None
@@ -56,7 +58,7 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         if unknown := [task for task in self.tasks if task not in TASKS]:
             raise ConfigError(f"task {unknown[0]!r}; take some of {', '.join(TASKS)}")
-        for name in ("k", "steps", "epochs", "batch", "resize"):
+        for name in ("k", "probe_steps", "epochs", "model_batch", "resize"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
         if self.protocol not in get_args(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,6 +19,7 @@ from streaming import storage
 from streaming.errors import ConfigError
 from streaming.progress import ProgressLine
 from trainer.embed.model import Model, load_model
+from trainer.embed.table_slides import TableSlides
 from trainer.evaluate import eva, eva_masks, mil, probes, quality
 from trainer.evaluate.annotations import AnnotatedTiles, Target
 from trainer.evaluate.datasets import Samples, read_dataset
@@ -76,11 +78,20 @@ def evaluate(
     return scores
 
 
-def labelled(dataset: str, options: EvaluateOptions, storage_options: dict[str, Any] | None = None) -> Samples:
-    """A dataset, checked for what `evaluate` refuses before it looks at a model; errors as there."""
+def labelled(
+    dataset: str,
+    options: EvaluateOptions,
+    storage_options: dict[str, Any] | None = None,
+    slides: TableSlides | None = None,
+) -> Samples:
+    """A dataset, checked for what `evaluate` refuses before it looks at a model; errors as there.
+
+    slides opens its slides (None: as the options say).
+    """
     if options.gpu and not torch.cuda.is_available():
         raise ConfigError("no GPU is visible to PyTorch here; leave out --gpu")
-    samples = read_dataset(dataset, _wanted(options), storage_options)
+    slides = slides or TableSlides(options.slides, storage_options)
+    samples = read_dataset(dataset, _wanted(options), storage_options, slides)
     _tasks(options, samples)
     for fold in _folds(samples, options)[0]:
         if samples.points is not None:
@@ -92,8 +103,8 @@ def _folds(samples: Samples, options: EvaluateOptions) -> tuple[list[Fold], str 
     """What is learnt from and scored by the protocol, and what is to be told of it; errors as `make_folds`."""
     if options.protocol == "eva":
         fold, warning = eva.eva_fold(samples)
-        if options.steps != PROBE_STEPS:
-            warning = f"{options.steps:,} steps at most instead of {PROBE_STEPS:,}: the scores are not eva's"
+        if options.probe_steps != PROBE_STEPS:
+            warning = f"{options.probe_steps:,} steps at most instead of {PROBE_STEPS:,}: the scores are not eva's"
         return [fold], warning
     return make_folds(samples, options.folds, options.seed), leak_warning(samples)
 
@@ -116,15 +127,16 @@ def evaluate_model(
                 samples.tiles,
                 fit=fit,
                 patches=room if samples.labels is None else None,
-                batch=options.batch,
+                batch=options.model_batch,
                 options=storage_options,
-                progress=progress.update,
+                slides=TableSlides(options.slides, storage_options),
+                progress=_with_rate(progress),
             )
         if by_eva and samples.masks is not None:
             cropped = eva_masks.cropped_masks(samples, features, room)
             return eva_masks.score_masks(features, cropped, samples, folds[0], options.seed, device)
         if by_eva:
-            setting = replace(eva.TILES, steps=options.steps)
+            setting = replace(eva.TILES, steps=options.probe_steps)
             return eva.score_tiles(features.embeddings, samples, folds[0], options.seed, device, setting)
         if samples.masks is not None:
             masks = painted(samples, features.side, room)
@@ -132,6 +144,19 @@ def evaluate_model(
         if samples.points is not None:
             return score_detection(features, samples, folds, options.radius, options.epochs, options.seed, device)
         return score_tiles(features.embeddings, samples, folds, tasks, options)
+
+
+def _with_rate(progress: ProgressLine) -> Callable[[int], None]:
+    """Shows how many tiles are done, and at what rate since the first ones came."""
+    first: tuple[float, int] | None = None
+
+    def update(done: int) -> None:
+        nonlocal first
+        since, before = first = first or (time.monotonic(), done)
+        rate = (done - before) / max(1e-9, time.monotonic() - since)
+        progress.update(done, f"{rate:,.0f} tiles/s" if done > before else "")
+
+    return update
 
 
 def _device(options: EvaluateOptions) -> torch.device:
@@ -150,7 +175,7 @@ def score_tiles(
     num_classes, device = len(samples.classes), _device(options)
     classify: dict[str, Callable[[Embeddings, Ints, Embeddings], Ints]] = {
         "knn": partial(probes.nearest_neighbours, k=options.k, device=device),
-        "linear": partial(probes.linear_probe, num_classes=num_classes, steps=options.steps, seed=options.seed),
+        "linear": partial(probes.linear_probe, num_classes=num_classes, steps=options.probe_steps, seed=options.seed),
         "logistic": probes.logistic,
     }
     scores: list[Score] = []

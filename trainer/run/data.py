@@ -19,7 +19,7 @@ from streaming.plan.universe import HeldOut, Universe
 from streaming.reading.hsv_rule import HsvRule
 from streaming.reading.reader import ReaderOptions
 from streaming.secrets import hidden
-from streaming.slide.geometry import MPP_TOLERANCE
+from streaming.slide.geometry import MAX_UPSAMPLING, MPP_TOLERANCE
 from streaming.storage.staging import Staging
 from trainer.recipe.free_field import FREE
 
@@ -45,8 +45,8 @@ class DataConfig:
     """side of a tile in px"""
     min_tissue: float = MIN_TISSUE
     """share of a tile's area that must be tissue"""
-    max_upsampling: float = 2.0
-    """a slide is left out at magnifications this many times finer than its own"""
+    max_upsampling: float = MAX_UPSAMPLING
+    """times that a slide's pixels may be enlarged; past it, it serves no tiles of a magnification"""
     mpp_tolerance: float = MPP_TOLERANCE
     """share that a slide's own pixels may be off the wanted µm/px and be taken as they are; 0: all are resampled"""
     corners: Corners = "anywhere"

@@ -19,6 +19,7 @@ from streaming.errors import StorageError
 from streaming.progress import ProgressLine
 from streaming.reading.batch import Failure
 from trainer.run.config import Config
+from trainer.run.placement import Placement
 from trainer.run.trackers import Trackers
 
 METRICS = "metrics.parquet"
@@ -36,6 +37,13 @@ class Failed:
 
     generation: str
     failures: list[Failure]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Whether the ranks run; told where they start, and where one is lost."""
+
+    run: bool
 
 
 Report = Callable[["Row | Failed"], None]
@@ -59,6 +67,7 @@ class MetricsLog:
         self._failures = FailureLog(config.run.out, self._options, start * config.train.batch)
         self._generation = ""
         self._progress = ProgressLine("train", "steps", total=config.train.steps)
+        self.placement = Placement()
 
     def __enter__(self) -> MetricsLog:
         self._progress.__enter__()
@@ -69,8 +78,11 @@ class MetricsLog:
         self._trackers.close()
         self._save()
 
-    def add(self, row: Row | Failed) -> None:
-        """Takes the row of a step, lines of the summary, or failures."""
+    def add(self, row: Row | Failed | Ranks) -> None:
+        """Takes the row of a step, lines of the summary, failures, or whether the ranks run."""
+        if isinstance(row, Ranks):
+            (self.placement.found.set if row.run else self.placement.found.clear)()
+            return
         if isinstance(row, Failed):
             if row.generation != self._generation:
                 self._failures.rewind()

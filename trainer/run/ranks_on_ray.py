@@ -26,7 +26,7 @@ from streaming.delivery.chain import start_chain
 from streaming.delivery.rank_batches import rank_batches
 from streaming.delivery.segments import Source, groups_of
 from streaming.delivery.stream import torch_batches
-from streaming.errors import TilestreamError
+from streaming.errors import StreamError, TilestreamError
 from streaming.storage import fsspec_view
 from trainer.run.after_step import ProbeKind
 from trainer.run.agreement import longest_wait_s
@@ -34,8 +34,9 @@ from trainer.run.background_checkpoints import FolderCheckpointIO
 from trainer.run.config import Config
 from trainer.run.execution import TrainConfig
 from trainer.run.fit import Place, fit
-from trainer.run.metrics_log import Failed, MetricsLog
-from trainer.run.restarts import ElasticRanks, MoreRanks, RanksTrainer, Restarts
+from trainer.run.metrics_log import Failed, MetricsLog, Ranks
+from trainer.run.placement import lacking, watched
+from trainer.run.restarts import ElasticRanks, MoreRanks, RanksTrainer, Restarts, put_in
 from trainer.run.resuming import resume_point
 from trainer.run.slide_sources import SlideSource, slide_sources
 from trainer.run.step_batches import StepBatches
@@ -69,6 +70,8 @@ def _worker(loop: _Loop) -> None:
     context = ray.train.get_context()
     rank, num_ranks = context.get_world_rank(), context.get_world_size()
     config = loop.config.on(num_ranks)
+    if rank == 0:
+        loop.messages.put(Ranks(run=True))
     # One looks where the run stands, so that no two can see different checkpoints; the driver has compared recipes.
     found = (*resume_point(loop.config, loop.catalog, force=True), uuid.uuid4().hex) if rank == 0 else None
     start, resume, generation = cast(
@@ -115,8 +118,8 @@ def fit_on_ray(
     least, most = train.ranks_range
     slots = round(most * train.rank_cpus + data.readers[1] * data.reader_cpus) + 1
     cluster.connect(slots, verbose=verbose, ignore_sigterm=True)
-    if train.gpu and (have := cluster.gpus()) < least:  # Ray Train waits without a word
-        sys.stderr.write(f"train: waiting for GPUs: the ranks need {least}, the cluster has {have} so far\n")
+    if why := lacking(ray.nodes(), train):
+        sys.stderr.write(f"train: waiting for nodes: {why}\n")
     stream = config.stream(catalog)
     source, trained_on = stream.source, slide_sources(catalog, stream.plan)
     messages, orders = ray.util.queue.Queue(actor_options=cluster.beside_this()), start_orders()
@@ -130,6 +133,7 @@ def fit_on_ray(
         resources_per_worker={"CPU": train.rank_cpus, **train.rank_resources},
         label_selector=train.rank_labels or None,
     )
+    lost = ray.put(Ranks(run=False))
     failures = ray.train.FailureConfig(max_failures=train.max_restarts)
     if least < most:
         # What is counted is there already; where it has gone, fewer ranks are to be tried soon.
@@ -138,7 +142,7 @@ def fit_on_ray(
         # Not as train_loop_config, which the controller would unpickle, importing all this, too.
         partial(_worker, _Loop(config, config.identity(catalog), source, messages, orders, probe, trained_on)),
         scaling=scaling,
-        restarts=Restarts(failures, config.run.out, options),
+        restarts=Restarts(failures, config.run.out, options, partial(put_in, messages.actor, lost)),
         ranks=ElasticRanks(scaling, config.possible_ranks, orders) if least < most else None,
         timeout_s=longest_wait_s(train.collective_minutes, starting=True),
         run=ray.train.RunConfig(
@@ -151,9 +155,16 @@ def fit_on_ray(
     )
     try:
         # Not earlier: when Ray starts, it takes SIGTERM to itself.
-        with log.listening(messages), terminated() as stop, passing_on(stop, orders):
+        with (
+            log.listening(messages),
+            watched(log.placement, train, data.stall_s),
+            terminated() as stop,
+            passing_on(stop, orders),
+        ):
             trainer.fit()
     except SystemExit as error:  # Ray Train's own handler of Ctrl-C ends so, and says nothing
+        if log.placement.trouble:
+            raise StreamError(log.placement.trouble) from error
         raise KeyboardInterrupt from error
     finally:
         with contextlib.suppress(TilestreamError):

@@ -38,13 +38,22 @@ class MoreRanks(TilestreamError):
 class Restarts(DefaultFailurePolicy):
     """Starts ranks again unless they failed by bad input, so often from one checkpoint as the configuration says."""
 
-    def __init__(self, config: FailureConfig, run: str, options: dict[str, Any]) -> None:
+    def __init__(
+        self, config: FailureConfig, run: str, options: dict[str, Any], tell: Callable[[], Any] = lambda: None
+    ) -> None:
+        """tell is called when ranks are to be started again."""
         super().__init__(config)
-        self._run, self._options = run, options
+        self._run, self._options, self._tell = run, options, tell
         self._newest = -1
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """Ray Train asks this when ranks have failed."""
+        decision = self._decided(training_failed_error)
+        if decision == FailureDecision.RETRY:
+            self._tell()
+        return decision
+
+    def _decided(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         cause = root_cause(training_failed_error)
         if isinstance(cause, MoreRanks):
             return FailureDecision.RETRY
@@ -59,6 +68,11 @@ class Restarts(DefaultFailurePolicy):
         from trainer.run.checkpoints import steps_of
 
         return max(steps_of(self._run, self._options), default=0)
+
+
+def put_in(queue: ActorHandle[Any], item: ray.ObjectRef[Any]) -> None:
+    """Puts something in a queue's actor without waiting for it."""
+    cast(Any, queue).put_nowait.remote(item)
 
 
 class ElasticRanks(ElasticScalingPolicy):

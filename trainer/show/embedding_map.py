@@ -15,6 +15,7 @@ from sklearn.manifold import TSNE
 from streaming import storage
 from streaming.errors import ConfigError
 from streaming.show.page import jpeg_url, page
+from streaming.slide.geometry import MAX_UPSAMPLING
 from trainer.embed.files import SlideEmbeddings
 from trainer.show.colours import Floats
 from trainer.show.options import Method
@@ -145,6 +146,7 @@ def map_page(
     groups: Sequence[str] | None = None,
     seed: int = 0,
     options: storage.StorageOptions | None = None,
+    max_upsampling: float = MAX_UPSAMPLING,
 ) -> bytes:
     """The page: tiles of the slides (a random `most` of them) by t-SNE or principal components, coloured by group.
 
@@ -161,7 +163,7 @@ def map_page(
     chosen = [every[i] for i in order]
     vectors = np.stack([slides[i].features[j] for i, j in chosen]) if chosen else np.zeros((0, 1), np.float32)
     data = _points(slides, names, chosen, in_plane(vectors, method, seed))
-    data["sprite"] = _sprite(tile_pixels(slides, chosen, _THUMBNAIL_PX, options))
+    data["sprite"] = _sprite(tile_pixels(slides, chosen, _THUMBNAIL_PX, options, max_upsampling))
     about = slides[0].about
     how = "t-SNE" if method == "tsne" else "principal components"
     of = f"{len(chosen):,} of {len(every):,}" if len(chosen) < len(every) else f"{len(every):,}"

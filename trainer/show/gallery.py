@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from streaming import storage
 from streaming.errors import ConfigError
+from streaming.slide.geometry import MAX_UPSAMPLING
 from trainer.embed.files import SlideEmbeddings
 from trainer.evaluate.neighbours import nearest
 from trainer.show.figures import png
@@ -46,9 +47,11 @@ def gallery(
     slides: Sequence[SlideEmbeddings],
     rows: Sequence[Sequence[tuple[int, int, float]]],
     options: storage.StorageOptions | None = None,
+    max_upsampling: float = MAX_UPSAMPLING,
 ) -> bytes:
     """A PNG of what `neighbours` gave: a query a row, its neighbours beside it."""
-    tiles = iter(tile_pixels(slides, [(slide, tile) for row in rows for slide, tile, _ in row], 160, options))
+    chosen = [(slide, tile) for row in rows for slide, tile, _ in row]
+    tiles = iter(tile_pixels(slides, chosen, 160, options, max_upsampling))
     columns = len(rows[0])
     with mpl.rc_context({"font.size": 7}):
         figure = Figure(figsize=(1.15 * columns, 1.35 * len(rows)), layout="constrained", dpi=160)

@@ -5,10 +5,11 @@ Apart from the code that obeys them, so that the command line can read them with
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from streaming.errors import ConfigError
+from trainer.embed.options import SlideOptions
 
 Kind = Literal["heatmap", "tokens", "neighbours", "map", "geojson"]
 Method = Literal["tsne", "pca"]
@@ -20,8 +21,6 @@ class PictureOptions:
 
     kind: Kind
     """heatmap, tokens, geojson: a file a slide; neighbours, map: one of all slides"""
-    slides: tuple[str, ...] = ()
-    """files, folders or globs of slides, for embeddings of TRIDENT and CLAM, which tell names alone"""
     dataset: str | None = None
     """labelled tiles, as `tilestream evaluate` takes them, that teach a class (heatmap, geojson)"""
     name: str | None = None
@@ -38,6 +37,8 @@ class PictureOptions:
     """tiles on a map, drawn at random"""
     seed: int = 0
     """of what is drawn at random"""
+    slides: SlideOptions = field(default_factory=SlideOptions)
+    """where the slides of the dataset lie, and of embeddings of TRIDENT and CLAM, which tell names alone"""
 
     def __post_init__(self) -> None:
         if (self.dataset is None) != (self.name is None):

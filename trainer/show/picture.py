@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from streaming import storage
 from trainer.embed.feature_files import read_slides
 from trainer.embed.files import SlideEmbeddings
+from trainer.embed.table_slides import TableSlides
 from trainer.show.class_scores import class_scores
 from trainer.show.colours import Floats, principal_colours
 from trainer.show.embedding_map import map_page
@@ -25,7 +26,7 @@ def draw(
         ConfigError: there are no embeddings, or they don't suit the picture.
         TilestreamError: slides, dataset or model can't be read, or `out` can't be written.
     """
-    slides = read_slides(sources, options.slides, storage_options)
+    slides = read_slides(sources, TableSlides(options.slides, storage_options), storage_options)
     if options.kind in ("neighbours", "map"):
         storage.write_bytes(out, _of_all(slides, options, storage_options), storage_options)
         yield out
@@ -38,10 +39,18 @@ def draw(
 
 
 def _of_all(slides: list[SlideEmbeddings], options: PictureOptions, stores: storage.StorageOptions | None) -> bytes:
+    bound = options.slides.max_upsampling
     if options.kind == "map":
-        return map_page(slides, method=options.method, most=options.most, seed=options.seed, options=stores)
+        return map_page(
+            slides,
+            method=options.method,
+            most=options.most,
+            seed=options.seed,
+            options=stores,
+            max_upsampling=bound,
+        )
     rows = neighbours(slides, options.queries, options.k, seed=options.seed, across=options.across)
-    return gallery(slides, rows, stores)
+    return gallery(slides, rows, stores, bound)
 
 
 def _of_each(
@@ -53,7 +62,7 @@ def _of_each(
     scores: list[Floats] | None = None
     name = options.name or ""
     if options.dataset is not None:
-        scores = class_scores(slides, options.dataset, name, stores)
+        scores = class_scores(slides, options.dataset, name, TableSlides(options.slides, stores), stores)
     if options.kind == "heatmap" and scores is not None:
         for slide, score in zip(slides, scores, strict=True):
             yield heatmap(slide, score, name, stores)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from streaming import storage
+from streaming.errors import SlideError
 from streaming.show.pictures import shrunk
-from streaming.slide import open_slide
+from streaming.slide import geometry, open_slide
+from streaming.slide.geometry import MAX_UPSAMPLING
 from streaming.slide.resample import Pixels
-from trainer.embed.files import SlideEmbeddings
+from trainer.embed.files import Embedded, SlideEmbeddings
 
 
 def tile_pixels(
@@ -16,17 +18,21 @@ def tile_pixels(
     chosen: Sequence[tuple[int, int]],
     side: int,
     options: storage.StorageOptions | None = None,
+    max_upsampling: float = MAX_UPSAMPLING,
 ) -> list[Pixels]:
     """Tiles, each by its slide's number and its own within it, uint8 (side, side, 3).
 
     Raises:
-        SlideError, StorageError: one can't be read.
+        SlideError: one can't be read, or was enlarged over `max_upsampling` times.
+        StorageError: it can't be reached.
     """
     found: dict[tuple[int, int], Pixels] = {}
     for number in sorted({number for number, _ in chosen}):
         about, corners = slides[number].about, slides[number].corners
-        opened = open_slide(about.slide, options, mpp=about.slide_mpp)
+        opened = open_slide(about.slide, options)
         try:
+            opened.mpp = about.slide_mpp  # a catalog's or a table's word may have counted more than the metadata's
+            _check(about, max_upsampling)
             for key in {key for key in chosen if key[0] == number}:
                 x, y = (int(at) for at in corners[key[1]])
                 tile = opened.read_tile(x, y, about.mpp, about.size, tolerance=0.0)
@@ -34,3 +40,10 @@ def tile_pixels(
         finally:
             opened.close()
     return [found[key] for key in chosen]
+
+
+def _check(about: Embedded, max_upsampling: float) -> None:
+    try:
+        geometry.check_upsampling(about.slide_mpp, about.mpp, max_upsampling)
+    except SlideError as error:
+        raise SlideError(f"{about.slide}: {error}") from error

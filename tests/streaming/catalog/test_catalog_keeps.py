@@ -55,7 +55,7 @@ def test_a_slide_that_was_uploaded_anew_keeps_its_patient_and_cohort(
     assert column(out, "version")[0] == storage.stat(str(folder / "a.svs")).version != before.version
     assert column(out, "patient") == ["p1", "p2", "p3"]
     assert column(out, "cohort") == ["c1", "c2", "c3"]
-    # What --mpp told stays, too.
+    # What --slide-mpp told stays, too.
     assert column(out, "mpp") == [0.25, 0.25, 0.5]
 
 
@@ -150,25 +150,25 @@ def test_a_second_mpp_changes_the_slides_it_concerns(
 ) -> None:
     out = str(tmp_path / "catalog")
     command = ["catalog", str(folder), "--out", out]
-    assert main([*command, "--mpp", "0.5"]) == 0
+    assert main([*command, "--slide-mpp", "0.5"]) == 0
     first, area = Catalog.load(out).fingerprint, column(out, "tissue_mm2")
-    assert column(out, "mpp_from") == ["metadata", "metadata", "--mpp"]
+    assert column(out, "mpp_from") == ["metadata", "metadata", "--slide-mpp"]
     capsys.readouterr()
-    assert main([*command, "--mpp", "0.25"]) == 0
+    assert main([*command, "--slide-mpp", "0.25"]) == 0
     assert "3 slides: 0 added, 1 changed, 2 unchanged, 0 rejected" in capsys.readouterr().out
     assert column(out, "mpp") == [0.25, 0.25, 0.25]
     assert column(out, "tissue_mm2")[:2] == area[:2]
     assert column(out, "tissue_mm2")[2] == pytest.approx(area[2] / 4, rel=0.2)  # type: ignore[operator]
     assert Catalog.load(out).fingerprint != first
     # Built at once, it is the same.
-    assert main(["catalog", str(folder), "--out", str(tmp_path / "fresh"), "--mpp", "0.25"]) == 0
+    assert main(["catalog", str(folder), "--out", str(tmp_path / "fresh"), "--slide-mpp", "0.25"]) == 0
     assert Catalog.load(str(tmp_path / "fresh")).fingerprint == Catalog.load(out).fingerprint
-    # A table goes before --mpp, also when only --mpp is given later; nothing given changes nothing.
+    # A table goes before --slide-mpp, also when only that is given later; nothing given changes nothing.
     (tmp_path / "m.csv").write_text("slide;mpp\nc;0,4\n")
     assert main([*command, "--metadata", str(tmp_path / "m.csv")]) == 0
     assert (column(out, "mpp")[2], column(out, "mpp_from")[2]) == (0.4, "table")
     capsys.readouterr()
-    assert main([*command, "--mpp", "0.25"]) == main(command) == 0
+    assert main([*command, "--slide-mpp", "0.25"]) == main(command) == 0
     assert "1 changed" not in capsys.readouterr().out
     assert column(out, "mpp")[2] == 0.4
     assert main([*command, "--recheck"]) == 0
@@ -222,7 +222,7 @@ def test_a_µm_px_that_is_no_microscope_s_is_refused(
             f"a.svs: mpp '{mpp}' in the table; it is µm per pixel, a number from 0.02 to 20" in capsys.readouterr().err
         )
     if " " not in mpp:
-        assert main([*command, f"--mpp={mpp}"]) == 2
+        assert main([*command, f"--slide-mpp={mpp}"]) == 2
         assert "it is µm per pixel, a number from 0.02 to 20" in capsys.readouterr().err
     assert not (tmp_path / "catalog").exists()
 
@@ -242,7 +242,7 @@ def test_an_empty_address_is_refused(
     assert not (tmp_path / "catalog").exists()
 
 
-@pytest.mark.parametrize("option", ["--metadata=m.csv", "--masks=m", "--mpp=0.5", "--recheck", "--where=x = 1"])
+@pytest.mark.parametrize("option", ["--metadata=m.csv", "--masks=m", "--slide-mpp=0.5", "--recheck", "--where=x = 1"])
 def test_options_that_a_preview_alone_would_pass_over_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
 ) -> None:
@@ -295,7 +295,7 @@ def test_every_file_that_is_seen_is_counted_and_named(
     everything = {str(path) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
     everything = {uri.replace("\udcff", "\ufffd") for uri in everything}
     try:
-        assert main(["catalog", str(folder), "--out", out, "--mpp", "0.5"]) == 0
+        assert main(["catalog", str(folder), "--out", out, "--slide-mpp", "0.5"]) == 0
     finally:
         server.close()
         (folder / "closed").chmod(0o700)

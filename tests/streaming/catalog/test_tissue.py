@@ -160,7 +160,7 @@ def test_the_catalog_command_tells_of_five_slides_with_odd_glass_and_counts_the_
         tifffile.imwrite(tmp_path / f"{number}.tif", pixels, tile=(256, 256), photometric="rgb")
 
     out = tmp_path / "catalog"
-    assert main(["catalog", str(tmp_path), "--mpp", "0.5", "--out", str(out)]) == 0
+    assert main(["catalog", str(tmp_path), "--slide-mpp", "0.5", "--out", str(out)]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "glass" in line]
     assert [line.split(": ")[0] for line in lines[:5]] == [
         str(tmp_path / f"{number}.tif") for number in (0, 1, 2, 4, 5)

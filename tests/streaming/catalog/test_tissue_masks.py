@@ -132,7 +132,7 @@ def test_qupath_counts_from_what_was_scanned_trident_from_the_slide_s_corner(mas
         ("trident", contour(shapely.box(0, 0, 700, 500), tissue_id=0), shapely.box(0, 0, 700, 500)),
     ):
         save(masks / "a.geojson", [entry])
-        assert catalog(path, "--out", tmp_path / name, "--masks", masks, "--mpp", "0.25") == 0
+        assert catalog(path, "--out", tmp_path / name, "--masks", masks, "--slide-mpp", "0.25") == 0
         assert np.abs(fractions(tmp_path / name) - shares(at.intersection(box), 3, 4)).max() < 0.07
 
 

@@ -15,8 +15,7 @@ from streaming.slide import open_slide
 from streaming.slide.resolution import number, um_of
 from tests.dicom_files import Kind, write_series
 from tests.tiff_files import RATIONAL, SHORT, TiffSlide, write_tiff
-from trainer.embed.options import EmbedOptions
-from trainer.evaluate.annotations import AnnotatedTiles
+from trainer.embed.options import EmbedOptions, SlideOptions
 
 HEAD = b"Aperio Image Library v12.0.0 \r\n64x64 -> 64x64 (64x64) JPEG/RGB Q=70|AppMag = 20"
 
@@ -177,18 +176,18 @@ def test_an_mpp_that_no_microscope_has_is_told_with_its_number_and_can_be_given(
     path = write_tiff(TiffSlide(width=1024, height=768, mpp=28.97), tmp_path / "a.svs")
     with pytest.raises(SlideError, match=r"a.svs: its metadata says 28.97 µm/px, which is no microscope's; pass it"):
         open_slide(str(path)).read_tile(0, 0, 0.5, 64)
-    with pytest.raises(Exception, match=r"says 28.97 µm/px, which is no microscope's; give it by --mpp"):
+    with pytest.raises(Exception, match=r"says 28.97 µm/px, which is no microscope's; give it by --slide-mpp"):
         build_catalog([str(path)], str(tmp_path / "catalog"))
     build_catalog([str(path)], str(tmp_path / "catalog"), mpp=0.5)
     (row,) = Catalog.load(str(tmp_path / "catalog")).to_arrow().to_pylist()
-    assert (row["mpp"], row["own_mpp"], row["mpp_from"]) == (0.5, None, "--mpp")
+    assert (row["mpp"], row["own_mpp"], row["mpp_from"]) == (0.5, None, "--slide-mpp")
 
 
 @pytest.mark.parametrize("given_mpp", [0.0, -0.5, 352.8, float("nan")])
 def test_an_mpp_that_no_microscope_has_can_t_be_given(tmp_path: Path, given_mpp: float) -> None:
     with pytest.raises(ConfigError, match=r"µm per pixel, a number from 0\.02 to 20"):
         build_catalog([str(tmp_path)], str(tmp_path / "catalog"), mpp=given_mpp)
-    for options in (EmbedOptions, AnnotatedTiles):
+    for options in (EmbedOptions, SlideOptions):
         with pytest.raises(ConfigError, match=r"slide_mpp .* µm per pixel"):
             options(slide_mpp=given_mpp)
 
@@ -201,4 +200,9 @@ def test_the_catalog_says_whose_word_each_mpp_is(tmp_path: Path) -> None:
     build_catalog([str(tmp_path)], str(tmp_path / "catalog"), mpp=0.5, metadata_csv=str(tmp_path / "m.csv"))
     rows = Catalog.load(str(tmp_path / "catalog")).to_arrow().to_pylist()
     found = {Path(row["slide"]).stem: (row["mpp"], row["mpp_from"]) for row in rows}
-    assert found == {"own": (0.25, "metadata"), "odd": (0.5, "--mpp"), "none": (0.5, "--mpp"), "told": (0.25, "table")}
+    assert found == {
+        "own": (0.25, "metadata"),
+        "odd": (0.5, "--slide-mpp"),
+        "none": (0.5, "--slide-mpp"),
+        "told": (0.25, "table"),
+    }

@@ -158,9 +158,9 @@ def test_a_region_bounds_where_points_are_looked_for(annotated: Callable[..., Sa
         ),
         (
             [feature(rectangle(0, 0, 512, 512), "Tumor"), feature(rectangle(512, 0, 1024, 512), "Stroma")],
-            {"mpp": 0.125},
+            {"mpp": 0.1},
             SlideError,
-            r"patient0.svs: has 0.25 µm/px at best, 0.125 is asked for",
+            r"patient0.svs: has 0.25 µm/px at best: for tiles of 0.1 it would be enlarged 2.5 times, over 2;",
         ),
     ],
 )

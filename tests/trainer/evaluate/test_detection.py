@@ -73,7 +73,7 @@ def test_annotated_slides_are_scored_by_the_task_that_is_asked_for(
         for slide in slides
     ]
     uri = table(rows)
-    cut = ("--mpp", "0.5", "--size", "64", "--epochs", "1", "--steps", "10", "--folds", "3", "--k", "3")
+    cut = ("--mpp", "0.5", "--size", "64", "--epochs", "1", "--probe-steps", "10", "--folds", "3", "--k", "3")
     for task, shown in (("knn", "knn"), ("segmentation", "Dice, linear"), ("detection", "F1 within 12 px")):
         assert main(["evaluate", run_folder, uri, "--task", task, *cut]) == 0
         assert shown in capsys.readouterr().out

@@ -301,7 +301,7 @@ def configuration(labelled: Path, model: str) -> dict[str, object]:
 def test_images_get_the_score_that_eva_gives_them(labelled: Path, model: str, tmp_path: Path) -> None:
     if "TILESTREAM_EVA_PYTHON" not in os.environ:
         pytest.skip("TILESTREAM_EVA_PYTHON names no Python that has kaiko-eva 0.4.5")
-    ours = evaluate(model, str(labelled / "tiles.csv"), EvaluateOptions(protocol="eva", steps=STEPS))
+    ours = evaluate(model, str(labelled / "tiles.csv"), EvaluateOptions(protocol="eva", probe_steps=STEPS))
     (tmp_path / "task.yaml").write_text(yaml.safe_dump(configuration(labelled, model), sort_keys=False))
     command = [os.environ["TILESTREAM_EVA_PYTHON"], "-m", "eva", "predict_fit", "--config", "task.yaml"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
@@ -320,7 +320,7 @@ def test_the_command_prints_and_writes_scores_of_runs(
     paths = sorted(coloured.rglob("*.png"))
     rows = [{"path": p, "label": p.parts[-3], "split": "val" if i % 3 else "train"} for i, p in enumerate(paths)]
     out = str(tmp_path / "scores")
-    asked = ["--protocol", "eva", "--resize", "32", "--steps", "100", "--out", out]
+    asked = ["--protocol", "eva", "--resize", "32", "--probe-steps", "100", "--out", out]
     assert main(["evaluate", run_folder, table(rows), *asked]) == 0
     printed = capsys.readouterr()
     assert "± of runs" in printed.out

@@ -11,11 +11,15 @@ import pytest
 import timm
 
 from streaming import open_slide
+from streaming.synthetic.layout import SyntheticSlide
+from streaming.synthetic.svs import write_slide
 from streaming.vision import cv2
+from tests.conftest import write_catalog
 from tests.dicom_files import Kind, write_series
 from tests.qupath import feature, rectangle
 from trainer.cli import main
 from trainer.embed.model import load_model
+from trainer.embed.options import SlideOptions
 from trainer.evaluate.annotations import AnnotatedTiles
 from trainer.evaluate.datasets import Region, Tile
 from trainer.evaluate.features import extract
@@ -49,7 +53,7 @@ def test_a_folder_by_class_and_patient_is_scored_printed_and_written(
     run_folder: str, coloured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "scores"
-    tasks = ("--task", "knn", "linear", "logistic", "quality", "--steps", "200", "--k", "3")
+    tasks = ("--task", "knn", "linear", "logistic", "quality", "--probe-steps", "200", "--k", "3")
     assert main(["evaluate", run_folder, str(coloured), *tasks, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     scores = {(row["task"], row["metric"]): row for row in pq.read_table(out / "scores.parquet").to_pylist()}
@@ -74,7 +78,7 @@ def test_a_leak_that_can_not_be_ruled_out_is_told_loudly(
 
 
 def test_the_function_gives_what_the_command_prints(run_folder: str, coloured: Path) -> None:
-    found = evaluate(run_folder, str(coloured), EvaluateOptions(steps=10))
+    found = evaluate(run_folder, str(coloured), EvaluateOptions(probe_steps=10))
     assert all(isinstance(score, Score) for score in found)
     assert [score.task for score in found][:2] == ["knn", "linear"]
 
@@ -207,7 +211,47 @@ def test_a_slide_without_the_resolution_is_refused(
         for i in range(8)
     ]
     line = refusal(capsys, run_folder, table(rows))
-    assert f"{slides[0]}: has 0.25 µm/px at best, 0.1 is asked for" in line
+    assert f"{slides[0]}: has 0.25 µm/px at best: for tiles of 0.1 it would be enlarged 2.5 times, over 2;" in line
+
+
+@pytest.mark.parametrize("kind", ["regions", "annotations"])
+def test_slides_are_what_a_catalog_says_of_them(
+    capsys: pytest.CaptureFixture[str],
+    run_folder: str,
+    slides: list[Path],
+    table: Table,
+    geojson: Table,
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    bare = [tmp_path / f"bare{i}.svs" for i in range(2)]
+    for i, path in enumerate(bare):
+        write_slide(SyntheticSlide(width=2048, height=1536, patient=i, downsamples=(1, 4), write_mpp=False), path)
+    catalog = write_catalog(tmp_path / "catalog", bare, mpp=0.25)
+    found = list[list[Score]]()
+    # By their names alone, and by the addresses of slides that are the same but for what their metadata tells.
+    for places in (slides[:2], [path.stem for path in bare]):
+        if kind == "regions":
+            of_slide = [
+                {"path": places[i % 2], "x": 90 * i, "y": 64 * i, "mpp": 0.5, "size": 32, "label": "ab"[i // 2 % 2]}
+                for i in range(12)
+            ]
+            rows = [{**row, "patient": i} for i, row in enumerate(of_slide)]
+        else:
+            shapes = [feature(rectangle(x, 0, x + 512, 512), "ab"[x > 0]) for x in (0, 1024)]
+            rows = [{"slide": place, "annotation": geojson(shapes), "patient": i} for i, place in enumerate(places)]
+        slides_in = (catalog,) if places != slides[:2] else ()
+        tiles = AnnotatedTiles(mpp=0.5, size=32)
+        options = EvaluateOptions(tasks=("knn",), k=2, grid=tiles, slides=SlideOptions(slides_in=slides_in))
+        found.append(evaluate(run_folder, table(rows), options))
+    assert found[0] == found[1]
+    named = "path" if kind == "regions" else "slide"
+    told = refusal(capsys, run_folder, table([{**row, named: bare[0]} for row in rows]))
+    assert "give it by --slide-mpp, or name a catalog that has it by --slides-in" in told
+    other = write_catalog(tmp_path / "other", slides[2:])
+    line = refusal(capsys, run_folder, table(rows), "--slides-in", other)
+    assert "bare" in line
+    assert f"not among the 1 slides of --slides-in {other}" in line
 
 
 def test_images_of_several_sizes_want_one(

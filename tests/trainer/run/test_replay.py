@@ -86,7 +86,8 @@ def test_ranks_share_a_step_and_one_s_share_can_be_had_alone(catalog: str, tmp_p
     folder = run / "replay/step-00000003"
     found = [load_file(folder / f"rank-0{rank}.safetensors")["index"].tolist() for rank in range(2)]
     assert found == [[8, 9], [10, 11]]
-    assert main(["replay", str(run), "--step", "3", "--no-losses", "--ranks", "1", "--out", str(tmp_path / "b")]) == 0
+    of_one = ["--step", "3", "--no-losses", "--only-ranks", "1", "--out", str(tmp_path / "b")]
+    assert main(["replay", str(run), *of_one]) == 0
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["rank-01.html", "rank-01.safetensors"]
 
 
@@ -128,7 +129,7 @@ def test_a_run_that_stopped_for_a_nan_names_the_command_which_finds_its_first_st
     [
         (("--step", "0"), "no step 0; its steps are 1 to 7"),
         (("--step", "8"), "no step 8; its steps are 1 to 7"),
-        (("--step", "2", "--ranks", "1"), "no rank 1; its ranks are 0 to 0"),
+        (("--step", "2", "--only-ranks", "1"), "no rank 1; its ranks are 0 to 0"),
         (("--step", "2", "--train.stepps", "1"), "no key 'train.stepps'"),
     ],
 )

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from streaming.catalog.sources import find_slides
+from streaming.catalog.known import known_slides
 from streaming.reading.batch import Batch
 from streaming.synthetic.layout import SyntheticSlide, TissueClass, tissue_classes
 from tests.trainer.publish.test_export import SMALL
@@ -25,8 +25,9 @@ from trainer.embed.feature_files import read_slides
 from trainer.embed.files import SlideEmbeddings, find_embeddings, read_embeddings
 from trainer.embed.job import Job
 from trainer.embed.model import load_model, resolve
-from trainer.embed.options import EmbedOptions
+from trainer.embed.options import EmbedOptions, SlideOptions
 from trainer.embed.stages import EmbedTiles, PlaceTiles, ReadTiles
+from trainer.embed.table_slides import TableSlides
 from trainer.run import checkpoints
 from trainer.run.config import read_config
 from trainer.run.fit import make_module
@@ -88,16 +89,16 @@ QUPATH = {
 def embed_here(run: str, slides: list[Path], out: Path, options: EmbedOptions) -> list[SlideEmbeddings]:
     """The embedding job without Ray: its own stages, one after the other."""
     found = resolve(run)
-    job, infos = Job(found, load_model(found).digest, str(out), options, {}), find_slides(list(map(str, slides)), None)
-    place, read = PlaceTiles(infos, options.tiles, {}), ReadTiles(infos, options.tiles, {})
+    job, known = Job(found, load_model(found).digest, str(out), options, {}), known_slides(list(map(str, slides)))
+    place, read = PlaceTiles(known, options.tiles), ReadTiles(known, options.tiles)
     model = EmbedTiles(found, {}, options.token, options.precision, tokens=options.tokens, gpu=options.gpu)
 
     def pieces(rows: Batch) -> Iterator[Batch]:
         for start in range(0, len(rows["x"]), 64):
             yield model(read({name: column[start : start + 64] for name, column in rows.items()}))
 
-    for number, info in enumerate(infos):
-        job.write(info, pieces(place({"id": np.array([number])})))
+    for number, slide in enumerate(known.slides):
+        job.write(slide.info, pieces(place({"id": np.array([number])})))
     return [read_embeddings(uri) for uri in find_embeddings([str(out)])]
 
 
@@ -141,15 +142,15 @@ def test_embeddings_of_others_are_drawn_where_their_tiles_lie(
             file["coords"].attrs.update({"patch_size": 64, "patch_size_level0": 128})
     command = ["picture", "geojson", str(tmp_path), "--out", str(tmp_path / "out")]
     assert main(command) == 2
-    assert f"as {maker} writes them, which tells no slide's address; name its" in capsys.readouterr().err
+    assert f"as {maker} writes them, which tells no slide's address; name a folder" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    assert main([*command, "--slides", str(slides[0].parent)]) == 0
+    assert main([*command, "--slides-in", str(slides[0].parent)]) == 0
     (written,) = (tmp_path / "out").iterdir()
     assert written.name == f"{slides[0].stem}.geojson"
     rings = [np.array(one["geometry"]["coordinates"][0]) for one in json.loads(written.read_text())["features"]]
     assert [ring.min(axis=0).tolist() for ring in rings] == ours.corners.tolist()
     assert {tuple(np.ptp(ring, axis=0)) for ring in rings} == {(128, 128)}
-    (found,) = read_slides([str(tmp_path)], [str(slides[0])])
+    (found,) = read_slides([str(tmp_path)], TableSlides(SlideOptions(slides_in=(str(slides[0]),))))
     assert (found.about.mpp, found.about.size) == ((0.5, 64) if maker == "TRIDENT" else (0.25, 128))
 
 
@@ -258,7 +259,7 @@ def test_a_class_is_learned_from_labelled_tiles_and_found_on_a_slide(
     lines = [f"{slides[0]},{x},{y},0.5,64,{name}" for (x, y), name in zip(slide.corners[::2], names[::2], strict=True)]
     dataset = tmp_path / "tiles.csv"
     dataset.write_text("\n".join(["path,x,y,mpp,size,label", *lines]) + "\n")
-    (scores,) = class_scores([slide], str(dataset), wanted)
+    (scores,) = class_scores([slide], str(dataset), wanted, TableSlides())
     unseen = np.arange(len(scores)) % 2 == 1
     assert roc_auc_score(np.array(names)[unseen] == wanted, scores[unseen]) > 0.8
 
@@ -271,7 +272,7 @@ def test_what_can_not_be_drawn_is_told_in_one_line(
     for arguments, line in (
         (["tokens", str(tmp_path / "nowhere")], "nowhere"),
         (["heatmap", file], "--dataset LABELLED-TILES --class NAME"),
-        (["neighbours", file, "-k", "10000"], "too few for 10000 neighbours"),
+        (["neighbours", file, "--k", "10000"], "too few for 10000 neighbours"),
         (["map", str(tmp_path / "other.parquet")], "other.parquet"),
     ):
         assert main(["picture", *arguments, "--out", str(tmp_path / "out")]) == 2
