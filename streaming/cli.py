@@ -310,6 +310,8 @@ def run_stream(args: Namespace) -> None:
     if args.dry_run:
         some = _some_batches(args.steps, args.batch)
         _print_mix(plan, [plan.slides_of(index) for index in some], args.batch)
+        for line in plan.mix_lines():
+            out(line)
         if costs := plan.block_costs(np.concatenate(some)[:_SAMPLE]):
             out(f"blocks: {costs.line()}")
         for mpp, slides, cost in plan.without_levels():
@@ -386,7 +388,8 @@ def _pull(stream: TileStream, most_readers: int, args: Namespace) -> None:
     use.print(took_s, Console())
     _print_mix(stream.plan, drawn, args.batch)
     rate = f"{(budget.tiles - args.batch) / took_s:,.0f} tiles/s" if last - first > 1 else "one step"
-    out(f"{budget.tiles:,} tiles of {last - first} steps: {rate} after the first batch at {first_at - started:.1f} s")
+    rate += "; a trainer that takes fewer would not have waited" if last - first > 1 else ""
+    out(f"{budget.tiles:,} tiles of {last - first} steps: {rate}; after the first batch at {first_at - started:.1f} s")
 
 
 def _draw(batches: Sequence[Mapping[str, NDArray[Any]]], args: Namespace) -> None:

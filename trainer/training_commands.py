@@ -54,6 +54,8 @@ def add_train(commands: Any) -> None:
     parser.add_argument("--debug", action="store_true", help="reader and trainer in this one process, for a debugger")
     parser.add_argument("--force", action="store_true", help="go on by another recipe, or after a breakdown")
     parser.add_argument("--dry-run", action="store_true", help="say what would be trained and what it needs, and leave")
+    parser.add_argument("--prices", metavar="YAML", help="of --dry-run: price list; deploy/prices.yaml is an example")
+    parser.add_argument("--schedules", metavar="URI", help="of --dry-run: PNG of the schedules, drawn there")
     parser.add_argument("--fields", action="store_true", help="list all fields of the configuration and leave")
     parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and leave")
     parser.set_defaults(takes_overrides=True)
@@ -73,9 +75,12 @@ def run_train(args: Namespace) -> None:
     from trainer.evaluate.knn_watch import KnnWatch
 
     if args.dry_run:
+        from streaming.operate.prices import read_prices
         from trainer.run.dry_run import describe
 
-        for line in describe(config, KnnWatch):
+        prices = read_prices(args.prices) if args.prices else None
+        lines = describe(config, KnnWatch, prices=prices, schedules=args.schedules, formulae=args.verbose)
+        for line in lines:
             out(line)
         return None
     from trainer.run.train import train
@@ -223,10 +228,12 @@ def add_capacity(commands: Any) -> None:
         run_capacity,
         extra="embed",
     )
-    parser.usage = "tilestream capacity CONFIG --gpus N --tiles-per-second-per-gpu R [--section.key value ...]"
+    options = "[--gpus N] [--tiles-per-second-per-gpu R] [--prices YAML]"
+    parser.usage = f"tilestream capacity CONFIG {options} [--section.key value ...]"
     parser.add_argument("config", metavar="CONFIG", help=f"a YAML file or a preset: {', '.join(presets())}")
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs, one rank each")
-    parser.add_argument("--tiles-per-second-per-gpu", type=float, required=True, metavar="R", help="what one trains on")
+    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs, one rank each (train.ranks)")
+    rate = "what one trains on (an H100's, estimated by the configuration's FLOPs)"
+    parser.add_argument("--tiles-per-second-per-gpu", type=float, metavar="R", help=rate)
     latency = {
         "flag": "--latency-ms",
         "type": _milliseconds,
@@ -260,9 +267,15 @@ def run_capacity(args: Namespace) -> None:
     """Prints what is needed, the first limit, and the bill."""
     from streaming.operate.prices import bill, read_prices
     from trainer.run.config import read_config
+    from trainer.run.pace import GPU_TFLOPS, UTILISATION, tiles_per_second_per_gpu
 
     config = read_config(args.config, args.overrides)
     prices = read_prices(args.prices) if args.prices else None
+    gpus = config.train.most_ranks if args.gpus is None else args.gpus
+    rate, rate_from = args.tiles_per_second_per_gpu, "as given"
+    if rate is None:
+        rate = tiles_per_second_per_gpu(config)
+        rate_from = f"estimated: {UTILISATION:.0%} of the {GPU_TFLOPS:g} TFLOP/s of an H100; give what yours does"
     around = read_options(args, Surroundings)
     if prices:
         node = {"node_cores": prices.reader_node_cores, "node_nbytes_s": prices.reader_node_gbit_s / 8 * 1e9}
@@ -276,15 +289,25 @@ def run_capacity(args: Namespace) -> None:
         tile = costs_on_blocks(tile, size)
     capacity = plan_capacity(
         tile,
-        gpus=args.gpus,
-        tiles_per_second_per_gpu=args.tiles_per_second_per_gpu,
+        gpus=gpus,
+        tiles_per_second_per_gpu=rate,
         micro_batch=config.train.shape.micro,
         around=around,
     )
-    costs = bill(capacity, args.gpus, prices) if prices else []
+    costs = bill(capacity, gpus, prices) if prices else []
+    tiles = config.train.steps * config.train.batch
+    hours = tiles / capacity.tiles_s / 3600
     if args.json:
-        numbers = {**asdict(capacity), "holds": capacity.holds, "costs": [asdict(cost) for cost in costs]}
+        run = {"gpus": gpus, "tiles": tiles, "hours": hours, "cost": hours * costs[-1].an_hour if costs else None}
+        numbers = {**asdict(capacity), "holds": capacity.holds, "costs": [asdict(cost) for cost in costs], "run": run}
         return out(json.dumps(numbers, indent=2))
+    bought = f", {hours * costs[-1].an_hour:,.0f} {prices.currency}" if prices else ""
+    out(f"{'run':<27}{tiles / 1e6:,.1f} million tiles in {hours:,.1f} h{bought}")
+    out(f"{'GPUs':<27}{gpus:,} of {rate:,.1f} tiles/s, {rate_from}")
+    measured = (
+        args.costs or "built in, measured on 2026-11-28 on two cores (benchmarks/RESULTS.md); --costs takes yours"
+    )
+    out(f"{'costs of a tile':<27}{measured}")
     for line in capacity_lines(capacity, around.node_cores):
         out(line)
     if prices:

@@ -146,7 +146,13 @@ class FailureBudget:
 
     def summary(self) -> list[str]:
         """Lines for the end of a run: one for the filter where it turned tiles down, one a failing slide."""
-        lines = [f"{self.filtered:,} tiles turned down by the HSV rule and replaced"] if self.filtered else []
+        looked_at = self.tiles + self.filtered
+        lines = list[str]()
+        if self.filtered:
+            lines.append(
+                f"{self.filtered:,} of {looked_at:,} tiles ({self.filtered / looked_at:.0%}) turned down by the HSV "
+                "rule and replaced; up to a tenth is usual"
+            )
         for slide, count in self.by_slide.most_common(10):
             lines.append(f"{count:,} tiles replaced: {slide}: {self.reasons[slide]}")
         if len(self.by_slide) > 10:

@@ -201,6 +201,20 @@ class TilePlan:
         drawn = self.shares > 0
         return int(drawn.sum()), len(np.unique(self.patients[drawn]))
 
+    def mix_lines(self, most: int = 6) -> list[str]:
+        """What each magnification draws from, and the slides that serve none, in so many lines each at most."""
+        mix = self._chooser.drawn_from()
+        lines = [
+            f"{mpp:g} µm/px: {share:.0%} of the tiles, from {slides:,} slides of {patients:,} patients"
+            for mpp, share, slides, patients in mix
+        ]
+        if len(mix) > most:
+            (least, *_), (greatest, *_), counts = mix[0], mix[-1], [slides for _, _, slides, _ in mix]
+            lines = [f"{least:.4g} to {greatest:.4g} µm/px: each from {min(counts):,} to {max(counts):,} slides"]
+        none = self._chooser.serve_none()
+        lines += [f"serves none: {self._slides[row]}: {reason}" for row, reason in none[:most]]
+        return lines + ([f"serve none: {len(none) - most:,} more slides"] if len(none) > most else [])
+
     @property
     def is_exhaustive(self) -> bool:
         """Whether each of them comes once before any comes again."""

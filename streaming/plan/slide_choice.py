@@ -97,6 +97,7 @@ class SlideChooser:
         is_fine = is_fine_enough(slide_mpp, self.mpp_values[:, None], max_upsampling, mpp_tolerance)
         has_tissue = catalog.column("tissue_total") > 0
         self._serves = self.footprints.fit() & has_tissue & is_fine & self._chosen
+        self._is_fine, self._has_tissue = is_fine.any(axis=0), has_tissue
         self._check_magnifications(size, max_upsampling)
         self._members = members(catalog, strata, np.any(self._serves, axis=0, keepdims=True)[0])
         self._weights = self._members.weights
@@ -224,6 +225,25 @@ class SlideChooser:
             near = np.where(self._serves[choice.mpp_row, near], near, choice.own)
             slide = np.where(attempt < _WINDOW_ATTEMPTS, near, slide)
         return np.where((attempt < _OWN_ATTEMPTS) & (trial < _OWN_TRIES), choice.own, slide)
+
+    def drawn_from(self) -> list[tuple[float, float, int, int]]:
+        """Of each magnification its µm/px, its share of the mix, and how many slides serve it, of how many patients."""
+        shares = np.diff(self._mpp_cumulative, prepend=0.0)
+        return [
+            (mpp, share, int(serve.sum()), len(np.unique(self.patients[serve])))
+            for mpp, share, serve in zip(self.mpp_values.tolist(), shares.tolist(), self._serves, strict=True)
+        ]
+
+    def serve_none(self) -> list[tuple[int, str]]:
+        """The slides of the universe, rows of the catalog, that serve no magnification, each with the reason."""
+        coarse, mpp = ~self._is_fine, self.footprints.slide_mpp
+        found = list[tuple[int, str]]()
+        for row in np.flatnonzero(self._chosen & ~self._serves.any(axis=0)).tolist():
+            if not self._has_tissue[row]:
+                found.append((row, "no tissue"))
+            else:
+                found.append((row, f"too coarse, {mpp[row]:g} µm/px" if coarse[row] else "too small for a tile"))
+        return found
 
     def pixels_read(self) -> NDArray[np.float64]:
         """Level pixels that one of a tile is made of, float64 (magnifications, slides); 0 where none is drawn."""

@@ -52,7 +52,7 @@ def test_the_budget_names_the_slide_that_fails_most() -> None:
     budget.add(batch(64, [("b.svs", "cut off")] * 3 + [("a.svs", "denied")], filtered=1))
     assert (budget.tiles, budget.failed, budget.filtered) == (64, 4, 64)
     assert budget.summary() == [
-        "64 tiles turned down by the HSV rule and replaced",
+        "64 of 128 tiles (50%) turned down by the HSV rule and replaced; up to a tenth is usual",
         "3 tiles replaced: b.svs: cut off",
         "1 tiles replaced: a.svs: denied",
     ]

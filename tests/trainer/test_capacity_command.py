@@ -40,6 +40,18 @@ def test_the_table_names_what_is_needed_and_the_first_limit(capsys: pytest.Captu
     assert printed.splitlines()[-1].startswith("first limit: ")
 
 
+def test_without_a_rate_a_gpus_own_is_estimated_and_its_source_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["capacity", "debug", "--gpus", "2", "--prices", str(PRICES)]) == 0
+    printed = capsys.readouterr().out
+    assert "tiles/s, estimated: 40% of the 989 TFLOP/s of an H100; give what yours does" in printed
+    assert "built in, measured on 2026-11-28" in printed
+    assert main(["capacity", "debug", "--gpus", "2", "--prices", str(PRICES), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    run, (*_, all_costs) = found["run"], found["costs"]
+    assert run["hours"] == pytest.approx(run["tiles"] / found["tiles_s"] / 3600)
+    assert run["cost"] == pytest.approx(run["hours"] * all_costs["an_hour"])
+
+
 def test_slower_storage_and_larger_tiles_take_more_readers(capsys: pytest.CaptureFixture[str]) -> None:
     near = numbers(capsys)
     assert numbers(capsys, "--latency-ms", "300")["readers"] > near["readers"]

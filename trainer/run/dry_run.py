@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from streaming import storage
+from streaming.operate.prices import Prices
 from streaming.plan.footprints import Corners
 from streaming.plan.magnifications import mpp_text
 from trainer.recipe.augment import NUM_GLOBAL
@@ -25,10 +26,11 @@ from trainer.run.data import load_catalog, make_plan
 from trainer.run.execution import TrainConfig
 from trainer.run.fit import check_model, make_module
 from trainer.run.fitted import fitted
+from trainer.run.metrics_log import METRICS
 from trainer.run.validation import held_out_stream
 
-PICTURE = "schedules.png"
 _GIB = 2**30
+_RECENT = 20  # steps whose rate counts
 _SAMPLE = 4096  # tiles of which is told what they cost
 # Micro-batches of a rank that lie in Ray's object store: two prefetched, one being read, one in training.
 _BATCHES_IN_STORE = 4
@@ -145,8 +147,18 @@ def room_of_node(config: Config, size: Size, ranks: int) -> NodeRoom:
     )
 
 
-def describe(config: Config, probe: ProbeKind | None = None) -> Iterator[str]:
-    """Lines that say what a run would do, and that the catalog can give it; draws the schedules to `run.out`.
+def describe(
+    config: Config,
+    probe: ProbeKind | None = None,
+    *,
+    prices: Prices | None = None,
+    schedules: str | None = None,
+    formulae: bool = False,
+) -> Iterator[str]:
+    """A screen of lines that say what a run would do, and that the catalog can give it.
+
+    Nothing is written, but a picture of the schedules where `schedules` says so. formulae tells how the memory is
+    estimated.
 
     Raises:
         ConfigError, ValueError: a model, crops or schedules that make no sense.
@@ -157,9 +169,9 @@ def describe(config: Config, probe: ProbeKind | None = None) -> Iterator[str]:
     check_model(config, resumed=True)
     size, flops = model_size(config), step_flops(config.recipe, config.train.batch)
     train = config.train
-    yield config.to_yaml().rstrip()
-    yield ""
     yield from said
+    crops = f"{config.augment.global_size} and {config.augment.local_size} px"
+    yield f"model         {config.model.backbone}, crops of {crops}"
     yield f"student       {size.backbone:,} parameters in the backbone, {size.heads:,} in the heads; the teacher alike"
     yield f"steps         {train.steps:,} optimiser steps of {train.batch:,} tiles: {_cut(train)}"
     fewer = [config.on(number).train for number in config.possible_ranks[:-1]]
@@ -170,22 +182,47 @@ def describe(config: Config, probe: ProbeKind | None = None) -> Iterator[str]:
         f"student, forward and backward, {flops.student:.3g}, teacher {flops.teacher:.3g}"
     )
     yield f"tiles seen    {train.steps * train.batch:,} of {config.data.tile_size} px"
-    estimate = memory(config, size)
-    for name, (nbytes, formula) in estimate.items():
-        yield f"{name:<21} {nbytes / _GIB:8.2f} GiB a rank = {formula} bytes"
-    device = sum(nbytes for name, (nbytes, _) in estimate.items() if "object store" not in name)
-    yield f"{'on the device':<21} {device / _GIB:8.2f} GiB a rank, an estimate"
+    least, most = config.data.readers
+    yield f"readers       {least} to {most}, of {config.data.reader_cpus:g} CPU each"
+    yield from _memory_lines(memory(config, size), formulae=formulae)
     first, other = (room_of_node(config, size, ranks).memory / _GIB for ranks in (1, 2))
-    yield f"{'on the host':<21} {first:8.2f} GiB the first rank, {other - first:.2f} each other, when a run goes on"
-    picture = storage.join(config.run.out, PICTURE)
-    schedules = Schedules(config.optim, train.steps, train.batch)
-    storage.write_bytes(picture, draw(schedules), config.data.storage_options)
-    yield f"schedules     {picture}"
+    yield f"on the host   {first:.2f} GiB the first rank, {other - first:.2f} each other, when a run goes on"
+    yield from _time_lines(config, prices)
+    if schedules is not None:
+        drawn = draw(Schedules(config.optim, train.steps, train.batch))
+        storage.write_bytes(schedules, drawn, config.data.storage_options)
+        yield f"schedules     {schedules}"
     if config.model.init:
         yield f"model.init    {_init_line(config)}"
     yield from _catalog_lines(config)
     if config.watch.knn_dataset and probe is not None:
         yield f"knn           {probe.check(config):,} tiles of {config.watch.knn_dataset}"
+
+
+def _memory_lines(estimate: dict[str, tuple[float, str]], *, formulae: bool) -> Iterator[str]:
+    on_device = {name: nbytes for name, (nbytes, _) in estimate.items() if "object store" not in name}
+    parts = ", ".join(f"{name} {nbytes / _GIB:.2f}" for name, nbytes in on_device.items())
+    yield f"memory        {sum(on_device.values()) / _GIB:.2f} GiB a rank, an estimate: {parts}"
+    if formulae:
+        for name, (nbytes, formula) in estimate.items():
+            yield f"  {name:<21} {nbytes / _GIB:8.2f} GiB a rank = {formula} bytes"
+
+
+def _time_lines(config: Config, prices: Prices | None) -> Iterator[str]:
+    """How long it takes, and what that costs, at the rate that the run itself had."""
+    train, options = config.train, config.data.storage_options
+    metrics = storage.join(config.run.out, METRICS)
+    if not storage.exists(metrics, options):
+        yield "time          not known before it runs; `tilestream capacity` reckons with a rate"
+        return
+    table = storage.read_table(metrics, options)
+    done, rate = int(table["step"][-1].as_py()), float(np.median(table["tiles_per_s"].to_numpy()[-_RECENT:]))
+    left = max(0, train.steps - done)
+    hours = left * train.batch / rate / 3600
+    line = f"time          {hours:,.1f} h for {left:,} steps more, at the {rate:,.0f} tiles/s of {metrics}"
+    if prices is not None and train.gpu:
+        line += f": {hours * train.most_ranks * prices.gpu_hour:,.0f} {prices.currency} of GPUs"
+    yield line
 
 
 def _cut(train: TrainConfig) -> str:
@@ -216,6 +253,8 @@ def _catalog_lines(config: Config) -> Iterator[str]:
         if costs is not None:
             yield f"{corners:<13} {costs.line()}{taken}"
     yield f"catalog       {data.catalog}: {given}"
+    for line in make_plan(data, config.run.seed, catalog, config.held_out).mix_lines():
+        yield f"              {line}"
     if config.held_out:
         num_slides, num_patients = held_out_stream(config, catalog).plan.drawn_from
         yield f"held out      {num_slides} slides of {num_patients} patients, for the loss on them"

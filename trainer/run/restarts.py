@@ -41,7 +41,7 @@ class Restarts(DefaultFailurePolicy):
     def __init__(
         self, config: FailureConfig, run: str, options: dict[str, Any], tell: Callable[[], Any] = lambda: None
     ) -> None:
-        """tell is called when ranks are to be started again."""
+        """Tell is called when ranks are to be started again."""
         super().__init__(config)
         self._run, self._options, self._tell = run, options, tell
         self._newest = -1

@@ -5,23 +5,31 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from streaming.errors import PlanError
+from streaming.operate.prices import read_prices
+from streaming.synthetic.layout import SyntheticSlide
+from streaming.synthetic.svs import write_slide
+from tests.conftest import write_catalog
 from trainer.cli import main
 from trainer.recipe.schedule import Schedules
 from trainer.run.config import read_config
-from trainer.run.dry_run import PICTURE, describe, draw, memory, model_size
+from trainer.run.dry_run import describe, draw, memory, model_size
 from trainer.run.fit import make_module
 
 
 def test_a_dry_run_of_the_largest_preset_tells_its_size_steps_and_curves(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    options = ["--run.out", str(tmp_path), "--train.ranks", "[16,32]"]
-    assert main(["train", "midnight-12k", "--dry-run", *options]) == 0
+    options = ["--run.out", str(tmp_path / "run"), "--train.ranks", "[16,32]"]
+    assert main(["train", "midnight-12k", "--dry-run", *options, "--schedules", str(tmp_path / "schedules.png")]) == 0
     told = capsys.readouterr().out
+    assert len(told.splitlines()) <= 24, "a screen"
+    assert [path.name for path in tmp_path.iterdir()] == ["schedules.png"], "nothing is written but what was asked for"
     # ViT-g/14 as published, 1,134,771,712 with the 1,536 of timm's missing mask token and positions of 37×37 patches.
     backbone = int(told.split("\nstudent ")[1].split()[0].replace(",", ""))
     assert 1_130_000_000 < backbone < 1_140_000_000
@@ -30,7 +38,7 @@ def test_a_dry_run_of_the_largest_preset_tells_its_size_steps_and_curves(
     assert "384,000,000 of 256 px" in told
     assert "not checked" in told
     assert "vit_giant_patch14_dinov2.lvd142m: its names and shapes fit" in told
-    picture = np.asarray(Image.open(tmp_path / PICTURE).convert("RGB"))
+    picture = np.asarray(Image.open(tmp_path / "schedules.png").convert("RGB"))
     assert picture.std() > 5  # not blank
 
 
@@ -55,8 +63,13 @@ def test_curves_are_drawn_for_one_step_too() -> None:
 def test_a_dry_run_checks_that_the_catalog_has_what_is_asked_for(catalog: str, tmp_path: Path) -> None:
     arguments = ["--data.catalog", catalog, "--run.out", str(tmp_path), "--data.tile_size", "64"]
     lines = list(describe(read_config("debug", [*arguments, "--data.mpp", "{0.5: 1, 1.0: 1}"])))
-    assert lines[-1].endswith("its 3 slides give 64 px tiles at 0.5, 1 µm/px")
-    told = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines[-3:]}
+    at = next(i for i, line in enumerate(lines) if line.startswith("catalog"))
+    assert lines[at].endswith("its 3 slides give 64 px tiles at 0.5, 1 µm/px")
+    assert [line.strip() for line in lines[at + 1 :]] == [
+        "0.5 µm/px: 50% of the tiles, from 3 slides of 3 patients",
+        "1 µm/px: 50% of the tiles, from 3 slides of 3 patients",
+    ]
+    told = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines[at - 2 : at]}
     assert told["anywhere"].endswith("blocks, as is set")
     assert told["blocks"] == "a tile costs 1.00 requests for 1.00 blocks"
     with pytest.raises(PlanError, match="64"):
@@ -65,3 +78,25 @@ def test_a_dry_run_checks_that_the_catalog_has_what_is_asked_for(catalog: str, t
     assert list(describe(read_config("debug", [*arguments, "--data.mpp", "{0.125: 1}"])))
     with pytest.raises(PlanError, match=r"0\.0625"):
         list(describe(read_config("debug", [*arguments, "--data.mpp", "{0.0625: 1}"])))
+
+
+def test_a_dry_run_tells_which_slides_serve_none_and_why(slides: list[Path], tmp_path: Path) -> None:
+    bare = tmp_path / "bare.svs"
+    write_slide(SyntheticSlide(width=2048, height=1536, patient=1, downsamples=(1, 4), write_mpp=False), bare)
+    catalog = write_catalog(tmp_path / "catalog", [slides[0], bare], mpp=8.4)
+    arguments = ["--data.catalog", catalog, "--run.out", str(tmp_path / "run"), "--data.tile_size", "64"]
+    lines = list(describe(read_config("debug", [*arguments, "--data.mpp", "{0.5: 1, 1.0: 3}"])))
+    assert "              0.5 µm/px: 25% of the tiles, from 1 slides of 1 patients" in lines
+    assert f"              serves none: {bare}: too coarse, 8.4 µm/px" in lines
+
+
+def test_a_run_that_has_begun_tells_the_time_that_is_left_and_its_cost(tmp_path: Path) -> None:
+    config = read_config("debug", ["--run.out", str(tmp_path), "--train.steps", "3610", "--train.batch", "100"])
+    assert any(line.startswith("time          not known before it runs") for line in describe(config))
+    pq.write_table(pa.table({"step": [5.0, 10.0], "tiles_per_s": [50.0, 50.0]}), tmp_path / "metrics.parquet")
+    prices = read_prices(str(Path(__file__).parents[3] / "deploy/prices.yaml"))
+    (line,) = (line for line in describe(config, prices=prices) if line.startswith("time"))
+    assert "2.0 h for 3,600 steps more, at the 50 tiles/s" in line
+    on_gpus = replace(config, train=replace(config.train, gpu=True))
+    (line,) = (line for line in describe(on_gpus, prices=prices) if line.startswith("time"))
+    assert line.endswith(": 8 USD of GPUs")
