@@ -66,12 +66,12 @@ class ProgressLine:
         if self._progress is not None:
             self._progress.update(self._task, completed=done, text=text)
         elif time.monotonic() - self._logged_at >= _LOG_EVERY_S:
-            self._log()
+            self._log(self._left())
 
-    def _log(self) -> None:
+    def _log(self, left: str = "") -> None:
         self._logged_at = time.monotonic()
         of_total = f"/{self._total:,}" if self._total is not None else ""
-        parts = (f"{self._what}: {int(self._done):,}{of_total} {self._unit}", self._text, self._left())
+        parts = (f"{self._what}: {int(self._done):,}{of_total} {self._unit}", self._text, left)
         sys.stderr.write("  ".join(part for part in parts if part) + "\n")
         sys.stderr.flush()
 

@@ -86,8 +86,8 @@ def test_in_a_log_progress_is_plain_lines_now_and_then(
             now[0] = float(done)
             line.update(done, f"{done // 10} rejected")
     assert capsys.readouterr().err.splitlines() == [
-        "catalog: 10/2,000 slides  1 rejected",
-        "catalog: 20/2,000 slides  2 rejected",
+        "catalog: 10/2,000 slides  1 rejected  33:10 left",
+        "catalog: 20/2,000 slides  2 rejected  33:00 left",
         "catalog: 25/2,000 slides  2 rejected",
     ]
 

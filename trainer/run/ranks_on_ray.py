@@ -162,10 +162,12 @@ def fit_on_ray(
             passing_on(stop, orders),
         ):
             trainer.fit()
-    except SystemExit as error:  # Ray Train's own handler of Ctrl-C ends so, and says nothing
-        if log.placement.trouble:
+    except (SystemExit, KeyboardInterrupt, Exception) as error:
+        if log.placement.trouble:  # whatever Ray makes of the interrupt
             raise StreamError(log.placement.trouble) from error
-        raise KeyboardInterrupt from error
+        if isinstance(error, SystemExit):  # Ray Train's own handler of Ctrl-C ends so, and says nothing
+            raise KeyboardInterrupt from error
+        raise
     finally:
         with contextlib.suppress(TilestreamError):
             storage.remove(notes, options)
