@@ -8,7 +8,7 @@ import posixpath
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from streaming import storage
@@ -65,7 +65,7 @@ class KnownSlides:
 
     slides: Sequence[KnownSlide]
     catalogs: Sequence[Catalog]
-    options: storage.StorageOptions | None
+    options: storage.StorageOptions | None = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.slides)
