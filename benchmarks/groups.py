@@ -30,6 +30,7 @@ from streaming import cluster
 from streaming.catalog import Catalog
 from streaming.delivery.stream import BatchShape, TileStream
 from streaming.plan import TilePlan
+from streaming.slide import Slide
 
 RANKS, MICRO, SIZE = 8, 8, 32
 GPUS, TILES_S, GROUP, BLOCK = 1000, 40, 8, 64
@@ -52,7 +53,13 @@ class ConstantTile:
 
 
 class ConstantSlide:
-    """A slide that is never read."""
+    """A slide whose tiles are not read."""
+
+    def __init__(self, slide: Slide) -> None:
+        self._slide = slide
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._slide, name)
 
     def begin_tile(self, *_: Any, **__: Any) -> ConstantTile:
         """The same wherever."""
@@ -63,9 +70,9 @@ class ConstantSlide:
 class ConstantCatalog(Catalog):
     """A catalog of such slides."""
 
-    def open_slide(self, *_: Any, **__: Any) -> Any:
-        """Needs no storage."""
-        return ConstantSlide()
+    def open_slide(self, *arguments: Any, **named: Any) -> Any:
+        """As the catalog opens it."""
+        return ConstantSlide(super().open_slide(*arguments, **named))
 
 
 def cpu_s() -> dict[str, dict[int, float]]:
@@ -128,7 +135,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="the rows as JSON at the end")
     args = parser.parse_args()
     print(machine())
-    cluster.connect(16)
+    cluster.connect(8)
     rows = list[dict[str, float]]()
     print(
         f"{'groups':>6} {'blocks/s':>8}  "
