@@ -30,6 +30,8 @@ from streaming import cluster
 from streaming.catalog import Catalog
 from streaming.delivery.stream import BatchShape, TileStream
 from streaming.plan import TilePlan
+from streaming.reading.hsv_rule import HsvRule
+from streaming.reading.reader import ReaderOptions
 from streaming.slide import Slide
 
 RANKS, MICRO, SIZE = 8, 8, 32
@@ -95,6 +97,7 @@ def run(catalog: Catalog, groups: int, blocks: int) -> dict[str, float]:
         catalog,
         TilePlan(catalog, mpp={0.5: 1}, size=SIZE),
         BatchShape(RANKS * MICRO, RANKS),
+        reader=ReaderOptions(hsv_rule=HsvRule(min_share=0)),  # which takes no tile of one colour
         readers=(groups, groups),
         reader_cpus=0.5,
         ranks_per_stream=RANKS // groups,
