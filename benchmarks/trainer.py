@@ -49,21 +49,23 @@ class Inputs:
 
 def our_step(inputs: Inputs, *, one_pass: bool = False) -> Step:
     """Our module; with `one_pass`, crops of both sizes go through its backbone together on a CPU, too."""
-    from trainer.recipe import network
     from trainer.recipe.augment import Crops
+    from trainer.recipe.masks import located
+    from trainer.recipe.stochastic_depth import kept_crops
     from trainer.run.config import read_config
     from trainer.run.fit import make_module
 
     overrides = ["--model.drop_path", str(DROP_PATH), "--train.batch", str(inputs.batch)]
-    module = make_module(read_config("vits14", [*overrides, "--mask.group_size", str(min(inputs.batch, 4))]))
-    if one_pass:
-        network.in_one_pass = lambda _: True
+    overrides += ["--mask.group_size", str(min(inputs.batch, 4))]
+    module = make_module(read_config("vits14", overrides), few_kernels=one_pass)
     crops = Crops(inputs.global_.unflatten(0, (2, -1)), inputs.local.unflatten(0, (NUM_LOCAL, -1)))
-    masks = inputs.masks.unflatten(0, (2, -1))
+    masks, index = located(inputs.masks.unflatten(0, (2, -1))), torch.arange(inputs.batch)
+    branches = module.student.backbone.num_branches
 
     def step() -> Tensor:
         module.zero_grad()
-        return module.loss(crops, masks, TEACHER_TEMP)
+        kept = [kept_crops(index, views, branches, DROP_PATH, 0) for views in (range(2), range(2, 2 + NUM_LOCAL))]
+        return module.loss(crops, masks, TEACHER_TEMP, kept)
 
     return step
 

@@ -137,7 +137,7 @@ def load_backbone(uri: str, options: storage.StorageOptions | None = None) -> tu
     found = checkpoints.find(uri, options)
     config = checkpoints.read_config(found, options)
     state = checkpoints.load(found, options)
-    backbone = build_backbone(config.model, config.augment.global_size, drop_path=0.0)
+    backbone = build_backbone(config.model, config.augment.global_size)
     prefix = "teacher.backbone."
     weights = {key.removeprefix(prefix): w for key, w in state["state_dict"].items() if key.startswith(prefix)}
     if not weights:

@@ -91,13 +91,12 @@ class KnnWatch:
         from trainer.evaluate.scoring import score_tiles
 
         model, teacher = model_of("teacher", self._config.augment, module.teacher.backbone), module.teacher
-        rows, columns = teacher.backbone.patch_grid(*(model.side(side) for side in self._tiles.shape[1:3]))
+        no_patches = torch.zeros(0, dtype=torch.int64, device=module.device)
         parts: list[Tensor] = []
         for at in range(0, len(self._tiles), _BATCH):
             images = model.images(self._tiles[at : at + _BATCH])
-            none = torch.zeros(len(images), rows * columns, dtype=torch.bool, device=images.device)
             # The whole network, heads and all: shards are gathered by its outermost module.
-            (cls,), _, _ = teacher([images], [None], none)
+            (cls,), _, _ = teacher([images], [None], no_patches)
             parts.append(cls.float())
         # Ranks side by side, tile by tile: the order of the samples.
         found = gather(torch.cat(parts)).reshape(-1, len(self._tiles), parts[0].shape[1]).transpose(0, 1)

@@ -97,7 +97,7 @@ def for_tiles(config: Config, trained: Backbone) -> Backbone:
     So a library has nothing to resample, which each does in its own way.
     """
     side, rule = side_px(config.data.tile_size, trained.patch_size), config.model.interpolation
-    backbone = build_backbone(config.model, side, drop_path=0.0)
+    backbone = build_backbone(config.model, side)
     weights = trained.state_dict()
     weights["vit.pos_embed"] = positions_for(trained.vit, backbone.vit.patch_embed.grid_size, rule)
     backbone.load_state_dict(weights)

@@ -1,8 +1,8 @@
-"""Crops and colour on the device, for a whole batch at once, as a pure function of (seed, sample index, view).
+"""Crops and colour for a whole batch at once, as a pure function of (seed, sample index, view).
 
-What is drawn stands here, what is done with it in `image_ops.py`. The order: crop, resize, flips and quarter turn; with
-some probability stain jitter (HED), stain transfer (Reinhard), colour jitter, its four parts in an order that is drawn,
-too; grey; blur; solarise; normalise.
+What is drawn stands here, on the host; what is done with it on the device in `image_ops.py`. The order: crop, resize,
+flips and quarter turn; with some probability stain jitter (HED), stain transfer (Reinhard), colour jitter, its four
+parts in an order that is drawn, too; grey; blur; solarise; normalise.
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ class Parameters(NamedTuple):
     blur: Tensor
     sigma: Tensor
     """standard deviation of the blur in pixels of the crop"""
+    kernel: Tensor
+    """its taps, (V, B, blur_kernel)"""
     solarise: Tensor
     stain: Tensor
     """whether the stains are jittered; where not, the next two change nothing"""
@@ -78,6 +80,13 @@ class Parameters(NamedTuple):
     """mean of L, a, b that the crop gets"""
     lab_std: Tensor
     """standard deviation of L, a, b that the crop gets"""
+
+
+class Draws(NamedTuple):
+    """What is drawn for all crops of a batch."""
+
+    global_: Parameters
+    local: Parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,45 +190,72 @@ class Augmentation:
         if wrong := [f"{name}={value[name]} {rule}" for rule, names in rules.items() for name in names]:
             raise ValueError("Augmentation: " + "; ".join(wrong))
 
-    def multi_crop(self, tiles: Tensor, index: Tensor, seed: int) -> Crops:
+    @property
+    def local_views(self) -> range:
+        """The numbers of the local crops; 0 and 1 are the global ones."""
+        return range(NUM_GLOBAL, NUM_GLOBAL + self.num_local)
+
+    def multi_crop(self, tiles: Tensor, index: Tensor, seed: int, *, few_kernels: bool = False) -> Crops:
         """Crops of each tile, depending on its pixels, its index and the seed alone.
 
-        tiles uint8 (B, S, S, 3) or (B, 3, S, S), index int64 (B,) on the same device.
+        tiles uint8 (B, S, S, 3) or (B, 3, S, S), index int64 (B,). With few_kernels each operation is one on all
+        images, as a GPU wants it; without, one on the chosen images alone, of as many as a CPU's caches hold. Both give
+        the same crops but for rounding.
 
         Raises:
             ValueError: tiles of another shape or type, or another number of indices.
         """
-        images = _channels_last(tiles)
-        if index.shape != tiles.shape[:1]:
-            raise ValueError(f"index {tuple(index.shape)}: one for each of {len(tiles)} tiles is needed")
-        global_, local = range(NUM_GLOBAL), range(NUM_GLOBAL, NUM_GLOBAL + self.num_local)
-        with torch.no_grad(), torch.autocast(tiles.device.type, enabled=False):
-            return Crops(
-                self._crops(images, index, seed, global_, self.global_size, self.global_scale),
-                self._crops(images, index, seed, local, self.local_size, self.local_scale),
-            )
+        draws = self.draws(index.cpu(), seed, tiles.shape[2])
+        on_device = [Parameters(*(one.to(tiles.device) for one in part)) for part in draws]
+        return self.crops(tiles, Draws(*on_device), few_kernels=few_kernels)
 
-    def _crops(
-        self, images: Tensor, index: Tensor, seed: int, views: range, size: int, scale: tuple[float, float]
-    ) -> Tensor:
-        crops = torch.empty(len(views), len(images), 3, size, size, device=images.device)
-        drawn = self.draw(index, seed, views, images.shape[1], scale)
-        taps = _taps(drawn, size, self.longest_px(views, images.shape[1], scale))
-        kernels = image_ops.gaussian_kernels(drawn.sigma, self.blur_kernel)
-        for piece in _pieces(crops, images.shape[1]):
+    def draws(self, index: Tensor, seed: int, tile_px: int) -> Draws:
+        """What is drawn for samples index (B,), on the host, from tiles of tile_px pixels."""
+        return Draws(
+            self.draw(index, seed, range(NUM_GLOBAL), tile_px, self.global_scale),
+            self.draw(index, seed, self.local_views, tile_px, self.local_scale),
+        )
+
+    def crops(self, tiles: Tensor, draws: Draws, *, few_kernels: bool = False) -> Crops:
+        """The crops that were drawn, of tiles on the same device; else as `multi_crop`."""
+        images, (_, num_draws) = _channels_last(tiles), draws.global_.top.shape
+        if num_draws != len(tiles):
+            raise ValueError(f"index ({num_draws},): one for each of {len(tiles)} tiles is needed")
+        tile_px, size = images.shape[1], (self.global_size, self.local_size)
+        longest = (
+            self.longest_px(range(NUM_GLOBAL), tile_px, self.global_scale),
+            self.longest_px(self.local_views, tile_px, self.local_scale),
+        )
+        with torch.no_grad(), torch.autocast(tiles.device.type, enabled=False):
+            parts = zip(draws, size, longest, strict=True)
+            return Crops(*(self._crops(images, *part, few_kernels=few_kernels) for part in parts))
+
+    def _crops(self, images: Tensor, drawn: Parameters, size: int, longest: int, *, few_kernels: bool) -> Tensor:
+        crops = torch.empty(*drawn.top.shape, 3, size, size, device=images.device)
+        taps = _taps(drawn, size, longest)
+        for piece in _pieces(crops, None if few_kernels else images.shape[1]):
             some, own = images[piece[1]].float().div_(255), partial(_flat, piece)
             sample = torch.arange(len(some), device=images.device).repeat(crops[piece].shape[0])
             x = image_ops.resample(some, sample, *(Taps(own(one.position), own(one.weight)) for one in taps))
             # Columns come first: what is not to be turned is turned back.
-            x = image_ops.on_chosen(x.clamp_(0, 1), own(drawn.turns) % 2 == 0, image_ops.transposed)
-            self._normalise(self._coloured(x, drawn, kernels, own), crops[piece])
+            apply = image_ops.on_all if few_kernels else image_ops.on_chosen
+            x = apply(x.clamp_(0, 1), own(drawn.turns) % 2 == 0, image_ops.transposed)
+            self._normalise(self._coloured(x, drawn, own, few_kernels=few_kernels), crops[piece])
         return crops
 
-    def _coloured(self, x: Tensor, drawn: Parameters, kernels: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
+    def _coloured(
+        self,
+        x: Tensor,
+        drawn: Parameters,
+        own: Callable[[Tensor], Tensor],
+        *,
+        few_kernels: bool,
+    ) -> Tensor:
         """Crops (n, 3, size, size) in other colours and blurred, changed in place; `own` picks their parameters."""
+        apply = image_ops.on_all if few_kernels else image_ops.on_chosen
 
         def change(chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
-            return image_ops.on_chosen(x, own(chosen), operation, *map(own, parameters))
+            return apply(x, own(chosen), operation, *map(own, parameters))
 
         if self.hed_prob:
             x = change(drawn.stain, image_ops.jitter_stains, drawn.stain_scale, drawn.stain_shift)
@@ -227,20 +263,23 @@ class Augmentation:
             x = change(drawn.reinhard, image_ops.match_lab, drawn.lab_mean, drawn.lab_std)
         if self.jitter_prob:
             jitter = (drawn.brightness, drawn.contrast, drawn.saturation, drawn.hue)
-            if self.shuffle_jitter:
+            if few_kernels:
+                # Where the colours are not jittered, the parameters change nothing.
+                x = image_ops.jitter_all_colours(x, own(drawn.order), *map(own, jitter))
+            elif self.shuffle_jitter:
                 x = change(drawn.jitter, image_ops.jitter_colours_in_order, drawn.order, *jitter)
             else:
                 x = change(drawn.jitter, image_ops.jitter_colours, *jitter)
         if self.grey_prob:
             x = change(drawn.grey, image_ops.to_grey)
         if any(self.blur_probs):
-            x = change(drawn.blur, image_ops.blur, kernels)
+            x = change(drawn.blur, image_ops.blur, drawn.kernel)
         return change(drawn.solarise, image_ops.solarise) if self.solarise_prob else x
 
     def _normalise(self, x: Tensor, out: Tensor) -> None:
         for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
             # In one pass: with a number, not a tensor, as the factor.
-            lowest = torch.tensor(-mean / std, device=x.device)
+            lowest = image_ops.constant(-mean / std, x.device)
             torch.add(lowest, x.view(out.shape)[:, :, channel], alpha=1 / std, out=out[:, :, channel])
 
     def longest_px(self, views: range, tile_px: int, scale: tuple[float, float]) -> int:
@@ -262,6 +301,7 @@ class Augmentation:
         draws = torch.arange(_NUM_DRAWS, device=index.device)
         numbers = uniform(seed, index[:, None], view[..., None], draws)  # (V, B, draws)
         height, width = self._draw_size(numbers, views, tile_px, scale)
+        sigma = _between(*self.blur_sigma, numbers[..., _SIGMA])
         blur_probs = torch.tensor([self.blur_probs[min(v, NUM_GLOBAL)] for v in views], device=index.device)
         return Parameters(
             top=(numbers[..., _TOP] * (tile_px - height + 1)).long(),
@@ -273,7 +313,8 @@ class Augmentation:
             turns=(4 * numbers[..., _TURN]).long() * self.quarter_turns,
             grey=numbers[..., _GREY] < self.grey_prob,
             blur=numbers[..., _BLUR] < blur_probs[:, None],
-            sigma=_between(*self.blur_sigma, numbers[..., _SIGMA]),
+            sigma=sigma,
+            kernel=image_ops.gaussian_kernels(sigma, self.blur_kernel),
             solarise=(numbers[..., _SOLARISE] < self.solarise_prob) & (view == NUM_GLOBAL - 1),
             **self._draw_jitter(numbers),
             **self._draw_stains(numbers),
@@ -353,16 +394,17 @@ def _channels_last(tiles: Tensor) -> Tensor:
     raise ValueError(f"tiles {tiles.dtype} {tuple(tiles.shape)}: uint8 (B, S, S, 3) or (B, 3, S, S) is needed")
 
 
-def _pieces(crops: Tensor, tile_px: int) -> list[tuple[slice, slice]]:
-    """Views and samples of crops (V, B, …) that are worked on at once.
+def _pieces(crops: Tensor, tile_px: int | None) -> list[tuple[slice, slice]]:
+    """Views and samples of crops (V, B, …) that are worked on at once: all, or of tiles of tile_px what caches hold.
 
-    On a CPU no more than its caches hold of crops whose rows are resampled but not yet their columns.
+    Caches must hold crops whose rows are resampled but not yet their columns.
     """
     num_views, num_samples = crops.shape[:2]
     if not crops.numel():
         return []
-    cached = max(_CACHED // (3 * tile_px * crops.shape[-1]), 1)
-    at_once = cached if crops.device.type == "cpu" else num_views * num_samples
+    if tile_px is None:
+        return [(slice(None), slice(None))]
+    at_once = max(_CACHED // (3 * tile_px * crops.shape[-1]), 1)
     views, samples = min(at_once, num_views), max(at_once // num_views, 1)
     return [
         (slice(view, view + views), slice(sample, sample + samples))
@@ -400,7 +442,14 @@ def _taps(drawn: Parameters, size: int, longest: int) -> tuple[Taps, Taps]:
 
     A half turn is two flips, a quarter turn a flip and a transposition: turning by 1 is mirroring x, then transposing.
     """
-    hflip = drawn.hflip ^ (drawn.turns == 1) ^ (drawn.turns == 2)
-    vflip = drawn.vflip ^ (drawn.turns == 2) ^ (drawn.turns == 3)
-    down = image_ops.resample_taps(drawn.top, drawn.height, vflip, size, longest)
-    return down, image_ops.resample_taps(drawn.left, drawn.width, hflip, size, longest)
+    turned = drawn.turns > 1
+    start, length, flip = (
+        torch.stack(pair)
+        for pair in (
+            (drawn.top, drawn.left),
+            (drawn.height, drawn.width),
+            (drawn.vflip ^ turned, drawn.hflip ^ turned ^ (drawn.turns % 2 == 1)),
+        )
+    )
+    both = image_ops.resample_taps(start, length, flip, size, longest)
+    return Taps(both.position[0], both.weight[0]), Taps(both.position[1], both.weight[1])

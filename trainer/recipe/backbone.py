@@ -1,4 +1,4 @@
-"""timm's vision transformers as DINOv2 uses them: masked tokens, registers, uniform stochastic depth, any crop size.
+"""timm's vision transformers as DINOv2 uses them: masked tokens, registers, stochastic depth, any crop size.
 
 Crops of several sizes go through in one pass: norms, projections and MLP see the tokens of all sizes at once, attention
 runs once per size. Each size alone (timm's own form) gives the same tokens and gradients.
@@ -36,31 +36,34 @@ class Tokens(NamedTuple):
 class CropBlock(vision_transformer.Block):
     """timm's block, with its weights and names, that also takes tokens of several crop sizes at once.
 
-    While training, each residual branch sees a random subset of each size's crops, 1 − `drop` of them, scaled so that
-    the expectation stays: dropped crops cost nothing, zeroing them afterwards would (DINOv2's
-    `drop_add_residual_stochastic_depth`).
+    Told so, each residual branch sees a subset of each size's crops alone, scaled so that the expectation stays:
+    dropped crops cost nothing, zeroing them afterwards would (DINOv2's `drop_add_residual_stochastic_depth`).
     """
 
-    drop: float = 0.0
-
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Maps a list of (B_i, N_i, D) to its like, or one tensor as timm's block does."""
+        """Maps a list of (B_i, N_i, D) to its like, or one tensor as timm's block does.
+
+        With a list may come another of which crops its two branches see, int64 (2, kept_i) for each size.
+        """
         if isinstance(x, Tensor):
             return super().forward(x, *args, **kwargs)
-        x = self._add(cast(list[Tensor], x), self._attend)
-        return self._add(x, lambda flat, _: self.ls2(self.mlp(self.norm2(flat))), is_own=True)
+        attending, mapped = ([part[row] for part in args[0]] if args else None for row in range(2))
+        x = self._add(cast(list[Tensor], x), attending, self._attend)
+        return self._add(x, mapped, lambda flat, _: self.ls2(self.mlp(self.norm2(flat))), is_own=True)
 
+    @staticmethod
     def _add(
-        self, xs: list[Tensor], branch: Callable[[Tensor, list[torch.Size]], Tensor], *, is_own: bool = False
+        xs: list[Tensor],
+        chosen: list[Tensor] | None,
+        branch: Callable[[Tensor, list[torch.Size]], Tensor],
+        *,
+        is_own: bool = False,
     ) -> list[Tensor]:
         """Adds a branch; xs that are this block's own, and needed by nothing but this, are changed where they lie."""
-        drop = self.drop if self.training else 0.0
-        if not drop:
+        if chosen is None:
             added = _split(branch(*_join(xs)), [x.shape for x in xs])
             return [x + a for x, a in zip(xs, added, strict=True)]
-        kept = [max(int(len(x) * (1 - drop)), 1) for x in xs]
-        chosen = [torch.randperm(len(x), device=x.device)[:k] for x, k in zip(xs, kept, strict=True)]
-        parts = [x[c] for x, c in zip(xs, chosen, strict=True)]
+        parts = [x.index_select(0, c) for x, c in zip(xs, chosen, strict=True)]
         added = _split(branch(*_join(parts)), [part.shape for part in parts])
         add = Tensor.index_add_ if is_own else Tensor.index_add
         return [add(x, 0, c, a.to(x.dtype), alpha=len(x) / len(c)) for x, c, a in zip(xs, chosen, added, strict=True)]
@@ -93,33 +96,20 @@ class Backbone(nn.Module):
 
     Args:
         vit: built with `num_classes=0, dynamic_img_size=True`, with a class token; its own drop path stays 0.
-        drop_path: rate of stochastic depth while training, the same in all blocks (DINOv2's `drop_path_uniform`).
         interpolation: how positions are resampled for crops of another size than they are made for: as
             `resample_positions` does, or as timm does, antialiased.
-
-    Raises:
-        ValueError: drop_path out of range.
     """
 
-    def __init__(
-        self, vit: VisionTransformer, drop_path: float = 0.0, interpolation: Interpolation = "reference"
-    ) -> None:
+    def __init__(self, vit: VisionTransformer, interpolation: Interpolation = "reference") -> None:
         super().__init__()
         self.vit = vit
         self._interpolation: Interpolation = interpolation
-        self.set_drop_path(drop_path)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.embed_dim))
 
-    def set_drop_path(self, rate: float) -> None:
-        """Sets the rate of stochastic depth while training.
-
-        Raises:
-            ValueError: it is out of range.
-        """
-        if not 0 <= rate < 1:
-            raise ValueError(f"drop_path={rate} must be in [0, 1)")
-        for block in self.vit.blocks:
-            cast(CropBlock, block).drop = rate
+    @property
+    def num_branches(self) -> int:
+        """Residual branches: two for each block."""
+        return 2 * len(self.vit.blocks)
 
     @property
     def embed_dim(self) -> int:
@@ -159,25 +149,31 @@ class Backbone(nn.Module):
         return self.vit.norm_pre(self.vit.patch_drop(with_positions(self.vit, x, self._interpolation)))
 
     def forward(
-        self, images: Tensor | Sequence[Tensor], mask: Tensor | Sequence[Tensor | None] | None = None
+        self,
+        images: Tensor | Sequence[Tensor],
+        mask: Tensor | Sequence[Tensor | None] | None = None,
+        kept: Sequence[Tensor] = (),
     ) -> Tokens | list[Tokens]:
         """Tokens of images (B, 3, H, W), float and normalised; mask bool (B, N), true where a patch is hidden.
 
         A sequence of images of several sizes, with a sequence of masks or none, goes through in one pass and gives a
-        list of tokens.
+        list of tokens. kept says for each size which crops each branch sees, as `kept_crops` draws them; without it
+        all see all.
 
         Raises:
             ValueError: the patch size does not divide a crop, or a mask has another shape.
         """
         if isinstance(images, Tensor):
             assert mask is None or isinstance(mask, Tensor)
-            return self._several([images], [mask])[0]
-        return self._several(images, [None] * len(images) if mask is None else list(mask))
+            return self._several([images], [mask], kept)[0]
+        return self._several(images, [None] * len(images) if mask is None else list(mask), kept)
 
-    def _several(self, images: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tokens]:
+    def _several(
+        self, images: Sequence[Tensor], masks: Sequence[Tensor | None], kept: Sequence[Tensor]
+    ) -> list[Tokens]:
         xs = [self.embed(image, mask) for image, mask in zip(images, masks, strict=True)]
-        for block in self.vit.blocks:
-            xs = block(xs)
+        for i, block in enumerate(self.vit.blocks):
+            xs = block(xs, [part[2 * i : 2 * i + 2] for part in kept]) if kept else block(xs)
         flat, shapes = _join(xs)
         xs = _split(self.vit.norm(flat), shapes)
         return [Tokens(x[:, 0], x[:, self.vit.num_prefix_tokens :]) for x in xs]
@@ -235,7 +231,6 @@ def create_backbone(
     patch_size: int | None = None,
     num_registers: int | None = None,
     ffn: Ffn | None = None,
-    drop_path: float = 0.0,
     layer_scale: float | None = 1e-5,
     interpolation: Interpolation = "reference",
 ) -> Backbone:
@@ -248,7 +243,6 @@ def create_backbone(
         num_registers: register tokens without position embedding (arXiv 2309.16588); None keeps the model's own.
         ffn: `mlp` with GELU or `swiglu` (DINOv2's, whose hidden width is 8/3 of the tokens', rounded up to a multiple
             of 8); None keeps the model's own.
-        drop_path: rate of stochastic depth; for the student, 0 for the teacher.
         layer_scale: initial scale of each residual branch, None for none (1e-5 in DINOv2).
         interpolation: as `Backbone` takes it.
 
@@ -264,7 +258,7 @@ def create_backbone(
         options |= _ffn_options(ffn, embed_dim)
     vit = cast(VisionTransformer, timm.create_model(name, **options, block_fn=CropBlock))
     _init_swiglu(vit)
-    backbone = Backbone(vit, drop_path, interpolation)
+    backbone = Backbone(vit, interpolation)
     backbone.patch_grid(img_size, img_size)
     return backbone
 

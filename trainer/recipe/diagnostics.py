@@ -29,10 +29,10 @@ def prototype_use(probabilities: Tensor) -> dict[str, Tensor]:
     mean row's entropy over K, 1 when all are used alike.
     """
     num_prototypes = probabilities.shape[1]
-    used = probabilities.argmax(dim=1).unique().numel()
+    used = probabilities.new_zeros(num_prototypes).index_fill(0, probabilities.argmax(dim=1), 1).sum()
     perplexity = torch.special.entr(probabilities.float().mean(dim=0)).sum().exp()
     return {
-        "prototypes_used": probabilities.new_tensor(used / num_prototypes),
+        "prototypes_used": used / num_prototypes,
         "prototype_perplexity": perplexity / num_prototypes,
     }
 

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainer.recipe.augment import NUM_GLOBAL
 from trainer.recipe.module import DinoModule
 from trainer.recipe.recipe import Recipe
+from trainer.recipe.stochastic_depth import kept_crops
 
 
 class StepFlops(NamedTuple):
@@ -43,11 +44,13 @@ def step_flops(recipe: Recipe, batch: int) -> StepFlops:
     num_patches = module.patch_grid[0] * module.patch_grid[1]
     of_group = torch.tensor(recipe.mask.tokens_per_crop(num_patches))
     hidden = of_group.repeat(-(-NUM_GLOBAL * batch // len(of_group)))[: NUM_GLOBAL * batch]
-    # On the host: how many tokens are hidden must be known.
-    chosen = torch.arange(num_patches) < hidden[:, None]
-    masks = [chosen.to("meta"), None][: len(images)]
+    chosen = torch.arange(int(hidden.sum()), device="meta")
+    masks = [torch.zeros(NUM_GLOBAL * batch, num_patches, dtype=torch.bool, device="meta"), None][: len(images)]
+    index, views = torch.arange(batch), [range(NUM_GLOBAL), augment.local_views][: len(images)]
+    rate, branches = recipe.model.drop_path, module.student.backbone.num_branches
+    kept = [kept_crops(index, views_, branches, rate, 0).to("meta") for views_ in views] if rate else []
     with FlopCounterMode(display=False) as student:
-        cls, logits, patches = module.student(images, masks, chosen)
+        cls, logits, patches = module.student(images, masks, chosen, kept)
         torch.stack([part.sum() for part in (*cls, *logits, patches)]).sum().backward()
     with FlopCounterMode(display=False) as teacher, torch.no_grad():
         module.teacher(images[:1], [None], chosen)

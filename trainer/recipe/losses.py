@@ -130,7 +130,7 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     # The first scales of the rows take the shift back: without, a finite number of iterations would end elsewhere.
     highest = logits.amax(dim=1)
     kernel = logits.sub(highest[:, None]).div_(temperature).exp_()
-    of_all = highest.max() if len(highest) else logits.new_tensor(-torch.inf)
+    of_all = highest.max() if len(highest) else logits.new_full((), -torch.inf)
     # Only the scales of rows and columns are iterated: the matrix is read twice a turn and written once at the end.
     rows = ((highest - _over_ranks(of_all, dist.ReduceOp.MAX)) / temperature).exp_()
     columns = logits.new_ones(logits.shape[1])
@@ -158,7 +158,7 @@ def moved_centre(centre: Tensor, logits: Tensor, momentum: float) -> Tensor:
     Without any row the centre stays. The reference's iBOT variant takes the mean over prototypes instead of tokens,
     which leaves no centre at all; this one is right for both.
     """
-    total = _over_ranks(torch.cat([logits.float().sum(dim=0), logits.new_tensor([len(logits)], dtype=torch.float32)]))
+    total = _over_ranks(torch.cat([logits.float().sum(dim=0), centre.new_full((1,), len(logits))]))
     mean = total[:-1] / total[-1].clamp(min=1)
     return torch.where(total[-1] > 0, torch.lerp(mean, centre, momentum), centre)
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trainer.recipe.counter_random import random_bits, uniform
+from trainer.recipe.losses import mask_weights
 
 NUM_VIEWS = 2
 _ORDER, _RATIO, _TOP_UP, _BLOCKS = 1000, 2000, 1 << 16, 1 << 20  # first draw of each purpose
@@ -77,6 +79,22 @@ class Masking:
         if not self.draw_ratios or not self.num_masked:
             return 0
         return int((self.ratio[1] - self.ratio[0]) * num_patches / self.num_masked / 2)
+
+
+class Masks(NamedTuple):
+    """Masks of the two global crops of B samples, and where they hide something."""
+
+    hidden: Tensor
+    """bool (2, B, N), view first, true where a patch is hidden from the student"""
+    position: Tensor
+    """int64 (M,): the hidden patches among the 2·B·N, ascending"""
+    weight: Tensor
+    """float32 (M,): of each hidden patch in the loss, as `mask_weights` has it"""
+
+
+def located(hidden: Tensor) -> Masks:
+    """Masks bool (2, B, N) with their positions; on the host, for a GPU would have to be waited for."""
+    return Masks(hidden, hidden.flatten().nonzero().flatten(), mask_weights(hidden.flatten(0, 1)))
 
 
 def block_masks(index: Tensor, patch_grid: tuple[int, int], masking: Masking, seed: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,16 +15,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from trainer.recipe import diagnostics, losses
 from trainer.recipe.augment import Crops
-from trainer.recipe.counter_random import random_bits
+from trainer.recipe.masks import Masks
 from trainer.recipe.network import Network, build_backbone
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.schedule import Schedules, parameter_groups, set_group_values
+from trainer.recipe.step_input import StepInput
 
 Prepare = Callable[[Network, DeviceMesh | None], None]
 """Makes a network ready for its ranks, to be sharded over a mesh if there is one."""
-
-# No crop has this number, so its random numbers are nobody else's.
-_GENERATOR_VIEW = 1 << 20
 
 
 class DinoModule(pl.LightningModule):
@@ -39,6 +37,8 @@ class DinoModule(pl.LightningModule):
         steps: optimiser steps of the whole run, over which its schedules go.
         batch: tiles of an optimiser step, over all ranks and accumulation rounds.
         log_every: steps between two for which the metrics are to be complete.
+        few_kernels: whether a step is of few large kernels, as a GPU wants it: crops of all sizes go through the
+            backbone together, colours are changed for all images at once. Only rounding depends on it.
         prepare: makes student and teacher ready for their ranks, once.
 
     Raises:
@@ -53,18 +53,19 @@ class DinoModule(pl.LightningModule):
         steps: int,
         batch: int,
         log_every: int = 1,
+        few_kernels: bool = False,
         prepare: Prepare | None = None,
     ) -> None:
         super().__init__()
         self.recipe, self._seed = recipe, seed
         self._steps, self._log_every, self._prepare = steps, log_every, prepare
+        self._few_kernels = few_kernels
         augment, model = recipe.augment, recipe.model
         torch.manual_seed(seed)
-        backbone = build_backbone(model, augment.global_size, drop_path=model.drop_path)
+        backbone = build_backbone(model, augment.global_size)
         self.student = Network(backbone, model, recipe.loss.patch)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.teacher.predictor = None
-        self.teacher.backbone.set_drop_path(0.0)
         self.patch_grid = self.student.backbone.patch_grid(augment.global_size, augment.global_size)
         self.student.backbone.patch_grid(augment.local_size, augment.local_size)
         if recipe.loss.centring == "centring":
@@ -73,19 +74,21 @@ class DinoModule(pl.LightningModule):
         self.schedules = Schedules(recipe.optim, steps, batch)
         self.step_metrics: dict[str, Tensor | float] = {}
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The loss of one micro-batch: `tile` uint8 (B, S, S, 3), `index` int64 (B,)."""
-        seed, values = self._seed, self.schedules.at(self.global_step)
-        # Stochastic depth draws from torch's generator: seeded by the tiles, it draws the same in a resumed run.
-        torch.manual_seed(int(random_bits(seed, batch["index"][:1], _GENERATOR_VIEW, 0)))
-        return self.loss(*self._seen(batch), values.teacher_temp)
+    def step_input(self, batch: Mapping[str, Tensor]) -> StepInput:
+        """What a step needs of a micro-batch on the host: `tile` uint8 (B, S, S, 3), `index` int64 (B,)."""
+        branches = self.student.backbone.num_branches
+        return self.recipe.step_input(batch["tile"], batch["index"], self.patch_grid, branches, self._seed)
 
-    def _seen(self, batch: dict[str, Any]) -> tuple[Crops, Tensor]:
-        """Crops of a micro-batch, and masks bool (2, B, N) of the global ones."""
-        return self.recipe.views(batch["tile"], batch["index"], self.patch_grid, self._seed)
+    def training_step(self, batch: StepInput, batch_idx: int) -> Tensor:
+        """The loss of one micro-batch on the module's device; nothing is drawn, sent or asked for on the way."""
+        temperature = self.schedules.at(self.global_step).teacher_temp
+        return self.loss(self._crops(batch), batch.masks, temperature, batch.kept)
+
+    def _crops(self, batch: StepInput) -> Crops:
+        return self.recipe.augment.crops(batch.tile, batch.draws, few_kernels=self._few_kernels)
 
     @torch.no_grad()
-    def validation_terms(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def validation_terms(self, batch: StepInput) -> dict[str, Tensor]:
         """The loss of such a micro-batch and its terms, without stochastic depth; nothing is changed by it.
 
         Targets are as sharp as those of the step that was trained last.
@@ -93,7 +96,7 @@ class DinoModule(pl.LightningModule):
         temperature = self.schedules.at(max(self.global_step - 1, 0)).teacher_temp
         was_training = self.training
         self.eval()
-        crops, masks = self._seen(batch)
+        crops, masks = self._crops(batch), batch.masks
         _, class_targets, patch_targets = self._targets(crops.global_, masks, temperature)
         terms = self._terms(crops, masks, class_targets, patch_targets)
         self.train(was_training)
@@ -108,10 +111,13 @@ class DinoModule(pl.LightningModule):
             loss = loss + config.regulariser_weight * terms[config.regulariser]
         return loss
 
-    def loss(self, crops: Crops, masks: Tensor, teacher_temp: float) -> Tensor:
-        """The loss of one micro-batch of crops; masks bool (2, B, N) of the global ones. Terms go to `step_metrics`."""
+    def loss(self, crops: Crops, masks: Masks, teacher_temp: float, kept: Sequence[Tensor] = ()) -> Tensor:
+        """The loss of one micro-batch of crops, with masks of the global ones. Its terms go to `step_metrics`.
+
+        kept: which crops of each size the student's residual branches see; empty: all.
+        """
         teacher_cls, class_targets, patch_targets = self._targets(crops.global_, masks, teacher_temp)
-        terms = self._terms(crops, masks, class_targets, patch_targets)
+        terms = self._terms(crops, masks, class_targets, patch_targets, kept)
         loss = self._weighted(terms)
         self.step_metrics |= {name: term.detach() for name, term in {"loss": loss, **terms}.items()}
         if self.is_logged(self.global_step + 1):
@@ -119,23 +125,32 @@ class DinoModule(pl.LightningModule):
         return loss
 
     @torch.no_grad()
-    def _targets(self, crops: Tensor, masks: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _targets(self, crops: Tensor, masks: Masks, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """Of the global crops (2, B, 3, H, W): the teacher's class tokens, and its targets for class and masked tokens.
 
         They are (2·B, D), (2·B, K) and (masked patches, K), with regression (masked patches, D), view first.
         """
-        (cls,), (class_logits,), patches = self.teacher([crops.flatten(0, 1)], [None], masks.flatten(0, 1))
+        (cls,), (class_logits,), patches = self.teacher([crops.flatten(0, 1)], [None], masks.position)
         class_targets = self._target("class_centre", class_logits, temperature)
         if self.recipe.loss.patch == "regression":
             return cls, class_targets, losses.regression_targets(patches)
         return cls, class_targets, self._target("patch_centre", patches, temperature)
 
-    def _terms(self, crops: Crops, masks: Tensor, class_targets: Tensor, patch_targets: Tensor) -> dict[str, Tensor]:
+    def _terms(
+        self,
+        crops: Crops,
+        masks: Masks,
+        class_targets: Tensor,
+        patch_targets: Tensor,
+        kept: Sequence[Tensor] = (),
+    ) -> dict[str, Tensor]:
         """The terms of the student's loss by name, without their weights."""
-        config, flat_masks = self.recipe.loss, masks.flatten(0, 1)
-        num_views, size = masks.shape[:2]
+        config, hidden = self.recipe.loss, masks.hidden.flatten(0, 1)
+        num_views, size = masks.hidden.shape[:2]
         images = [crops.global_.flatten(0, 1), crops.local.flatten(0, 1)][: 2 if len(crops.local) else 1]
-        cls, class_logits, patches = self.student(images, [flat_masks, None][: len(images)], flat_masks)
+        cls, class_logits, patches = self.student(
+            images, [hidden, None][: len(images)], masks.position, kept, in_one_pass=self._few_kernels
+        )
         global_logits, local_logits = (
             logits.unflatten(0, (-1, size)) for logits in (class_logits[0], class_logits[-1])
         )
@@ -145,7 +160,7 @@ class DinoModule(pl.LightningModule):
             class_targets.unflatten(0, (num_views, size)),
             config.student_temp,
         )
-        weights, num_crops = losses.mask_weights(flat_masks), num_views * size
+        weights, num_crops = masks.weight, num_views * size
         if config.patch == "regression":
             patch = losses.regression_loss(patches, patch_targets, weights, num_crops)
         else:

@@ -32,7 +32,7 @@ class ModelConfig:
     """how positions are resampled for crops of another size than the global ones, and for tiles that are embedded:
     reference: as DINOv2 (without registers not antialiased); timm: antialiased"""
     drop_path: float = 0.1
-    """stochastic depth of the student"""
+    """stochastic depth of the student: share of the crops that a branch does not see, the same in all blocks"""
     num_prototypes: int = 65536
     """width of the heads' output"""
     head_hidden: int = 2048
@@ -53,11 +53,13 @@ class ModelConfig:
     layout; a name of timm's hub such as vit_small_patch14_dinov2.lvd142m; none: random"""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path={self.drop_path} must be in [0, 1)")
         if not self.separate_heads and (self.ibot_prototypes or self.ibot_bottleneck):
             raise ValueError("ibot_prototypes and ibot_bottleneck are of iBOT's own head; set separate_heads true")
 
 
-def build_backbone(config: ModelConfig, crop_px: int, *, drop_path: float) -> Backbone:
+def build_backbone(config: ModelConfig, crop_px: int) -> Backbone:
     """The backbone of a configuration, its position embedding made for crops of that size."""
     return create_backbone(
         config.backbone,
@@ -65,7 +67,6 @@ def build_backbone(config: ModelConfig, crop_px: int, *, drop_path: float) -> Ba
         patch_size=config.patch_size,
         num_registers=config.num_registers,
         ffn=config.ffn,
-        drop_path=drop_path,
         layer_scale=config.layer_scale,
         interpolation=config.interpolation,
     )
@@ -97,19 +98,31 @@ class Network(nn.Module):
             )
 
     def forward(
-        self, images: Sequence[Tensor], masks: Sequence[Tensor | None], chosen: Tensor
+        self,
+        images: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+        chosen: Tensor,
+        kept: Sequence[Tensor] = (),
+        *,
+        in_one_pass: bool = False,
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Crops of several sizes: class tokens and their logits by size, and logits of patch tokens.
 
-        images and masks as the backbone takes them; chosen bool (B, N) says which patches of the first size have
-        logits. A shared head sees all of these tokens at once. With regression there are no logits of patches, but
-        what is foretold of them; without a predictor, which the teacher has not, their tokens.
+        images, masks and kept as the backbone takes them; chosen int64 (M,) numbers the patches of the first size that
+        have logits, crop after crop. A shared head sees all of these tokens at once. With regression there are no
+        logits of patches, but what is foretold of them; without a predictor, which the teacher has not, their tokens.
+
+        in_one_pass says whether crops of all sizes go through the backbone together. That halves the kernels to start.
+        A CPU starts none, and its allocator reuses the memory of smaller tensors only: there, one size after the other
+        took 0.88 of the time and 0.94 of the memory (`tilestream bench trainer`).
         """
-        if in_one_pass(images[0].device):
-            tokens = self.backbone(images, masks)
+        if in_one_pass:
+            tokens = self.backbone(images, masks, kept)
         else:
-            tokens = [self.backbone(image, mask) for image, mask in zip(images, masks, strict=True)]
-        cls, patches = [one.cls for one in tokens], tokens[0].patches[chosen]
+            of_size = [[part] for part in kept] or [[]] * len(images)
+            sizes = zip(images, masks, of_size, strict=True)
+            tokens = [self.backbone(image, mask, branches) for image, mask, branches in sizes]
+        cls, patches = [one.cls for one in tokens], tokens[0].patches.flatten(0, 1).index_select(0, chosen)
         if self._regresses:
             foretold = patches if self.predictor is None else self.predictor(patches)
             return cls, self._logits(self.dino_head, cls), foretold
@@ -121,12 +134,3 @@ class Network(nn.Module):
     @staticmethod
     def _logits(head: nn.Module, tokens: list[Tensor]) -> list[Tensor]:
         return list(head(torch.cat(tokens)).split([len(part) for part in tokens]))
-
-
-def in_one_pass(device: torch.device) -> bool:
-    """Whether crops of all sizes go through the backbone together.
-
-    That halves the kernels to start. A CPU starts none, and its allocator reuses the memory of smaller tensors only:
-    there, one size after the other took 0.88 of the time and 0.94 of the memory (`tilestream bench trainer`).
-    """
-    return device.type != "cpu"

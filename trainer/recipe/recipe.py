@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from trainer.recipe.augment import Augmentation, Crops
+from trainer.recipe.augment import NUM_GLOBAL, Augmentation, Crops
 from trainer.recipe.losses import LossConfig
-from trainer.recipe.masks import Masking, block_masks
+from trainer.recipe.masks import Masking, block_masks, located
 from trainer.recipe.network import ModelConfig
 from trainer.recipe.schedule import OptimConfig
+from trainer.recipe.step_input import StepInput
+from trainer.recipe.stochastic_depth import kept_crops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,23 @@ class Recipe:
 
         index int64 (B,); patch_grid: rows and columns of patches of a global crop.
         """
-        # The masks on the host: the number of their rounds depends on the data, which a GPU would have to wait for.
         masks = block_masks(index.cpu(), patch_grid, self.mask, seed).to(index.device)
         return self.augment.multi_crop(tiles, index, seed), masks
+
+    def step_input(
+        self, tiles: Tensor, index: Tensor, patch_grid: tuple[int, int], num_branches: int, seed: int
+    ) -> StepInput:
+        """What a step sees of tiles and indices on the host, with all that is drawn for it; `views` says the shapes.
+
+        num_branches: the residual branches of the backbone.
+        """
+        augment, rate = self.augment, self.model.drop_path
+        sizes = [range(NUM_GLOBAL), augment.local_views][: 2 if augment.num_local else 1]
+        return StepInput(
+            tiles,
+            index,
+            # On the host: how many rounds these take, and which patches they hide, a GPU would have to be asked.
+            located(block_masks(index, patch_grid, self.mask, seed)),
+            augment.draws(index, seed, tiles.shape[2]),
+            tuple(kept_crops(index, views, num_branches, rate, seed) for views in sizes) if rate else (),
+        )

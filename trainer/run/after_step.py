@@ -17,6 +17,7 @@ from streaming.delivery.exported_metrics import export_step
 from streaming.delivery.stream import check_step
 from streaming.errors import TrainingError
 from trainer.recipe.module import DinoModule
+from trainer.recipe.step_input import StepInput
 from trainer.run import checkpoints
 from trainer.run.agreement import Agreement, Wishes, limit_waits, longest_wait_s
 from trainer.run.background_checkpoints import FolderCheckpointIO
@@ -89,7 +90,7 @@ class AfterStep(Callback):
             self._validation = Validation(self._config, trainer.global_rank)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: StepInput, batch_idx: int
     ) -> None:
         """Looks whether the micro-batch ended a step.
 
@@ -98,7 +99,7 @@ class AfterStep(Callback):
             StorageError: the last checkpoint could not be written.
         """
         assert isinstance(pl_module, DinoModule)
-        self._index.append(batch["index"])
+        self._index.append(batch.sample_index)
         train, step = self._config.train, trainer.global_step
         if len(self._index) < train.accumulate:
             return
@@ -131,8 +132,11 @@ class AfterStep(Callback):
         )
 
     def _note_finite(self, pl_module: DinoModule) -> None:
-        """Remembers on the device whether all was finite since the last look: looking would wait for the device."""
-        values = [torch.as_tensor(value, device=pl_module.device) for value in pl_module.step_metrics.values()]
+        """Remembers on the device whether all was finite since the last look: looking would wait for the device.
+
+        What is a number on the host, by the schedules, is finite.
+        """
+        values = [value for value in pl_module.step_metrics.values() if isinstance(value, torch.Tensor)]
         now = torch.stack([value.float() for value in values]).isfinite().all()
         self._finite = now if self._finite is None else self._finite & now
 

@@ -49,6 +49,9 @@ class TrainConfig:
     """rounds of gradient accumulation within a step"""
     gpu: bool = field(default=False, metadata=FREE)
     """whether each rank takes a GPU"""
+    few_kernels: bool | None = field(default=None, metadata=FREE)
+    """whether a step is of few large operations and is fed by a thread, as a GPU wants it, or of many that fit a CPU's
+    caches; only rounding depends on it; none: by the device"""
     rank_cpus: float = field(default=1.0, metadata=FREE)
     """CPU slots of a rank"""
     rank_resources: dict[str, float] = field(default_factory=dict, metadata=FREE)

@@ -25,8 +25,10 @@ from trainer.run.stop_signals import Signals
 from trainer.run.strategy import OneDevice, Replicas, Shards, autocast_precision, prepare
 
 
-def make_module(config: Config, *, resumed: bool = False) -> DinoModule:
+def make_module(config: Config, *, resumed: bool = False, few_kernels: bool = False) -> DinoModule:
     """What a run trains, with the weights that it starts from unless those of a checkpoint of its own will follow.
+
+    It is made on the host; few_kernels is its form, as `DinoModule` takes it.
 
     Raises:
         ValueError: a model, crops or schedules that make no sense.
@@ -40,6 +42,7 @@ def make_module(config: Config, *, resumed: bool = False) -> DinoModule:
         steps=train.steps,
         batch=train.batch,
         log_every=train.log_every,
+        few_kernels=few_kernels,
         prepare=partial(prepare, train),
     )
     if config.model.init and not resumed:
@@ -63,6 +66,11 @@ def check_model(config: Config, *, resumed: bool = False) -> None:
             make_module(config, resumed=resumed)
     except ValueError as error:
         raise ConfigError(" ".join(str(error).split())) from error
+
+
+def wants_few_kernels(train: TrainConfig, device: torch.device) -> bool:
+    """Whether steps are of few large operations: as is set, else on whatever is no CPU."""
+    return device.type != "cpu" if train.few_kernels is None else train.few_kernels
 
 
 def own_device(train: TrainConfig) -> torch.device:
@@ -116,8 +124,10 @@ def fit(
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    module = make_module(config, resumed=resume is not None)
-    feed = DeviceFeed(batches, strategy.root_device)
+    device = strategy.root_device
+    few_kernels = wants_few_kernels(train, device)
+    module = make_module(config, resumed=resume is not None, few_kernels=few_kernels)
+    feed = DeviceFeed(batches, module.step_input, device, batches.note_wait, beside=few_kernels)
     try:
         trainer.fit(module, train_dataloaders=feed, ckpt_path=resume, weights_only=True)
     finally:

@@ -102,7 +102,7 @@ def micro_batches(replay: Replay, catalog: Catalog, rank: int) -> Iterator[Micro
     # Where the run made them: a GPU rounds otherwise.
     device = torch.device("cuda" if config.train.gpu and torch.cuda.is_available() else "cpu")
     with torch.device("meta"):
-        patch_grid = build_backbone(config.model, side, drop_path=0.0).patch_grid(side, side)
+        patch_grid = build_backbone(config.model, side).patch_grid(side, side)
     for batch in stream.local_batches(replay.step - 1, replay.step, rank):
         index = batch["index"]
         crops, masks = config.recipe.views(batch["tile"].to(device), index.to(device), patch_grid, config.run.seed)

@@ -1,8 +1,7 @@
-"""A rank's micro-batches on their way from the stream to the step, each timed, counted and checked."""
+"""A rank's micro-batches on their way from the stream to the step, each counted and checked, and the waits for them."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from trainer.run.config import Config
 
 
 class StepBatches:
-    """A rank's micro-batches, timed, counted and checked against the step they belong to."""
+    """A rank's micro-batches, counted and checked against the step they belong to."""
 
     def __init__(
         self,
@@ -29,6 +28,12 @@ class StepBatches:
         self._source, self.start, self._config, self._failed = source, start, config, failed
         self.budget = FailureBudget(config.data.max_failed_share)
         self.waited_s = 0.0
+        """Seconds that steps have waited for batches."""
+
+    def note_wait(self, seconds: float) -> None:
+        """Takes what a step has waited for its batch."""
+        self.waited_s += seconds
+        export_wait(seconds)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         """Batches of `tile` and `index`.
@@ -36,21 +41,12 @@ class StepBatches:
         Raises:
             StreamError: the stream gives other indices than the step's, or too many tiles failed.
         """
-        shape, rounds = self._config.train.shape, 0
-        batches = iter(self._source)
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            waited = time.perf_counter() - asked
-            self.waited_s += waited
-            if batch is None:
-                return
-            export_wait(waited)
+        shape = self._config.train.shape
+        for rounds, batch in enumerate(self._source):
             if self._failed and (failures := failures_of(batch)):
                 self._failed(failures)
             self.budget.add(batch)
             step = self.start + rounds // shape.accumulate
-            rounds += 1
             low, high = int(batch["index"].min()), int(batch["index"].max())
             if len(batch["index"]) != shape.micro or low < step * shape.batch or high >= (step + 1) * shape.batch:
                 raise StreamError(

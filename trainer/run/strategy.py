@@ -6,7 +6,7 @@ ranks or another strategy, and that a checkpoint can be written while the next s
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -116,7 +116,7 @@ def prepare(train: TrainConfig, network: Network, mesh: DeviceMesh | None) -> No
         shard = partial(fully_shard, mesh=mesh, mp_policy=_mixed_precision(train), reshard_after_forward=True)
     for block in network.backbone.vit.blocks:
         if train.activation_checkpointing:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = _recomputed(block.forward)
         if train.compile:
             block.compile()
         if shard is not None:
@@ -126,6 +126,19 @@ def prepare(train: TrainConfig, network: Network, mesh: DeviceMesh | None) -> No
             if head is not None:
                 shard(head)
         shard(network)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its activations computed anew in the backward pass.
+
+    A function of Python's, not a `partial`: torch.compile looks into no other, and would compile nothing. Blocks draw
+    nothing, so that there is no state of random numbers to keep.
+    """
+
+    def recomputed(*args: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
+
+    return recomputed
 
 
 def _mixed_precision(train: TrainConfig) -> MixedPrecisionPolicy:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from streaming.catalog import Catalog
 from streaming.delivery.stream import TileStream
@@ -62,7 +63,9 @@ class Validation:
         `gather` gives all ranks' tensors in a new first dimension.
         """
         found = [
-            module.validation_terms({name: part.to(module.device) for name, part in batch.items()})
+            module.validation_terms(
+                tree_map_only(Tensor, lambda part: part.to(module.device), module.step_input(batch))
+            )
             for batch in self.batches
         ]
         mean = torch.stack([torch.stack([value.float() for value in terms.values()]) for terms in found]).mean(dim=0)

@@ -169,7 +169,7 @@ def _span(values: NDArray[np.float64]) -> str:
 
 def _crops(config: Config, tiles: Pixels, index: NDArray[np.int64]) -> str:
     augment, side = config.augment, config.augment.global_size
-    patch_grid = build_backbone(config.model, side, drop_path=0.0).patch_grid(side, side)
+    patch_grid = build_backbone(config.model, side).patch_grid(side, side)
     crops, masks = config.recipe.views(torch.from_numpy(tiles), torch.from_numpy(index), patch_grid, config.run.seed)
     figures: list[str] = []
     for i in range(len(tiles)):

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from trainer.recipe.backbone import Backbone, Tokens, create_backbone
+from trainer.recipe.network import ModelConfig
+from trainer.recipe.stochastic_depth import kept_crops
 
 NAME = "vit_tiny_patch16_224"
 
@@ -20,9 +22,8 @@ def whole(num_registers: int | None, layer_scale: float) -> Backbone:
     return model.eval()
 
 
-def backbone(num_registers: int | None = None, drop_path: float = 0.0, layer_scale: float = 1.0) -> Backbone:
-    model = copy.deepcopy(whole(num_registers, layer_scale))
-    return Backbone(model.vit, drop_path).eval() if drop_path else model
+def backbone(num_registers: int | None = None, layer_scale: float = 1.0) -> Backbone:
+    return copy.deepcopy(whole(num_registers, layer_scale))
 
 
 def images(num: int = 2, height: int = 64, width: int = 64) -> Tensor:
@@ -116,11 +117,8 @@ def test_keys_are_timms_after_stripping_vit() -> None:
     assert stripped == {key: value.shape for key, value in timms.items()}
 
 
-def test_stochastic_depth_acts_in_training_only_and_keeps_the_expectation() -> None:
-    model, plain = backbone(drop_path=0.5), backbone()
-    plain.load_state_dict(model.state_dict())
-    torch.testing.assert_close(model(images()), plain(images()))
-    model.train()
+def test_stochastic_depth_leaves_out_what_it_is_told_to_and_keeps_the_expectation() -> None:
+    model = backbone()
     block, x = model.vit.blocks[0], torch.randn(8, 17, 192)
     model.vit.blocks = torch.nn.Sequential(block)
     with torch.no_grad():
@@ -129,19 +127,26 @@ def test_stochastic_depth_acts_in_training_only_and_keeps_the_expectation() -> N
         block.mlp.fc2.bias.zero_()
         model.vit.norm = torch.nn.Identity()
         model.embed = lambda images, mask=None: x  # type: ignore[method-assign]
-        added = model(images()).cls - x[:, 0]
-    kept = added.abs().amax(dim=1) > 0
-    assert kept.sum() == 4
-    torch.testing.assert_close(added[kept], 2 * residual[kept][:, 0], rtol=1e-4, atol=1e-5)
+        kept = torch.tensor([[0, 2, 3, 7], [1, 4, 5, 6]])
+        added = model(images(8), kept=[kept]).cls - x[:, 0]
+    seen = added.abs().amax(dim=1) > 0
+    assert seen.nonzero().flatten().tolist() == [0, 2, 3, 7]
+    torch.testing.assert_close(added[seen], 2 * residual[seen][:, 0], rtol=1e-4, atol=1e-5)
 
 
-def test_stochastic_depth_has_the_same_rate_in_all_blocks() -> None:
-    model = backbone(drop_path=0.5).train()
-    seen: list[int] = []
+def test_each_block_takes_its_own_two_branches() -> None:
+    model = backbone()
+    seen: list[Tensor] = []
     for block in model.vit.blocks:
-        block.mlp.register_forward_hook(lambda module, args, output: seen.append(len(output)))  # type: ignore[union-attr]
-    model(images(8))
-    assert seen == [4 * 17, 4 * 17]
+        for norm in (block.norm1, block.norm2):
+            norm.register_forward_hook(lambda module, args, output: seen.append(args[0].detach()))  # type: ignore[union-attr]
+    kept = torch.tensor([[0], [1], [2], [3]])
+    model(images(4), kept=[kept])
+    first = model.embed(images(4))
+    assert [len(one) for one in seen] == [17] * 4
+    torch.testing.assert_close(seen[0], first[0])
+    torch.testing.assert_close(seen[1], first[1])
+    assert not torch.allclose(seen[0], seen[1])
 
 
 def gradients(model: Backbone, tokens: list[Tokens]) -> dict[str, Tensor]:
@@ -152,18 +157,17 @@ def gradients(model: Backbone, tokens: list[Tokens]) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize(("num_registers", "drop_path"), [(None, 0.0), (4, 0.5)])
+@pytest.mark.parametrize(("num_registers", "drop_path"), [(None, 0.0), (4, 0.5), (None, 0.5)])
 def test_one_pass_over_two_crop_sizes_gives_the_tokens_and_gradients_of_two_passes(
-    num_registers: int | None, drop_path: float, monkeypatch: pytest.MonkeyPatch
+    num_registers: int | None, drop_path: float
 ) -> None:
-    model = backbone(num_registers, drop_path).train()
-    # The two ways ask for their random subsets in another order; with these both take the first half.
-    monkeypatch.setattr(torch, "randperm", lambda num, device: torch.arange(num, device=device))
+    model = backbone(num_registers).train()
+    kept = [kept_crops(torch.arange(num), range(1), model.num_branches, drop_path, 0) for num in (4, 6)]
     large, small = images(4), images(6, 32, 32)
     mask = torch.rand(4, 16, generator=torch.Generator().manual_seed(0)) < 0.4
-    one_pass = model([large, small], [mask, None])
+    one_pass = model([large, small], [mask, None], kept)
     found = gradients(model, one_pass)
-    two_passes = [model(large, mask), model(small)]
+    two_passes = [model(large, mask, kept[:1]), model(small, kept=kept[1:])]
     expected = gradients(model, two_passes)
     torch.testing.assert_close(one_pass, two_passes)
     assert found.keys() == expected.keys() == dict(model.named_parameters()).keys()
@@ -229,4 +233,4 @@ def test_another_family_is_refused(name: str) -> None:
 
 def test_drop_path_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match=r"drop_path=1\.0"):
-        backbone(drop_path=1.0)
+        ModelConfig(drop_path=1.0)

@@ -95,12 +95,12 @@ def test_separate_heads_have_bottlenecks_and_prototypes_of_their_own() -> None:
     assert network.dino_head.last_layer.weight.shape == (20, 6)
     assert network.ibot_head is not None
     assert network.ibot_head.last_layer.weight.shape == (12, 4)
-    images, chosen = torch.randn(2, 3, 32, 32), torch.tensor([[True, False, False, True], [False] * 4])
+    images, chosen = torch.randn(2, 3, 32, 32), torch.tensor([0, 3, 5])
     cls, (logits,), patch_logits = network([images], [None], chosen)
     tokens = backbone(images)
     torch.testing.assert_close(cls[0], tokens.cls)
     torch.testing.assert_close(logits, network.dino_head(tokens.cls))
-    torch.testing.assert_close(patch_logits, network.ibot_head(tokens.patches[chosen]))
+    torch.testing.assert_close(patch_logits, network.ibot_head(tokens.patches.flatten(0, 1)[chosen]))
 
 
 def test_a_shared_head_takes_no_sizes_for_another_one() -> None:

@@ -50,11 +50,14 @@ def test_each_crop_is_resampled_from_its_own_image_with_its_own_taps() -> None:
         torch.testing.assert_close(crop.mT, batch[b, :, s : s + 8, s : s + 8], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("apply", [image_ops.on_chosen, image_ops.on_all])
 @pytest.mark.parametrize("chosen", [[True, False, True], [False] * 3, [True] * 3])
-def test_an_operation_touches_the_chosen_images_only_each_with_its_own_parameter(chosen: list[bool]) -> None:
+def test_an_operation_touches_the_chosen_images_only_each_with_its_own_parameter(
+    chosen: list[bool], apply: Callable[..., Tensor]
+) -> None:
     batch, factors = images(3), [0.5, 0.6, 0.7]
     expected = [tv.adjust_brightness(x, f) if c else x for x, f, c in zip(batch.clone(), factors, chosen, strict=True)]
-    found = image_ops.on_chosen(batch, torch.tensor(chosen), image_ops.adjust_brightness, torch.tensor(factors))
+    found = apply(batch, torch.tensor(chosen), image_ops.adjust_brightness, torch.tensor(factors))
     torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-6)
 
 

@@ -35,6 +35,7 @@ TINY = [
 Run = tuple[str, tuple[str, ...]]
 DDP, FSDP, RANKS = ("--train.strategy", "ddp"), ("--train.strategy", "fsdp"), ("--train.ranks", "2")
 TWO, FOUR = ("--train.steps", "2"), ("--train.steps", "4")
+FEW = ("--train.few_kernels", "true")  # as a GPU has it
 # Schedules end with the run, so all runs that are compared plan four steps; those that stop at two are told to.
 RUNS: list[Run] = [
     ("ddp", (*RANKS, *DDP)),
@@ -44,6 +45,8 @@ RUNS: list[Run] = [
     ("fsdp_checkpointing", (*RANKS, *FSDP, "--train.activation_checkpointing", "true")),
     ("fsdp_bf16", (*RANKS, *FSDP, "--train.precision", "bf16-mixed")),
     ("ddp_bf16", (*RANKS, *DDP, "--train.precision", "bf16-mixed")),
+    ("ddp_few_kernels", (*RANKS, *DDP, *FEW)),
+    ("fsdp_few_kernels", (*RANKS, *FSDP, *FEW)),
     ("one_then_fsdp", (*RANKS, *FSDP)),
     ("one_then_ddp", (*RANKS, *DDP)),
 ]
@@ -122,9 +125,13 @@ LOOSE = 2e-4
 
 
 @pytest.mark.parametrize(
-    "name", ["ddp", "fsdp", "fsdp_checkpointing", "one_then_fsdp", "one_then_ddp", "fsdp_then_one"]
+    "name",
+    [
+        *("ddp", "fsdp", "ddp_few_kernels", "fsdp_few_kernels", "fsdp_checkpointing"),
+        *("one_then_fsdp", "one_then_ddp", "fsdp_then_one"),
+    ],
 )
-def test_ranks_shards_and_changes_of_both_train_as_one_rank_does(trained: Path, name: str) -> None:
+def test_ranks_shards_forms_and_changes_of_them_train_as_one_rank_does(trained: Path, name: str) -> None:
     assert_close(trained, "one", name, LOOSE)
 
 

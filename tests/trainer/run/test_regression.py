@@ -8,7 +8,8 @@ import torch
 from streaming.catalog import Catalog
 from streaming.errors import CheckpointError
 from tests.trainer.run.test_resume import logged, tiny
-from trainer.recipe.losses import mask_weights, regression_loss
+from trainer.recipe.losses import regression_loss
+from trainer.recipe.masks import located
 from trainer.recipe.module import DinoModule
 from trainer.run import checkpoints
 from trainer.run.config import Config
@@ -39,12 +40,11 @@ def errors(config: Config, module: DinoModule) -> tuple[float, float]:
     stream = config.stream(Catalog.load(config.data.catalog or ""))
     batch = next(stream.local_batches(70, 71))
     crops, masks = config.recipe.views(batch["tile"], batch["index"], module.patch_grid, config.run.seed)
-    flat, images = masks.flatten(0, 1), crops.global_.flatten(0, 1)
-    _, _, targets = module._targets(crops.global_, masks, 0.04)
-    _, _, predicted = module.student([images], [flat], flat)
-    weights = mask_weights(flat)
+    where, flat, images = located(masks), masks.flatten(0, 1), crops.global_.flatten(0, 1)
+    _, _, targets = module._targets(crops.global_, where, 0.04)
+    _, _, predicted = module.student([images], [flat], where.position)
     constant = targets.median(dim=0).values.expand_as(targets)
-    found = [regression_loss(one, targets, weights, len(flat)).item() for one in (predicted, constant)]
+    found = [regression_loss(one, targets, where.weight, len(flat)).item() for one in (predicted, constant)]
     return found[0], found[1]
 
 

@@ -60,14 +60,16 @@ def logged(out: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("few_kernels", ["false", "true"])
 def test_twenty_steps_equal_ten_a_kill_and_ten_more_bit_for_bit(
-    catalog: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    few_kernels: str, catalog: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    arguments = ["train", "debug", "--debug", *TINY, "--data.catalog", catalog, "--run.out", str(killed)]
+    form = ("--train.few_kernels", few_kernels, "--model.drop_path", "0.4")
+    arguments = ["train", "debug", "--debug", *TINY, *form, "--data.catalog", catalog, "--run.out", str(killed)]
     running = subprocess.Popen([*TILESTREAM, *arguments], stderr=subprocess.DEVNULL)
     try:
-        train(tiny(catalog, whole), debug=True)
+        train(tiny(catalog, whole, *form), debug=True)
         wait_for(lambda: checkpoints.steps_of(str(killed)), running)
     finally:
         running.kill()  # SIGKILL
@@ -77,7 +79,7 @@ def test_twenty_steps_equal_ten_a_kill_and_ten_more_bit_for_bit(
     note = Path(checkpoints.checkpoint_uri(str(killed), 10), checkpoints.META)
     note.write_text(note.read_text().replace('"opencv": "', '"opencv": "1.'))
     assert "pixels may differ" not in capsys.readouterr().err
-    assert train(tiny(catalog, killed), debug=True).start == 10
+    assert train(tiny(catalog, killed, *form), debug=True).start == 10
     (told,) = (line for line in capsys.readouterr().err.splitlines() if "pixels may differ" in line)
     assert "step-00000010 was trained with opencv 1." in told
     one, two = (checkpoints.load(checkpoints.checkpoint_uri(str(out), 20)) for out in (whole, killed))
@@ -135,9 +137,12 @@ def test_checkpoints_come_by_minutes_too(catalog: str, tmp_path: Path) -> None:
     assert checkpoints.steps_of(str(tmp_path / "run")) == [1, 2, 3]
 
 
-def test_a_run_goes_on_before_a_damaged_checkpoint_and_writes_it_anew(catalog: str, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    config = tiny(catalog, out, "--train.steps", "4", "--train.checkpoint_every", "2")
+@pytest.mark.parametrize("few_kernels", ["false", "true"])
+def test_a_run_goes_on_before_a_damaged_checkpoint_and_writes_it_anew(
+    few_kernels: str, catalog: str, tmp_path: Path
+) -> None:
+    out, short = tmp_path / "run", ("--train.steps", "4", "--train.checkpoint_every", "2")
+    config = tiny(catalog, out, *short, "--train.few_kernels", few_kernels)
     train(config, debug=True)
     undisturbed = checkpoints.load(checkpoints.checkpoint_uri(str(out), 4))
     with Path(checkpoints.checkpoint_uri(str(out), 4), checkpoints.STATE).open("r+b") as state:
