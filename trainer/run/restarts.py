@@ -87,10 +87,14 @@ class ElasticRanks(ElasticScalingPolicy):
         self._possible, self._orders = possible, orders
         self._looked_at = float("-inf")
         self._in_vain, self._until = 0, float("-inf")
+        self._counted_on, self._in_vain_on = frozenset[str](), frozenset[str]()
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         room = super()._count_possible_workers(reserved_resources)
-        if room >= self._in_vain > 0 and time.monotonic() < self._until:
+        self._counted_on = frozenset(reserved_resources)
+        # On the same nodes: one that was just lost is counted once more, and another one may join.
+        same = self._counted_on == self._in_vain_on and time.monotonic() < self._until
+        if same and room >= self._in_vain:
             room = max(self._in_vain - 1, self._possible[0])
         return max((number for number in self._possible if number <= room), default=0)
 
@@ -126,6 +130,7 @@ class ElasticRanks(ElasticScalingPolicy):
         if type(previous_state) is not type(current_state) and isinstance(current_state, ReschedulingState):
             error = getattr(current_state.training_failed_error, "controller_failure", None)
             if isinstance(error, WorkerGroupStartupTimeoutError):
+                self._in_vain_on = self._counted_on
                 self._in_vain, self._until = error.num_workers, time.monotonic() + _IN_VAIN_S
 
 

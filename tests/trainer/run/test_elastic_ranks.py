@@ -87,6 +87,7 @@ def test_ranks_that_found_no_room_where_it_was_counted_are_tried_as_fewer(monkey
         fail(found[-1])
         found.append(policy._count_possible_workers(nodes))
     assert found == [8, 4, 2, 2]
+    assert policy._count_possible_workers({"a": {"accelerator": 4}, "b": {"accelerator": 4}}) == 8, "a node has joined"
     now = time.monotonic()
     monkeypatch.setattr("trainer.run.restarts.time", SimpleNamespace(monotonic=lambda: now + 3600))
     assert policy._count_possible_workers(nodes) == 8, "others may hold it no longer"
