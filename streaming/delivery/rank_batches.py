@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import ray
 from ray.actor import ActorHandle
@@ -211,9 +211,9 @@ class _Watchdog:
                 "object_store_memory, or a larger disk by object_spilling_directory"
             ) from error
         except RayError as error:
-            why = None
+            why: str | None = None
             with contextlib.suppress(RayError):
-                why = ray.get(self._chain.stalled.remote(), timeout=_ANSWER_S)
+                why = cast(Any, ray.get(self._chain.stalled.remote(), timeout=_ANSWER_S))
             if why is None:
                 raise
             raise StreamError(why) from error

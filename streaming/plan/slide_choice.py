@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,9 +98,10 @@ class SlideChooser:
         is_fine = is_fine_enough(slide_mpp, self.mpp_values[:, None], max_upsampling, mpp_tolerance)
         has_tissue = catalog.column("tissue_total") > 0
         self._serves = self.footprints.fit() & has_tissue & is_fine & self._chosen
-        self._is_fine, self._has_tissue = is_fine.any(axis=0), has_tissue
+        self._is_fine: NDArray[np.bool_] = cast(Any, is_fine.any(axis=0))
+        self._has_tissue = has_tissue
         self._check_magnifications(size, max_upsampling)
-        self._members = members(catalog, strata, np.any(self._serves, axis=0, keepdims=True)[0])
+        self._members = members(catalog, strata, cast(Any, self._serves.any(axis=0)))
         self._weights = self._members.weights
         self._pool_slides(catalog, strata)
         if universe.draws_tiles:

@@ -70,9 +70,9 @@ class Restarts(DefaultFailurePolicy):
         return max(steps_of(self._run, self._options), default=0)
 
 
-def put_in(queue: ActorHandle[Any], item: ray.ObjectRef[Any]) -> None:
+def put_in(queue: Any, item: ray.ObjectRef[Any]) -> None:
     """Puts something in a queue's actor without waiting for it."""
-    cast(Any, queue).put_nowait.remote(item)
+    queue.put_nowait.remote(item)
 
 
 class ElasticRanks(ElasticScalingPolicy):
