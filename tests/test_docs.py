@@ -54,7 +54,7 @@ def test_what_a_page_says_of_commands_options_fields_files_and_links_is_so(page:
         ("```sh\ntilestream stream catalog --step 0:2\n```", "--step"),
         ("```sh\ntilestream train debug --train.stepps 2\n```", "'train.stepps'; the nearest is 'train.steps'"),
         ("```sh\ntilestream train midnight\n```", "neither a file nor a preset"),
-        ("```sh\ntilestream capacity vits14 --gpus 64\n```", "--tiles-per-second-per-gpu"),
+        ("```sh\ntilestream capacity vits14 --gpu 64\n```", "--gpu"),
         ("```sh\ntilestream catlog slides \\\n    --out x\n```", "catlog"),
         ("```sh\ntilestream bench raeder\n```", "raeder"),
         ("```sh\ntilestream bench reader --minutes 3\n```", "--minutes"),

@@ -72,11 +72,12 @@ class Staging:
             try:
                 _download_all(entry, info, files, options, count)
             except BaseException as error:
+                is_removed = not entry.exists()
                 cache.dropped(key)
                 cause = error if isinstance(error, OSError) else error.__cause__
                 if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
                     raise StorageError(cache.disk_full(info.uri, info.size)) from error
-                if isinstance(cause, FileNotFoundError) and not entry.exists():
+                if isinstance(cause, FileNotFoundError) and is_removed:
                     raise FileNotFoundError(f"{entry}: was removed while a copy came") from error
                 if isinstance(error, OSError):  # of the folder itself
                     raise NodeError(f"{entry}: can't be written ({error.strerror}); {REMEDY}") from error

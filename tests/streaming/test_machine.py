@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 
 from streaming import cluster, machine
 from streaming.errors import ConfigError, NodeError
@@ -148,6 +149,7 @@ def test_an_address_at_which_no_ray_answers_is_told_in_one_line(
 ) -> None:
     monkeypatch.setattr(cluster, "_ANSWERS_S", 0.1)
     monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # another test may have a Ray
     with pytest.raises(ConfigError, match=rf"^RAY_ADDRESS={address}: .*{told}"):
         cluster.connect(1)
 
@@ -155,6 +157,7 @@ def test_an_address_at_which_no_ray_answers_is_told_in_one_line(
 def test_another_program_at_a_ray_s_address_is_told(monkeypatch: pytest.MonkeyPatch, listening: list[bytes]) -> None:
     monkeypatch.setattr(cluster, "_ANSWERS_S", 0.5)
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{listening[1].decode()}")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     for answer in (b"HTTP/1.1 400 Bad Request\r\n\r\n", b""):
         listening[0] = answer
         with pytest.raises(ConfigError, match=r"no Ray answers there \(another program does\)"):

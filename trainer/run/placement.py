@@ -44,14 +44,14 @@ def watched(placement: Placement, train: TrainConfig, stall_s: float | None) -> 
                 continue
             is_over = stall_s is not None and now - waiting_since > stall_s
             if is_over or now - told_at >= _EVERY_S:
-                why = lacking(ray.nodes(), train) or "others hold what the ranks need; wait, or add nodes"
+                why = lacking(ray.nodes(), train) or "their processes are starting, or others hold what they need"
                 if is_over:
                     placement.trouble = f"the ranks found no nodes within data.stall_s, {stall_s:g} s: {why}"
                     # Ray Train takes SIGINT to end the run.
                     _thread.interrupt_main()
                     return
                 told_at = now
-                sys.stderr.write(f"train: waiting for nodes for {now - waiting_since:.0f} s: {why}\n")
+                sys.stderr.write(f"train: waiting for the ranks for {now - waiting_since:.0f} s: {why}\n")
 
     watching = threading.Thread(target=watch, daemon=True, name="placement")
     watching.start()

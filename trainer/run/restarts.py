@@ -22,7 +22,7 @@ from ray.train.v2._internal.execution.failure_handling.default import DefaultFai
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from streaming.errors import TilestreamError, root_cause
+from streaming.errors import NodeError, TilestreamError, root_cause
 
 # How often the controller looks whether there is room for more ranks.
 _LOOK_EVERY_S = 5.0
@@ -31,7 +31,7 @@ _IN_VAIN_S = 600.0
 _ANSWER_S = 30.0
 
 
-class MoreRanks(TilestreamError):
+class MoreRanks(NodeError):
     """All ranks have saved and left, to be started again as more: no failure, and not counted as one."""
 
 

@@ -105,7 +105,7 @@ def short_path() -> Iterator[str]:
         yield folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_of_a_machine_share_a_ray_that_ends_with_the_last_one_however_it_ends(short_path: str) -> None:
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_ports(1)[0]), "TMPDIR": short_path}

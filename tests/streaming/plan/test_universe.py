@@ -306,7 +306,11 @@ def plan_has_own(seed: int) -> bool:
 def test_a_dry_run_tells_of_a_universe_without_reading(capsys: pytest.CaptureFixture[str]) -> None:
     mix = ("--size", "64", "--mpp", "0.25,0.5", "--cohorts", "own=1,tcga=3", "--batch", "24", "--steps", "0:40")
     assert not main(["stream", CATALOG.uri, *mix, "--dry-run", "--tiles-per-slide", "10", "--no-replacement"])
-    universe, mixed = capsys.readouterr().out.splitlines()
+    universe, mixed, *of_mpp = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in of_mpp] == [
+        "0.25 µm/px: 50% of the tiles",
+        "0.5 µm/px: 50% of the tiles",
+    ]
     assert universe == "universe: 240 tiles, an epoch is 10.0 steps"
     assert "a batch of 24 tiles mixes" in mixed
     assert main(["stream", CATALOG.uri, *mix, "--dry-run", "--no-replacement"]) == 2

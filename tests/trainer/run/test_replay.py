@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from streaming.errors import TrainingError
 from streaming.slide import open_slide
 from tests.trainer.run.test_resume import logged, tiny
 from trainer.cli import main
+from trainer.recipe.masks import Masks
 from trainer.recipe.module import DinoModule
 from trainer.run.config import Config
 from trainer.run.replay import find_replay, train_again
@@ -51,9 +53,9 @@ def test_the_command_writes_what_a_step_saw_and_its_losses_beside_the_logged_one
     seen: list[tuple[torch.Tensor, ...]] = []
     loss = DinoModule.loss
 
-    def noting(self: DinoModule, crops: tuple[torch.Tensor, ...], masks: torch.Tensor, temperature: float) -> object:
-        seen.append((*crops, masks))
-        return loss(self, crops, masks, temperature)  # pyright: ignore[reportArgumentType]
+    def noting(self: DinoModule, crops: tuple[torch.Tensor, ...], masks: Masks, *rest: Any) -> object:
+        seen.append((*crops, masks.hidden))
+        return loss(self, crops, masks, *rest)  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setattr(DinoModule, "loss", noting)
     run = tmp_path / "run"
