@@ -19,7 +19,6 @@ from typing import Any, cast
 
 import ray
 from ray._private import ray_constants
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.services import canonicalize_bootstrap_address
 from ray.data import DataContext
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -64,9 +63,6 @@ def connect(num_cpus: int, *, verbose: bool = False, ignore_sigterm: bool = Fals
     if where := address():
         check_address(where)
         with _one_line(f"RAY_ADDRESS={where}", _IN_A_CLUSTER):
-            # As Ray does by itself where it finds the address by itself; that of a variable it takes for another's,
-            # whose token must be asked for by RAY_AUTH_MODE.
-            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
             ray.init(logging_level=level, log_to_driver=verbose)
     else:
         folder = machine.short_temporary_folder()

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 import ray
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
 from streaming import cluster
 from streaming.errors import NodeError
@@ -48,6 +49,9 @@ def join(num_cpus: int) -> None:
         fcntl.lockf(members, fcntl.LOCK_SH)  # where a keeper is just ending, when it has
         _held.append(members)
         os.environ["RAY_ADDRESS"] = _kept(folder) or _started(folder, num_cpus)
+        # The keeper's Ray asks for its token, as one that is started here does by itself; one that is joined by a
+        # variable is taken for another's, which may want none.
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         cluster.connect(num_cpus)
 
 
