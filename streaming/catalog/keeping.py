@@ -121,16 +121,10 @@ def write_beside(
     def lost(error: StorageError) -> None:
         sys.stderr.write(f"catalog: {error}: what earlier runs noted there is lost\n")
 
+    def was_not_seen(uri: str) -> bool:
+        return uri not in seen and folder_of(uri) not in seen
+
     bad = pa.Table.from_pylist([asdict(entry) for entry in rejected], schema=schema.REJECTED_SCHEMA)
     passed = pa.table({"file": list(skipped), "reason": list(skipped.values())}, schema=schema.SKIPPED_SCHEMA)
     for name, now, key in ((schema.REJECTED, bad, "slide"), (schema.SKIPPED, passed, "file")):
-
-        def merged(before: pa.Table | None, now: pa.Table = now, key: str = key) -> pa.Table:
-            if before is not None:
-                found = cast("list[str]", before[key].to_pylist())
-                known = {*cast("list[str]", now[key].to_pylist())}
-                keep = [uri not in known and uri not in seen and folder_of(uri) not in seen for uri in found]
-                now = pa.concat_tables([before.filter(pa.array(keep, pa.bool_())), now])
-            return now.sort_by(key)
-
-        storage.update_table(storage.join(out, name), merged, options, lost)
+        storage.update_rows(storage.join(out, name), now, key, was_not_seen, options, lost)

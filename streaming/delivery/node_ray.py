@@ -23,6 +23,7 @@ from ray._private.authentication.authentication_token_setup import maybe_enable_
 
 from streaming import cluster
 from streaming.errors import NodeError
+from streaming.storage.private_folder import make_private
 
 _MEMBERS, _ADDRESS, _LOG = "members", "address", "log"
 # Ray gives itself half a minute to start, which is too short on a busy machine.
@@ -65,9 +66,7 @@ def _meeting_place(environment: Mapping[str, str]) -> Path | None:
     if not port or environment.get("LOCAL_WORLD_SIZE") == "1":
         return None
     mine = Path(tempfile.gettempdir()) / f"tilestream-ray-{os.getuid()}"
-    mine.mkdir(mode=0o700, exist_ok=True)
-    if mine.stat().st_uid != os.getuid():
-        raise NodeError(f"{mine} belongs to another user; remove it, or set TMPDIR to a folder of your own")
+    make_private(mine, "set TMPDIR to a folder of your own")
     folder = mine / f"{environment.get('MASTER_ADDR', 'localhost')}-{port}"
     folder.mkdir(exist_ok=True)
     return folder

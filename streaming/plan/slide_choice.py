@@ -101,7 +101,8 @@ class SlideChooser:
         self._is_fine: NDArray[np.bool_] = cast(Any, is_fine.any(axis=0))
         self._has_tissue = has_tissue
         self._check_magnifications(size, max_upsampling)
-        self._members = members(catalog, strata, cast(Any, self._serves.any(axis=0)))
+        self._serves_any: NDArray[np.bool_] = cast(Any, self._serves.any(axis=0))
+        self._members = members(catalog, strata, self._serves_any)
         self._weights = self._members.weights
         self._pool_slides(catalog, strata)
         if universe.draws_tiles:
@@ -127,8 +128,8 @@ class SlideChooser:
 
     def _pool_slides(self, catalog: Catalog, strata: Strata) -> None:
         """The slides that serve each magnification and stratum, and the strata's shares at each magnification."""
-        names, of_slide = self._members.names, self._members.stratum
-        served = np.bincount(of_slide[self._serves.any(axis=0) & (of_slide >= 0)], minlength=len(names))
+        names = self._members.names
+        _, served = self._by_stratum(self._serves_any)
         if not served.all():
             known = ", ".join(known_names(catalog, strata)[:12])
             raise PlanError(
@@ -136,13 +137,8 @@ class SlideChooser:
                 f"{int(self._chosen.sum())} of the run can give tiles; there are: {known}; take it out of the weights "
                 f"(data.strata.weights, data.cohorts, --cohorts){self._or_more_slides}"
             )
-        pools, sizes = list[NDArray[np.int64]](), list[Indices]()
-        for serve in self._serves:
-            slides = np.flatnonzero(serve & (of_slide >= 0))
-            pools.append(slides[np.argsort(of_slide[slides], kind="stable")])
-            sizes.append(np.bincount(of_slide[slides], minlength=len(names)))
-        self._pool = np.concatenate(pools).astype(np.int32)
-        self._pool_size = np.concatenate(sizes).astype(np.int64)
+        pools, sizes = zip(*map(self._by_stratum, self._serves), strict=True)
+        self._pool, self._pool_size = np.concatenate(pools), np.concatenate(sizes)
         self._pool_start = np.concatenate([[0], np.cumsum(self._pool_size)[:-1]]).astype(np.int64)
         shares = self._weights * (self._pool_size.reshape(-1, len(names)) > 0)
         if not shares.any(axis=1).all():
@@ -153,12 +149,16 @@ class SlideChooser:
             )
         self._stratum_by_mpp = np.array([_cumulative(row) for row in shares])
 
+    def _by_stratum(self, serve: NDArray[np.bool_]) -> tuple[NDArray[np.int32], Indices]:
+        """Of the slides that serve, those of strata, one stratum after the other; and how many each stratum has."""
+        of_slide = self._members.stratum
+        slides = np.flatnonzero(serve & (of_slide >= 0))
+        sizes = np.bincount(of_slide[slides], minlength=len(self._weights)).astype(np.int64)
+        return slides[np.argsort(of_slide[slides], kind="stable")].astype(np.int32), sizes
+
     def _pool_strata(self, slides: list[str]) -> None:
         """The slides of each stratum, whatever magnifications they serve, and what each slide serves."""
-        of_slide = self._members.stratum
-        drawn = np.flatnonzero(self._serves.any(axis=0) & (of_slide >= 0))
-        self._stratum = drawn[np.argsort(of_slide[drawn], kind="stable")].astype(np.int32)
-        self._stratum_size = np.bincount(of_slide[drawn], minlength=len(self._weights)).astype(np.int64)
+        self._stratum, self._stratum_size = self._by_stratum(self._serves_any)
         self._stratum_start = np.concatenate([[0], np.cumsum(self._stratum_size)[:-1]]).astype(np.int64)
         self._stratum_cumulative = _cumulative(self._weights)
         self._slide_key = text_keys(slides)
@@ -240,7 +240,7 @@ class SlideChooser:
         """The slides of the universe, rows of the catalog, that serve no magnification, each with the reason."""
         coarse, mpp = ~self._is_fine, self.footprints.slide_mpp
         found = list[tuple[int, str]]()
-        for row in np.flatnonzero(self._chosen & ~self._serves.any(axis=0)).tolist():
+        for row in np.flatnonzero(self._chosen & ~self._serves_any).tolist():
             if not self._has_tissue[row]:
                 found.append((row, "no tissue"))
             else:

@@ -105,18 +105,15 @@ def is_fine_enough(mpp: Floats, wanted_mpp: Floats, max_upsampling: float, toler
     return mpp <= max_upsampling * wanted_mpp * (1 + max(LEVEL_TOLERANCE, tolerance))
 
 
-def check_upsampling(mpp: float, wanted_mpp: float, max_upsampling: float) -> None:
-    """Refuses a resolution that a slide of so many µm/px at level 0 has not.
-
-    Raises:
-        SlideError: with both numbers.
-    """
-    if not is_fine_enough(np.array(mpp), np.array(wanted_mpp), max_upsampling):
-        raise SlideError(
-            f"has {mpp:g} µm/px at best: for tiles of {wanted_mpp:g} it would be enlarged {mpp / wanted_mpp:.1f} "
-            f"times, over {max_upsampling:g}; take tiles of a coarser mpp, or raise the bound (--max-upsampling, "
-            "data.max_upsampling of a training)"
-        )
+def too_coarse(mpp: float, wanted_mpp: float, max_upsampling: float) -> str:
+    """Why a slide of so many µm/px at level 0 is too coarse for tiles of wanted µm/px, with both; empty: it is not."""
+    if is_fine_enough(np.array(mpp), np.array(wanted_mpp), max_upsampling):
+        return ""
+    return (
+        f"has {mpp:g} µm/px at best: for tiles of {wanted_mpp:g} it would be enlarged {mpp / wanted_mpp:.1f} "
+        f"times, over {max_upsampling:g}; take tiles of a coarser mpp, or raise the bound (--max-upsampling, "
+        "data.max_upsampling of a training)"
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -28,7 +28,7 @@ from streaming.storage.tables import (
     parquet_of,
     read_table,
     table_of,
-    update_table,
+    update_rows,
     write_table,
 )
 from streaming.storage.trouble import storage_errors
@@ -66,7 +66,7 @@ __all__ = [
     "stat",
     "storage_errors",
     "table_of",
-    "update_table",
+    "update_rows",
     "whole_file",
     "write_bytes",
     "write_stream",

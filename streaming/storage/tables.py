@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -94,28 +95,35 @@ def parquet_of(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def update_table(
+def update_rows(
     uri: str,
-    change: Callable[[pa.Table | None], pa.Table],
+    rows: pa.Table,
+    key: str,
+    stays: Callable[[str], bool],
     storage_options: StorageOptions | None = None,
     damaged: Callable[[StorageError], None] | None = None,
 ) -> None:
-    """Replaces a Parquet file by what `change` makes of it; anew, if another process has written it meanwhile.
+    """Puts rows into a Parquet file, in the order of a text column; anew, if another process has written it meanwhile.
 
-    With `damaged`, which is told, a file that is no Parquet is replaced as if there were none.
+    A row takes the place of that with its key; of all others those stay whose key `stays`. With `damaged`, which is
+    told, a file that is no Parquet is replaced as if there were none.
 
     Raises:
         StorageError: it can't be read or written.
     """
+    new = {*cast("list[str]", rows[key].to_pylist())}
     while True:
-        current, before = read_current(uri, storage_options), None
+        current, merged = read_current(uri, storage_options), rows
         try:
-            before = None if current.content is None else table_of(uri, current.content)
+            if current.content is not None:
+                before = table_of(uri, current.content)
+                keep = [name not in new and stays(name) for name in cast("list[str]", before[key].to_pylist())]
+                merged = pa.concat_tables([before.filter(pa.array(keep, pa.bool_())), rows])
         except StorageError as error:
             if damaged is None:
                 raise
             damaged(error)
-        if replace(uri, current, parquet_of(change(before)), storage_options):
+        if replace(uri, current, parquet_of(merged.sort_by(key)), storage_options):
             return
 
 

@@ -164,23 +164,8 @@ def test_a_secret_is_found_in_nothing_that_the_whole_road_leaves(road: Road, sli
     with Guarded(slides[0].read_bytes()) as server:
         web = f"{server.url}/web.svs"
         road.run("catalog", "s3://tiles/slides", web, "--out", catalog, "--preview", *road.flags)
-        road.run(
-            "stream",
-            catalog,
-            "--steps",
-            "0:2",
-            "--batch",
-            "8",
-            "--size",
-            "64",
-            "--mpp",
-            "0.5,1.0",
-            "--log",
-            f"{base}/stream",
-            "--mosaic",
-            f"{base}/tiles.png",
-            *road.flags,
-        )
+        streamed = ["stream", catalog, "--steps", "0:2", "--batch", "8", "--size", "64", "--mpp", "0.5,1.0"]
+        road.run(*streamed, "--log", f"{base}/stream", "--mosaic", f"{base}/tiles.png", *road.flags)
         mirror = f"s3://tiles/slides?secret={MARK}"
         stores = ["--data.mirrors", json.dumps({"s3://tiles/slides": mirror})]
         stores += ["--data.storage_options", json.dumps(dict(road.options))]
@@ -222,23 +207,6 @@ def test_a_secret_is_found_in_nothing_that_the_whole_road_leaves(road: Road, sli
         server.mood, server.befalls_all = lambda n: "403", True
         road.run("embed", run, web, "--out", f"{base}/none", "--verbose", *road.flags, status=2)
         road.run("catalog", web, "--out", f"{base}/none", "--recheck", "--verbose", *road.flags, status=2)
-        road.run(
-            "stream",
-            catalog,
-            "--steps",
-            "0:2",
-            "--batch",
-            "8",
-            "--size",
-            "64",
-            "--mpp",
-            "0.5,1.0",
-            "--max-failed-share",
-            "0",
-            "--log",
-            f"{base}/failed",
-            "--verbose",
-            *road.flags,
-            status=2,
-        )
+        failing = ("--max-failed-share", "0", "--log", f"{base}/failed", "--verbose")
+        road.run(*streamed, *failing, *road.flags, status=2)
         assert_no_secret(road)

@@ -246,15 +246,7 @@ def keep_rejected(out: str, rejected: Sequence[Rejected], embedded: Set[str], st
     if not rejected and not storage.exists(uri, stores):
         return
     now = pa.Table.from_pylist([vars(entry) for entry in rejected], schema=REJECTED_SCHEMA)
-    others = embedded | {entry.slide for entry in rejected}
-
-    def merged(before: pa.Table | None) -> pa.Table:
-        slides = [] if before is None else cast("list[str]", before["slide"].to_pylist())
-        stay = pa.array([slide not in others for slide in slides], pa.bool_())
-        kept = [] if before is None else [before.filter(stay)]
-        return pa.concat_tables([*kept, now]).sort_by("slide")
-
-    storage.update_table(uri, merged, stores)
+    storage.update_rows(uri, now, "slide", lambda slide: slide not in embedded, stores)
 
 
 def _embed_all(job: Job, todo: KnownSlides, made: _Made, *, verbose: bool) -> None:

@@ -15,7 +15,6 @@ import torch
 
 from streaming.catalog.inspection import Rejected
 from streaming.catalog.known import KnownSlides, made_by
-from streaming.catalog.schema import SlideRow
 from streaming.errors import SlideError, StorageError
 from streaming.reading.batch import Batch
 from streaming.reading.slide_pool import SlidePool
@@ -59,7 +58,7 @@ class PlaceTiles:
         corners, note, reason = np.zeros((1, 2), np.int64), "", ""
         if isinstance(slide, Rejected):
             reason = slide.reason
-        elif refused := _too_coarse(slide.row, wanted):
+        elif refused := geometry.too_coarse(slide.row.mpp, wanted.mpp, wanted.max_upsampling):
             reason = refused
         elif len(found := tissue_tiles(slide, wanted.mpp, wanted.size, wanted.min_tissue)):
             row = slide.row
@@ -80,15 +79,6 @@ class PlaceTiles:
 
 def _held(slides: KnownSlides | ray.ObjectRef[KnownSlides]) -> KnownSlides:
     return ray.get(slides) if isinstance(slides, ray.ObjectRef) else slides
-
-
-def _too_coarse(row: SlideRow, wanted: TissueTiles) -> str:
-    """Why a slide has not the resolution that is wanted; empty where it has."""
-    try:
-        geometry.check_upsampling(row.mpp, wanted.mpp, wanted.max_upsampling)
-    except SlideError as error:
-        return str(error)
-    return ""
 
 
 class ReadTiles:

@@ -60,16 +60,10 @@ class TableSlides:
         try:
             if slide.mpp is None:
                 raise SlideError(f"{name}: {slide.no_mpp}; {self._remedy}")
-            if wanted_mpp is not None:
-                self._check(slide, wanted_mpp)
+            bound = self._wanted.max_upsampling
+            if wanted_mpp is not None and (why := geometry.too_coarse(slide.mpp, wanted_mpp, bound)):
+                raise SlideError(f"{slide.uri}: {why}")
         except SlideError:
             slide.close()
             raise
         return slide
-
-    def _check(self, slide: Slide, wanted_mpp: float) -> None:
-        assert slide.mpp is not None, "it was looked at before"
-        try:
-            geometry.check_upsampling(slide.mpp, wanted_mpp, self._wanted.max_upsampling)
-        except SlideError as error:
-            raise SlideError(f"{slide.uri}: {error}") from error

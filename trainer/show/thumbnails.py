@@ -10,7 +10,7 @@ from streaming.show.pictures import shrunk
 from streaming.slide import geometry, open_slide
 from streaming.slide.geometry import MAX_UPSAMPLING
 from streaming.slide.resample import Pixels
-from trainer.embed.files import Embedded, SlideEmbeddings
+from trainer.embed.files import SlideEmbeddings
 
 
 def tile_pixels(
@@ -32,7 +32,8 @@ def tile_pixels(
         opened = open_slide(about.slide, options)
         try:
             opened.mpp = about.slide_mpp  # a catalog's or a table's word may have counted more than the metadata's
-            _check(about, max_upsampling)
+            if why := geometry.too_coarse(about.slide_mpp, about.mpp, max_upsampling):
+                raise SlideError(f"{about.slide}: {why}")
             for key in {key for key in chosen if key[0] == number}:
                 x, y = (int(at) for at in corners[key[1]])
                 tile = opened.read_tile(x, y, about.mpp, about.size, tolerance=0.0)
@@ -40,10 +41,3 @@ def tile_pixels(
         finally:
             opened.close()
     return [found[key] for key in chosen]
-
-
-def _check(about: Embedded, max_upsampling: float) -> None:
-    try:
-        geometry.check_upsampling(about.slide_mpp, about.mpp, max_upsampling)
-    except SlideError as error:
-        raise SlideError(f"{about.slide}: {error}") from error
