@@ -183,6 +183,13 @@ def _build(args: Namespace) -> None:
     if report.odd_masks:
         num = len(report.odd_masks)
         sys.stderr.write(f"{num} files beside the masks are no slide's mask (first: {report.odd_masks[0]})\n")
+    if report.unknown_classes:
+        wrong, there = ", ".join(report.unknown_classes), ", ".join(report.mask_classes[:9])
+        more = ", …" if len(report.mask_classes) > 9 else ""
+        sys.stderr.write(
+            f"--masks-include, --masks-exclude: no mask has {wrong}; they have {there}{more}: spell it so, and the "
+            "slides are looked at anew\n"
+        )
     done = [f"{report.added} added", f"{report.changed} changed", f"{report.unchanged} unchanged"]
     done.append(f"{len(report.rejected)} rejected")
     if report.rejected:

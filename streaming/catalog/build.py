@@ -21,7 +21,7 @@ from streaming.catalog.idc import IdcOptions
 from streaming.catalog.index_packs import save_indexes
 from streaming.catalog.inspection import Inspected, Rejected, inspect_named
 from streaming.catalog.keeping import Known, commit, known_slides, save_part, write_beside
-from streaming.catalog.masks import Mask, MaskOptions, find_masks
+from streaming.catalog.masks import Mask, MaskOptions, find_masks, in_none
 from streaming.catalog.metadata_csv import lookup, mpp_of, read_metadata
 from streaming.catalog.named import Named
 from streaming.catalog.selection import find, folder_of, work_line
@@ -55,6 +55,10 @@ class BuildReport:
     """slides of the sources without a mask, if there are any"""
     odd_masks: list[str]
     """files beside the masks that are no slide's"""
+    unknown_classes: list[str]
+    """what masks were to include or exclude, and none of those looked at has"""
+    mask_classes: list[str]
+    """the classes that they have"""
     odd_glass: list[tuple[str, Colour]]
     """slides looked at whose glass is far from grey, with its red, green and blue"""
     without_levels: list[tuple[str, float]]
@@ -98,9 +102,9 @@ def build_catalog(
     metadata = read_metadata(metadata_csv, options) if metadata_csv is not None else {}
     skipped: dict[str, str] = {}
     slides = {named.uri: named for named in find(sources, options, idc, skipped)}
-    staging = staging or Staging()
+    staging, masks = staging or Staging(), masks or MaskOptions()
     known = known_slides(out, options)
-    found_masks, odd_masks = find_masks(masks or MaskOptions(), slides, options)
+    found_masks, odd_masks = find_masks(masks, slides, options)
 
     def told(slide: str) -> Mapping[str, str]:
         """What sources and CSV tell of a slide, by its address or its series'."""
@@ -128,7 +132,7 @@ def build_catalog(
             todo.append((named, now))
             num_new += before is None
     rejected, odd_glass, without_levels = list[Rejected](), list[tuple[str, Colour]](), list[tuple[str, float]]()
-    left_out = list[tuple[str, str]]()
+    left_out, mask_classes = list[tuple[str, str]](), set[str]()
     if todo:
         if any(not storage.is_local(named.uri) for named, _ in todo):
             line = work_line([named for named, _ in todo], len(slides) - len(todo))
@@ -138,6 +142,7 @@ def build_catalog(
             save_part(out, part_of(inspected, [told(slide.row.slide) for slide in inspected]), options)
             odd_glass += [(slide.row.slide, slide.odd_glass) for slide in inspected if slide.odd_glass]
             left_out += [(slide.row.slide, slide.left_out) for slide in inspected if slide.left_out]
+            mask_classes.update(*(slide.mask_classes for slide in inspected))
             costs = [(slide.row.slide, slide.coarse_cost) for slide in inspected]
             without_levels += [(slide, cost) for slide, cost in costs if cost >= MANY_PIXELS]
     write_beside(out, rejected, skipped, slides.keys(), options)
@@ -156,8 +161,10 @@ def build_catalog(
         rejected=rejected,
         total=table.num_rows,
         unmatched=sum(lookup(metadata, slide) is None for slide in names) if metadata else 0,
-        unmasked=[slide for slide in slides if slide not in found_masks] if masks and masks.masks else [],
+        unmasked=[slide for slide in slides if slide not in found_masks] if masks.masks else [],
         odd_masks=odd_masks,
+        unknown_classes=in_none((*masks.masks_include, *masks.masks_exclude), mask_classes) if mask_classes else [],
+        mask_classes=sorted(mask_classes),
         odd_glass=odd_glass,
         without_levels=without_levels,
         left_out=left_out,

@@ -30,6 +30,8 @@ class Inspected:
     """red, green and blue of its glass, if far from grey"""
     left_out: str = ""
     """what of it is never read, such as further focal planes"""
+    mask_classes: frozenset[str] = frozenset()
+    """what classes its mask has, if it has one"""
     index: bytes | None = field(default=None, repr=False)
     """its block index, until it is saved in a pack; none where OpenSlide serves"""
 
@@ -84,17 +86,19 @@ def inspect(
             info = _as_opened(info, slide)
             image = thumbnail(slide)
             own_tissue = tissue = tissue_of_thumbnail(image)
+            classes = frozenset[str]()
             if given.mask is not None:
-                mask = given.mask.share(slide, image.shape[0], image.shape[1], options)
-                blacken_outside(mask, slide)
-                tissue = tissue_of_thumbnail(image, mask, within=given.mask.within)
+                covered = given.mask.covered(slide, image.shape[0], image.shape[1], options)
+                blacken_outside(covered.share, slide)
+                tissue = tissue_of_thumbnail(image, covered.share, within=given.mask.within)
+                classes = covered.classes
             if not tissue.fraction.any():
                 where = f" by {given.mask.uri}" if given.mask else ""
                 return Rejected(info.uri, info.size, info.version, f"no tissue found{where}")
             told = given.mask.text() if given.mask else ""
             row = replace(describe(slide, info, tissue), own_mpp=own_mpp, mpp_from=mpp_from, mask=told)
             glass = odd_glass(image, own_tissue)
-            return Inspected(row, tissue, glass, slide.left_out, slide.packed_index)
+            return Inspected(row, tissue, glass, slide.left_out, classes, slide.packed_index)
         finally:
             slide.close()
     except TilestreamError as error:

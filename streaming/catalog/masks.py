@@ -59,6 +59,16 @@ class MaskOptions:
             )
 
 
+@dataclass(frozen=True)
+class Covered:
+    """What a mask tells of a slide."""
+
+    share: Pixels
+    """how far it covers each pixel of a picture of the whole slide, uint8 (height, width), 255 whole"""
+    classes: frozenset[str]
+    """that are in it: names, of an image its values"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mask:
     """A slide's mask, and how it is read."""
@@ -80,8 +90,8 @@ class Mask:
         found |= {"include": tuple(found["include"]), "exclude": tuple(found["exclude"])}
         return cls(**found)
 
-    def share(self, slide: Slide, height: int, width: int, options: storage.StorageOptions | None = None) -> Pixels:
-        """How far it covers each pixel of a picture of the whole slide, uint8 (height, width), 255 whole.
+    def covered(self, slide: Slide, height: int, width: int, options: storage.StorageOptions | None = None) -> Covered:
+        """How far it covers a picture of the whole slide.
 
         Raises:
             ConfigError: it is no mask, or classes must be named.
@@ -92,17 +102,18 @@ class Mask:
             return self._of_shapes(slide, height, width, options)
         return self._of_image(slide, height, width, options)
 
-    def _of_shapes(self, slide: Slide, height: int, width: int, options: storage.StorageOptions | None) -> Pixels:
+    def _of_shapes(self, slide: Slide, height: int, width: int, options: storage.StorageOptions | None) -> Covered:
         found = read_annotation(self.uri, options, unnamed=_UNNAMED).moved(*slide.bounds[:2])
         areas = [shape for layer in (found.shapes, found.regions, found.ignored) for shape in layer.areas]
-        self._check_there(slide, sorted({shape.name for shape in areas}), self.include)
+        classes = frozenset(shape.name for shape in areas)
+        self._check_there(slide, sorted(classes), self.include)
         excluded = {*self.exclude, IGNORE}
         kept = [shape for shape in areas if shape.name in self.include or not self.include]
         counted = [(shape, True) for shape in kept if shape.name not in excluded]
         counted += [(shape, False) for shape in areas if shape.name in excluded]
-        return coverage(counted, height, width, width / slide.level_dimensions[0][0])
+        return Covered(coverage(counted, height, width, width / slide.level_dimensions[0][0]), classes)
 
-    def _of_image(self, slide: Slide, height: int, width: int, options: storage.StorageOptions | None) -> Pixels:
+    def _of_image(self, slide: Slide, height: int, width: int, options: storage.StorageOptions | None) -> Covered:
         content = np.frombuffer(storage.read_bytes(self.uri, options), np.uint8)
         try:
             found: Any = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
@@ -119,12 +130,14 @@ class Mask:
                 f"{slide.uri}: {self.uri} of {own_width} × {own_height} px has not the slide's shape, "
                 f"{slide_width} × {slide_height}; is it another slide's?"
             )
+        there = [int(value) for value in np.unique(values)]
         if self.include:
-            self._check_there(slide, sorted(map(int, np.unique(values))), _codes(self.include))
-        share = np.where(self._is_tissue(values), 255, 0).astype(np.uint8)
+            self._check_there(slide, there, _codes(self.include))
+        share = np.where(self._is_tissue(values, there), 255, 0).astype(np.uint8)
         shrinks = own_width > width or own_height > height
         how = cv2.INTER_AREA if shrinks else cv2.INTER_NEAREST
-        return np.asarray(cv2.resize(share, (width, height), interpolation=how), dtype=np.uint8)
+        share = np.asarray(cv2.resize(share, (width, height), interpolation=how), dtype=np.uint8)
+        return Covered(share, frozenset(map(str, there)))
 
     def _check_there(self, slide: Slide, there: Sequence[str | int], wanted: Iterable[str | int]) -> None:
         """Refuses a mask in which nothing is of a class that counts, which a wrong name would make of any."""
@@ -135,20 +148,26 @@ class Mask:
                 f"{slide.uri}: no tissue found by {self.uri}: --masks-include names {wanted}, it has {some}"
             )
 
-    def _is_tissue(self, values: Pixels) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    def _is_tissue(self, values: Pixels, there: Sequence[int]) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
         include, exclude = (np.isin(values, _codes(names)) for names in (self.include, self.exclude))
         if self.include:
             return include & ~exclude
         if self.exclude:
             return ~exclude
-        there = {int(value) for value in np.unique(values)}
-        if not there <= _BLACK_AND_WHITE:
-            some = ", ".join(map(str, sorted(there)[:9]))
+        if not {*there} <= _BLACK_AND_WHITE:
+            some = ", ".join(map(str, there[:9]))
             raise ConfigError(
                 f"{self.uri}: its pixels have the values {some}; say which are tissue by --masks-include (of GrandQC's "
                 "mask_qc 1, of its tis_det_mask 0)"
             )
         return values == max(_BLACK_AND_WHITE)
+
+
+def in_none(names: Iterable[str], there: Iterable[str]) -> list[str]:
+    """The classes, as a user names them, that are not among those of any mask."""
+    # A value of an image may be written `01`.
+    known = {name.lstrip("0") or "0" for name in there} | {IGNORE}
+    return [name for name in names if (name.lstrip("0") or "0") not in known]
 
 
 def _is_grey(image: Pixels) -> bool:

@@ -117,6 +117,23 @@ def test_a_class_that_a_mask_has_not_is_told_with_those_that_it_has(
     assert f": --masks-include names {wrong}, it has {there}" in capsys.readouterr().err
 
 
+def test_a_class_that_no_mask_has_is_told_though_others_count(
+    slides: list[Path], masks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    boxes = {"Tumor": shapely.box(0, 0, 1000, 1000), "Pen": shapely.box(300, 300, 700, 700)}
+    shapes = [feature(shapely.geometry.mapping(area), name) for name, area in boxes.items()]
+    save(masks / "patient0.geojson", shapes)
+    save(masks / "patient1.geojson", shapes[:1])
+    Image.fromarray(np.repeat(np.uint8([[0, 3]] * 150), 100, axis=1)).save(masks / "patient2.png")
+    command = (*slides[:2], "--out", tmp_path / "out", "--masks", masks)
+    assert catalog(*command, "--masks-include", "Tumor", "--masks-exclude", "Penn", "--masks-exclude", "Ignore*") == 0
+    assert "no mask has Penn; they have Pen, Tumor: spell it so" in capsys.readouterr().err
+    assert catalog(*command, "--masks-exclude", "Pen") == 0  # one of the two has it
+    assert "no mask has" not in capsys.readouterr().err
+    assert catalog(slides[2], "--out", tmp_path / "image", "--masks", masks, "--masks-exclude", "07", "--masks-exclude", "03") == 0
+    assert "no mask has 07; they have 0, 3: spell it so" in capsys.readouterr().err
+
+
 def test_qupath_counts_from_what_was_scanned_trident_from_the_slide_s_corner(masks: Path, tmp_path: Path) -> None:
     # OpenSlide tells bounds where the first blocks of a generic TIFF are empty.
     empty = tuple((0, i) for i in range(5))
