@@ -13,19 +13,22 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import ray
 from ray._private import ray_constants
 from ray._private.services import canonicalize_bootstrap_address
 from ray.data import DataContext
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from streaming import machine
 from streaming.errors import ConfigError, NodeError, TilestreamError
 from streaming.secrets import without_values
+
+Result = TypeVar("Result")
 
 # What Ray says without need: token authentication is on, its own progress bars are off; what fails raises anyhow.
 _QUIET_LOGGERS = ("ray._private.authentication.authentication_token_setup", "ray.data", "ray.data._internal.progress")
@@ -209,6 +212,50 @@ def survey() -> Survey:
         gpus=sum(node.get("GPU", 0) for node in nodes),
         least_store_nbytes=int(min(node.get("object_store_memory", 0) for node in nodes)),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeKind:
+    """Living nodes that are alike: of the same labels, and with as many GPUs."""
+
+    labels: dict[str, str]
+    """without those that only one node has"""
+    gpus: float
+    nodes: list[tuple[str, str]]
+    """the id and the address of each"""
+
+
+def other_nodes() -> list[NodeKind]:
+    """The cluster's nodes but this process's own, by kind."""
+    here, kinds = ray.get_runtime_context().get_node_id(), dict[tuple[float, str], NodeKind]()
+    for node in ray.nodes():
+        if node["Alive"] and node["NodeID"] != here:
+            labels = {name: value for name, value in sorted(node["Labels"].items()) if name != "ray.io/node-id"}
+            gpus = node["Resources"].get("GPU", 0)
+            kind = kinds.setdefault((gpus, str(labels)), NodeKind(labels=labels, gpus=gpus, nodes=[]))
+            kind.nodes.append((node["NodeID"], node["NodeManagerAddress"]))
+    return [kinds[known] for known in sorted(kinds)]
+
+
+def run_on(node: str, work: Callable[[], Result], timeout_s: float) -> Result:
+    """What a function gives that runs on a node, whatever else runs there.
+
+    Raises:
+        NodeError: it is not done in time, or its process died.
+    """
+    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+    task = cast(Any, ray.remote(work)).options(num_cpus=0, scheduling_strategy=strategy, max_retries=0).remote()
+    try:
+        return ray.get(task, timeout=timeout_s)
+    except GetTimeoutError:
+        ray.cancel(task, force=True)
+        raise NodeError(
+            f"no answer within {timeout_s:.0f} s; is it overloaded? `ray status` and its logs tell"
+        ) from None
+    except RayTaskError as error:
+        raise error.as_instanceof_cause() from None
+    except RayError as error:
+        raise NodeError(f"{' '.join(str(error).split())[:300]}; `ray status` and its logs tell more") from error
 
 
 def quiet() -> None:

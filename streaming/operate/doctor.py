@@ -8,8 +8,8 @@ import resource
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +37,8 @@ _SHM_NBYTES = 2 * 10**9
 _SKEW_S, _LARGE_SKEW_S = 5.0, 300.0
 _GETS, _GET_NBYTES, _SLOW_GET_S = 8, 64 * 1024, 0.2
 _TILES = 4
+# For another node's answer, whose process has yet to start and to import.
+_NODE_S = 120.0
 _DEVICES = Path("/dev")
 
 State = Literal["ok", "note", "mend"]
@@ -55,22 +57,32 @@ class Finding:
 def examine(catalog: str | None, options: storage.StorageOptions, *, ray: bool = True) -> Iterator[Finding]:
     """All checks, as they finish; those of the storage and the tiles need a catalog.
 
+    Of a cluster, one node of each kind is examined like this one, and what it lacks is told.
+
     Raises:
         TilestreamError: the catalog can't be read: its message tells more than a finding would.
     """
     loaded = Catalog.load(catalog, options) if catalog else None
-    checks: list[Callable[[], Iterator[Finding]]] = [
-        *(_python, _libraries, _gpu, _allotted, _shared_memory, _open_files, _home, _disk, _ray_files, _ray_address)
-    ]
-    for check in checks:
+    yield from _machine()
+    for check in (_home, _ray_files, _ray_address):
         yield from check()
     if ray:
-        yield from _ray()
-    if loaded is None:
-        return
-    yield from _clock(loaded.slides()[0], options)
-    yield from _latency(loaded, options)
-    yield from _tiles(loaded, options)
+        yield from _ray(catalog, options)
+    if loaded is not None:
+        yield from _data(loaded, options)
+
+
+def _machine() -> Iterator[Finding]:
+    """What any node must have."""
+    for check in (_python, _libraries, _gpu, _allotted, _shared_memory, _open_files, _disk):
+        yield from check()
+
+
+def _data(catalog: Catalog, options: storage.StorageOptions) -> Iterator[Finding]:
+    """What any node must reach."""
+    yield from _clock(catalog.slides()[0], options)
+    yield from _latency(catalog, options)
+    yield from _tiles(catalog, options)
 
 
 def _python() -> Iterator[Finding]:
@@ -216,7 +228,7 @@ def _of_error(check: str, error: TilestreamError) -> Finding:
     return Finding(check=check, state="mend", what=what, remedy=remedy)
 
 
-def _ray() -> Iterator[Finding]:
+def _ray(catalog: str | None, options: storage.StorageOptions) -> Iterator[Finding]:
     where = cluster.address() or "a Ray on this machine"
     try:
         seen = cluster.survey()
@@ -234,6 +246,34 @@ def _ray() -> Iterator[Finding]:
         if small
         else "",
     )
+    for kind in cluster.other_nodes():
+        yield from _node(kind, catalog, options)
+
+
+def _node(kind: cluster.NodeKind, catalog: str | None, options: storage.StorageOptions) -> Iterator[Finding]:
+    """Examines a node, the first of its kind, and tells what is not as it should be."""
+
+    def examined() -> list[Finding]:
+        return [*_machine(), *(_data(Catalog.load(catalog, options), options) if catalog else ())]
+
+    (node, at), *more = kind.nodes
+    told = [f"{name}={value}" for name, value in kind.labels.items()] + [f"{kind.gpus:g} GPUs"]
+    which = f"{at} ({', '.join(told)}{f'; one of {len(more) + 1}' if more else ''})"
+    try:
+        found = cluster.run_on(node, examined, _NODE_S)
+    except TilestreamError as error:
+        what, _, remedy = str(error).rpartition("; ")
+        yield Finding(check="node", state="mend", what=f"{which}: {what or remedy}", remedy=remedy if what else "")
+        return
+    # Readers need none.
+    wrong = [entry for entry in found if entry.state != "ok" and (entry.check, entry.state) != ("gpu", "note")]
+    if kind.gpus and any((entry.check, entry.state) == ("gpu", "note") for entry in found):
+        what, remedy = "Ray counts GPUs, but there is no nvidia-smi", "is the driver mounted, and in PATH?"
+        wrong.append(Finding(check="gpu", state="mend", what=what, remedy=remedy))
+    good = len({entry.check for entry in found} - {entry.check for entry in wrong})
+    yield Finding(check="node", state="ok", what=f"{which}: {good} checks are ok")
+    for entry in wrong:
+        yield replace(entry, what=f"on {at}: {entry.what}")
 
 
 def _clock(uri: str, options: storage.StorageOptions) -> Iterator[Finding]:

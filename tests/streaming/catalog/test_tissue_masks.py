@@ -130,7 +130,12 @@ def test_a_class_that_no_mask_has_is_told_though_others_count(
     assert "no mask has Penn; they have Pen, Tumor: spell it so" in capsys.readouterr().err
     assert catalog(*command, "--masks-exclude", "Pen") == 0  # one of the two has it
     assert "no mask has" not in capsys.readouterr().err
-    assert catalog(slides[2], "--out", tmp_path / "image", "--masks", masks, "--masks-exclude", "07", "--masks-exclude", "03") == 0
+    assert (
+        catalog(
+            slides[2], "--out", tmp_path / "image", "--masks", masks, "--masks-exclude", "07", "--masks-exclude", "03"
+        )
+        == 0
+    )
     assert "no mask has 07; they have 0, 3: spell it so" in capsys.readouterr().err
 
 

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import boto3
 import pytest
+import ray
+from ray.cluster_utils import Cluster
 
 from streaming import cluster
 from streaming.operate import doctor
@@ -35,8 +37,8 @@ def test_a_machine_with_enough_of_everything_needs_no_mending(monkeypatch: pytes
         "memory",
         "/dev/shm",
         "open files",
-        "home",
         "staging",
+        "home",
         "ray's files",
     ]
     assert list(found) == checks
@@ -117,6 +119,40 @@ def test_a_gpu_whose_driver_is_mounted_where_nobody_looks_is_found(
     found = findings()["gpu"]
     assert (found.state, "LD_LIBRARY_PATH" in found.remedy) == ("mend", True)
     assert found.what.startswith("nvidia0 in ")
+
+
+@pytest.mark.slow
+def test_a_node_of_each_kind_is_examined_in_a_cluster(
+    catalog: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    ray.shutdown()
+    running = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        # Full of work, as in a run; the other kind's cache is one that others may change.
+        for _ in range(2):
+            running.add_node(num_cpus=0, labels={"role": "reader"}, object_store_memory=100 * 2**20)
+        running.add_node(
+            num_cpus=0,
+            num_gpus=2,
+            labels={"role": "trainer"},
+            object_store_memory=100 * 2**20,
+            env_vars={"TILESTREAM_STAGING": str(shared)},
+        )
+        monkeypatch.setenv("RAY_ADDRESS", running.address)
+        found = list(examine(catalog, {}))
+    finally:
+        ray.shutdown()
+        running.shutdown()
+    nodes = [finding for finding in found if finding.check == "node" or finding.what.startswith("on ")]
+    told = {finding.what.split(" (")[1].split(")")[0]: finding for finding in nodes if finding.check == "node"}
+    assert list(told) == ["role=reader, 0 GPUs; one of 2", "role=trainer, 2 GPUs"]
+    wrong = [(finding.check, finding.state) for finding in nodes if finding.state == "mend"]
+    assert wrong == [("staging", "mend"), ("gpu", "mend")], nodes
+    (staging,) = (finding for finding in nodes if finding.check == "staging")
+    assert f"{shared}: others may write into it" in staging.what
 
 
 @pytest.fixture
