@@ -53,6 +53,9 @@ def add_train(commands: Any) -> None:
     parser.add_argument("config", metavar="CONFIG", nargs="?", help=f"a YAML file or a preset: {', '.join(presets())}")
     parser.add_argument("--debug", action="store_true", help="reader and trainer in this one process, for a debugger")
     parser.add_argument("--force", action="store_true", help="go on by another recipe, or after a breakdown")
+    parser.add_argument(
+        "--profile", type=int, metavar="N", help="trace N steps of the first rank into the run's folder"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be trained and what it needs, and leave")
     parser.add_argument("--prices", metavar="YAML", help="of --dry-run: price list; deploy/prices.yaml is an example")
     parser.add_argument("--schedules", metavar="URI", help="of --dry-run: PNG of the schedules, drawn there")
@@ -85,7 +88,16 @@ def run_train(args: Namespace) -> None:
         return None
     from trainer.run.train import train
 
-    result = train(config, KnnWatch, debug=args.debug, verbose=args.verbose, force=args.force)
+    if args.profile is not None and args.profile < 1:
+        raise ConfigError(f"--profile {args.profile}: give a number of steps, at least 1")
+    result = train(
+        config,
+        KnnWatch,
+        debug=args.debug,
+        verbose=args.verbose,
+        force=args.force,
+        profile_steps=args.profile or 0,
+    )
     for line in result.summary:
         sys.stderr.write(line + "\n")
     out(f"trained steps {result.start} to {result.steps}: {result.checkpoint}")

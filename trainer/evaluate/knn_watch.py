@@ -90,6 +90,7 @@ class KnnWatch:
         from trainer.embed.model import model_of
         from trainer.evaluate.scoring import score_tiles
 
+        was_training = module.teacher.training
         model, teacher = model_of("teacher", self._config.augment, module.teacher.backbone), module.teacher
         no_patches = torch.zeros(0, dtype=torch.int64, device=module.device)
         parts: list[Tensor] = []
@@ -98,6 +99,7 @@ class KnnWatch:
             # The whole network, heads and all: shards are gathered by its outermost module.
             (cls,), _, _ = teacher([images], [None], no_patches)
             parts.append(cls.float())
+        teacher.train(was_training)  # in another mode, compiled blocks would be compiled anew
         # Ranks side by side, tile by tile: the order of the samples.
         found = gather(torch.cat(parts)).reshape(-1, len(self._tiles), parts[0].shape[1]).transpose(0, 1)
         embeddings = found.flatten(0, 1)[: len(self._samples)].cpu().numpy()

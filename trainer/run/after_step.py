@@ -24,8 +24,10 @@ from trainer.run.background_checkpoints import FolderCheckpointIO
 from trainer.run.config import Config
 from trainer.run.guard import Guard
 from trainer.run.metrics_log import Report, Row
+from trainer.run.pace import card_of, peak_flops, tile_flops
 from trainer.run.step_batches import StepBatches
 from trainer.run.stop_signals import Signals
+from trainer.run.strategy import uncompiled
 from trainer.run.validation import Validation
 
 _LOOK_EVERY_S = 10.0
@@ -76,6 +78,7 @@ class AfterStep(Callback):
         self._has_stepped = False
         self.leaves_for_more = False
         """whether training has ended so that it can go on with more ranks"""
+        self._peak_tiles_per_s: float | None = None
         self._probe: Probe | None = None
         self._validation: Validation | None = None
 
@@ -84,6 +87,8 @@ class AfterStep(Callback):
         self._signals.begin()
         self._agreement = Agreement(trainer.world_size)
         limit_waits(longest_wait_s(self._config.train.collective_minutes, starting=True))
+        if peak := peak_flops(card_of(trainer.strategy.root_device), self._config.train.precision):
+            self._peak_tiles_per_s = trainer.world_size * peak / tile_flops(self._config)
         if self._config.watch.knn_dataset and self._probe_kind is not None:
             self._probe = self._probe_kind(self._config, trainer.global_rank, trainer.world_size)
         if self._config.watch.validation_slides:
@@ -190,12 +195,14 @@ class AfterStep(Callback):
             "peak_memory_gb": float(rows[:, -2].max()),
             "time": time.time(),
         }
+        if self._peak_tiles_per_s is not None:
+            row["flops_utilisation"] = row["tiles_per_s"] / self._peak_tiles_per_s
         watch, is_last, gather = self._config.watch, step == self._config.train.steps, partial(_of_all_ranks, pl_module)
         if self._probe and (step % watch.knn_every == 0 or is_last):
-            with trainer.precision_plugin.forward_context():
+            with uncompiled(), trainer.precision_plugin.forward_context():
                 row["knn_accuracy"] = self._probe.accuracy(pl_module, gather)
         if self._validation and (step % watch.validation_every == 0 or is_last):
-            with trainer.precision_plugin.forward_context():
+            with uncompiled(), trainer.precision_plugin.forward_context():
                 row |= self._validation.terms(pl_module, gather)
         if trainer.is_global_zero:
             export_step(step, row["loss"], row.get("validation_loss"))

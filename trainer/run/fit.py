@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.callbacks import Callback
 
 from streaming.errors import ConfigError
 from trainer.recipe.module import DinoModule
@@ -95,10 +97,12 @@ def fit(
     signals: Signals,
     place: Place | None = None,
     probe: ProbeKind | None = None,
+    also: Sequence[Callback] = (),
 ) -> bool:
     """Trains to the last step, or until told to stop, in this process: alone, or as a rank at its place.
 
-    Returns whether it stopped so that it can go on with more ranks.
+    also: who else looks on, behind what is done after each step anyway. Returns whether it stopped so that it can go on
+    with more ranks.
     """
     # Its advice (more workers for the loader, a product to try) does not apply here.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -117,7 +121,7 @@ def fit(
         max_steps=train.steps,
         precision=autocast_precision(train),  # type: ignore[arg-type]
         accumulate_grad_batches=train.accumulate,
-        callbacks=[after_step],
+        callbacks=[after_step, *also],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

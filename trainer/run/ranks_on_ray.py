@@ -36,6 +36,7 @@ from trainer.run.execution import TrainConfig
 from trainer.run.fit import Place, fit
 from trainer.run.metrics_log import Failed, MetricsLog, Ranks
 from trainer.run.placement import lacking, watched
+from trainer.run.profiling import profiles
 from trainer.run.restarts import ElasticRanks, MoreRanks, RanksTrainer, Restarts, put_in
 from trainer.run.resuming import resume_point
 from trainer.run.slide_sources import SlideSource, slide_sources
@@ -63,6 +64,7 @@ class _Loop:
     """of the driver and Ray's controller to rank 0: `Orders`"""
     probe: ProbeKind | None
     trained_on: list[SlideSource]
+    profile_steps: int
 
 
 def _worker(loop: _Loop) -> None:
@@ -92,7 +94,9 @@ def _worker(loop: _Loop) -> None:
     place = Place(ray.train.torch.get_device(), RayLightningEnvironment())
     # A checkpoint is of the run, not of the number of ranks that there happen to be.
     to_storage = FolderCheckpointIO(loop.config, loop.catalog, loop.trained_on)
-    if fit(config, to_storage, batches, resume, loop.messages.put, signals, place, loop.probe):
+    report = loop.messages.put
+    also = profiles(config, start, loop.profile_steps, report)
+    if fit(config, to_storage, batches, resume, report, signals, place, loop.probe, also):
         raise MoreRanks(f"{num_ranks} ranks have saved and left, to be started again as more")
 
 
@@ -107,7 +111,13 @@ def _group(train: TrainConfig) -> range:
 
 
 def fit_on_ray(
-    config: Config, catalog: Catalog, log: MetricsLog, probe: ProbeKind | None = None, *, verbose: bool = False
+    config: Config,
+    catalog: Catalog,
+    log: MetricsLog,
+    probe: ProbeKind | None = None,
+    *,
+    verbose: bool = False,
+    profile_steps: int = 0,
 ) -> None:
     """Trains from the run's newest checkpoint to its last step, on this machine's Ray or the cluster of RAY_ADDRESS.
 
@@ -138,9 +148,10 @@ def fit_on_ray(
     if least < most:
         # What is counted is there already; where it has gone, fewer ranks are to be tried soon.
         os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, "20")
+    told = config, config.identity(catalog), source, messages, orders, probe, trained_on, profile_steps
     trainer = RanksTrainer(
         # Not as train_loop_config, which the controller would unpickle, importing all this, too.
-        partial(_worker, _Loop(config, config.identity(catalog), source, messages, orders, probe, trained_on)),
+        partial(_worker, _Loop(*told)),
         scaling=scaling,
         restarts=Restarts(failures, config.run.out, options, partial(put_in, messages.actor, lost)),
         ranks=ElasticRanks(scaling, config.possible_ranks, orders) if least < most else None,

@@ -25,7 +25,7 @@ from streaming.errors import ConfigError, TilestreamError, TrainingError
 from trainer.recipe.augment import Crops
 from trainer.recipe.network import build_backbone
 from trainer.run import checkpoints
-from trainer.run.background_checkpoints import FolderCheckpointIO
+from trainer.run.background_checkpoints import NoNewCheckpoints
 from trainer.run.config import Config
 from trainer.run.data import load_catalog
 from trainer.run.fit import Place, fit
@@ -205,13 +205,6 @@ class LocalRank(LightningEnvironment):
         """Whoever started the rank ends it."""
 
 
-class _Nowhere(FolderCheckpointIO):
-    """Reads checkpoints, and writes none."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Does nothing."""
-
-
 def _alone(replay: Replay) -> Config:
     """The run's configuration up to the step, every step logged, with nobody watching."""
     config = replay.config
@@ -238,7 +231,15 @@ def _train_rank(replay: Replay, rank: int, place: Place | None, tell: Told) -> s
             tell(row)
 
     try:
-        fit(alone, _Nowhere(alone, config.identity(catalog)), batches, replay.checkpoint, report, Signals(), place)
+        fit(
+            alone,
+            NoNewCheckpoints(alone, config.identity(catalog)),
+            batches,
+            replay.checkpoint,
+            report,
+            Signals(),
+            place,
+        )
     except TrainingError as error:
         return str(error)
     return None

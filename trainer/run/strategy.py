@@ -7,7 +7,7 @@ ranks or another strategy, and that a checkpoint can be written while the next s
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -110,6 +110,11 @@ def prepare(train: TrainConfig, network: Network, mesh: DeviceMesh | None) -> No
 
     mesh is of the ranks to shard over. Names of parameters stay.
     """
+    if train.compile:
+        from torch._dynamo import config  # takes seconds
+
+        # Graphs would be cut into pieces for DDP's buckets: blocks are such pieces.
+        config.optimize_ddp = False
     shard = None
     if mesh is not None:
         # The outermost part of a network would else stay whole after a forward pass, the teacher's for good.
@@ -118,7 +123,9 @@ def prepare(train: TrainConfig, network: Network, mesh: DeviceMesh | None) -> No
         if train.activation_checkpointing:
             block.forward = _recomputed(block.forward)
         if train.compile:
-            block.compile()
+            # A block is one graph or an error: what is silently not compiled would be slow without a word. Shapes stay
+            # the same from step to step, whatever is not a step runs uncompiled (`uncompiled`).
+            block.compile(fullgraph=True, dynamic=False)
         if shard is not None:
             shard(block)
     if shard is not None:
@@ -126,6 +133,14 @@ def prepare(train: TrainConfig, network: Network, mesh: DeviceMesh | None) -> No
             if head is not None:
                 shard(head)
         shard(network)
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Within it, compiled blocks run as they are written.
+
+    What is no step has other shapes: each would cost a compilation, and a few of them would end all compiling.
+    """
+    return torch.compiler.set_stance("force_eager")
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

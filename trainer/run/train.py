@@ -20,6 +20,7 @@ from trainer.run.execution import TrainConfig
 from trainer.run.fit import check_model, fit
 from trainer.run.fitted import fitted
 from trainer.run.metrics_log import Failed, MetricsLog
+from trainer.run.profiling import profiles
 from trainer.run.ranks_on_ray import fit_on_ray
 from trainer.run.resuming import library_changes, longer_line, resume_point
 from trainer.run.slide_sources import slide_sources
@@ -66,12 +67,13 @@ def train(
     debug: bool = False,
     verbose: bool = False,
     force: bool = False,
+    profile_steps: int = 0,
 ) -> TrainResult:
     """Runs a training to its last step, from the newest checkpoint of `run.out` if there is one.
 
     With `debug`, reader and trainer run in this process, without Ray, so that a debugger stops in both. With `force`,
     a run goes on by another recipe than it began with, or though it broke down. probe scores the teacher on
-    `watch.knn_dataset`, where there is one.
+    `watch.knn_dataset`, where there is one. profile_steps: how many are traced, into the run's folder.
 
     Raises:
         TilestreamError: bad input, told in one line.
@@ -117,8 +119,9 @@ def train(
             with terminated() as stop:
                 signals = Signals(stop=stop.is_set, begin=stop.listen)
                 to_storage = FolderCheckpointIO(config, config.identity(catalog), slide_sources(catalog, stream.plan))
-                fit(config, to_storage, batches, resume, log.add, signals, probe=probe)
+                also = profiles(config, start, profile_steps, log.add)
+                fit(config, to_storage, batches, resume, log.add, signals, probe=probe, also=also)
         else:
-            fit_on_ray(config, catalog, log, probe, verbose=verbose)
+            fit_on_ray(config, catalog, log, probe, verbose=verbose, profile_steps=profile_steps)
     reached = checkpoints.steps_of(out, options)[-1]
     return TrainResult(checkpoints.checkpoint_uri(out, reached), start, reached, steps, log.summary)
