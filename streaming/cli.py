@@ -361,7 +361,7 @@ def _pull(stream: TileStream, most_readers: int, args: Namespace) -> None:
     from streaming.delivery.failures import FailureBudget, FailureLog
     from streaming.delivery.stream import step_digest
     from streaming.delivery.time_use import TimeUse
-    from streaming.progress import ProgressLine
+    from streaming.progress import Pace, ProgressLine
     from streaming.reading.batch import failures_of
 
     first, last = args.steps
@@ -369,7 +369,8 @@ def _pull(stream: TileStream, most_readers: int, args: Namespace) -> None:
     cluster.connect(most_readers + 1, verbose=args.verbose)
     log = FailureLog(args.log, storage_options(args)) if args.log else None
     budget, use, drawn, shown = FailureBudget(args.max_failed_share), TimeUse(), list[Any](), list[Any]()
-    started = first_at = time.perf_counter()
+    started, pace = time.perf_counter(), Pace()
+    first_at = started
     with ProgressLine("stream", "steps", total=last - first) as progress, log or contextlib.nullcontext():
         for step in range(first, last):
             asked = time.perf_counter()
@@ -386,7 +387,8 @@ def _pull(stream: TileStream, most_readers: int, args: Namespace) -> None:
             drawn = [*drawn[-999:], np.concatenate([batch["slide"] for batch in batches])]
             if args.digest:
                 out(f"step {step} {step_digest(batches)}")
-            progress.update(step + 1 - first, f"{budget.tiles / (time.perf_counter() - started):.0f} tiles/s")
+            rate = pace.at(budget.tiles)
+            progress.update(step + 1 - first, f"{rate:,.0f} tiles/s" if rate else "")
     took_s = time.perf_counter() - first_at
     if args.mosaic:
         _draw(shown, args)
@@ -394,9 +396,9 @@ def _pull(stream: TileStream, most_readers: int, args: Namespace) -> None:
         sys.stderr.write(line + "\n")
     use.print(took_s, Console())
     _print_mix(stream.plan, drawn, args.batch)
-    rate = f"{(budget.tiles - args.batch) / took_s:,.0f} tiles/s" if last - first > 1 else "one step"
-    rate += "; a trainer that takes fewer would not have waited" if last - first > 1 else ""
-    out(f"{budget.tiles:,} tiles of {last - first} steps: {rate}; after the first batch at {first_at - started:.1f} s")
+    told = f"{(budget.tiles - args.batch) / took_s:,.0f} tiles/s" if last - first > 1 else "one step"
+    told += "; a trainer that takes fewer would not have waited" if last - first > 1 else ""
+    out(f"{budget.tiles:,} tiles of {last - first} steps: {told}; after the first batch at {first_at - started:.1f} s")
 
 
 def _draw(batches: Sequence[Mapping[str, NDArray[Any]]], args: Namespace) -> None:

@@ -184,12 +184,13 @@ def _argument(kind: Any, field: Field[Any], meaning: str) -> dict[str, Any] | No
     made["help"] = meaning.replace("; none: ", "; left out: ") + told
     if get_origin(kind) in (Union, UnionType):
         (kind,) = (part for part in get_args(kind) if part is not NoneType)
-    if get_origin(kind) is Literal:
-        return made | {"choices": get_args(kind), "metavar": None}
     if kind == tuple[int, int]:
         return made | {"type": pair, "metavar": "A:B"}
     if get_origin(kind) is tuple:
-        return made | {"action": "append", "default": list(default or ())}
+        kind = get_args(kind)[0]
+        made |= {"action": "append", "default": list(default or ())}
+    if get_origin(kind) is Literal:
+        return made | {"choices": get_args(kind), "metavar": None}
     return made | {"type": kind} if kind in (int, float, str) else None
 
 

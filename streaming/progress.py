@@ -12,6 +12,7 @@ from rich.table import Column
 from rich.text import Text
 
 _LOG_EVERY_S = 10.0
+_TOGETHER_S = 0.5  # what came within them says nothing of a pace
 
 
 def clock(seconds: float) -> str:
@@ -19,6 +20,22 @@ def clock(seconds: float) -> str:
     minutes, left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
+
+
+class Pace:
+    """How fast a count grows once the first of it has come: before that, readers and models start."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, float] | None = None
+
+    def at(self, done: float) -> float | None:
+        """How many came each second since the first ones, where so many have come by now; None: not known yet."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, done) if done else None
+            return None
+        since, before = self._first
+        return (done - before) / (now - since) if done > before and now - since >= _TOGETHER_S else None
 
 
 class _DetailColumn(TextColumn):
@@ -40,8 +57,7 @@ class ProgressLine:
     def __init__(self, what: str, unit: str, total: int | None = None) -> None:
         self._what, self._unit, self._total = what, unit, total
         self._done, self._text, self._logged_at = 0.0, "", time.monotonic()
-        self._first: tuple[float, float] | None = None
-        """when something was done first, and what"""
+        self._pace = Pace()
         self._progress: Progress | None = None
         console = Console(stderr=True)
         if console.is_terminal:
@@ -61,12 +77,11 @@ class ProgressLine:
     def update(self, done: float, text: str = "") -> None:
         """Sets the count, of which parts of one make the time left more exact, and the text."""
         self._done, self._text = done, text
-        if self._first is None and done:
-            self._first = time.monotonic(), done
+        pace = self._pace.at(done)
         if self._progress is not None:
             self._progress.update(self._task, completed=done, text=text)
         elif time.monotonic() - self._logged_at >= _LOG_EVERY_S:
-            self._log(self._left())
+            self._log(self._left(pace))
 
     def _log(self, left: str = "") -> None:
         self._logged_at = time.monotonic()
@@ -75,13 +90,11 @@ class ProgressLine:
         sys.stderr.write("  ".join(part for part in parts if part) + "\n")
         sys.stderr.flush()
 
-    def _left(self) -> str:
+    def _left(self, pace: float | None) -> str:
         """The time that the rest takes at the pace so far, as the live line has it."""
-        if self._total is None or self._first is None or self._done >= self._total:
+        if self._total is None or pace is None or self._done >= self._total:
             return ""
-        since, before = self._first
-        pace = (self._done - before) / max(1e-9, time.monotonic() - since)
-        return f"{clock((self._total - self._done) / pace)} left" if pace > 0 else ""
+        return f"{clock((self._total - self._done) / pace)} left"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

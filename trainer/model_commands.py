@@ -70,8 +70,10 @@ def run_embed(args: Namespace) -> None:
     if report.rejected:
         rejected += f" (reasons in {storage.join(args.out, REJECTED)})"
     done = f"{report.tiles:,} tiles of {report.slides} slides embedded"
-    if report.seconds:
-        done += f" in {clock(report.seconds)}, {report.tiles / report.seconds:,.0f} tiles/s"
+    if report.slides:
+        done += f" in {clock(report.seconds)}"
+    if report.tiles_per_s:
+        done += f", {report.tiles_per_s:,.0f} tiles/s once the first ones had come"
     out(f"{args.out}: {done}, {report.skipped} slides done before, {rejected}")
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from streaming import cluster
 from tests.conftest import write_catalog
 from tests.processes import free_ports, serving
+from tests.trainer.publish.test_export import saved
 from trainer.cli import main
 from trainer.recipe.backbone import create_backbone
 from trainer.run import checkpoints
@@ -183,8 +184,8 @@ def test_a_batch_that_the_ranks_do_not_divide(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() > 0, reason="there is a GPU")
-def test_a_recipe_for_gpus_on_a_machine_without(
-    capsys: pytest.CaptureFixture[str], catalog: str, tmp_path: Path
+def test_a_recipe_or_an_embedding_for_gpus_on_a_machine_without(
+    capsys: pytest.CaptureFixture[str], catalog: str, slides: list[Path], tmp_path: Path
 ) -> None:
     arguments = ("--data.catalog", catalog, "--data.mpp", "{0.5: 1}", "--run.out", tmp_path / "run")
     for extra in ((), ("--debug",)):
@@ -193,6 +194,10 @@ def test_a_recipe_for_gpus_on_a_machine_without(
     cluster.connect(1)  # another job of this process may have started Ray
     assert "this machine has 0 of the 1 GPUs" in refusal(capsys, "train", "vits14", *arguments)
     assert not (tmp_path / "run").exists()
+    embed = ("embed", saved(tmp_path / "model"), slides[0], "--out", tmp_path / "out", "--gpu")
+    assert "--gpu: this machine has 0 of the 1 GPUs that are needed; leave it out" in refusal(capsys, *embed)
+    assert "0 of the 2 GPUs that are needed; leave it out or lower --models" in refusal(capsys, *embed, "--models", "2")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_command_line_with_a_typo(capsys: pytest.CaptureFixture[str]) -> None:

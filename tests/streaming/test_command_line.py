@@ -20,6 +20,8 @@ class Settings:
     """first and last"""
     names: tuple[str, ...] = ()
     """of lines"""
+    ends: tuple[Literal["arrow", "dot"], ...] = ()
+    """of lines, too"""
     dashed: bool = False
     """whether lines are dashed"""
     rounded: bool = True
@@ -42,6 +44,7 @@ def test_nothing_given_is_the_dataclass_with_its_defaults() -> None:
 
 def test_each_kind_of_field_is_read_from_its_option() -> None:
     words = "circle --width 2 --colour green --most 7 --between 3:4 --names a --names b --dashed --no-rounded"
+    words += " --ends dot --ends arrow"
     assert read_options(parser().parse_args(words.split()), Settings) == Settings(
         what="circle",
         line_width=2.0,
@@ -49,6 +52,7 @@ def test_each_kind_of_field_is_read_from_its_option() -> None:
         most=7,
         between=(3, 4),
         names=("a", "b"),
+        ends=("dot", "arrow"),
         dashed=True,
         rounded=False,
     )
@@ -61,7 +65,7 @@ def test_the_help_is_what_stands_under_the_fields_with_their_defaults(capsys: py
     assert "--width LINE_WIDTH px of a line, 100 % (0.5)" in told
     assert "--colour {red,green} of what is drawn (red)" in told
     assert "--most MOST lines; left out: no bound --between A:B first and last (1:2)" in told
-    assert "--names NAMES of lines; may be repeated" in told
+    assert "--names NAMES of lines; may be repeated --ends {arrow,dot} of lines, too; may be repeated" in told
     assert "--dashed lines are dashed --no-rounded corners are sharp" in told
     assert "--more" not in told
 
@@ -72,6 +76,7 @@ def test_the_help_is_what_stands_under_the_fields_with_their_defaults(capsys: py
         ("square", "argument WHAT: invalid choice: 'square'"),
         ("line --width thin", "argument --width: invalid float value: 'thin'"),
         ("line --between 3", "argument --between: '3' is not two numbers A:B"),
+        ("line --ends square", "argument --ends: invalid choice: 'square'"),
         ("line --line-width 3", "unrecognized arguments: --line-width 3"),
         ("line --col red", "unrecognized arguments: --col red"),
     ],

@@ -11,7 +11,7 @@ from rich.console import Console
 from streaming import errors, progress
 from streaming.delivery.failures import FailureBudget
 from streaming.errors import ConfigError, SlideError, StorageError, StreamError, TilestreamError, root_cause
-from streaming.progress import ProgressLine
+from streaming.progress import Pace, ProgressLine
 from streaming.reading.batch import pack_failures
 
 
@@ -90,6 +90,16 @@ def test_in_a_log_progress_is_plain_lines_now_and_then(
         "catalog: 20/2,000 slides  2 rejected  33:00 left",
         "catalog: 25/2,000 slides  2 rejected",
     ]
+
+
+def test_a_pace_leaves_out_the_start_and_what_comes_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, pace = [100.0], Pace()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    found = []
+    for at, done in ((105.0, 0), (160.0, 64), (160.001, 128), (162.0, 128), (163.0, 364)):
+        now[0] = at
+        found.append(pace.at(done))
+    assert found == [None, None, None, 32.0, 100.0]
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

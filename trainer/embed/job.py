@@ -29,12 +29,13 @@ from streaming.catalog.inspection import Rejected
 from streaming.catalog.known import KnownSlides, known_slides
 from streaming.catalog.schema import REJECTED_SCHEMA
 from streaming.errors import ConfigError, SlideError
-from streaming.progress import ProgressLine
+from streaming.progress import Pace, ProgressLine
 from streaming.reading.batch import Batch
 from trainer.embed.files import REJECTED, SUFFIXES, Embedded, open_writer
 from trainer.embed.model import load_model, resolve
 from trainer.embed.options import EmbedOptions
 from trainer.embed.stages import EmbedTiles, PlaceTiles, ReadTiles, TiledSlide
+from trainer.run.placement import check_gpus
 
 # Notes of finished slides, for formats whose files bear the slide's name alone.
 DONE = ".done"
@@ -52,7 +53,9 @@ class EmbedReport:
     rejected: list[Rejected]
     files: list[str]
     seconds: float
-    """in which they came, from the first one on"""
+    """that they took"""
+    tiles_per_s: float | None
+    """once the first ones had come; None: all came at once"""
 
 
 def name_of(info: storage.ObjectInfo) -> str:
@@ -199,11 +202,13 @@ def embed(
 
     Raises:
         CheckpointError: no usable model.
-        ConfigError: two slides would have the same file.
+        ConfigError: two slides would have the same file, or this machine has too few GPUs.
         CatalogError: a source holds no slide.
         SlideError: no slide could be used.
         StorageError: something can't be reached.
     """
+    if options.gpu:
+        check_gpus("--gpu", options.models, "leave it out" if options.models == 1 else "leave it out or lower --models")
     stores = dict(storage_options or {})
     # Workers run in folders of their own, so a relative path would mean another place to them.
     found = resolve(model, stores)
@@ -225,7 +230,15 @@ def embed(
         first = made.rejected[0]
         raise SlideError(f"{first.slide}: {first.reason} ({len(slides)} of {len(slides)} slides can't be embedded)")
     files = sorted([*done.values(), *made.files.values()])
-    return EmbedReport(len(made.files), len(done), made.tiles, made.rejected, files, made.seconds)
+    return EmbedReport(
+        slides=len(made.files),
+        skipped=len(done),
+        tiles=made.tiles,
+        rejected=made.rejected,
+        files=files,
+        seconds=made.seconds,
+        tiles_per_s=made.tiles_per_s,
+    )
 
 
 @dataclass
@@ -237,7 +250,7 @@ class _Made:
     tiles: int = 0
     rejected: list[Rejected] = field(default_factory=list[Rejected])
     seconds: float = 0.0
-    """since the first tiles came"""
+    tiles_per_s: float | None = None
 
 
 def keep_rejected(out: str, rejected: Sequence[Rejected], embedded: Set[str], stores: dict[str, Any]) -> None:
@@ -254,14 +267,11 @@ def _embed_all(job: Job, todo: KnownSlides, made: _Made, *, verbose: bool) -> No
     options = job.options
     cluster.connect(options.readers[1] + options.models * options.model_cpus + 2, verbose=verbose)
     with ProgressLine("embed", "slides", total=len(todo)) as progress:
-        started: float | None = None
+        began, pace = time.monotonic(), Pace()
 
         def told(done: float, tiles: int) -> None:
-            nonlocal started
-            # The first tiles wait for readers and model to start.
-            started = started or time.monotonic()
-            made.seconds = time.monotonic() - started
-            rate = f"  {tiles / made.seconds:,.0f} tiles/s" if made.seconds else ""
+            made.seconds, made.tiles_per_s = time.monotonic() - began, pace.at(tiles) or made.tiles_per_s
+            rate = f"  {made.tiles_per_s:,.0f} tiles/s" if made.tiles_per_s else ""
             progress.update(done, f"{tiles:,} tiles{rate}  {len(made.rejected)} rejected")
 
         def noted(pieces: Iterator[Batch], before: int) -> Iterator[Batch]:

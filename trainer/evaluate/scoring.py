@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -17,7 +16,7 @@ import torch
 
 from streaming import storage
 from streaming.errors import ConfigError
-from streaming.progress import ProgressLine
+from streaming.progress import Pace, ProgressLine
 from trainer.embed.model import Model, load_model
 from trainer.embed.table_slides import TableSlides
 from trainer.evaluate import eva, eva_masks, mil, probes, quality
@@ -148,13 +147,11 @@ def evaluate_model(
 
 def _with_rate(progress: ProgressLine) -> Callable[[int], None]:
     """Shows how many tiles are done, and at what rate since the first ones came."""
-    first: tuple[float, int] | None = None
+    pace = Pace()
 
     def update(done: int) -> None:
-        nonlocal first
-        since, before = first = first or (time.monotonic(), done)
-        rate = (done - before) / max(1e-9, time.monotonic() - since)
-        progress.update(done, f"{rate:,.0f} tiles/s" if done > before else "")
+        rate = pace.at(done)
+        progress.update(done, f"{rate:,.0f} tiles/s" if rate else "")
 
     return update
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Any, NamedTuple, cast, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -149,6 +151,10 @@ _DICT_FIELDS = frozenset(
 # Those whose values may be secret.
 _SECRET_FIELDS = ("data.storage_options", "data.mirrors")
 
+# A value that the parser refuses for its type, in its own words.
+_ILL_TYPED = re.compile(r'Parser key "(?P<key>[\w.]+)": .*(?:Got|Given) value: ?(?P<value>.*)')
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
+
 
 def plain(value: Any) -> Any:
     """Nested values as YAML has them: lists for tuples, and no secrets."""
@@ -255,5 +261,21 @@ def _check_key(key: str, keys: list[str], source: str) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)
+    """An error's own words, or of a value of the wrong type what the field takes instead of Python's types."""
+    text = " ".join(str(error).split())
+    found = _ILL_TYPED.match(text)
+    kind = next((leaf.kind for leaf in leaves() if found and leaf.key == found["key"]), None)
+    return f"{found['key']} is {found['value']!r}; give {_wanted(kind)}" if found and kind else text
+
+
+def _wanted(kind: Any) -> str:
+    """What a field of a type takes, in words."""
+    origin, inside = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, inside))}"
+    if origin in (Union, UnionType):
+        return ", or ".join(dict.fromkeys(map(_wanted, inside)))
+    if origin is tuple:
+        many = "a list, such as [a, b], of" if inside[-1] is ... else f"a list of {len(inside)}, [a, b], each"
+        return f"{many} {_wanted(inside[0])}"
+    return "a map, such as {a: 1, b: 2}" if origin is dict else _WORDS.get(kind, str(kind))

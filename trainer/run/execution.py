@@ -9,6 +9,8 @@ from streaming.delivery.segments import groups_of
 from streaming.delivery.stream import BatchShape
 from trainer.recipe.free_field import FREE
 
+Tracker = Literal["csv", "tensorboard", "wandb", "mlflow"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -18,13 +20,8 @@ class RunConfig:
     """folder or URI of the run: checkpoints, metrics, the resolved configuration; a run found there is resumed"""
     seed: int = 0
     """decides the tiles, the crops, the masks and the initial weights"""
-    loggers: tuple[str, ...] = ("csv",)
+    loggers: tuple[Tracker, ...] = ("csv",)
     """where metrics go beside metrics.parquet: csv (local runs), tensorboard, wandb, mlflow"""
-
-    def __post_init__(self) -> None:
-        for name in self.loggers:
-            if name not in ("csv", "tensorboard", "wandb", "mlflow"):
-                raise ValueError(f"loggers names {name!r}; take csv, tensorboard, wandb or mlflow")
 
 
 @dataclass(frozen=True, kw_only=True)

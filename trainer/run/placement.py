@@ -1,4 +1,4 @@
-"""Whether the ranks find nodes: Ray Train waits for them without a word, and for ever."""
+"""Whether GPUs and nodes are found: Ray waits for them without a word, and for ever."""
 
 from __future__ import annotations
 
@@ -13,11 +13,37 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+import torch
 
+from streaming import cluster
+from streaming.errors import ConfigError
 from trainer.run.execution import TrainConfig
 
 _FIRST_S, _EVERY_S = 20.0, 60.0
 _ONE_OF = re.compile(r"in\((.*)\)")
+
+
+def check_gpus(option: str, needed: int, fewer: str, *, joins_ray: bool = True) -> None:
+    """Refuses to wait for GPUs that will never come; a cluster may bring them.
+
+    Args:
+        option: what asks for them.
+        needed: how many.
+        fewer: how to do with less.
+        joins_ray: whether what needs them is run by Ray, else by this process.
+
+    Raises:
+        ConfigError: this machine, where all of it is to run, has too few.
+    """
+    if joins_ray and cluster.address():
+        return
+    # A Ray that runs already was started here, or joined by hand: it knows of its GPUs.
+    have = cluster.gpus() if joins_ray and ray.is_initialized() else torch.cuda.device_count()
+    if have < needed:
+        raise ConfigError(
+            f"{option}: this machine has {have} of the {needed} GPUs that are needed; {fewer}, or name a cluster by "
+            "RAY_ADDRESS"
+        )
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
@@ -22,20 +22,23 @@ _PACKAGES = {
 }
 
 
+def check_installed(names: Sequence[str]) -> None:
+    """Refuses loggers that can't work here.
+
+    Raises:
+        ConfigError: a name's package is not installed.
+    """
+    for name in names:
+        packages = _PACKAGES[name]
+        if packages and not any(find_spec(package) for package in packages):
+            raise ConfigError(f"run.loggers names {name}, which is not installed; pip install {name}, or leave it out")
+
+
 class Trackers:
     """The loggers of a run. One that fails is warned of and left out: a training does not stop for its diary."""
 
     def __init__(self, names: tuple[str, ...], out: str, start: int) -> None:
-        """Loggers of the run at `out`, which goes on at step `start`; each attempt has its own files.
-
-        Raises:
-            ConfigError: a name's package is not installed.
-        """
-        for name in names:
-            packages = _PACKAGES[name]
-            if packages and not any(find_spec(package) for package in packages):
-                remedy = f"pip install {name}, or leave it out"
-                raise ConfigError(f"run.loggers names {name}, which is not installed; {remedy}")
+        """Loggers of the run at `out`, which goes on at step `start`; each attempt has its own files."""
         # CSV is appended to, which object storage can't; metrics.parquet is there anyhow.
         kept = [name for name in names if name != "csv" or storage.is_local(out)]
         self._loggers = {name: _logger(name, out, start) for name in kept}

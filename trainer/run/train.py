@@ -5,10 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 
-import ray
-import torch
-
-from streaming import cluster, storage
+from streaming import storage
 from streaming.errors import ConfigError
 from trainer.run import checkpoints
 from trainer.run.after_step import ProbeKind
@@ -16,16 +13,17 @@ from trainer.run.background_checkpoints import FolderCheckpointIO
 from trainer.run.config import Config
 from trainer.run.data import load_catalog, make_plan
 from trainer.run.endings import check_not_stopped, told_in_its_folder
-from trainer.run.execution import TrainConfig
 from trainer.run.fit import check_model, fit
 from trainer.run.fitted import fitted
 from trainer.run.metrics_log import Failed, MetricsLog
+from trainer.run.placement import check_gpus
 from trainer.run.profiling import profiles
 from trainer.run.ranks_on_ray import fit_on_ray
 from trainer.run.resuming import library_changes, longer_line, resume_point
 from trainer.run.slide_sources import slide_sources
 from trainer.run.step_batches import StepBatches
 from trainer.run.stop_signals import Signals, terminated
+from trainer.run.trackers import check_installed
 from trainer.run.validation import held_out_stream
 
 
@@ -39,25 +37,6 @@ class TrainResult:
     planned: int
     """the run's last step"""
     summary: list[str]
-
-
-def check_gpus(train: TrainConfig, *, debug: bool = False) -> None:
-    """Refuses to wait for GPUs that will never come; a cluster may bring them.
-
-    Raises:
-        ConfigError: this machine, which is to run all ranks, has too few.
-    """
-    if not train.gpu or (not debug and cluster.address()):
-        return
-    # A Ray that runs already was started here, or joined by hand: it knows of its GPUs.
-    joined = not debug and ray.is_initialized()
-    have = cluster.gpus() if joined else torch.cuda.device_count()
-    needed = 1 if debug else train.least_ranks
-    if have < needed:
-        raise ConfigError(
-            f"train.gpu: this machine has {have} of the {needed} GPUs that are needed; add --train.gpu false or lower "
-            "train.ranks, or name a cluster by RAY_ADDRESS"
-        )
 
 
 def train(
@@ -98,7 +77,10 @@ def train(
         )
     if resume and (line := longer_line(checkpoints.read_config(resume, options), config, start)):
         sys.stderr.write(f"train: {line}\n")
-    check_gpus(config.train, debug=debug)
+    if config.train.gpu:
+        fewer = "add --train.gpu false or lower train.ranks"
+        check_gpus("train.gpu", 1 if debug else config.train.least_ranks, fewer, joins_ray=not debug)
+    check_installed(config.run.loggers)
     # What the catalog can't give is told before anything starts.
     make_plan(config.data, config.run.seed, catalog, config.held_out)
     if config.held_out:

@@ -288,4 +288,4 @@ def test_patch_tokens_without_room_or_folder_are_told_before_they_are_kept(
 
 
 def test_an_unknown_task_is_refused(capsys: pytest.CaptureFixture[str], run_folder: str, coloured: Path) -> None:
-    assert "task 'knm'" in refusal(capsys, run_folder, coloured, "--task", "knm")
+    assert "argument --task: invalid choice: 'knm'" in refusal(capsys, run_folder, coloured, "--task", "knm")

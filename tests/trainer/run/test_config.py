@@ -1,5 +1,6 @@
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -48,7 +49,12 @@ def test_a_yaml_file_takes_the_place_of_a_preset(tmp_path: Path) -> None:
     [
         (["--train.bach", "10"], ["train.bach", "train.batch"]),
         (["--data.katalog=x"], ["data.katalog", "data.catalog"]),
-        (["--train.batch", "many"], ["train.batch", "many"]),
+        (["--train.batch", "many"], ["train.batch is 'many'; give a whole number"]),
+        (["--train.gpu", "maybe"], ["train.gpu is 'maybe'; give true or false"]),
+        (["--train.ranks", "some"], ["give a whole number, or a list of 2, [a, b], each a whole number"]),
+        (["--model.ffn", "relu"], ["model.ffn is 'relu'; give one of mlp, swiglu, or null"]),
+        (["--run.loggers", "[tensorbord]"], ["'tensorbord'; give a list", "csv, tensorboard, wandb, mlflow"]),
+        (["--train.rank_labels", "a"], ["train.rank_labels is 'a'; give a map"]),
         (["--train.batch", "10", "--train.ranks", "4"], ["batch 10", "4 ranks", "8 or 12"]),
         (["--train.batch", "64", "--train.ranks", "[3,8]"], ["[3, 8]", "batch of 64", "4, 8 can"]),
         (["--train.batch", "64", "--train.ranks", "[8,4]"], ["(8, 4)", "the least first"]),
@@ -74,6 +80,17 @@ def test_a_wrong_override_is_told_in_one_line_with_its_name(overrides: list[str]
     assert "\n" not in str(caught.value)
     for part in named:
         assert part in str(caught.value)
+
+
+def test_whatever_type_a_field_has_a_wrong_value_is_told_without_python_s_words_for_it() -> None:
+    one_of_each = {str(leaf.kind): leaf for leaf in leaves() if str not in (leaf.kind, *get_args(leaf.kind))}
+    assert len(one_of_each) > 10
+    for leaf in one_of_each.values():
+        with pytest.raises(ConfigError) as caught:
+            read_config("debug", [f"--{leaf.key}", "-, ["])
+        told = str(caught.value)
+        assert leaf.key in told, told
+        assert not any(word in told for word in ("<class", "typing", "Parser", "Union")), told
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,9 @@
 """Every value of every option of a training that has a list of values: each trains, or is refused before it begins."""
 
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -12,29 +11,30 @@ import torch
 from streaming.errors import ConfigError
 from tests.trainer.run.test_train import SMALL
 from trainer.run import checkpoints
-from trainer.run.config import Config, read_config
+from trainer.run.config import leaves, read_config
 from trainer.run.train import train
 
 REFUSED = {("train.precision", "bf16-true"): "weights and teacher would hardly move; take bf16-mixed"}
+for package in ("wandb", "mlflow"):
+    if find_spec(package) is None:
+        REFUSED["run.loggers", f"[{package}]"] = f"{package}, which is not installed; pip install {package}"
 
 
-def offered(section: type[Any] = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
-    kinds = get_type_hints(section)
-    for field in fields(section):
-        kind = kinds[field.name]
-        if is_dataclass(kind):
-            yield from offered(kind, f"{prefix}{field.name}.")
-            continue
-        inside = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-        for one in inside:
-            if get_origin(one) is Literal:
-                yield from ((prefix + field.name, str(value)) for value in get_args(one))
+def listed(kind: Any) -> Iterator[str]:
+    """The values of a type, and of those that it is made of."""
+    for part in get_args(kind):
+        yield from [str(part)] if get_origin(kind) is Literal else listed(part)
+
+
+def offered() -> Iterator[tuple[str, str]]:
+    for leaf in leaves():
+        in_brackets = get_origin(leaf.kind) is tuple
+        yield from ((leaf.key, f"[{value}]" if in_brackets else value) for value in listed(leaf.kind))
 
 
 def test_the_options_that_have_a_list_of_values_are_found() -> None:
     names = {name for name, _ in offered()}
-    assert {"train.precision", "train.strategy"} <= names
-    assert len(names) >= 6, names
+    assert names >= {"train.precision", "train.strategy", "run.loggers", "model.ffn", "data.corners", "loss.patch"}
 
 
 @pytest.mark.long

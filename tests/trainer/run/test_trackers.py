@@ -6,9 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from streaming.errors import ConfigError
-from trainer.run.config import parse_config, read_config
+from trainer.run.config import read_config
 from trainer.run.metrics_log import MetricsLog
-from trainer.run.trackers import Trackers
+from trainer.run.trackers import Trackers, check_installed
 
 ROWS = [{"step": float(step), "loss": 10.0 - step, "data_wait_share": 0.01 * step} for step in range(1, 5)]
 
@@ -51,13 +51,10 @@ def test_a_logger_that_fails_is_left_out_with_a_word_and_the_others_go_on(
     assert len((tmp_path / "logs/csv/from-step-0/metrics.csv").read_text().splitlines()) == 3
 
 
-def test_a_logger_that_is_unknown_or_not_installed_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert parse_config({}, []).run.loggers == ("csv",)
-    with pytest.raises(ConfigError, match=r"loggers names 'tensorbord'; take csv, tensorboard, wandb or mlflow"):
-        parse_config({"run": {"loggers": ["tensorbord"]}}, [])
+def test_a_logger_that_is_not_installed_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.run.trackers.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"names wandb, which is not installed; pip install wandb, or"):
-        Trackers(("csv", "wandb"), "runs/a", 0)
+        check_installed(("csv", "wandb"))
 
 
 def test_metrics_that_storage_does_not_take_are_told_of_and_saved_the_next_time(
