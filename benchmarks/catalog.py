@@ -279,7 +279,7 @@ def measure(folder: str, tiles: int) -> dict[str, float]:
     opened = time.perf_counter() - started
     assert first.slide in catalog.slides()
     resident_open = resident_mib() - before
-    pickled = len(pickle.dumps((plan, catalog))) / 2**20
+    pickled = len(pickle.dumps((plan, catalog.for_readers()))) / 2**20
     places, planning, seen = Places(), 0.0, set[int]()
     pool = reader_s_slides(catalog, places)
     for start in range(0, tiles, BATCH):

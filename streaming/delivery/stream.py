@@ -103,7 +103,7 @@ class TileStream:
     @cached_property
     def source(self) -> Source:
         """The stream's parts in Ray's shared memory, one copy a node for all readers."""
-        plan, catalog, shape = ray.put(self.plan), ray.put(self.catalog), self.shape
+        plan, catalog, shape = ray.put(self.plan), ray.put(self.catalog.for_readers()), self.shape
         # Of a tile as large as a scanner's blocks; larger ones have more.
         requests_per_tile = 1 if self.plan.corners == "blocks" else 2
         return Source(

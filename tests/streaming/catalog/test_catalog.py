@@ -183,3 +183,12 @@ def test_a_catalog_is_pickled_as_it_was_loaded(catalog: str) -> None:
     # Threads of a reader work with one catalog, and one of them may pickle it while another fills what it keeps.
     assert set(vars(loaded)) - set(vars(pickle.loads(fresh)))
     assert pickle.dumps(loaded) == fresh
+
+
+def test_readers_get_what_opening_takes_and_read_the_same_tiles(catalog: str) -> None:
+    loaded, index = Catalog.load(catalog), {"index": np.arange(8)}
+    theirs = pickle.loads(pickle.dumps(loaded.for_readers()))
+    assert theirs.table.nbytes < loaded.table.nbytes / 2
+    plan = TilePlan(loaded, mpp={0.5: 1})
+    own, read = (TileReader(plan, known, ReaderOptions())(index)["tile"] for known in (loaded, theirs))
+    np.testing.assert_array_equal(read, own)
