@@ -1,0 +1,1 @@
+"""What `tilestream bench gpu` checks and measures."""
