@@ -1,4 +1,4 @@
-"""The commands that need no model: `tilestream catalog`, `stream`, `bench` and `doctor`."""
+"""The commands that need no model: `tilestream catalog`, `stream`, `tiles`, `bench` and `doctor`."""
 
 from __future__ import annotations
 
@@ -25,8 +25,6 @@ from streaming.command_line import (
     add_options,
     add_storage_options,
     address,
-    magnifications,
-    named_weights,
     out,
     pair,
     read_options,
@@ -35,12 +33,8 @@ from streaming.command_line import (
 from streaming.delivery.failures import MAX_FAILED_SHARE
 from streaming.delivery.segments import Readers
 from streaming.errors import ConfigError
-from streaming.plan.footprints import Corners
-from streaming.plan.magnifications import DEFAULT_MPP
-from streaming.plan.strata import Strata
-from streaming.plan.universe import Universe
+from streaming.plan_options import add_plan_options, plan_of
 from streaming.reading.reader import ReaderOptions
-from streaming.slide.geometry import MAX_UPSAMPLING, MPP_TOLERANCE
 from streaming.storage.staging import Staging
 
 if TYPE_CHECKING:
@@ -225,23 +219,6 @@ def add_stream(commands: Any) -> None:
     count = {"flag": "--readers", "metavar": "MIN:MAX"}
     add_options(parser, Readers, only=("count", "segment_minutes"), count=count, segment_minutes={"metavar": "MIN"})
     add_options(parser, ReaderOptions, only=("requests_in_flight",), requests_in_flight={"metavar": "N"})
-    parser.add_argument("--seed", type=int, default=0, help="seed of the plan (0)")
-    mpp = ",".join(f"{value:g}" for value in DEFAULT_MPP)
-    parser.add_argument(
-        "--mpp", type=magnifications, metavar="LIST", help=f"µm/px, with weights if wanted, or uniform:0.25:2 ({mpp})"
-    )
-    parser.add_argument(
-        "--mpp-tolerance",
-        type=float,
-        default=MPP_TOLERANCE,
-        metavar="SHARE",
-        help=f"how far a slide's own pixels may be off it and be taken as they are; 0: none ({MPP_TOLERANCE:g})",
-    )
-    bound = f"times that a slide's pixels may be enlarged; past it, it serves none ({MAX_UPSAMPLING:g})"
-    parser.add_argument("--max-upsampling", type=float, default=MAX_UPSAMPLING, metavar="TIMES", help=bound)
-    where = "where tiles begin: anywhere, or on as few compressed blocks as can be (anywhere)"
-    parser.add_argument("--corners", choices=get_args(Corners), default="anywhere", help=where)
-    parser.add_argument("--size", type=int, default=256, help="side of a tile in px (256)")
     parser.add_argument(
         "--max-failed-share",
         type=float,
@@ -257,22 +234,7 @@ def add_stream(commands: Any) -> None:
     parser.add_argument(
         "--mosaic", metavar="URI", help="write a picture (.png, .jpg) of the first step's tiles, by index"
     )
-    group = parser.add_argument_group("which tiles may be drawn (all of all slides)")
-    add_options(
-        group,
-        Universe,
-        slides={"metavar": "SHARE"},
-        tiles_per_slide={"metavar": "K"},
-        replacement={"help": "each of those once before any comes again"},
-        seed={"flag": "--universe-seed"},
-        window={"metavar": "TILES"},
-        window_slides={"metavar": "N"},
-    )
-    group.add_argument("--cohorts", type=named_weights, metavar="LIST", help="cohorts and weights: a=2,b=1")
-    columns = {"flag": "--strata", "metavar": "COLUMN"}
-    add_options(group, Strata, columns=columns, power={"flag": "--strata-power", "metavar": "POWER"})
-    what = "weights by value of --strata in place of the power; others are not drawn: lung=2,skin=1"
-    group.add_argument("--strata-weights", type=named_weights, metavar="LIST", default={}, help=what)
+    add_plan_options(parser)
     add_storage_options(parser)
 
 
@@ -282,7 +244,6 @@ def run_stream(args: Namespace) -> None:
 
     from streaming.catalog import Catalog
     from streaming.delivery.stream import BatchShape, TileStream, check_steps
-    from streaming.plan import TilePlan
     from streaming.plan.census import census
 
     options = storage_options(args)
@@ -297,19 +258,7 @@ def run_stream(args: Namespace) -> None:
     shape = BatchShape(args.batch, args.ranks)
     check_steps(*args.steps)
     catalog = Catalog.load(args.catalog, options)
-    universe = read_options(args, Universe)
-    plan = TilePlan(
-        catalog,
-        args.seed,
-        args.mpp or DEFAULT_MPP,
-        args.size,
-        cohorts=args.cohorts,
-        strata=read_options(args, Strata, weights=args.strata_weights),
-        max_upsampling=args.max_upsampling,
-        mpp_tolerance=args.mpp_tolerance,
-        corners=args.corners,
-        universe=universe,
-    )
+    plan = plan_of(args, catalog)
     if args.census is not None:
         for line in census(plan, catalog, args.census).lines():
             out(line)
@@ -336,6 +285,43 @@ def run_stream(args: Namespace) -> None:
         ranks_per_stream=args.ranks_per_stream,
     )
     _pull(stream, readers.count[1], args)
+
+
+def add_tiles(commands: Any) -> None:
+    """`tilestream tiles`."""
+    parser = add_command(
+        commands,
+        "tiles",
+        "write a list of tiles: a grid on the tissue of all slides, or what a plan draws",
+        "  tilestream tiles s3://bucket/catalog --out list.parquet --mpp 0.5\n"
+        "  tilestream tiles s3://bucket/catalog --out list.parquet --draws 1000000",
+        run_tiles,
+    )
+    parser.add_argument("catalog", metavar="CATALOG", help="what `tilestream catalog` wrote")
+    parser.add_argument("--out", type=address, required=True, metavar="URI", help="Parquet file of the list")
+    draws = "the first tiles of the plan, by sample index, instead of a grid edge to edge"
+    parser.add_argument("--draws", type=int, metavar="N", help=draws)
+    add_plan_options(parser)
+    add_storage_options(parser)
+
+
+def run_tiles(args: Namespace) -> None:
+    """Writes the list and tells what is in it.
+
+    Raises:
+        ConfigError: fewer than one tile is asked for, or a grid at a range of magnifications.
+    """
+    from streaming.catalog import Catalog
+    from streaming.plan.list_writing import drawn_tiles, grid_tiles, write_list
+
+    if args.draws is not None and args.draws < 1:
+        raise ConfigError(f"--draws {args.draws}; it is a number of tiles, at least 1")
+    options = storage_options(args)
+    catalog = Catalog.load(args.catalog, options)
+    plan = plan_of(args, catalog)
+    found = grid_tiles(plan, catalog, args.min_tissue) if args.draws is None else drawn_tiles(plan, args.draws)
+    num, slides = write_list(args.out, found, options)
+    out(f"{args.out}: {num:,} tiles of {slides:,} slides; draw them by `data.tiles` or `--tiles`")
 
 
 def _some_batches(steps: tuple[int, int], batch: int) -> list[NDArray[np.int64]]:

@@ -26,7 +26,20 @@ TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 
 # What runs here; `tests/pages.py` only checks the others: bench takes minutes to hours and demo has a test of its own,
 # lazyslide needs wsidata, which is not installed beside our libraries.
-RUN = {"catalog", "stream", "train", "embed", "export", "evaluate", "sweep", "picture", "capacity", "doctor", "replay"}
+RUN = {
+    "catalog",
+    "stream",
+    "tiles",
+    "train",
+    "embed",
+    "export",
+    "evaluate",
+    "sweep",
+    "picture",
+    "capacity",
+    "doctor",
+    "replay",
+}
 # What the pages name → what stands for it here, below the scratch folder.
 STAND_INS = {"/data/slides": "slides", "s3://bucket": "bucket"}
 # Appended to the commands, so that seconds are enough; of an option that is given twice the last one counts.

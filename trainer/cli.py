@@ -12,7 +12,7 @@ from importlib import metadata
 from typing import Any
 
 from streaming import storage
-from streaming.cli import add_bench, add_catalog, add_doctor, add_stream
+from streaming.cli import add_bench, add_catalog, add_doctor, add_stream, add_tiles
 from streaming.command_line import OneLineParser, add_command, address, is_unread, terminal
 from streaming.errors import TilestreamError, UnreachableError, root_cause
 from streaming.secrets import without_secrets
@@ -53,7 +53,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tilestream {metadata.version('tilestream')}")
     commands: Any = parser.add_subparsers(metavar="COMMAND", required=True)
     data, model = (
-        (add_catalog, add_stream, add_doctor),
+        (add_catalog, add_stream, add_tiles, add_doctor),
         (add_train, add_replay, add_embed, add_picture, add_lazyslide, add_export),
     )
     for add in (add_demo, *data, *model, add_report, add_evaluate, add_sweep, add_capacity, add_bench):

@@ -9,30 +9,22 @@ proportion to its tissue by a search in the sums, and nothing is counted when th
 
 from __future__ import annotations
 
-import mmap
-import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streaming import storage
-from streaming.errors import CatalogError
-from streaming.storage.sparse_copy import RemoteFile, SparseCopy
+from streaming.errors import CatalogError, StorageError
+from streaming.storage.mapped_file import MappedFile
 from streaming.storage.staging import Staging
 
 CHUNK = 64
 _MAGIC = b"tilestream tissue 1\n"
 _HEADER = 64
-
-# Mapped pages count as the process's memory until they are let go of, and each draw brings in some 100 KB of them,
-# since the kernel maps what lies around. In a file below this size there is nothing to win by letting go.
-_LARGE = 2**26
 
 Cells = NDArray[np.uint8]
 
@@ -67,15 +59,6 @@ def write_tissue(file: BinaryIO, tissue: Iterable[Cells]) -> None:
     file.write(_MAGIC + num_chunks.to_bytes(8, "little"))
 
 
-@dataclass(frozen=True, slots=True)
-class _Mapped:
-    memory: mmap.mmap
-    cells: Cells
-    sums: NDArray[np.int64]
-    copy: SparseCopy | None
-    """of a remote file, what of it has come"""
-
-
 class TissueMap:
     """The tissue file of a catalog, mapped when it is first asked for; a remote one by a copy that comes part by part.
 
@@ -85,19 +68,7 @@ class TissueMap:
     def __init__(
         self, info: storage.ObjectInfo, options: storage.StorageOptions | None = None, staging: Staging | None = None
     ) -> None:
-        self._info, self._options, self._staging = info, options, staging or Staging()
-        self._forget()
-
-    def _forget(self) -> None:
-        self._mapped: _Mapped | None = None
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_mapped", "_lock")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
+        self._file = MappedFile(info, options, staging)
 
     @property
     def cells(self) -> Cells:
@@ -107,7 +78,7 @@ class TissueMap:
             CatalogError: the file is missing or damaged.
             StorageError: it can't be fetched.
         """
-        return self._whole().cells
+        return self._whole()[0]
 
     @property
     def sums(self) -> NDArray[np.int64]:
@@ -116,7 +87,7 @@ class TissueMap:
         Raises:
             CatalogError, StorageError: as `cells`.
         """
-        return self._whole().sums
+        return self._whole()[1]
 
     def grids(self, begin: NDArray[np.int64], size: NDArray[np.int64]) -> tuple[Cells, NDArray[np.int64]]:
         """Cells and running sums as above, of which those of some grids are there: their first cells and sizes (n,).
@@ -126,55 +97,35 @@ class TissueMap:
         Raises:
             CatalogError, StorageError: as `cells`.
         """
-        mapped = self._map()
-        if mapped.copy is not None:
-            sums_at = _HEADER + len(mapped.cells)
-            first, last = sums_at + begin // CHUNK * 8, sums_at + ((begin + size) // CHUNK + 1) * 8
-            starts = np.concatenate([_HEADER + begin, first])
-            ends = np.concatenate([_HEADER + begin + size, last])
-            mapped.copy.fetch(zip(starts.tolist(), ends.tolist(), strict=True))
-        return mapped.cells, mapped.sums
+        cells, sums = self._map()
+        sums_at = _HEADER + len(cells)
+        first, last = sums_at + begin // CHUNK * 8, sums_at + ((begin + size) // CHUNK + 1) * 8
+        starts = np.concatenate([_HEADER + begin, first])
+        ends = np.concatenate([_HEADER + begin + size, last])
+        self._file.fetch(zip(starts.tolist(), ends.tolist(), strict=True))
+        return cells, sums
 
     def release(self) -> None:
         """Lets go of the pages that were read; they stay in the system's cache, which all processes share."""
-        if self._mapped is not None and self._info.size > _LARGE:
-            self._mapped.memory.madvise(mmap.MADV_DONTNEED)
+        self._file.release()
 
-    def _whole(self) -> _Mapped:
-        mapped = self._map()
-        if mapped.copy is not None:
-            mapped.copy.fetch([(0, self._info.size)])
-        return mapped
+    def _whole(self) -> tuple[Cells, NDArray[np.int64]]:
+        found = self._map()
+        self._file.fetch([(0, self._file.info.size)])
+        return found
 
-    def _map(self) -> _Mapped:
-        if self._mapped is None:
-            with self._lock:
-                if self._mapped is None:
-                    self._mapped = self._open()
-        return self._mapped
-
-    def _open(self) -> _Mapped:
-        uri, copy = self._info.uri, None
-        if storage.is_local(uri):
-            mapped = self._local()
-        else:
-            copy = SparseCopy([RemoteFile(uri, self._info.size)], self._options, self._staging)
-            copy.fetch([(0, _HEADER)])
-            mapped = mmap.mmap(copy.file, 0, access=mmap.ACCESS_READ)
-        nbytes = len(mapped)
+    def _map(self) -> tuple[Cells, NDArray[np.int64]]:
+        """Cells and running sums, whatever of them is there."""
+        uri = self._file.info.uri
+        try:
+            mapped = self._file.memory
+        except StorageError as error:
+            if not storage.is_local(uri):
+                raise
+            raise CatalogError(f"{error}; build the catalog anew") from error
+        self._file.fetch([(0, _HEADER)])
         chunks = int.from_bytes(mapped[len(_MAGIC) : len(_MAGIC) + 8], "little")
-        if mapped[: len(_MAGIC)] != _MAGIC or file_nbytes(chunks * CHUNK) != nbytes:
+        if mapped[: len(_MAGIC)] != _MAGIC or file_nbytes(chunks * CHUNK) != len(mapped):
             raise CatalogError(f"{uri}: no tissue of this version; build the catalog anew")
         cells = np.frombuffer(mapped, np.uint8, chunks * CHUNK, _HEADER)
-        return _Mapped(mapped, cells, np.frombuffer(mapped, np.int64, chunks + 1, _HEADER + chunks * CHUNK), copy)
-
-    def _local(self) -> mmap.mmap:
-        uri = self._info.uri
-        try:
-            with open(storage.local_path(uri), "rb") as file:
-                nbytes = os.fstat(file.fileno()).st_size
-                if nbytes != self._info.size:
-                    raise CatalogError(f"{uri}: {nbytes:,} bytes, not {self._info.size:,}; build the catalog anew")
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise CatalogError(f"{uri}: can't read the tissue ({error.strerror}); build the catalog anew") from error
+        return cells, np.frombuffer(mapped, np.int64, chunks + 1, _HEADER + chunks * CHUNK)

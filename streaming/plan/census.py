@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streaming.catalog import Catalog
+from streaming.plan.magnifications import bands
 from streaming.plan.plan import TilePlan
 
 _AT_ONCE = 100_000
 _MOST_VALUES = 12
-_BANDS = 8
 _MISSING = "none"
 
 
@@ -63,7 +62,7 @@ class Census:
 
 def census(plan: TilePlan, catalog: Catalog, num_tiles: int) -> Census:
     """What the first draws of a plan contain; nothing is read but the catalog."""
-    names, ends = _bands(plan.magnifications)
+    names, ends = bands(plan.magnifications)
     of_band = np.zeros((len(names), len(catalog)), np.int64)
     for first in range(0, num_tiles, _AT_ONCE):
         specs = plan.specs(np.arange(first, min(first + _AT_ONCE, num_tiles)))
@@ -84,15 +83,6 @@ def census(plan: TilePlan, catalog: Catalog, num_tiles: int) -> Census:
         half_from=int(np.searchsorted(np.cumsum(falling), num_tiles / 2)) + 1,
         columns=columns,
     )
-
-
-def _bands(magnifications: NDArray[np.float64]) -> tuple[list[str], NDArray[np.float64]]:
-    """Names and upper ends of bands of µm/px: each magnification is one, where there are few."""
-    if len(magnifications) <= _BANDS:
-        return [f"{value:.4g}" for value in magnifications.tolist()], magnifications
-    at = np.linspace(0, len(magnifications) - 1, _BANDS + 1).round().astype(int)
-    ends = magnifications[at]
-    return [f"{a:.3g} to {b:.3g}" for a, b in itertools.pairwise(ends.tolist())], ends[1:]
 
 
 def _drawn(value: str, tiles: NDArray[np.int64], all_tiles: NDArray[np.int64]) -> Drawn:

@@ -33,6 +33,11 @@ class Decision(IntEnum):
     TILE = 50
     MAGNIFICATION_OF_TILE = 51
 
+    # Tiles of a list: which of its groups, which row of the group, and whether it is that row or its other.
+    GROUP = 60
+    ROW = 61
+    ROW_OR_OTHER = 62
+
     # Which patients belong to a universe, and the orders of what is drawn from it.
     PATIENT = 100
     BLOCK_ORDER = 101

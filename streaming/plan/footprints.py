@@ -12,6 +12,7 @@ from typing import Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from streaming.catalog import Catalog
 from streaming.catalog.catalog import Levels
 from streaming.slide import geometry
 
@@ -100,68 +101,89 @@ class Footprint:
 
 
 @dataclass(frozen=True)
-class Footprints:
-    """The footprints of all slides at all magnifications; level and reduction are int8 (magnifications, slides)."""
+class SlideGeometry:
+    """What a catalog tells of its slides' pixels, by row, and the side of a tile in px."""
 
-    mpp_values: Floats
     size: int
-    slide_mpp: Floats
-    slide_length: tuple[Ints, Ints]
+    mpp: Floats
+    """µm/px at level 0"""
+    length: tuple[Ints, Ints]
+    """width and height in level-0 pixels"""
     bounds: Ints
     """(slides, 4)"""
     levels: Levels
+
+    @classmethod
+    def of_catalog(cls, catalog: Catalog, size: int) -> SlideGeometry:
+        """That of tiles of `size` px."""
+        lengths = catalog.column("width"), catalog.column("height")
+        return cls(size, catalog.column("mpp"), lengths, catalog.bounds(), catalog.levels())
+
+    def levels_for(
+        self, wanted: float, tolerance: float, slides: NDArray[np.integer] | None = None
+    ) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
+        """Level and reduction at which some slides, or all, give tiles of a wanted mpp, int8 (n,) each."""
+        at = slice(None) if slides is None else slides
+        found = geometry.tile_levels(self.mpp[at], self.levels.downsample[at], wanted, tolerance)
+        level, reduction = (each.astype(np.int8) for each in found)
+        return level, reduction
+
+    def footprint(
+        self, wanted: Floats, slide: NDArray[np.integer], level: NDArray[np.int8], reduction: NDArray[np.int8]
+    ) -> Footprint:
+        """That of tiles of a wanted mpp, each of a level and its reduction; all (n,)."""
+        reduced, slide_mpp, downsample = (
+            reduction.astype(np.int64),
+            self.mpp[slide],
+            self.levels.downsample[slide, level],
+        )
+        level_mpp, is_own = slide_mpp * downsample, reduced > 0
+        resampled = np.maximum(1, np.rint(self.size * wanted / level_mpp)).astype(np.int64)
+        return Footprint(
+            mpp=np.where(is_own, level_mpp * reduced, wanted),
+            slide_mpp=slide_mpp,
+            downsample=downsample,
+            reduction=reduced,
+            extent=np.where(is_own, self.size * reduced * downsample, self.size * wanted / slide_mpp),
+            side=np.where(is_own, self.size * reduced, resampled),
+            length=(self.levels.width[slide, level], self.levels.height[slide, level]),
+            block=(self.levels.block_width[slide, level], self.levels.block_height[slide, level]),
+            slide_length=(self.length[0][slide], self.length[1][slide]),
+            bounds=cast("tuple[Ints, Ints, Ints, Ints]", tuple(self.bounds[slide].T)),
+        )
+
+
+@dataclass(frozen=True)
+class Footprints:
+    """The footprints of all slides at all magnifications; level and reduction are int8 (magnifications, slides)."""
+
+    geometry: SlideGeometry
+    mpp_values: Floats
     level: NDArray[np.int8]
     reduction: NDArray[np.int8]
 
     @classmethod
-    def of_slides(
-        cls,
-        levels: Levels,
-        slide_mpp: Floats,
-        slide_length: tuple[Ints, Ints],
-        bounds: Ints,
-        mpp_values: Floats,
-        size: int,
-        tolerance: float,
-    ) -> Footprints:
-        """Those of tiles of `size` px, which are of the slides' own pixels within `tolerance` of the wanted mpp."""
-        found = [geometry.tile_levels(slide_mpp, levels.downsample, float(wanted), tolerance) for wanted in mpp_values]
-        level, reduction = (np.array(each, dtype=np.int8) for each in zip(*found, strict=True))
-        return cls(mpp_values, size, slide_mpp, slide_length, bounds, levels, level, reduction)
+    def of_slides(cls, geometry: SlideGeometry, mpp_values: Floats, tolerance: float) -> Footprints:
+        """Those of tiles that are of the slides' own pixels within `tolerance` of the wanted mpp."""
+        found = [geometry.levels_for(float(wanted), tolerance) for wanted in mpp_values]
+        level, reduction = (np.array(each) for each in zip(*found, strict=True))
+        return cls(geometry, mpp_values, level, reduction)
 
     def fit(self) -> NDArray[np.bool_]:
         """Which slides a tile fits at each magnification, bool (magnifications, slides)."""
-        slides = np.arange(len(self.slide_mpp))
+        slides = np.arange(len(self.geometry.mpp))
         return np.array([self.at(np.full_like(slides, row), slides).fits() for row in range(len(self.mpp_values))])
 
     def pixels_read(self) -> Floats:
         """Level pixels that one pixel of a tile is made of, float64 (magnifications, slides)."""
-        slides = np.arange(len(self.slide_mpp))
+        slides = np.arange(len(self.geometry.mpp))
         sides = np.array([self.at(np.full_like(slides, row), slides).side for row in range(len(self.mpp_values))])
-        return (sides / self.size) ** 2
+        return (sides / self.geometry.size) ** 2
 
     def at(self, mpp_row: Ints, slide: NDArray[np.integer]) -> Footprint:
         """Those of tiles, int (n,) each."""
-        level, reduction = self.level[mpp_row, slide], self.reduction[mpp_row, slide].astype(np.int64)
-        wanted, slide_mpp, downsample = (
-            self.mpp_values[mpp_row],
-            self.slide_mpp[slide],
-            self.levels.downsample[slide, level],
-        )
-        level_mpp, is_own = slide_mpp * downsample, reduction > 0
-        resampled = np.maximum(1, np.rint(self.size * wanted / level_mpp)).astype(np.int64)
-        return Footprint(
-            mpp=np.where(is_own, level_mpp * reduction, wanted),
-            slide_mpp=slide_mpp,
-            downsample=downsample,
-            reduction=reduction,
-            extent=np.where(is_own, self.size * reduction * downsample, self.size * wanted / slide_mpp),
-            side=np.where(is_own, self.size * reduction, resampled),
-            length=(self.levels.width[slide, level], self.levels.height[slide, level]),
-            block=(self.levels.block_width[slide, level], self.levels.block_height[slide, level]),
-            slide_length=(self.slide_length[0][slide], self.slide_length[1][slide]),
-            bounds=cast("tuple[Ints, Ints, Ints, Ints]", tuple(self.bounds[slide].T)),
-        )
+        level, reduction = self.level[mpp_row, slide], self.reduction[mpp_row, slide]
+        return self.geometry.footprint(self.mpp_values[mpp_row], slide, level, reduction)
 
 
 def corner_anywhere(footprint: Footprint, axis: int, point: Floats, offset: Floats) -> Ints:

@@ -21,6 +21,7 @@ from streaming.errors import ConfigError
 DEFAULT_MPP: Mapping[float, float] = {0.25: 1, 0.5: 1, 1.0: 1, 2.0: 1}
 
 _STEP = 1.01
+_BANDS = 8
 _RANGES = ("uniform", "log_uniform", "density")
 
 Mpp = Mapping[float, float] | Mapping[str, Any]
@@ -66,6 +67,15 @@ def mpp_text(mpp: Mpp) -> str:
     if not _is_range(mpp):
         return ", ".join(f"{value:g}" for value in named)
     return f"{named[0]:g} to {named[-1]:g} ({str(next(iter(mpp))).replace('_', '-')})"
+
+
+def bands(magnifications: NDArray[np.float64]) -> tuple[list[str], NDArray[np.float64]]:
+    """Names and upper ends of bands of rising µm/px, for people: each is one, where there are few."""
+    if len(magnifications) <= _BANDS:
+        return [f"{value:.4g}" for value in magnifications.tolist()], magnifications
+    at = np.linspace(0, len(magnifications) - 1, _BANDS + 1).round().astype(int)
+    ends = magnifications[at]
+    return [f"{a:.3g} to {b:.3g}" for a, b in itertools.pairwise(ends.tolist())], ends[1:]
 
 
 def _is_range(mpp: Mpp) -> bool:

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streaming.catalog import Catalog
-from streaming.errors import PlanError
+from streaming.errors import ConfigError, PlanError
 from streaming.plan.counter_random import Indices, evenly, hashed, text_keys, uniform
 from streaming.plan.decisions import Decision
-from streaming.plan.footprints import Footprints
-from streaming.plan.magnifications import Mpp, mpp_weights
+from streaming.plan.footprints import Footprints, SlideGeometry
+from streaming.plan.magnifications import Mpp, bands, mpp_weights
 from streaming.plan.strata import Strata, known_names, members
 from streaming.plan.universe import (
     HeldOut,
@@ -83,6 +83,11 @@ class SlideChooser:
         universe: Universe,
         held_out: HeldOut | None,
     ) -> None:
+        if not universe.replacement and universe.tiles_per_slide is None:
+            raise ConfigError(
+                "universe.replacement is false (--no-replacement), but without universe.tiles_per_slide "
+                "(--tiles-per-slide) the tiles have no end; set it"
+            )
         self._seed, self._universe, self._uri = seed, universe, catalog.uri
         weights = mpp_weights(mpp)
         self.mpp_values, self._mpp_cumulative = np.array(list(weights)), _cumulative(np.array(list(weights.values())))
@@ -90,12 +95,9 @@ class SlideChooser:
         patients = catalog.metadata("patient") if "patient" in catalog.metadata_columns else [None] * len(slides)
         self.patients = patient_ids(slides, patients)
         self._chosen = drawn_slides(slides, patients, universe, held_out)
-        lengths = catalog.column("width"), catalog.column("height")
-        slide_mpp = catalog.column("mpp")
-        self.footprints = Footprints.of_slides(
-            catalog.levels(), slide_mpp, lengths, catalog.bounds(), self.mpp_values, size, mpp_tolerance
-        )
-        is_fine = is_fine_enough(slide_mpp, self.mpp_values[:, None], max_upsampling, mpp_tolerance)
+        geometry = SlideGeometry.of_catalog(catalog, size)
+        self.footprints = Footprints.of_slides(geometry, self.mpp_values, mpp_tolerance)
+        is_fine = is_fine_enough(geometry.mpp, self.mpp_values[:, None], max_upsampling, mpp_tolerance)
         has_tissue = catalog.column("tissue_total") > 0
         self._serves = self.footprints.fit() & has_tissue & is_fine & self._chosen
         self._is_fine: NDArray[np.bool_] = cast(Any, is_fine.any(axis=0))
@@ -118,7 +120,7 @@ class SlideChooser:
     def _check_magnifications(self, size: int, max_upsampling: float) -> None:
         for row, mpp in enumerate(self.mpp_values):
             if not self._serves[row].any():
-                finest = self.footprints.slide_mpp[self._chosen].min()
+                finest = self.footprints.geometry.mpp[self._chosen].min()
                 raise PlanError(
                     f"{self._uri}: none of its {int(self._chosen.sum())} slides can give a {size} px tile at {mpp:.4g} "
                     f"µm/px (too small, too coarse, or no tissue; the finest has {finest:g} µm/px, and is enlarged "
@@ -228,19 +230,23 @@ class SlideChooser:
             slide = np.where(attempt < _WINDOW_ATTEMPTS, near, slide)
         return np.where((attempt < _OWN_ATTEMPTS) & (trial < _OWN_TRIES), choice.own, slide)
 
-    def drawn_from(self) -> list[tuple[float, float, int, int]]:
-        """Of each magnification its µm/px, its share of the mix, and how many slides serve it, of how many patients."""
-        shares = np.diff(self._mpp_cumulative, prepend=0.0)
-        return [
-            (mpp, share, int(serve.sum()), len(np.unique(self.patients[serve])))
-            for mpp, share, serve in zip(self.mpp_values.tolist(), shares.tolist(), self._serves, strict=True)
-        ]
+    def drawn_from(self) -> list[tuple[str, float, int, int]]:
+        """Of each band of µm/px its name, its share of the mix, and the slides drawn at it, of how many patients."""
+        names, ends = bands(self.mpp_values)
+        band, shares = np.searchsorted(ends, self.mpp_values), np.diff(self._mpp_cumulative, prepend=0.0)
+        drawn = self._serves & (self._members.stratum >= 0)
+        found: list[tuple[str, float, int, int]] = []
+        for number, name in enumerate(names):
+            slides = drawn[band == number].any(axis=0)
+            patients = len(np.unique(self.patients[slides]))
+            found.append((name, float(shares[band == number].sum()), int(slides.sum()), patients))
+        return found
 
     def serve_none(self) -> list[tuple[int, str]]:
-        """The slides of the universe, rows of the catalog, that serve no magnification, each with the reason."""
-        coarse, mpp = ~self._is_fine, self.footprints.slide_mpp
+        """The slides of universe and strata, rows of the catalog, that serve no magnification, each with the reason."""
+        coarse, mpp = ~self._is_fine, self.footprints.geometry.mpp
         found = list[tuple[int, str]]()
-        for row in np.flatnonzero(self._chosen & ~self._serves_any).tolist():
+        for row in np.flatnonzero(self._chosen & ~self._serves_any & ~self._members.left_out).tolist():
             if not self._has_tissue[row]:
                 found.append((row, "no tissue"))
             else:

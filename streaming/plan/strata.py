@@ -62,6 +62,8 @@ class Members:
     """(strata,)"""
     stratum: NDArray[np.int64]
     """(slides,); -1: of none that is drawn"""
+    left_out: NDArray[np.bool_]
+    """(slides,), those of strata that have no weight"""
 
 
 def members(catalog: Catalog, strata: Strata, serves: NDArray[np.bool_]) -> Members:
@@ -73,7 +75,7 @@ def members(catalog: Catalog, strata: Strata, serves: NDArray[np.bool_]) -> Memb
         CatalogError: it lacks a column.
     """
     if not strata.columns:
-        return Members(["all"], np.ones(1), np.zeros(len(serves), np.int64))
+        return Members(["all"], np.ones(1), np.zeros(len(serves), np.int64), np.zeros(len(serves), np.bool_))
     of_slide = _names(catalog, strata)
     if strata.weights:
         names = sorted(strata.weights)
@@ -82,11 +84,12 @@ def members(catalog: Catalog, strata: Strata, serves: NDArray[np.bool_]) -> Memb
     at = {name: number for number, name in enumerate(names)}
     stratum = np.array([at.get(name, -1) for name in of_slide], dtype=np.int64)
     if strata.weights:
-        return Members(names, np.array([strata.weights[name] for name in names]), stratum)
+        return Members(names, np.array([strata.weights[name] for name in names]), stratum, stratum < 0)
     counts = np.bincount(stratum[serves], minlength=len(names))
     # Decimal's power is the same to the last digit on every machine; that of a mathematical library need not be.
     power = Decimal(repr(strata.power))
-    return Members(names, np.array([float(Decimal(count) ** power) for count in counts.tolist()]), stratum)
+    weights = np.array([float(Decimal(count) ** power) for count in counts.tolist()])
+    return Members(names, weights, stratum, np.zeros(len(serves), np.bool_))
 
 
 def known_names(catalog: Catalog, strata: Strata) -> Sequence[str]:

@@ -30,7 +30,7 @@ class Universe:
     tiles_per_slide: int | None = None
     """distinct tiles of each slide; fewer lie within more; none: no bound"""
     replacement: bool = True
-    """whether a tile may come again before all others came; false needs `tiles_per_slide`"""
+    """whether a tile may come again before all others came; false needs `tiles_per_slide`, or a list of tiles"""
     seed: int = 0
     """decides which slides and tiles, whatever the seed of the run"""
     window: int | None = None
@@ -45,11 +45,6 @@ class Universe:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"universe.{name} is {value} (--{name.replace('_', '-')}); it must be at least 1")
-        if not self.replacement and self.tiles_per_slide is None:
-            raise ConfigError(
-                "universe.replacement is false (--no-replacement), but without universe.tiles_per_slide "
-                "(--tiles-per-slide) the tiles have no end; set it"
-            )
         if not self.replacement and self.window is not None:
             raise ConfigError(
                 "universe.window (--window) draws with replacement; set universe.replacement true (leave out "

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from streaming import storage
+from streaming.catalog.tiling import rows_and_columns, tile_extent
 from streaming.errors import ConfigError
 from trainer.embed.options import Format, Precision, Token
-from trainer.embed.tiling import rows_and_columns, tile_extent
 
 Array = NDArray[Any]
 

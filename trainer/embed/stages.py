@@ -15,13 +15,13 @@ import torch
 
 from streaming.catalog.inspection import Rejected
 from streaming.catalog.known import KnownSlides, made_by
+from streaming.catalog.tiling import tissue_tiles
 from streaming.errors import SlideError, StorageError
 from streaming.reading.batch import Batch
 from streaming.reading.slide_pool import SlidePool
 from streaming.slide import PendingTile, geometry
 from trainer.embed.model import load_model
 from trainer.embed.options import Precision, TissueTiles, Token
-from trainer.embed.tiling import tissue_tiles
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from streaming import storage
 from streaming.catalog.geojson import Annotation, Layer, Points, Shape
 from streaming.catalog.painting import FINER, fill
+from streaming.catalog.tiling import Tiling, tile_extent
 from streaming.errors import ConfigError
 from streaming.slide.resample import Pixels
 from trainer.embed.table_slides import TableSlides
-from trainer.embed.tiling import Tiling, tile_extent
 from trainer.evaluate.image_files import read_image
 
 Target = Literal["class", "mask", "points"]

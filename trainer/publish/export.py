@@ -24,7 +24,6 @@ from torch import Tensor
 
 from streaming import storage
 from streaming.errors import ConfigError
-from streaming.plan.magnifications import mpp_named
 from trainer.embed.model import load_backbone, side_px
 from trainer.publish import benchmarks
 from trainer.publish.kaiko_eva import eva_config, eva_name
@@ -34,6 +33,7 @@ from trainer.recipe.backbone import Backbone, positions_for, timm_options
 from trainer.recipe.network import build_backbone
 from trainer.run import checkpoints
 from trainer.run.config import Config
+from trainer.run.slide_sources import trained_mpp
 
 _OF_OTHER_WEIGHTS = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
 FILES = re.compile(
@@ -115,7 +115,7 @@ def description(config: Config, backbone: Backbone, meta: checkpoints.Meta, opti
         "crop_size": config.augment.global_size,
         "num_registers": backbone.vit.num_reg_tokens,
         "interpolation": config.model.interpolation,
-        "mpp": mpp_named(config.data.mpp),
+        "mpp": trained_mpp(config.data.mpp, meta.sources),
         "mean": list(config.augment.mean),
         "std": list(config.augment.std),
         "steps": meta.step,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from streaming import storage
 from streaming.plan.magnifications import mpp_text
 from trainer.publish.options import ExportOptions, Layout
 from trainer.run.config import Config
@@ -52,8 +53,12 @@ def model_card(config: Config, about: dict[str, Any], sources: Sequence[SlideSou
 
     `about` is `trainer.publish.export.description`, `sources` what was trained on.
     """
-    mpps = mpp_text(config.data.mpp)
-    weights = ", ".join(f"{key}: {weight}" for key, weight in sorted(config.data.mpp.items()))
+    tiles = config.data.tiles
+    mpps = mpp_text(config.data.mpp) if tiles is None else ", ".join(f"{value:g}" for value in about["mpp"])
+    weights = "weights {" + ", ".join(f"{key}: {weight}" for key, weight in sorted(config.data.mpp.items())) + "}"
+    tissue = f"at least {config.data.min_tissue:.0%} of a tile"
+    if tiles is not None:
+        weights, tissue = f"the µm/px of the list of tiles `{storage.name_of(tiles)}`", "as the list has it"
     off = f", µm/px up to {config.data.mpp_tolerance:.0%} off" if config.data.mpp_tolerance else ""
     cohorts = f", cohorts {config.data.cohorts}" if config.data.cohorts else ""
     tile, side, layout, positions = about["tile_size"], about["input_size"], options.layout, ""
@@ -85,8 +90,8 @@ patch size works), mean {about["mean"]}, standard deviation {about["std"]}. Embe
 
 | | |
 |---|---|
-| data | catalog `{about["catalog"]}`{cohorts}; tiles of {about["tile_size"]} px at weights {{{weights}}}{off} |
-| tissue | at least {config.data.min_tissue:.0%} of a tile, HSV rule {config.data.hsv_rule.min_share:.0%} |
+| data | catalog `{about["catalog"]}`{cohorts}; tiles of {about["tile_size"]} px at {weights}{off} |
+| tissue | {tissue}, HSV rule {config.data.hsv_rule.min_share:.0%} |
 | length | {about["steps"]:,} steps of {config.train.batch:,} tiles: {about["tiles_seen"]:,} tiles |
 | crops | 2 of {config.augment.global_size} px, {config.augment.num_local} of {config.augment.local_size} px |
 | optimiser | AdamW, base learning rate {config.optim.base_lr:g}, precision {config.train.precision} |

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 import re
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from streaming.catalog import Catalog
 from streaming.delivery.stream import TileStream
 from streaming.errors import ConfigError
 from streaming.mirrors import default_mirrors
+from streaming.plan.list_packing import packed_list
 from streaming.plan.universe import HeldOut
 from streaming.secrets import Secret
 from trainer.configs import preset_text, presets
@@ -110,8 +112,12 @@ class Config:
         return HeldOut(self.watch.validation_slides) if self.watch.validation_slides else None
 
     def identity(self, catalog: Catalog) -> str:
-        """What of a catalog decides the tiles that are trained on, as a fingerprint."""
-        return catalog.identity(self.data.strata.columns)
+        """What of a catalog, and of a list of tiles, decides the tiles that are trained on, as a fingerprint."""
+        of_catalog, data = catalog.identity(self.data.strata.columns), self.data
+        if data.tiles is None:
+            return of_catalog
+        tiles = packed_list(data.tiles, catalog, data.tile_size, data.mpp_tolerance, data.max_upsampling)
+        return hashlib.blake2b(f"{of_catalog} {tiles.digest}".encode(), digest_size=8).hexdigest()
 
     def stream(self, catalog: Catalog) -> TileStream:
         """The tiles that are trained on."""

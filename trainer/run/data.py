@@ -35,6 +35,8 @@ class DataConfig:
     mirrors: dict[str, str] = field(default_factory=dict[str, str], metadata=FREE)
     """where slides are read instead of at the addresses of the catalog, by the beginning of the address; empty: what
     `TILESTREAM_MIRRORS` says"""
+    tiles: str | None = field(default=None, metadata=FREE)
+    """list of tiles to draw instead of any on tissue: Parquet with slide, x, y, mpp, and if wanted weight or cluster"""
     mpp: dict[float, float] | dict[str, Any] = field(default_factory=lambda: dict(DEFAULT_MPP))
     """weight of each magnification in µm/px; or a range: uniform: [0.25, 2.0], log_uniform, density"""
     cohorts: dict[str, float] | None = None
@@ -127,6 +129,7 @@ def make_plan(data: DataConfig, seed: int, catalog: Catalog, held_out: HeldOut |
         corners=data.corners,
         universe=data.universe,
         held_out=held_out,
+        tiles=data.tiles,
     )
 
 

@@ -244,16 +244,24 @@ def _catalog_lines(config: Config) -> Iterator[str]:
         yield "catalog       none given, so not checked that it has the magnifications; add --data.catalog URI"
         return
     catalog = load_catalog(data)
-    given = f"its {len(catalog)} slides give {data.tile_size} px tiles at {mpp_text(data.mpp)} µm/px"
+    plan = make_plan(data, config.run.seed, catalog, config.held_out)
     for corners in get_args(Corners):
-        costs = make_plan(replace(data, corners=corners), config.run.seed, catalog, config.held_out).block_costs(
-            np.arange(_SAMPLE)
-        )
+        of_corners = plan
+        if corners != data.corners:
+            if data.tiles is not None:
+                continue
+            of_corners = make_plan(replace(data, corners=corners), config.run.seed, catalog, config.held_out)
+        costs = of_corners.block_costs(np.arange(_SAMPLE))
         taken = ", as is set" if corners == data.corners else ""
         if costs is not None:
             yield f"{corners:<13} {costs.line()}{taken}"
+    if data.tiles is None:
+        given = f"its {len(catalog)} slides give {data.tile_size} px tiles at {mpp_text(data.mpp)} µm/px"
+    else:
+        (slides, patients), num = plan.drawn_from, plan.num_tiles or 0
+        given = f"{data.tiles} lists {num:,} tiles on {slides:,} slides of {patients:,} patients"
     yield f"catalog       {data.catalog}: {given}"
-    for line in make_plan(data, config.run.seed, catalog, config.held_out).mix_lines():
+    for line in plan.mix_lines():
         yield f"              {line}"
     if config.held_out:
         num_slides, num_patients = held_out_stream(config, catalog).plan.drawn_from

@@ -57,7 +57,7 @@ def resume_point(config: Config, catalog: str, *, force: bool = False) -> tuple[
             f"{found}: does not fit the configuration: {', '.join(fixed)}; set it back or set another run.out"
         )
     if meta.catalog != catalog:
-        changed.append(f"the catalog's content {meta.catalog} (now {catalog})")
+        changed.append(f"the content of the catalog, or of data.tiles, {meta.catalog} (now {catalog})")
     if changed and not force:
         raise CheckpointError(
             f"{found}: trained by another recipe: {', '.join(changed)}; set it back, set another run.out, "

@@ -60,7 +60,8 @@ def train(
     # Workers run in folders of their own, so a relative path would mean another place to each of them.
     labelled = config.watch.knn_dataset and storage.canonical(config.watch.knn_dataset)
     run, watch = replace(config.run, out=storage.canonical(config.run.out)), replace(config.watch, knn_dataset=labelled)
-    config, said = fitted(replace(config, run=run, watch=watch))
+    data = replace(config.data, tiles=config.data.tiles and storage.canonical(config.data.tiles))
+    config, said = fitted(replace(config, run=run, watch=watch, data=data))
     for line in said:
         sys.stderr.write(f"train: {line}\n")
     catalog = load_catalog(config.data)
@@ -82,7 +83,8 @@ def train(
         check_gpus("train.gpu", 1 if debug else config.train.least_ranks, fewer, joins_ray=not debug)
     check_installed(config.run.loggers)
     # What the catalog can't give is told before anything starts.
-    make_plan(config.data, config.run.seed, catalog, config.held_out)
+    for line in make_plan(config.data, config.run.seed, catalog, config.held_out).left_out:
+        sys.stderr.write(f"train: {line}\n")
     if config.held_out:
         held_out_stream(config, catalog)
     check_model(config, resumed=resume is not None)

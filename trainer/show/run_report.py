@@ -147,7 +147,8 @@ def _tiles_and_crops(config: Config, catalog: Catalog) -> tuple[str, str]:
     batch = TileReader(stream.plan, catalog, stream.reader)({"index": np.arange(max(64, config.train.batch))})
     tiles, mpp = batch["tile"], batch["mpp"]
     # A slide's own pixels may stand for a magnification, so there are more values than were asked for.
-    asked = np.array(mpp_named(config.data.mpp))
+    listed = stream.plan.magnifications
+    asked = np.array(mpp_named(config.data.mpp)) if config.data.tiles is None else listed[:: -(-len(listed) // 6)]
     nearest = asked[np.abs(np.log(mpp[:, None] / asked)).argmin(axis=1)]
     figures = [
         _figure(

@@ -130,3 +130,19 @@ def test_a_range_is_named_by_its_ends() -> None:
     assert mpp_text({0.5: 1, 0.25: 2}) == "0.25, 0.5"
     assert mpp_text(UNIFORM) == "0.25 to 2 (uniform)"
     assert mpp_named(DENSITY) == [0.25, 0.5, 2.0]
+
+
+def test_a_mix_is_told_by_bands_and_of_the_slides_that_are_drawn() -> None:
+    few = TilePlan(CATALOG, mpp={0.25: 1, 2.0: 3}).mix_lines()
+    assert few == [
+        # At 0.25 µm/px a slide of 0.5 is enlarged twice, which is just allowed.
+        "0.25 µm/px: 25% of the tiles, from 3 slides of 3 patients",
+        "2 µm/px: 75% of the tiles, from 3 slides of 3 patients",
+    ]
+    bands = TilePlan(CATALOG, mpp={"log_uniform": [0.2, 2.0]}, cohorts={"tcga": 1}).mix_lines()
+    assert len(bands) == 8
+    assert all("12% of the tiles, from 2 slides of 2 patients" in line or "13%" in line for line in bands)
+    assert bands[0].startswith("0.201 to 0.268 µm/px")
+    assert TilePlan(CATALOG, mpp={0.2: 1}).mix_lines()[-1] == "serves none: s3://bucket/c.svs: too coarse, 0.5 µm/px"
+    # A slide that no stratum has is not missed.
+    assert len(TilePlan(CATALOG, mpp={0.2: 1}, cohorts={"tcga": 1}).mix_lines()) == 1

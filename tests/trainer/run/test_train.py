@@ -9,6 +9,7 @@ import torch
 
 from streaming.catalog import Catalog
 from streaming.errors import CheckpointError, ConfigError, StreamError, root_cause
+from streaming.plan.list_writing import drawn_tiles, write_list
 from trainer.run import checkpoints
 from trainer.run.config import Config, read_config
 from trainer.run.fit import make_module
@@ -117,7 +118,7 @@ def test_a_finished_run_is_left_alone(config: Config, tmp_path: Path) -> None:
         (["--train.batch", "8"], "batch 4 .now 8"),
         (["--augment.hue", "0.2"], r"augment.hue 0.1 \(now 0.2\).*--force"),
         (["--data.mpp", "{0.5: 1}"], r"data.mpp.1.0 1.0 \(now None\)"),
-        (["--data.catalog", "OTHER"], r"the catalog's content"),
+        (["--data.catalog", "OTHER"], r"the content of the catalog"),
     ],
 )
 def test_a_run_does_not_go_on_with_what_does_not_fit_it(
@@ -131,6 +132,26 @@ def test_a_run_does_not_go_on_with_what_does_not_fit_it(
     with pytest.raises(CheckpointError, match=named) as caught:
         train(read_config("debug", arguments), debug=True)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_on_a_list_goes_on_with_the_same_list_wherever_it_lies_and_with_no_other(
+    config: Config, tmp_path: Path
+) -> None:
+    plan = config.stream(Catalog.load(config.data.catalog or "")).plan
+    places = [tmp_path / f"{name}.parquet" for name in ("list", "moved", "other")]
+    for path, num in zip(places, (40, 40, 41), strict=True):
+        write_list(str(path), drawn_tiles(plan, num), None)
+    first, moved, other = (
+        replace(steps(config, 2, every=2, out=tmp_path / "run"), data=replace(config.data, tiles=str(path)))
+        for path in places
+    )
+    train(first, debug=True)
+    assert "already" in train(moved, debug=True).summary[0]
+    for run in (other, replace(first, data=config.data)):
+        with pytest.raises(CheckpointError, match=r"the content of the catalog, or of data\.tiles"):
+            train(run, debug=True)
+    meta = checkpoints.read_meta(checkpoints.checkpoint_uri(str(tmp_path / "run"), 2))
+    assert {value for source in meta.sources for value in source.mpp} == {1.0}
 
 
 def test_debugging_several_ranks_is_refused(config: Config) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.embed.tiling import Tiling, rows_and_columns, tile_extent
+from streaming.catalog.tiling import Tiling, rows_and_columns, tile_extent
 
 SIDES = st.integers(1, 600)
 EXTENTS = st.floats(16, 300)
