@@ -77,8 +77,23 @@ def slurm(folder: Path, partitions: Mapping[str, Sequence[str]], cpus: int) -> G
             stack.callback(_end, running)
             if number == 0:
                 wait_for((folder / "munge").exists, running, timeout_s=60)
+        stack.callback(_cancel_all, environment)
         wait_for(lambda: _idle(environment) == len(nodes), timeout_s=120)
         yield environment
+
+
+def _cancel_all(environment: Mapping[str, str]) -> None:
+    """Ends the jobs that are left, and waits for that: their processes outlive the daemons."""
+
+    def left() -> str:
+        command = ["squeue", "--noheader", "--format=%A"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip()
+
+    # At once: a job's own trap would let it save first.
+    if jobs := left().split():
+        subprocess.run(["scancel", "--signal=KILL", "--full", *jobs], env=environment, capture_output=True)
+        subprocess.run(["scancel", *jobs], env=environment, capture_output=True)
+        wait_for(lambda: not left(), timeout_s=120)
 
 
 def _idle(environment: Mapping[str, str]) -> int:

@@ -9,6 +9,7 @@ its ranks: nothing is central.
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -30,8 +31,6 @@ class _Segment:
     """by rank"""
     is_lost: bool = False
     """whether each rank has a dataset of its own for the rest of it"""
-    present: set[int] = field(default_factory=set[int])
-    """ranks that have asked for it"""
     left: set[int] = field(default_factory=set[int])
 
     def kill(self) -> None:
@@ -54,6 +53,8 @@ class Chain:
         cluster.quiet()
         self._source, self._lock = source, threading.Lock()
         self._segments = dict[int, _Segment]()
+        self._asked = defaultdict[int, set[int]](set)
+        """the ranks that have asked for a segment, by its first step: also those whose call waits for its making"""
         self._stalled: str | None = None
         self._pulses = Pulses()
 
@@ -66,6 +67,7 @@ class Chain:
         first one's counts.
         """
         start, stop = steps
+        self._asked[start].add(rank)
         with self._lock:
             if start not in self._segments:
                 stop = min(stop, start + self._source.segment_steps(steps_s, before))
@@ -73,7 +75,6 @@ class Chain:
                 shares = dataset.streaming_split(len(self._source.group), equal=True)
                 self._segments[start] = _Segment(stop, dict(zip(self._source.group, shares, strict=True)))
             segment = self._segments[start]
-            segment.present.add(rank)
             if segment.is_lost:
                 segment.shares[rank] = self._rest(start, segment.stop, rank, 0)
             return segment.stop, segment.shares[rank]
@@ -97,7 +98,6 @@ class Chain:
                 # The others', if they have asked, are lost, too, or would wait for this rank for ever.
                 segment.kill()
                 segment.is_lost, segment.shares = True, {}
-            segment.present.add(rank)
             segment.shares[rank] = self._rest(start, segment.stop, rank, num_done)
             return segment.stop, segment.shares[rank]
 
@@ -115,6 +115,7 @@ class Chain:
             if len(segment.left) == len(self._source.group):
                 segment.kill()
                 del self._segments[start]
+                self._asked.pop(start, None)
 
     def stall(self, rank: int, start: int, waited_s: float) -> None:
         """Ends the stream, because a rank waits for too long for a batch of the segment from step `start` on.
@@ -125,17 +126,17 @@ class Chain:
             if self._stalled:
                 return
             readers = self._source.readers
-            why = self._late_rank(start) or self._pulses.diagnosis(readers.cpus, readers.labels, waited_s)
+            why = self._late_rank(rank, start) or self._pulses.diagnosis(readers.cpus, readers.labels, waited_s)
             self._stalled = f"rank {rank} waited {waited_s:,.0f} s for a batch: {why}"
             for segment in self._segments.values():
                 segment.kill()
 
-    def _late_rank(self, start: int) -> str | None:
-        """Ray gives nothing of a segment before all ranks have asked for it."""
+    def _late_rank(self, rank: int, start: int) -> str | None:
+        """The one that a rank waits for: Ray gives nothing of a segment before all have asked for it."""
         segment = self._segments.get(start)
         if segment is None or segment.is_lost:
             return None
-        absent = set(self._source.group) - segment.present
+        absent = set(self._source.group) - self._asked[start] - {rank}
         return f"rank {min(absent)} has not asked for step {start}" if absent else None
 
     def stalled(self) -> str | None:

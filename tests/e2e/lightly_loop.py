@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_pil_image
 
 from streaming import Catalog, TilePlan, torch_dataset
+from tests.e2e.told_tiles import tell_tiles
 
 STEPS = 3
 
@@ -50,6 +51,7 @@ def main() -> None:
 
     def views_of(tiles: torch.Tensor) -> list[torch.Tensor]:
         """As lightly's collate gives them: a tensor a view."""
+        tell_tiles(dataset, tiles)
         images = [transform(to_pil_image(tile.permute(2, 0, 1))) for tile in tiles]
         return [torch.stack(views) for views in zip(*images, strict=True)]
 
@@ -67,8 +69,7 @@ def main() -> None:
         model.student_head.cancel_last_layer_gradients(current_epoch=0)
         optimizer.step()
         optimizer.zero_grad()
-        if dist.get_rank() == 0:
-            sys.stdout.write(f"{step + 1} {loss.item():.4f}\n")
+        sys.stdout.write(f"loss {step + 1} {loss.item():.4f}\n")
     dist.destroy_process_group()
 
 

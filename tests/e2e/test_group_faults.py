@@ -101,15 +101,18 @@ def test_a_group_that_is_ten_times_as_slow_gets_the_same_batches(catalog: str, u
     def read(share: Any) -> Iterator[Any]:
         return iter(share.iter_batches(batch_size=BATCH // RANKS, batch_format="numpy"))
 
+    ranks = [
+        rank_batches(chain, part, rank, (0, STEPS), read)
+        for chain, part in zip(chains, parts, strict=True)
+        for rank in part.group
+    ]
     try:
-        ranks = [
-            rank_batches(chain, part, rank, (0, STEPS), read)
-            for chain, part in zip(chains, parts, strict=True)
-            for rank in part.group
-        ]
         with ThreadPoolExecutor(RANKS) as pool:
             found = [step_digest(list(pool.map(next, ranks))) for _ in range(STEPS)]
     finally:
+        # Left to the garbage collector, they would tell actors of this Ray of their end when there is another one.
+        for rank in ranks:
+            rank.close()
         for chain in chains:
             ray.kill(chain)
     assert found == undisturbed

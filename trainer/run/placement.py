@@ -73,7 +73,6 @@ def watched(placement: Placement, train: TrainConfig, stall_s: float | None) -> 
                 why = lacking(ray.nodes(), train) or "their processes are starting, or others hold what they need"
                 if is_over:
                     placement.trouble = f"the ranks found no nodes within data.stall_s, {stall_s:g} s: {why}"
-                    # Ray Train takes SIGINT to end the run.
                     _thread.interrupt_main()
                     return
                 told_at = now

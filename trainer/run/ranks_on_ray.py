@@ -173,11 +173,9 @@ def fit_on_ray(
             passing_on(stop, orders),
         ):
             trainer.fit()
-    except (SystemExit, KeyboardInterrupt, Exception) as error:
+    except (KeyboardInterrupt, Exception) as error:
         if log.placement.trouble:  # whatever Ray makes of the interrupt
             raise StreamError(log.placement.trouble) from error
-        if isinstance(error, SystemExit):  # Ray Train's own handler of Ctrl-C ends so, and says nothing
-            raise KeyboardInterrupt from error
         raise
     finally:
         with contextlib.suppress(TilestreamError):

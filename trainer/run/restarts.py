@@ -6,9 +6,10 @@ Ray's controller takes them over, so nothing here imports the trainer before it 
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import ray
 from ray.actor import ActorHandle
@@ -29,6 +30,8 @@ _LOOK_EVERY_S = 5.0
 # For so long, a number of ranks that did not find the room that was counted is not tried again.
 _IN_VAIN_S = 600.0
 _ANSWER_S = 30.0
+# What the controller needs at most to end the ranks; past that it is ended, and they with it.
+_ABORT_S = 15.0
 
 
 class MoreRanks(NodeError):
@@ -151,6 +154,22 @@ class RanksTrainer(TorchTrainer):
         config = TorchConfig(timeout_s=round(timeout_s))
         super().__init__(worker, torch_config=config, scaling_config=scaling, run_config=run)
         self._policies = {"failure_policy": restarts} | ({"scaling_policy": ranks} if ranks else {})
+
+    def _register_sigint_handler(self, controller: ActorHandle[Any]) -> None:
+        """Ends a run at Ctrl-C.
+
+        Ray's own handler (2.60) asks the controller and waits, for ever where there is no room for ranks: the
+        controller tries to start them, again and again, without a look at what it is asked.
+        """
+
+        def end(*_: Any) -> NoReturn:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one does not wait
+            with contextlib.suppress(RayError):  # it ends without an answer
+                ray.get(cast(Any, controller).abort.remote(), timeout=_ABORT_S)
+            ray.kill(controller)
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGINT, end)
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         return super()._initialize_and_run_controller(**parts | self._policies)

@@ -170,13 +170,18 @@ def test_a_stall_is_blamed_on_a_rank_only_for_the_segment_that_is_waited_for(cat
     why = ray.get(chain.stalled.remote())
     assert why.startswith("rank 0 waited 60 s for a batch: ")
     assert "has not asked" not in why
-    other = start_chain(stream(catalog).source)
+    hasty, other = start_chain(stream(catalog).source), start_chain(stream(catalog).source)
     try:
+        # Its own call may still wait, while the chain makes the segment for another one.
+        ray.get(hasty.segment.remote(1, (0, 10), None, 0))
+        ray.get(hasty.stall.remote(0, 0, 60.0))
+        assert "has not asked" not in ray.get(hasty.stalled.remote())
         assert ray.get(other.stalled.remote()) is None
         ray.get(other.segment.remote(0, (10, 20), None, 0))
         ray.get(other.stall.remote(0, 10, 60.0))
         assert ray.get(other.stalled.remote()) == "rank 0 waited 60 s for a batch: rank 1 has not asked for step 10"
     finally:
+        ray.kill(hasty)
         ray.kill(other)
 
 

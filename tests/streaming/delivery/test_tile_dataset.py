@@ -1,6 +1,7 @@
 """The stream as PyTorch's dataset: the stream's batches, at any step, and one Ray for the ranks of a machine."""
 
 import itertools
+import math
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from streaming import Catalog, TilePlan, cluster, torch_dataset
 from streaming.delivery.stream import BatchShape, TileStream
 from streaming.delivery.tile_dataset import TileDataset
 from streaming.errors import ConfigError
+from tests.e2e.told_tiles import digest
 from tests.pages import ROOT
 from tests.processes import free_ports, wait_for
 
@@ -133,12 +135,29 @@ def test_ranks_of_a_machine_share_a_ray_that_ends_with_the_last_one_however_it_e
 
 
 @pytest.mark.long
-def test_the_loop_of_lightly_takes_the_tiles(catalog: str) -> None:
-    if not find_spec("lightly"):
-        pytest.skip("lightly is not installed: it is no dependency of ours")
+@pytest.mark.parametrize("whose", ["lightly", "dinov2"])
+def test_the_published_loops_of_others_train_on_the_stream_s_tiles(catalog: str, whose: str) -> None:
+    needed = {"lightly": ("lightly",), "dinov2": ("fvcore", "iopath", "omegaconf")}[whose]
+    if absent := [name for name in needed if not find_spec(name)]:
+        pytest.skip(f"{', '.join(absent)} is not installed: no dependency of ours")
+    clone = os.environ.get("TILESTREAM_DINOV2")
+    if whose == "dinov2" and not clone:
+        pytest.skip("TILESTREAM_DINOV2 names no clone of the reference DINOv2")
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(ROOT / "tests/e2e/lightly_loop.py"), catalog]
+    command += [str(ROOT / f"tests/e2e/{whose}_loop.py"), *([str(clone)] if whose == "dinov2" else []), catalog]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["1", "2", "3"]
+    told = [line.split() for line in done.stdout.splitlines()]
+    got = {(int(step), int(rank)): mark for what, step, rank, mark in (line for line in told if line[0] == "tiles")}
+    loaded = Catalog.load(catalog)
+    stream = TileStream(loaded, TilePlan(loaded, mpp={0.5: 1}), BatchShape(BATCH, 2))
+    assert got == {
+        (step, rank): digest(batch["tile"])
+        for rank in range(2)
+        for step, batch in enumerate(stream.local_batches(0, 3, rank), start=1)
+    }
+    losses = [float(line[2]) for line in told if line[0] == "loss"]
+    assert len(losses) == 6
+    assert all(map(math.isfinite, losses))
