@@ -19,7 +19,7 @@ from ray.data import DataIterator
 
 from streaming import cluster
 from streaming.delivery.pulses import Pulse, Pulses
-from streaming.delivery.segments import Source
+from streaming.delivery.segments import Readers, Source
 from streaming.errors import StreamError
 
 
@@ -27,6 +27,8 @@ from streaming.errors import StreamError
 class _Segment:
     stop: int
     """the step after its last one"""
+    group: range
+    """its ranks"""
     shares: dict[int, DataIterator]
     """by rank"""
     is_lost: bool = False
@@ -46,12 +48,13 @@ class Chain:
     """The actor that makes a group's segments when its ranks ask for them, and drops those that all of them have left.
 
     Nothing that it knows is needed to go on: where it dies, its segments' datasets end with it, Ray starts it again,
-    and each rank tells how far it has come (`again`).
+    and each rank tells how far it has come (`again`). So the source comes with each call, too: Ray does not keep the
+    plan and the catalog, which are objects in its memory, for a constructor that it may have to call again (ray#53727).
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self) -> None:
         cluster.quiet()
-        self._source, self._lock = source, threading.Lock()
+        self._lock = threading.Lock()
         self._segments = dict[int, _Segment]()
         self._asked = defaultdict[int, set[int]](set)
         """the ranks that have asked for a segment, by its first step: also those whose call waits for its making"""
@@ -59,7 +62,7 @@ class Chain:
         self._pulses = Pulses()
 
     def segment(
-        self, rank: int, steps: tuple[int, int], steps_s: float | None, before: int
+        self, source: Source, rank: int, steps: tuple[int, int], steps_s: float | None, before: int
     ) -> tuple[int, DataIterator]:
         """A rank's share of the segment that begins with the first of some steps [start, stop), and where that ends.
 
@@ -70,16 +73,16 @@ class Chain:
         self._asked[start].add(rank)
         with self._lock:
             if start not in self._segments:
-                stop = min(stop, start + self._source.segment_steps(steps_s, before))
-                dataset = self._source.dataset(start, stop, _this())
-                shares = dataset.streaming_split(len(self._source.group), equal=True)
-                self._segments[start] = _Segment(stop, dict(zip(self._source.group, shares, strict=True)))
+                stop = min(stop, start + source.segment_steps(steps_s, before))
+                dataset = source.dataset(start, stop, _this())
+                shares = dataset.streaming_split(len(source.group), equal=True)
+                self._segments[start] = _Segment(stop, source.group, dict(zip(source.group, shares, strict=True)))
             segment = self._segments[start]
             if segment.is_lost:
-                segment.shares[rank] = self._rest(start, segment.stop, rank, 0)
+                segment.shares[rank] = _rest(source, start, segment.stop, rank, 0)
             return segment.stop, segment.shares[rank]
 
-    def again(self, rank: int, steps: tuple[int, int], num_done: int) -> tuple[int, DataIterator]:
+    def again(self, source: Source, rank: int, steps: tuple[int, int], num_done: int) -> tuple[int, DataIterator]:
         """A rank's share of a segment [start, stop) whose dataset was lost, without the batches that it has.
 
         A dataset of all ranks would begin when all have asked for it; but one that still has a batch may wait, in the
@@ -93,17 +96,13 @@ class Chain:
             if self._stalled:
                 raise StreamError(self._stalled)
             # Where nobody has begun with it, one that this chain made since it was started again may be shorter.
-            segment = self._segments.setdefault(start, _Segment(stop, {}, is_lost=True))
+            segment = self._segments.setdefault(start, _Segment(stop, source.group, {}, is_lost=True))
             if not segment.is_lost:
                 # The others', if they have asked, are lost, too, or would wait for this rank for ever.
                 segment.kill()
                 segment.is_lost, segment.shares = True, {}
-            segment.shares[rank] = self._rest(start, segment.stop, rank, num_done)
+            segment.shares[rank] = _rest(source, start, segment.stop, rank, num_done)
             return segment.stop, segment.shares[rank]
-
-    def _rest(self, start: int, stop: int, rank: int, num_done: int) -> DataIterator:
-        alone = self._source.alone(rank)
-        return alone.dataset(start, stop, _this(), skip=num_done).streaming_split(1, equal=True)[0]
 
     def leave(self, start: int, rank: int) -> None:
         """Notes that a rank has taken all of a segment."""
@@ -112,12 +111,12 @@ class Chain:
                 return
             segment = self._segments[start]
             segment.left.add(rank)
-            if len(segment.left) == len(self._source.group):
+            if len(segment.left) == len(segment.group):
                 segment.kill()
                 del self._segments[start]
                 self._asked.pop(start, None)
 
-    def stall(self, rank: int, start: int, waited_s: float) -> None:
+    def stall(self, readers: Readers, rank: int, start: int, waited_s: float) -> None:
         """Ends the stream, because a rank waits for too long for a batch of the segment from step `start` on.
 
         `stalled` then tells all ranks why.
@@ -125,7 +124,6 @@ class Chain:
         with self._lock:
             if self._stalled:
                 return
-            readers = self._source.readers
             why = self._late_rank(rank, start) or self._pulses.diagnosis(readers.cpus, readers.labels, waited_s)
             self._stalled = f"rank {rank} waited {waited_s:,.0f} s for a batch: {why}"
             for segment in self._segments.values():
@@ -136,7 +134,7 @@ class Chain:
         segment = self._segments.get(start)
         if segment is None or segment.is_lost:
             return None
-        absent = set(self._source.group) - self._asked[start] - {rank}
+        absent = set(segment.group) - self._asked[start] - {rank}
         return f"rank {min(absent)} has not asked for step {start}" if absent else None
 
     def stalled(self) -> str | None:
@@ -156,15 +154,20 @@ class Chain:
         self._pulses.end(index)
 
 
-def start_chain(source: Source, name: str | None = None) -> ActorHandle[Any]:
-    """The chain of a source, on this process's node; by a name, all that ask for it get the same one.
+def start_chain(name: str | None = None) -> ActorHandle[Any]:
+    """A chain on this process's node; by a name, all that ask for it get the same one.
 
     It ends with the process that asked first, or by `ray.kill`; else it is started again.
     """
     actor: Any = ray.remote(Chain)
     named = {"name": name, "get_if_exists": True} if name else {}
     lasting = {"max_restarts": -1, "max_task_retries": -1}
-    return actor.options(max_concurrency=8, **lasting, **named, **cluster.beside_this()).remote(source)
+    return actor.options(max_concurrency=8, **lasting, **named, **cluster.beside_this()).remote()
+
+
+def _rest(source: Source, start: int, stop: int, rank: int, num_done: int) -> DataIterator:
+    alone = source.alone(rank)
+    return alone.dataset(start, stop, _this(), skip=num_done).streaming_split(1, equal=True)[0]
 
 
 def _this() -> ActorHandle[Any]:

@@ -15,7 +15,7 @@ from ray.actor import ActorHandle
 from ray.data import DataIterator
 from ray.exceptions import ObjectLostError, OutOfDiskError, RayActorError, RayError
 
-from streaming.delivery.segments import Source
+from streaming.delivery.segments import Readers, Source
 from streaming.errors import NodeError, StreamError
 
 T = TypeVar("T")
@@ -51,11 +51,11 @@ def rank_batches(
 
     def open_segment(first: int, steps_s: float | None, before: int) -> _Opened[T]:
         asked = time.monotonic()
-        answer: Any = ray.get(chain.segment.remote(rank, (first, stop), steps_s, before))
-        segment = _Segment(chain, rank, (first, answer[0]), answer[1], read)
+        answer: Any = ray.get(chain.segment.remote(source, rank, (first, stop), steps_s, before))
+        segment = _Segment(chain, source, rank, (first, answer[0]), answer[1], read)
         return _Opened(segment, segment.take(), time.monotonic() - asked)
 
-    watchdog, segment = _Watchdog(chain, rank, source.readers.stall_s), None
+    watchdog, segment = _Watchdog(chain, source.readers, rank), None
     opening = _in_background(open_segment, start, None, 0)
     try:
         while opening:
@@ -90,12 +90,13 @@ class _Segment(Generic[T]):
     def __init__(
         self,
         chain: ActorHandle[Any],
+        source: Source,
         rank: int,
         steps: tuple[int, int],
         share: DataIterator,
         read: Callable[[DataIterator], Iterator[T]],
     ) -> None:
-        self._chain, self._rank, self._read = chain, rank, read
+        self._chain, self._source, self._rank, self._read = chain, source, rank, read
         self._start, self.stop = steps
         self._batches, self._num_done, self._losses = read(share), 0, 0
 
@@ -122,7 +123,7 @@ class _Segment(Generic[T]):
                 self._losses += 1
                 if self._losses > _LOSSES:
                     raise
-                asked = self._chain.again.remote(self._rank, (self._start, self.stop), self._num_done)
+                asked = self._chain.again.remote(self._source, self._rank, (self._start, self.stop), self._num_done)
                 answer: Any = ray.get(asked)
                 assert not self._num_done or answer[0] == self.stop, "who has begun with it knows its end"
                 self.stop, self._batches = answer[0], self._read(answer[1])
@@ -186,13 +187,13 @@ def _in_background(work: Callable[..., T], *arguments: Any) -> Future[T]:
 class _Watchdog:
     """Looks from a thread of its own whether its rank waits for too long; then the chain ends the stream."""
 
-    def __init__(self, chain: ActorHandle[Any], rank: int, stall_s: float | None) -> None:
-        self._chain, self._rank = chain, rank
+    def __init__(self, chain: ActorHandle[Any], readers: Readers, rank: int) -> None:
+        self._chain, self._readers, self._rank = chain, readers, rank
         self._since: tuple[float, int] | None = None
         """since when it waits, and for which segment, by its first step"""
         self.done = threading.Event()
-        if stall_s is not None:
-            threading.Thread(target=self._watch, args=(stall_s,), daemon=True, name="watchdog").start()
+        if readers.stall_s is not None:
+            threading.Thread(target=self._watch, args=(readers.stall_s,), daemon=True, name="watchdog").start()
 
     @contextlib.contextmanager
     def waiting(self, start: int) -> Generator[None]:
@@ -225,7 +226,7 @@ class _Watchdog:
             if (since := self._since) is None or (waited_s := time.monotonic() - since[0]) < stall_s:
                 continue
             try:
-                told = self._chain.stall.remote(self._rank, since[1], waited_s)
+                told = self._chain.stall.remote(self._readers, self._rank, since[1], waited_s)
                 ray.get(told, timeout=_ANSWER_S)
             except RayError:
                 ray.kill(self._chain)  # it does not answer: whoever waits for it gets an error

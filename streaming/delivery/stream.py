@@ -144,7 +144,7 @@ class TileStream:
         """
         check_steps(start, stop)
         part = self.source.part(range(rank, rank + 1))
-        chain = start_chain(part)
+        chain = start_chain()
         read = partial(torch_batches, micro=self.shape.micro)
         try:
             # Counted, so that it does not tell the chain of its end, which would be under way when that is killed.
@@ -162,7 +162,7 @@ class TileStream:
         check_steps(start, stop)
         shape, source = self.shape, self.source
         parts = [source.part(group) for group in self._groups]
-        chains = [start_chain(part) for part in parts]
+        chains = [start_chain() for _ in parts]
         read = partial(_numpy_batches, micro=shape.micro)
         ranks = [
             rank_batches(chain, part, rank, (start, stop), read)

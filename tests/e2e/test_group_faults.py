@@ -96,7 +96,7 @@ def test_a_group_that_is_ten_times_as_slow_gets_the_same_batches(catalog: str, u
     stream = make_stream(catalog, 0.02)
     slow = ray.put(OddCatalog.of(Catalog.load(catalog), delay_s=0.2))
     parts = [stream.source.part(range(2)), replace(stream.source.part(range(2, 4)), catalog=slow)]
-    chains = [start_chain(part) for part in parts]
+    chains = [start_chain() for _ in parts]
 
     def read(share: Any) -> Iterator[Any]:
         return iter(share.iter_batches(batch_size=BATCH // RANKS, batch_format="numpy"))

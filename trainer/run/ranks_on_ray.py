@@ -81,7 +81,7 @@ def _worker(loop: _Loop) -> None:
     )
     source = loop.source.over(num_ranks, config.train.shape.micro).part(_group(config.train))
     # On the node of the first one that asks, whose end ends it: ranks that are started again have chains of their own.
-    chain = start_chain(source, f"chain-{generation}-{source.group.start}")
+    chain = start_chain(f"chain-{generation}-{source.group.start}")
     read = partial(torch_batches, micro=config.train.shape.micro)
     tiles = rank_batches(chain, source, rank, (start, config.train.steps), read)
     batches = StepBatches(tiles, start, config, lambda failures: loop.messages.put(Failed(generation, failures)))

@@ -142,7 +142,7 @@ def test_the_readers_of_all_groups_take_the_slots_that_were_given_to_all(
 @pytest.fixture
 def chain(catalog: str) -> Iterator[Any]:
     cluster.connect(8)
-    started = start_chain(stream(catalog).source)
+    started = start_chain()
     yield started
     ray.kill(started)
 
@@ -151,11 +151,11 @@ def chain(catalog: str) -> Iterator[Any]:
 def test_all_ranks_of_a_group_get_one_chain_and_those_that_are_started_again_another(catalog: str) -> None:
     cluster.connect(8)
     source = stream(catalog).source
-    chains = [start_chain(source, name) for name in ("a-0", "a-0", "b-0")]
+    chains = [start_chain(name) for name in ("a-0", "a-0", "b-0")]
     try:
         assert chains[0]._actor_id == chains[1]._actor_id != chains[2]._actor_id
         for chain in (chains[0], chains[2]):
-            assert ray.get(chain.segment.remote(0, (5, 100), None, 0))[0] == 100
+            assert ray.get(chain.segment.remote(source, 0, (5, 100), None, 0))[0] == 100
     finally:
         for chain in chains:
             ray.kill(chain)
@@ -163,22 +163,23 @@ def test_all_ranks_of_a_group_get_one_chain_and_those_that_are_started_again_ano
 
 @pytest.mark.slow
 def test_a_stall_is_blamed_on_a_rank_only_for_the_segment_that_is_waited_for(catalog: str, chain: Any) -> None:
+    source = stream(catalog).source
     for rank in (0, 1):
-        ray.get(chain.segment.remote(rank, (0, 10), None, 0))
-    ray.get(chain.segment.remote(0, (10, 20), None, 0))
-    ray.get(chain.stall.remote(0, 0, 60.0))
+        ray.get(chain.segment.remote(source, rank, (0, 10), None, 0))
+    ray.get(chain.segment.remote(source, 0, (10, 20), None, 0))
+    ray.get(chain.stall.remote(source.readers, 0, 0, 60.0))
     why = ray.get(chain.stalled.remote())
     assert why.startswith("rank 0 waited 60 s for a batch: ")
     assert "has not asked" not in why
-    hasty, other = start_chain(stream(catalog).source), start_chain(stream(catalog).source)
+    hasty, other = start_chain(), start_chain()
     try:
         # Its own call may still wait, while the chain makes the segment for another one.
-        ray.get(hasty.segment.remote(1, (0, 10), None, 0))
-        ray.get(hasty.stall.remote(0, 0, 60.0))
+        ray.get(hasty.segment.remote(source, 1, (0, 10), None, 0))
+        ray.get(hasty.stall.remote(source.readers, 0, 0, 60.0))
         assert "has not asked" not in ray.get(hasty.stalled.remote())
         assert ray.get(other.stalled.remote()) is None
-        ray.get(other.segment.remote(0, (10, 20), None, 0))
-        ray.get(other.stall.remote(0, 10, 60.0))
+        ray.get(other.segment.remote(source, 0, (10, 20), None, 0))
+        ray.get(other.stall.remote(source.readers, 0, 10, 60.0))
         assert ray.get(other.stalled.remote()) == "rank 0 waited 60 s for a batch: rank 1 has not asked for step 10"
     finally:
         ray.kill(hasty)
@@ -192,7 +193,7 @@ def test_a_lost_iterator_and_its_successor_end_with_the_ranks_batches_not_by_the
     cluster.connect(8)
     loaded = Catalog.load(catalog)
     source = TileStream(loaded, TilePlan(loaded, mpp={0.5: 1}, size=32), BatchShape(4), readers=(1, 1)).source
-    chain, began, ended = start_chain(source), list[int](), list[int]()
+    chain, began, ended = start_chain(), list[int](), list[int]()
 
     def read(share: Any) -> Iterator[Any]:
         number = len(began)
