@@ -135,7 +135,7 @@ def run_replay(args: Namespace) -> None:
     from trainer.run.checkpoints import read_config
     from trainer.run.config import changed
     from trainer.run.data import load_catalog
-    from trainer.run.metrics_log import Row
+    from trainer.run.messages import Row
     from trainer.run.replay import find_replay, logged_row, train_again
     from trainer.show.replay_pages import write_replay
 

@@ -146,7 +146,9 @@ def test_two_runs_on_one_cluster_get_each_its_batches(nodes: Cluster, catalog: s
         assert re.findall(r"^step \d+ (\w+)$", each, re.MULTILINE) == undisturbed
 
 
-def test_a_training_whose_chains_are_killed_goes_on_without_new_ranks(catalog: str, tmp_path: Path) -> None:
+def test_a_training_whose_chains_and_queue_of_messages_are_killed_goes_on_without_new_ranks(
+    catalog: str, tmp_path: Path
+) -> None:
     def command(name: str, *options: str) -> list[str]:
         run = ["--run.out", str(tmp_path / name), "--train.steps", "16", "--train.batch", "4", "--mask.group_size", "2"]
         run += ["--augment.num_local", "1", "--train.log_every", "1", "--model.drop_path", "0", *SMALL]
@@ -163,14 +165,15 @@ def test_a_training_whose_chains_are_killed_goes_on_without_new_ranks(catalog: s
         assert running.stderr is not None
         try:
             assert any(b"loss" in line for line in running.stderr)
-            chains = alive("ray::Chain", psutil.Process(running.pid))
-            for victim in chains:
+            chains, queues = (alive(name, psutil.Process(running.pid)) for name in ("ray::Chain", "_QueueActor"))
+            for victim in (*chains, *queues):
                 victim.kill()
             said = running.stderr.read().decode()
             assert running.wait(timeout=480) == 0, said
         finally:
             kill_tree(running)
-    assert len(chains) == 2
+    assert (len(chains), len(queues)) == (2, 1)
+    assert "Traceback" not in said
     wanted, found = rows("undisturbed"), rows("disturbed")
     assert found["next_index"] == wanted["next_index"] == [4 * step + 4 for step in range(16)]
     # Sums are rounded in another order on two ranks.

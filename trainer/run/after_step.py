@@ -23,7 +23,7 @@ from trainer.run.agreement import Agreement, Wishes, limit_waits, longest_wait_s
 from trainer.run.background_checkpoints import FolderCheckpointIO
 from trainer.run.config import Config
 from trainer.run.guard import Guard
-from trainer.run.metrics_log import Report, Row
+from trainer.run.messages import Report, Row
 from trainer.run.pace import card_of, peak_flops, tile_flops
 from trainer.run.step_batches import StepBatches
 from trainer.run.stop_signals import Signals

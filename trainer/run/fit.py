@@ -21,7 +21,7 @@ from trainer.run.background_checkpoints import FolderCheckpointIO
 from trainer.run.config import Config
 from trainer.run.device_feed import DeviceFeed
 from trainer.run.execution import TrainConfig
-from trainer.run.metrics_log import Report
+from trainer.run.messages import Report
 from trainer.run.step_batches import StepBatches
 from trainer.run.stop_signals import Signals
 from trainer.run.strategy import OneDevice, Replicas, Shards, autocast_precision, prepare

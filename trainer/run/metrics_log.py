@@ -6,8 +6,7 @@ import contextlib
 import queue
 import sys
 import threading
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Generator
 from typing import Any
 
 import pyarrow as pa
@@ -17,36 +16,14 @@ from streaming import storage
 from streaming.delivery.failures import FailureLog
 from streaming.errors import StorageError
 from streaming.progress import ProgressLine
-from streaming.reading.batch import Failure
 from trainer.run.config import Config
+from trainer.run.messages import Failed, Ranks, Row
 from trainer.run.placement import Placement
 from trainer.run.trackers import Trackers
 
 METRICS = "metrics.parquet"
 
-
 _TERMS = ("loss", "dino_global", "dino_local", "ibot", "regression", "koleo", "kde", "knn_accuracy", "validation_loss")
-
-
-Row = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Failed:
-    """Tiles that a rank could not get, and the generation of ranks, those that started together, that it is one of."""
-
-    generation: str
-    failures: list[Failure]
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Whether the ranks run; told where they start, and where one is lost."""
-
-    run: bool
-
-
-Report = Callable[["Row | Failed"], None]
 
 
 class MetricsLog:

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from streaming import storage
 from trainer.run.config import Config
-from trainer.run.metrics_log import Report
+from trainer.run.messages import Report
 
 _BEFORE = 5  # steps that compile, fill caches and find their memory
 

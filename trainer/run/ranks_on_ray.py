@@ -34,7 +34,8 @@ from trainer.run.background_checkpoints import FolderCheckpointIO
 from trainer.run.config import Config
 from trainer.run.execution import TrainConfig
 from trainer.run.fit import Place, fit
-from trainer.run.metrics_log import Failed, MetricsLog, Ranks
+from trainer.run.messages import Failed, Ranks
+from trainer.run.metrics_log import MetricsLog
 from trainer.run.placement import lacking, watched
 from trainer.run.profiling import profiles
 from trainer.run.restarts import ElasticRanks, MoreRanks, RanksTrainer, Restarts, put_in
@@ -132,7 +133,9 @@ def fit_on_ray(
         sys.stderr.write(f"train: waiting for nodes: {why}\n")
     stream = config.stream(catalog)
     source, trained_on = stream.source, slide_sources(catalog, stream.plan)
-    messages, orders = ray.util.queue.Queue(actor_options=cluster.beside_this()), start_orders()
+    # A message that its actor holds when it dies is lost, as a row of the metrics may be; the run is not.
+    lasting = {"max_restarts": -1, "max_task_retries": -1}
+    messages, orders = ray.util.queue.Queue(actor_options=cluster.beside_this() | lasting), start_orders()
     # Ray Train keeps its own notes in the run's storage, which all nodes reach.
     notes = storage.join(config.run.out, f".ray-{uuid.uuid4().hex[:8]}")
     fs, path = fsspec_view.filesystem(notes, options)

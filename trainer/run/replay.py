@@ -29,7 +29,8 @@ from trainer.run.background_checkpoints import NoNewCheckpoints
 from trainer.run.config import Config
 from trainer.run.data import load_catalog
 from trainer.run.fit import Place, fit
-from trainer.run.metrics_log import METRICS, Failed, Row
+from trainer.run.messages import Failed, Row
+from trainer.run.metrics_log import METRICS
 from trainer.run.step_batches import StepBatches
 from trainer.run.stop_signals import Signals
 

@@ -15,7 +15,8 @@ from trainer.run.data import load_catalog, make_plan
 from trainer.run.endings import check_not_stopped, told_in_its_folder
 from trainer.run.fit import check_model, fit
 from trainer.run.fitted import fitted
-from trainer.run.metrics_log import Failed, MetricsLog
+from trainer.run.messages import Failed
+from trainer.run.metrics_log import MetricsLog
 from trainer.run.placement import check_gpus
 from trainer.run.profiling import profiles
 from trainer.run.ranks_on_ray import fit_on_ray
