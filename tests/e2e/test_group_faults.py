@@ -146,7 +146,7 @@ def test_two_runs_on_one_cluster_get_each_its_batches(nodes: Cluster, catalog: s
         assert re.findall(r"^step \d+ (\w+)$", each, re.MULTILINE) == undisturbed
 
 
-def test_a_training_whose_chains_and_queue_of_messages_are_killed_goes_on_without_new_ranks(
+def test_a_training_whose_chains_and_messages_are_killed_goes_on_without_new_ranks(
     catalog: str, tmp_path: Path
 ) -> None:
     def command(name: str, *options: str) -> list[str]:
