@@ -265,7 +265,17 @@ def test_a_rank_whose_node_is_to_be_taken_away_saves_and_goes_on_elsewhere(
 
 
 def test_ranks_that_find_no_node_say_so_and_end_the_run(cluster: Cluster, catalog: str, tmp_path: Path) -> None:
-    command = [*TILESTREAM, "train", "vits14", "--data.mpp", "{0.5: 1}", "--data.stall_s", "5"]
+    command = [
+        *TILESTREAM,
+        "train",
+        "vits14",
+        "--data.mpp",
+        "{0.5: 1}",
+        "--data.stall_s",
+        "5",
+        "--train.rank_cpus",
+        "1",
+    ]
     command += ["--data.catalog", catalog, "--run.out", tmp_path / "run", "--run.loggers", "[]"]
     environment = os.environ | {"RAY_ADDRESS": cluster.address}
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) as running:
