@@ -31,6 +31,7 @@ def run(*arguments: str) -> str:
         return stdout.read()
 
 
+@pytest.mark.long
 def test_catalog_training_kill_resume_and_embedding_on_s3(s3_slides: str, s3_bucket: str, tmp_path: Path) -> None:
     slides = storage.expand(s3_slides)[0]
     catalog, out = f"{s3_bucket}/road/catalog", f"{s3_bucket}/road/run"
