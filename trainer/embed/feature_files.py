@@ -5,10 +5,13 @@
 | tilestream, Parquet or HDF5 | as the file says | `trainer.embed.files` |
 | TRIDENT, HDF5 | the file's name | `features` (n, D) or (1, n, D), `coords` with attributes (wsi_objects/WSI.py) |
 | CLAM, HDF5 | the file's name | the same without attributes (CLAM, extract_features_fp.py) |
+| LazySlide, zarr | the store's name | a table of `tables/` (AnnData), whose tiles are in `shapes/` (wsidata 0.12) |
 """
 
 from __future__ import annotations
 
+import importlib
+import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,15 +21,27 @@ import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import shapely
 from numpy.typing import NDArray
 
 from streaming import storage
 from streaming.catalog.known import keys
 from streaming.errors import ConfigError
-from trainer.embed.files import ABOUT, SUFFIXES, Embedded, SlideEmbeddings, find_embeddings, read_embeddings
+from trainer.embed.files import (
+    ABOUT,
+    STORE_S,
+    SUFFIXES,
+    Embedded,
+    SlideEmbeddings,
+    files_of_embeddings,
+    listed,
+    read_embeddings,
+)
 from trainer.embed.table_slides import TableSlides
 
-Maker = Literal["tilestream", "TRIDENT", "CLAM"]
+Maker = Literal["tilestream", "TRIDENT", "CLAM", "LazySlide"]
+# A table of a store, by any file of its values.
+_TABLE = re.compile(rf"(.+{re.escape(STORE_S)})tables/([^/]+)(?=/X/)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +60,15 @@ class FeatureFile:
 def find_features(sources: Sequence[str], options: storage.StorageOptions | None = None) -> list[FeatureFile]:
     """The files of embeddings that files and folders hold; files of coordinates alone, as others write them, are none.
 
+    Of a store of LazySlide each table is one, called by its address in the store.
+
     Raises:
         ConfigError: there is none, or one is broken.
         StorageError: a source can't be reached.
     """
-    found = [one for uri in find_embeddings(sources, options) if (one := _look(uri, options)) is not None]
+    uris = listed(sources, options)
+    tables = sorted({match[0] for uri in uris if (match := _TABLE.match(uri))})
+    found = [one for uri in (*files_of_embeddings(uris), *tables) if (one := _look(uri, options)) is not None]
     if not found:
         raise ConfigError(f"{', '.join(sources)}: no file here holds embeddings; name what `tilestream embed` wrote")
     return found
@@ -68,13 +87,16 @@ def read_features(file: FeatureFile, options: storage.StorageOptions | None = No
             rows = cast(Any, opened.read(["embedding"], use_threads=False)["embedding"].combine_chunks())
             values = rows.flatten().to_numpy(zero_copy_only=False)
         else:
-            values = opened["features"][:]
+            values = opened["X" if file.maker == "LazySlide" else "features"][:]
     return np.asarray(values, dtype=np.float32).reshape(file.num, file.width)
 
 
 @contextmanager
 def _opened(uri: str, options: storage.StorageOptions | None) -> Generator[Any]:
     try:
+        if STORE_S in uri:
+            yield _opened_table(uri)
+            return
         with storage.reading(uri, options) as file:
             if uri.endswith(SUFFIXES["h5"]):
                 with cast(Any, h5py.File(file)) as opened:
@@ -88,8 +110,20 @@ def _opened(uri: str, options: storage.StorageOptions | None) -> Generator[Any]:
         raise ConfigError(f"{uri}: no whole file of embeddings ({reason}); make it again, or take it away") from error
 
 
+def _opened_table(uri: str) -> Any:
+    if not storage.is_local(uri):
+        raise ConfigError(f"{uri}: LazySlide's stores are read on this machine alone; copy it here")
+    try:
+        zarr: Any = importlib.import_module("zarr")
+    except ImportError:
+        raise ConfigError(f"{uri}: LazySlide's stores need zarr: pip install 'zarr>=3,<4'") from None
+    return zarr.open_group(storage.local_path(uri), mode="r")
+
+
 def _look(uri: str, options: storage.StorageOptions | None) -> FeatureFile | None:
     with _opened(uri, options) as opened:
+        if STORE_S in uri:
+            return _of_table(uri, opened)
         return _of_parquet(uri, opened) if isinstance(opened, pq.ParquetFile) else _of_hdf5(uri, opened)
 
 
@@ -119,6 +153,20 @@ def _of_hdf5(uri: str, file: Any) -> FeatureFile | None:
     return FeatureFile(uri=uri, maker=maker, slide=slide, num=shape[0], width=shape[1])
 
 
+def _of_table(uri: str, table: Any) -> FeatureFile | None:
+    values = table["X"]
+    if not hasattr(values, "shape") or len(values.shape) != 2:
+        return None  # sparse, as counts of genes are
+    num, width = values.shape
+    return FeatureFile(uri=uri, maker="LazySlide", slide=_store(uri)[1], num=num, width=width)
+
+
+def _store(uri: str) -> tuple[str, str]:
+    """The store of a table, and its name."""
+    store = uri[: uri.rindex(STORE_S) + len(STORE_S) - 1]
+    return store, storage.name_of(store).removesuffix(".zarr")
+
+
 def read_slides(
     sources: Sequence[str], slides: TableSlides, options: storage.StorageOptions | None = None
 ) -> list[SlideEmbeddings]:
@@ -144,17 +192,13 @@ def _foreign(file: FeatureFile, slides: TableSlides, options: storage.StorageOpt
             f"{file.uri}: as {file.maker} writes them, which tells no slide's address; name a folder or catalog with "
             "its slide by --slides-in"
         )
-    with _opened(file.uri, options) as opened:
-        corners = opened["coords"][:].reshape(-1, 2).astype(np.int64)
-        about, encoder = dict(opened["coords"].attrs), opened["features"].attrs.get("encoder", file.maker)
+    tiles = _tiles_of_store(file.uri) if file.maker == "LazySlide" else _tiles_of_hdf5(file, options)
     slide = slides.open(file.slide, None)
     try:
         (width, height), slide_mpp, bounds = slide.level_dimensions[0], slide.mpp, slide.bounds
     finally:
         slide.close()
     assert slide_mpp is not None, "it is opened with one"
-    extent = int(about.get("patch_size_level0", _step(corners)))
-    size = int(about.get("patch_size", extent))
     embedded = Embedded(
         slide=slide.uri,
         name=keys(file.slide)[-1],
@@ -162,14 +206,57 @@ def _foreign(file: FeatureFile, slides: TableSlides, options: storage.StorageOpt
         height=height,
         slide_mpp=slide_mpp,
         origin=bounds[:2],
-        mpp=extent * slide_mpp / size,
-        size=size,
+        mpp=tiles.extent * slide_mpp / tiles.size,
+        size=tiles.size,
         token="cls",
         precision="32",
-        model=str(encoder),
+        model=tiles.encoder,
         model_sha256="",
     )
-    return SlideEmbeddings(file.uri, embedded, corners, read_features(file, options), None)
+    return SlideEmbeddings(file.uri, embedded, tiles.corners, read_features(file, options), None)
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """What a file of others tells of its tiles."""
+
+    corners: NDArray[np.int64]
+    """(n, 2), level-0 px"""
+    extent: float
+    """level-0 px of a side"""
+    size: int
+    """px of a side"""
+    encoder: str
+
+
+def _tiles_of_hdf5(file: FeatureFile, options: storage.StorageOptions | None) -> _Tiles:
+    with _opened(file.uri, options) as opened:
+        corners = opened["coords"][:].reshape(-1, 2).astype(np.int64)
+        about, encoder = dict(opened["coords"].attrs), opened["features"].attrs.get("encoder", file.maker)
+    extent = int(about.get("patch_size_level0", _step(corners)))
+    return _Tiles(corners, extent, int(about.get("patch_size", extent)), str(encoder))
+
+
+def _tiles_of_store(uri: str) -> _Tiles:
+    """Those of a table's rows: its region names the shapes, its instances their numbers (SpatialData 0.7)."""
+    with _opened(uri, None) as table:
+        region, key = table.attrs["region"], table.attrs["instance_key"]
+        instances = table["obs"][key][:]
+    store = _store(uri)[0]
+    shapes = pq.read_table(f"{storage.local_path(store)}/shapes/{region}/shapes.parquet", use_threads=False)
+    numbers = shapes[key].to_numpy() if key in shapes.column_names else np.arange(len(shapes))
+    order = np.argsort(numbers, kind="stable")
+    at = order[np.searchsorted(numbers, instances, sorter=order).clip(max=len(numbers) - 1)]
+    if not np.array_equal(numbers[at], instances):
+        raise ConfigError(f"{uri}: some of its rows are of no tile in shapes/{region}; make the store again")
+    bounds = shapely.bounds(shapely.from_wkb(shapes["geometry"].to_numpy(zero_copy_only=False)))[at]
+    extent = float(np.median(bounds[:, 2] - bounds[:, 0]))
+    with _opened(f"{store}/", None) as root:
+        spec = root.attrs.get("tile_spec", {}).get(region, {})
+    corners = np.rint(bounds[:, :2]).astype(np.int64)
+    # LazySlide calls a table MODEL_TILES.
+    encoder = storage.name_of(uri).removesuffix(f"_{region}")
+    return _Tiles(corners, extent, int(spec.get("width", round(extent))), encoder)
 
 
 def _step(corners: NDArray[np.int64]) -> int:

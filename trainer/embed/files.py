@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, cast, get_args
@@ -27,6 +27,7 @@ REJECTED = ".rejected/rejected.parquet"
 ABOUT = "tilestream.embedded"
 """metadata that tells what is embedded"""
 SUFFIXES: dict[Format, str] = {"parquet": ".parquet", "h5": ".h5"}
+STORE_S = ".zarr/"
 assert set(SUFFIXES) == set(get_args(Format))
 
 
@@ -227,15 +228,26 @@ def find_embeddings(sources: Sequence[str], options: storage.StorageOptions | No
         ConfigError: there is none.
         StorageError: a source can't be reached.
     """
-    found = {
-        info.uri
-        for source in sources
-        for info in storage.expand(storage.canonical(source), options)[0]
-        if info.uri.endswith(tuple(SUFFIXES.values())) and storage.name_of(info.uri) != storage.name_of(REJECTED)
-    }
+    found = files_of_embeddings(listed(sources, options))
     if not found:
         raise ConfigError(f"{', '.join(sources)}: no embeddings here; name what `tilestream embed` wrote")
-    return sorted(found)
+    return found
+
+
+def listed(sources: Sequence[str], options: storage.StorageOptions | None = None) -> list[str]:
+    """All files that files and folders name, sorted.
+
+    Raises:
+        StorageError: a source can't be reached.
+    """
+    found = (info.uri for source in sources for info in storage.expand(storage.canonical(source), options)[0])
+    return sorted({*found})
+
+
+def files_of_embeddings(uris: Iterable[str]) -> list[str]:
+    """Those that may hold embeddings, by their names; what lies in a zarr store is a part of it."""
+    of_us = (uri for uri in uris if uri.endswith(tuple(SUFFIXES.values())) and STORE_S not in uri)
+    return [uri for uri in of_us if storage.name_of(uri) != storage.name_of(REJECTED)]
 
 
 def read_embeddings(uri: str, options: storage.StorageOptions | None = None) -> SlideEmbeddings:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import zarr
 
 from streaming.errors import ConfigError
 from trainer.cli import main
@@ -144,8 +145,12 @@ class Theirs:
         with h5py.File(path, "w") as file:
             file["features"], file["coords"] = bag, np.zeros((len(bag), 2), np.int64)
 
+    @staticmethod
+    def lazyslide(path: Path, bag: np.ndarray) -> None:
+        zarr.open_group(path.with_suffix(".zarr") / "tables/uni_tiles", mode="w").create_array("X", data=bag)
 
-@pytest.mark.parametrize("maker", ["TRIDENT", "CLAM"])
+
+@pytest.mark.parametrize("maker", ["TRIDENT", "CLAM", "LazySlide"])
 def test_embeddings_of_others_are_scored_as_ours(
     embedded: Path, table: Table, tmp_path: Path, maker: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
