@@ -34,6 +34,7 @@ from streaming.delivery.failures import MAX_FAILED_SHARE
 from streaming.delivery.segments import Readers
 from streaming.errors import ConfigError
 from streaming.plan_options import add_plan_options, plan_of
+from streaming.reading.filters import Filters
 from streaming.reading.reader import ReaderOptions
 from streaming.storage.staging import Staging
 
@@ -235,6 +236,9 @@ def add_stream(commands: Any) -> None:
         "--mosaic", metavar="URI", help="write a picture (.png, .jpg) of the first step's tiles, by index"
     )
     add_plan_options(parser)
+    group = parser.add_argument_group("filters beside the HSV rule")
+    share, functions = {"metavar": "SHARE"}, {"flag": "--filter", "metavar": "MODULE:NAME"}
+    add_options(group, Filters, blur={"metavar": "VARIANCE"}, pen=share, white=share, functions=functions)
     add_storage_options(parser)
 
 
@@ -274,7 +278,9 @@ def run_stream(args: Namespace) -> None:
             others = f" and {len(slides) - 1} more" if len(slides) > 1 else ""
             sys.stderr.write(f"{slides[0]}{others}: {_no_level(mpp, cost)}\n")
         return
-    reader, readers = read_options(args, ReaderOptions, storage_options=options), read_options(args, Readers)
+    filters = read_options(args, Filters)
+    reader = read_options(args, ReaderOptions, storage_options=options, filters=filters)
+    readers = read_options(args, Readers)
     stream = TileStream(
         catalog,
         plan,

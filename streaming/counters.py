@@ -28,7 +28,7 @@ class Counters:
     resample_s: float = 0.0
     """seconds in resizing"""
     filter_s: float = 0.0
-    """seconds in the HSV rule"""
+    """seconds in the HSV rule and other filters"""
     total_s: float = 0.0
     """seconds of whole batches, wall clock, summed over threads"""
     tiles: float = 0.0

@@ -45,7 +45,7 @@ def constant(config: Config) -> Iterator[dict[str, Any]]:
     tiles, none = smooth_tiles(micro, config.data.tile_size), torch.zeros(micro, dtype=torch.int64)
     for step in range(config.train.steps):
         index = step * micro + torch.arange(micro)
-        yield {"tile": tiles, "index": index, "filtered": none, "failures": [[]] * micro}
+        yield {"tile": tiles, "index": index, "filtered": none, "failures": [[]] * micro, "turned_down": [[]] * micro}
 
 
 def trained(

@@ -12,6 +12,7 @@ import pyarrow as pa
 from streaming import storage
 from streaming.errors import ConfigError, StreamError
 from streaming.reading.batch import Batch, Failure, failed_slides
+from streaming.reading.filters import HSV
 
 FAILURES = "failures.parquet"
 # The share of tiles that could not be read past which a run stops.
@@ -118,6 +119,7 @@ class FailureBudget:
     failed: int = 0
     by_slide: Counter[str] = field(default_factory=Counter[str])
     reasons: dict[str, str] = field(default_factory=dict[str, str])
+    by_rule: Counter[str] = field(default_factory=Counter[str])
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_share <= 1:
@@ -131,6 +133,8 @@ class FailureBudget:
         """
         self.tiles += len(batch["index"])
         self.filtered += int(batch["filtered"].sum())
+        for names in batch["turned_down"]:
+            self.by_rule.update(names)
         for failure in failed_slides(batch):
             self.failed += 1
             self.by_slide[failure.slide] += 1
@@ -145,14 +149,13 @@ class FailureBudget:
             )
 
     def summary(self) -> list[str]:
-        """Lines for the end of a run: one for the filter where it turned tiles down, one a failing slide."""
+        """Lines for the end of a run: one for each filter that turned tiles down, one a failing slide."""
         looked_at = self.tiles + self.filtered
         lines = list[str]()
-        if self.filtered:
-            lines.append(
-                f"{self.filtered:,} of {looked_at:,} tiles ({self.filtered / looked_at:.0%}) turned down by the HSV "
-                "rule and replaced; up to a tenth is usual"
-            )
+        for rule, num in self.by_rule.most_common():
+            usual = "; up to a tenth is usual" if rule == HSV else ""
+            of_tiles = f"{num:,} of {looked_at:,} tiles ({num / looked_at:.0%})"
+            lines.append(f"{of_tiles} turned down by {rule} and replaced{usual}")
         for slide, count in self.by_slide.most_common(10):
             lines.append(f"{count:,} tiles replaced: {slide}: {self.reasons[slide]}")
         if len(self.by_slide) > 10:

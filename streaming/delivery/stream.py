@@ -28,6 +28,7 @@ from streaming.delivery.segments import Readers, Source, groups_of
 from streaming.errors import ConfigError, StreamError
 from streaming.plan import TilePlan
 from streaming.reading.batch import Batch
+from streaming.reading.filters import TileRules
 from streaming.reading.reader import ReaderOptions, TileReader
 
 
@@ -86,6 +87,7 @@ class TileStream:
         self.catalog, self.plan, self.shape = catalog, plan, shape
         self._groups = groups_of(shape.ranks, ranks_per_stream)
         self.reader = reader or ReaderOptions()
+        TileRules(plan, self.reader.hsv_rule, self.reader.filters)  # what makes no sense is told here
         self._readers = Readers(
             count=readers,
             cpus=reader_cpus,

@@ -111,7 +111,7 @@ class TimeUse:
                     "levels"
                 )
             case "filter":
-                return f"the HSV rule: {of_time}; add readers, or loosen `hsv_rule`"
+                return f"the HSV rule and other filters: {of_time}; add readers, or leave out a filter"
             case "plan":
                 return f"the plan: {of_time} is drawing tiles; lower `min_tissue`, or take larger batches"
             case _:

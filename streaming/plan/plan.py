@@ -145,6 +145,12 @@ class TilePlan:
         self.corners: Corners = corners
         self.universe = universe or Universe()
         self._slides = catalog.slides()
+        known = catalog.metadata("stain") if "stain" in catalog.metadata_columns else [None] * len(self._slides)
+        names, stain = np.unique([name or "" for name in known], return_inverse=True)
+        self.stains: list[str] = names.tolist()
+        """what the catalog's column `stain` has, "" where it tells none"""
+        self.stain = stain.astype(np.int16)
+        """that of each slide, int16 (slides,): a number in `stains`"""
         self._draws: Draws
         strata = of_cohorts(cohorts, strata or Strata())
         if tiles is None:

@@ -1,4 +1,4 @@
-"""A batch of tiles: columns with a row a tile, and the two among them that hold more than a number a row.
+"""A batch of tiles: columns with a row a tile, and the three among them that hold more than a number a row.
 
 Where tiles are read and where they are used, a batch is NumPy columns by name. Between the two Ray carries it as an
 Arrow table, and makes NumPy columns of that again:
@@ -6,6 +6,7 @@ Arrow table, and makes NumPy columns of that again:
 | column     | a row, in NumPy                                                              | a row, in Arrow |
 |------------|------------------------------------------------------------------------------|-----------------|
 | `failures` | sequence of {slide, reason}: tiles of its index that could not be read       | list of structs |
+| `turned_down` | sequence of the filters that turned tiles of its index down               | list of strings |
 | `counters` | {name: number} of the whole batch in the first row, None in the others       | struct or null  |
 
 The counters of a batch are the sum over its rows, however batches were cut on the way.
@@ -27,6 +28,7 @@ Batch = dict[str, NDArray[Any]]
 
 ARROW_TYPES: Mapping[str, pa.DataType] = {
     "failures": pa.list_(pa.struct([("slide", pa.string()), ("reason", pa.string())])),
+    "turned_down": pa.list_(pa.string()),
     "counters": pa.struct([(entry.name, pa.float64()) for entry in fields(Counters)]),
 }
 """types of the columns whose rows don't show theirs: a batch without failures has none to tell it by"""
@@ -47,6 +49,16 @@ def pack_failures(failures: Sequence[Sequence[tuple[str, str]]]) -> NDArray[Any]
     for row, failed in enumerate(failures):
         column[row] = [{"slide": slide, "reason": reason} for slide, reason in failed]
     return column
+
+
+def pack_replaced(
+    failures: Sequence[Sequence[tuple[str, str]]], turned_down: Sequence[Sequence[str]]
+) -> dict[str, NDArray[Any]]:
+    """The columns `failures` and `turned_down`."""
+    rules = np.empty(len(turned_down), dtype=object)
+    for row, names in enumerate(turned_down):
+        rules[row] = list(names)
+    return {"failures": pack_failures(failures), "turned_down": rules}
 
 
 def failures_of(batch: Mapping[str, Any]) -> list[Failure]:

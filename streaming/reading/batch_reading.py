@@ -7,6 +7,7 @@ index gets depends on neither.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from queue import SimpleQueue
@@ -19,8 +20,8 @@ from streaming.counters import Counters
 from streaming.errors import SlideError, StorageError, StreamError
 from streaming.plan import TilePlan
 from streaming.plan.plan import TileSpecs
-from streaming.reading.batch import Batch, pack_failures
-from streaming.reading.hsv_rule import HsvRule
+from streaming.reading.batch import Batch, pack_replaced
+from streaming.reading.filters import TileRules
 from streaming.reading.isolated import IsolatedPool
 from streaming.reading.slide_pool import SlidePool
 from streaming.slide import PendingTile
@@ -56,13 +57,13 @@ class BatchReading:
     def __init__(
         self,
         plan: TilePlan,
-        rule: HsvRule,
+        rules: TileRules,
         pool: SlidePool[int] | IsolatedPool,
         index: NDArray[np.int64],
         count: Counters,
     ) -> None:
         n, size = len(index), plan.size
-        self._plan, self._rule, self._pool, self._count = plan, rule, pool, count
+        self._plan, self._rules, self._pool, self._count = plan, rules, pool, count
         self._index, self._attempt = index, np.zeros(n, np.int32)
         self._tiles = np.empty((n, size, size, 3), dtype=np.uint8)
         self._columns: Batch = {
@@ -74,12 +75,13 @@ class BatchReading:
             "filtered": np.zeros(n, np.int32),
         }
         self._failures: list[list[tuple[str, str]]] = [[] for _ in range(n)]
+        self._turned_down: list[list[str]] = [[] for _ in range(n)]
         self._begun: list[PendingTile | SlideError | StorageError | None] = [None] * n
         # Rows alone: what requests call back must not hold on to what they bring, which would keep it for ever.
         self._ready: SimpleQueue[int] = SimpleQueue()
 
     def read(self) -> Batch:
-        """The columns `tile`, `index`, `slide`, `x`, `y`, `mpp`, `filtered` and `failures` of `TileReader`.
+        """The columns of `TileReader` but for `ended_at` and `counters`.
 
         Raises:
             StreamError: hardly any tile passes, or none can be read.
@@ -98,7 +100,7 @@ class BatchReading:
                 left -= 1
             else:
                 replace.append(row)
-        return {"tile": self._tiles, **self._columns, "failures": pack_failures(self._failures)}
+        return {"tile": self._tiles, **self._columns, **pack_replaced(self._failures, self._turned_down)}
 
     def _ask(self, rows: Sequence[int]) -> None:
         """Asks for the bytes of the next tile of some rows; all requests go out before any answer is looked at."""
@@ -147,11 +149,12 @@ class BatchReading:
             self._failures[row].append((self._plan.slides[int(self._columns["slide"][row])], str(error)))
         else:
             started = perf_counter()
-            accepted = self._rule.accepts(self._tiles[row])
+            rule = self._rules.turns_down(self._tiles[row], int(self._columns["slide"][row]))
             self._count.filter_s += perf_counter() - started
-            if accepted:
+            if rule is None:
                 return True
             self._columns["filtered"][row] += 1
+            self._turned_down[row].append(rule)
         self._attempt[row] += 1
         self._check_budget(row)
         return False
@@ -164,7 +167,8 @@ class BatchReading:
                 "look at the storage and its credentials, or at the slides"
             )
         if self._attempt[row] >= _MAX_ATTEMPTS:
+            by_rule = [f"{num} of them by {rule}" for rule, num in Counter(self._turned_down[row]).most_common()]
             raise StreamError(
-                f"index {index}: {_MAX_ATTEMPTS} tiles failed, {self._columns['filtered'][row]} of them by the HSV "
-                "rule; loosen data.hsv_rule of the training, or look at the slides"
+                f"index {index}: {_MAX_ATTEMPTS} tiles failed, {', '.join(by_rule) or 'none'} turned down; loosen "
+                "that, or look at the slides"
             )

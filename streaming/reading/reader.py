@@ -22,6 +22,7 @@ from streaming.errors import ConfigError
 from streaming.plan import TilePlan
 from streaming.reading.batch import Batch, pack_counters
 from streaming.reading.batch_reading import BatchReading
+from streaming.reading.filters import Filters, TileRules
 from streaming.reading.hsv_rule import HsvRule
 from streaming.reading.isolated import IsolatedPool
 from streaming.reading.slide_pool import SlidePool
@@ -37,6 +38,8 @@ class ReaderOptions:
 
     hsv_rule: HsvRule = field(default_factory=HsvRule)
     """which tiles are taken; the others are replaced"""
+    filters: Filters = field(default_factory=Filters)
+    """further rules for that"""
     storage_options: dict[str, Any] = field(default_factory=dict)
     """options for the slides' storage"""
     staging: Staging = field(default_factory=Staging)
@@ -54,7 +57,7 @@ class ReaderOptions:
 class TileReader:
     """Turns sample indices into tiles; a plain callable, which Ray Data runs in an actor, from several threads.
 
-    A tile that can't be read, or that the HSV rule turns down, is replaced by the plan's next attempt for the same
+    A tile that can't be read, or that a filter turns down, is replaced by the plan's next attempt for the same
     index, so that the same indices give the same tiles wherever and however often they are read.
     """
 
@@ -68,6 +71,7 @@ class TileReader:
         self._plan: TilePlan = ray.get(plan) if isinstance(plan, ray.ObjectRef) else plan
         self._catalog: Catalog = ray.get(catalog) if isinstance(catalog, ray.ObjectRef) else catalog
         self._options = options
+        self._rules = TileRules(self._plan, options.hsv_rule, options.filters)
         CONNECTIONS.keep_in_flight(options.requests_in_flight)
         self._pool: SlidePool[int] = SlidePool(self._open)
         self._totals, self._lock = Counters(), threading.Lock()
@@ -85,9 +89,11 @@ class TileReader:
         """Reads the tiles of `batch["index"]`, int64 (n,).
 
         Returns columns of n rows: `tile` uint8 (n, size, size, 3), `index`, `slide` (row of the catalog), `x`, `y`
-        (level-0 pixels), `mpp` (of the pixels that were read), `filtered` (tiles of this index turned down by the HSV
-        rule), `ended_at` (when the batch was read, seconds since the epoch), `failures` and `counters` (see
-        `streaming.reading.batch`). With `isolated`, tiles are read in a process apart, and one that crashes it has
+        (level-0 pixels), `mpp` (of the pixels that were read), `filtered` (tiles of this index turned down by
+        filters), `ended_at` (when the batch was read, seconds since the epoch), `failures`, `turned_down` (the filters'
+        names) and `counters` (see `streaming.reading.batch`).
+
+        With `isolated`, tiles are read in a process apart, and one that crashes it has
         failed.
 
         Raises:
@@ -97,7 +103,7 @@ class TileReader:
         counted = Counters()
         with self._slides(isolated) as pool:
             started = perf_counter()
-            columns = BatchReading(self._plan, self._options.hsv_rule, pool, index, counted).read()
+            columns = BatchReading(self._plan, self._rules, pool, index, counted).read()
             counted.total_s = perf_counter() - started
             counted.tiles = len(index)
         with self._lock:

@@ -12,12 +12,13 @@ from streaming import errors, progress
 from streaming.delivery.failures import FailureBudget
 from streaming.errors import ConfigError, SlideError, StorageError, StreamError, TilestreamError, root_cause
 from streaming.progress import Pace, ProgressLine
-from streaming.reading.batch import pack_failures
+from streaming.reading.batch import pack_replaced
+from streaming.reading.filters import HSV
 
 
 def batch(n: int, failures: list[tuple[str, str]] = [], filtered: int = 0) -> dict:  # noqa: B006 never changed
-    column = pack_failures([[failure] for failure in failures] + [[]] * (n - len(failures)))
-    return {"index": np.arange(n), "filtered": np.full(n, filtered), "failures": column}
+    column = [[failure] for failure in failures] + [[]] * (n - len(failures))
+    return {"index": np.arange(n), "filtered": np.full(n, filtered), **pack_replaced(column, [[HSV] * filtered] * n)}
 
 
 def test_every_error_of_the_family_pickles_and_stands_in_the_tree() -> None:
@@ -52,7 +53,7 @@ def test_the_budget_names_the_slide_that_fails_most() -> None:
     budget.add(batch(64, [("b.svs", "cut off")] * 3 + [("a.svs", "denied")], filtered=1))
     assert (budget.tiles, budget.failed, budget.filtered) == (64, 4, 64)
     assert budget.summary() == [
-        "64 of 128 tiles (50%) turned down by the HSV rule and replaced; up to a tenth is usual",
+        "64 of 128 tiles (50%) turned down by the HSV rule (data.hsv_rule) and replaced; up to a tenth is usual",
         "3 tiles replaced: b.svs: cut off",
         "1 tiles replaced: a.svs: denied",
     ]

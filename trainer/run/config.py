@@ -111,9 +111,14 @@ class Config:
         """The patients that are not trained on."""
         return HeldOut(self.watch.validation_slides) if self.watch.validation_slides else None
 
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        """Columns of the catalog that decide which tiles are drawn, or stay."""
+        return (*self.data.strata.columns, *(["stain"] if self.data.filters.by_stain else []))
+
     def identity(self, catalog: Catalog) -> str:
         """What of a catalog, and of a list of tiles, decides the tiles that are trained on, as a fingerprint."""
-        of_catalog, data = catalog.identity(self.data.strata.columns), self.data
+        of_catalog, data = catalog.identity(self._columns), self.data
         if data.tiles is None:
             return of_catalog
         tiles = packed_list(data.tiles, catalog, data.tile_size, data.mpp_tolerance, data.max_upsampling)

@@ -16,6 +16,7 @@ from streaming.plan.magnifications import DEFAULT_MPP, mpp_weights
 from streaming.plan.plan import MIN_TISSUE
 from streaming.plan.strata import Strata
 from streaming.plan.universe import HeldOut, Universe
+from streaming.reading.filters import Filters
 from streaming.reading.hsv_rule import HsvRule
 from streaming.reading.reader import ReaderOptions
 from streaming.secrets import hidden
@@ -57,6 +58,8 @@ class DataConfig:
     """which part of the catalog's tiles may be drawn, and in what order"""
     hsv_rule: HsvRule = field(default_factory=HsvRule)
     """filter on a tile's pixels"""
+    filters: Filters = field(default_factory=Filters)
+    """further filters, each off as it is, and other ones for other stains"""
     max_failed_share: float = field(default=MAX_FAILED_SHARE, metadata=FREE)
     """share of unreadable tiles past which the run stops"""
     readers: tuple[int, int] = field(default=Readers.count, metadata=FREE)
@@ -139,6 +142,7 @@ def make_stream(
     """The stream of a run of that seed, in batches of that shape, of the tiles of `make_plan`."""
     reader = ReaderOptions(
         hsv_rule=data.hsv_rule,
+        filters=data.filters,
         storage_options=data.slide_options,
         staging=staging(data),
         requests_in_flight=data.requests_in_flight,

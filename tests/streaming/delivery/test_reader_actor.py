@@ -19,7 +19,7 @@ from streaming.reading.batch import (
     failed_slides,
     failures_of,
     pack_counters,
-    pack_failures,
+    pack_replaced,
 )
 from tests.conftest import write_catalog
 
@@ -30,7 +30,7 @@ MICRO = 2
 def test_columns_have_one_type_whether_tiles_failed_or_not(failures: list[list[tuple[str, str]]]) -> None:
     tiles = np.zeros((2, 4, 4, 3), np.uint8)
     taken = Counters(requests=3, fetch_s=0.1)
-    columns = {"failures": pack_failures(failures), "counters": pack_counters(taken, 2)}
+    columns = {**pack_replaced(failures, [[], ["blur"]]), "counters": pack_counters(taken, 2)}
     block = block_of({"tile": tiles, "index": np.arange(2), **columns})
     for name, kind in ARROW_TYPES.items():
         assert block.schema.field(name).type == kind
@@ -38,6 +38,7 @@ def test_columns_have_one_type_whether_tiles_failed_or_not(failures: list[list[t
     wanted = [Failure(row, *failed) for row, of_row in enumerate(failures) for failed in of_row]
     assert failures_of(batch) == wanted
     assert counters_of(batch) == taken
+    assert [list(names) for names in batch["turned_down"]] == [[], ["blur"]]
 
 
 def test_counters_are_the_sum_over_batches_that_were_joined_or_cut() -> None:

@@ -19,7 +19,7 @@ from streaming.delivery.exported_metrics import METRICS, STAGES, export_read, ex
 from streaming.delivery.reader_actor import ReaderActor
 from streaming.delivery.time_use import TimeUse, percentiles
 from streaming.plan import TilePlan
-from streaming.reading.batch import counters_of, failed_slides, pack_counters, pack_failures
+from streaming.reading.batch import counters_of, failed_slides, pack_counters, pack_failures, pack_replaced
 from streaming.reading.hsv_rule import HsvRule
 from streaming.reading.reader import ReaderOptions, TileReader
 
@@ -132,7 +132,7 @@ def test_ray_s_endpoint_shows_what_readers_and_ranks_counted(catalog: str) -> No
     for wait in (0.02, 0.2):
         export_wait(wait)
     # Files need no second try: one that storage had made wait.
-    tried = {"index": np.zeros(1), "filtered": np.zeros(1), "failures": pack_failures([[]])}
+    tried = {"index": np.zeros(1), "filtered": np.zeros(1), **pack_replaced([[]], [[]])}
     export_read({**tried, "counters": pack_counters(Counters(retries=3, throttled=2, held_s=0.5), 1)})
     total = Counter[str]()
     for batch in batches:
