@@ -24,7 +24,7 @@ import yaml
 
 from streaming.errors import ConfigError
 from trainer.cli import build_parser
-from trainer.run.config import config_parser, read_config
+from trainer.run.config import config_parser, parse_config, read_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "streaming/README.md", "trainer/README.md", "deploy/README.md", "benchmarks/README.md")
@@ -132,7 +132,11 @@ def _of_block(block: Block) -> Iterator[str]:
         case "python":
             compile(block.text, block.page, "exec")  # test_docs runs it
         case "yaml":
-            yield from _of_overlay(block.text)
+            values = yaml.safe_load(block.text)
+            if "resources" in values:
+                yield from _of_overlay(values)
+            else:
+                yield from _of_configuration(values)
         case "":
             for line in block.text.splitlines():
                 if line.split()[:1] and line.split()[0] in _CHECKS:
@@ -144,9 +148,16 @@ def _of_block(block: Block) -> Iterator[str]:
             yield f"a block of {other!r}, which nothing here reads"
 
 
-def _of_overlay(text: str) -> Iterator[str]:
+def _of_configuration(values: dict[str, Any]) -> Iterator[str]:
+    """A part of a training's configuration."""
+    try:
+        parse_config(values, [])
+    except ConfigError as error:
+        yield str(error)
+
+
+def _of_overlay(overlay: dict[str, Any]) -> Iterator[str]:
     """A kustomization beside a clone `tilestream`: what it takes from there must exist, its entrypoint must parse."""
-    overlay = yaml.safe_load(text)
     for name in (*overlay["resources"], *overlay["components"]):
         if not (ROOT / name.removeprefix("../tilestream/")).exists():
             yield f"{name}: there is no such folder"

@@ -79,6 +79,7 @@ def test_what_a_page_says_of_commands_options_fields_files_and_links_is_so(page:
         ("```sh\ndocker build -f deploy/Dockerfile --target gpu --build-arg BASE=$BASE .\n```", "no target gpu"),
         ("```\ntilestream doctor\n```", "not marked as sh"),
         ("```bash\ntilestream doctor\n```", "'bash'"),
+        ("```yaml\ndata: {filters: {blurr: 3}}\n```", "data.filters.blur"),
         ("- So:\n\n  ```sh\n  tilestream doctro\n  ```", "indented"),
         ("```\n streaming/plan.py\n```", "no such file"),
         ("Give `tilestream embed --tokns`.", "--tokns"),

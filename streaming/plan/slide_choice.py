@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streaming.catalog import Catalog
-from streaming.errors import ConfigError, PlanError
+from streaming.errors import PlanError
 from streaming.plan.counter_random import Indices, evenly, hashed, text_keys, uniform
 from streaming.plan.decisions import Decision
 from streaming.plan.footprints import Footprints, SlideGeometry
@@ -83,11 +83,7 @@ class SlideChooser:
         universe: Universe,
         held_out: HeldOut | None,
     ) -> None:
-        if not universe.replacement and universe.tiles_per_slide is None:
-            raise ConfigError(
-                "universe.replacement is false (--no-replacement), but without universe.tiles_per_slide "
-                "(--tiles-per-slide) the tiles have no end; set it"
-            )
+        universe.check_ends()
         self._seed, self._universe, self._uri = seed, universe, catalog.uri
         weights = mpp_weights(mpp)
         self.mpp_values, self._mpp_cumulative = np.array(list(weights)), _cumulative(np.array(list(weights.values())))

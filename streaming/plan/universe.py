@@ -51,6 +51,18 @@ class Universe:
                 "--no-replacement), or leave out the window"
             )
 
+    def check_ends(self) -> None:
+        """Refuses to go without replacement through tiles that have no end, as all on tissue are.
+
+        Raises:
+            ConfigError: naming what bounds them.
+        """
+        if not self.replacement and self.tiles_per_slide is None:
+            raise ConfigError(
+                "universe.replacement is false (--no-replacement), but without universe.tiles_per_slide "
+                "(--tiles-per-slide) the tiles have no end; set it"
+            )
+
     @property
     def draws_tiles(self) -> bool:
         """Whether the plan picks a slide's tile first and then asks for its magnification."""

@@ -85,6 +85,8 @@ class DataConfig:
         object.__setattr__(self, "storage_options", hidden(self.storage_options))
         object.__setattr__(self, "mirrors", hidden({"mirrors": self.mirrors})["mirrors"])
         mpp_weights(self.mpp)  # tells of what is no magnification
+        if self.tiles is None:
+            self.universe.check_ends()
         if not 0 <= self.max_failed_share <= 1:
             raise ValueError(f"max_failed_share is a share from 0 to 1, not {self.max_failed_share}")
         if not self.staging_gb > 0:

@@ -182,7 +182,10 @@ def test_the_fields_that_are_free_are_those_that_do_not_change_what_is_trained()
     free = {leaf.key for leaf in leaves() if leaf.is_free}
     assert free == {
         "run.out",
-        *(f"data.{name}" for name in ("catalog", "storage_options", "max_failed_share", "readers", "reader_cpus")),
+        *(
+            f"data.{name}"
+            for name in ("catalog", "tiles", "storage_options", "max_failed_share", "readers", "reader_cpus")
+        ),
         *(f"data.{name}" for name in ("reader_labels", "segment_minutes", "segment_blocks", "stall_s")),
         *(f"data.{name}" for name in ("staging", "staging_gb")),
         "data.requests_in_flight",
