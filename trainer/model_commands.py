@@ -31,7 +31,7 @@ def add_embed(commands: Any) -> None:
         "embed",
         "embed every tissue tile of slides, a file a slide",
         "  tilestream embed s3://bucket/runs/a s3://bucket/catalog --out s3://bucket/embeddings --token cls+patch\n"
-        "  tilestream embed vit_small_patch14_dinov2.lvd142m slides --out features --format h5 --gpu --precision bf16",
+        "  tilestream embed vit_small_patch14_dinov2.lvd142m slides --out features --format h5 --gpu",
         run_embed,
         extra="embed",
     )

@@ -79,7 +79,7 @@ class Job:
     def settings(self) -> str:
         """All that decides what an embedding is."""
         options = self.options
-        chosen = (options.mpp, options.size, options.min_tissue, options.token, options.precision, options.tokens)
+        chosen = (options.mpp, options.size, options.min_tissue, options.token, options.products, options.tokens)
         return json.dumps([self.digest, *chosen])
 
     def marked(self, info: storage.ObjectInfo, made_by: str = "") -> str:
@@ -131,7 +131,7 @@ class Job:
             mpp=options.mpp,
             size=options.size,
             token=options.token,
-            precision=options.precision,
+            precision=options.products,
             model=self.source,
             model_sha256=self.digest,
         )
@@ -308,17 +308,17 @@ def rows_of(job: Job, todo: KnownSlides) -> DataIterator:
     options = job.options
     # One copy a node, whatever large catalogs they are of.
     slides = ray.put(todo), options.tiles
-    model = job.source, job.stores, options.token, options.precision
+    model = job.source, job.stores, options.token, options.products
     # Ray's types know no callable classes.
     place_tiles, read_tiles, embed_tiles = cast(Any, PlaceTiles), cast(Any, ReadTiles), cast(Any, EmbedTiles)
     dataset = (
         ray.data.range(len(todo), override_num_blocks=len(todo))
         .map_batches(place_tiles(*slides), batch_size=1, num_cpus=1, max_retries=3)
-        .repartition(target_num_rows_per_block=options.model_batch, strict=True)
+        .repartition(target_num_rows_per_block=options.batch, strict=True)
         .map_batches(
             read_tiles,
             fn_constructor_args=slides,
-            batch_size=options.model_batch,
+            batch_size=options.batch,
             compute=ActorPoolStrategy(
                 min_size=options.readers[0],
                 max_size=options.readers[1],
@@ -332,8 +332,13 @@ def rows_of(job: Job, todo: KnownSlides) -> DataIterator:
             embed_tiles,
             fn_constructor_args=model,
             fn_constructor_kwargs={"tokens": options.tokens, "gpu": options.gpu},
-            batch_size=options.model_batch,
-            compute=ActorPoolStrategy(size=options.models),
+            batch_size=options.batch,
+            compute=ActorPoolStrategy(
+                size=options.models,
+                # While one batch is computed, the other is on its way to the GPU; a CPU has one to compute.
+                max_concurrent_calls_per_actor=2 if options.gpu else 1,
+                enable_true_multi_threading=options.gpu,
+            ),
             num_cpus=options.model_cpus,
             num_gpus=1 if options.gpu else 0,
         )

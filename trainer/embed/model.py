@@ -26,6 +26,7 @@ from streaming.errors import CheckpointError, StorageError
 from trainer.embed.options import Precision, Token
 from trainer.recipe.augment import Augmentation
 from trainer.recipe.backbone import Backbone, Interpolation, Tokens, with_positions
+from trainer.recipe.image_ops import constant
 from trainer.recipe.network import build_backbone
 from trainer.run import checkpoints, starting_weights
 from trainer.run.config import Config
@@ -92,22 +93,20 @@ class Model:
         """Side in px of what the network sees of a tile of `size` px."""
         return side_px(size, self.backbone.patch_size)
 
-    def images(self, tiles: NDArray[np.uint8]) -> Tensor:
-        """Tiles uint8 (n, H, W, 3) as the network takes them, float32 (n, 3, H, W) on its device."""
-        device = self.device
-        # A copy: what comes from Ray's object store is read-only, which torch has no notion of.
-        images = torch.from_numpy(tiles.copy()).to(device).permute(0, 3, 1, 2).float() / 255
+    def images(self, tiles: Tensor) -> Tensor:
+        """Tiles uint8 (n, H, W, 3) on its device as the network takes them, float32 (n, 3, H, W)."""
+        images = tiles.permute(0, 3, 1, 2).float() / 255
         height, width = (self.side(side) for side in images.shape[-2:])
         if (height, width) != images.shape[-2:]:
             images = torch.nn.functional.interpolate(
                 images, size=(height, width), mode="bicubic", antialias=True, align_corners=False
             ).clamp(0, 1)
-        mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (self.mean, self.std))
+        mean, std = (constant(values, tiles.device).view(3, 1, 1) for values in (self.mean, self.std))
         return (images - mean) / std
 
     @torch.inference_mode()
-    def tokens(self, tiles: NDArray[np.uint8]) -> Tokens:
-        """Class tokens (n, D) and patch tokens (n, N, D), row by row, float32, of tiles uint8 (n, H, W, 3)."""
+    def tokens(self, tiles: Tensor) -> Tokens:
+        """Class tokens (n, D) and patch tokens (n, N, D), row by row, float32, of tiles uint8 (n, H, W, 3) there."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             tokens = self.backbone(self.images(tiles))
         return Tokens(tokens.cls.float(), tokens.patches.float())
@@ -120,7 +119,7 @@ class Model:
 
     def embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Embeddings (n, `width`) of tiles uint8 (n, H, W, 3)."""
-        return self.embedding(self.tokens(tiles)).cpu().numpy()
+        return self.embedding(self.tokens(torch.from_numpy(tiles.copy()).to(self.device))).cpu().numpy()
 
 
 def side_px(size: int, patch: int) -> int:

@@ -18,6 +18,16 @@ Precision = Literal["32", "bf16"]
 Format = Literal["parquet", "h5"]
 
 
+def own_precision(given: Precision | None, *, gpu: bool) -> Precision:
+    """A precision that may be left out: products in bfloat16 are what a GPU is made for."""
+    return given or ("bf16" if gpu else "32")
+
+
+def own_batch(given: int | None, *, gpu: bool) -> int:
+    """Tiles of a batch, where their number may be left out: a GPU wants more of them to be busy."""
+    return (256 if gpu else 64) if given is None else given
+
+
 @dataclass(frozen=True, kw_only=True)
 class TissueTiles:
     """Which tiles of a slide are embedded."""
@@ -69,10 +79,10 @@ class EmbedOptions:
     """whether all patch tokens are kept too (float16), for segmentation"""
     format: Format = "parquet"
     """h5: HDF5 as CLAM and TRIDENT lay it out"""
-    precision: Precision = "32"
-    """bf16: products in bfloat16"""
-    model_batch: int = 64
-    """tiles that the model sees at once"""
+    precision: Precision | None = None
+    """bf16: products in bfloat16; none: so on a GPU, 32 on a CPU"""
+    model_batch: int | None = None
+    """tiles that the model sees at once; none: 64, on a GPU 256; what its memory does not hold goes through in parts"""
     readers: tuple[int, int] = (1, 2)
     """least and most reader actors"""
     models: int = 1
@@ -87,16 +97,26 @@ class EmbedOptions:
     """times that a slide's pixels may be enlarged for a tile; slides that need more are rejected"""
 
     def __post_init__(self) -> None:
-        if not self.mpp > 0 or min(self.size, self.model_batch, self.models, self.model_cpus) < 1:
-            numbers = f"mpp {self.mpp}, size {self.size}, model_batch {self.model_batch}, models {self.models}"
+        if not self.mpp > 0 or min(self.size, self.batch, self.models, self.model_cpus) < 1:
+            numbers = f"mpp {self.mpp}, size {self.size}, model_batch {self.batch}, models {self.models}"
             raise ConfigError(f"{numbers}, model_cpus {self.model_cpus}: all above 0")
         check_given_mpp("slide_mpp", self.slide_mpp)
         if not 0 < self.min_tissue <= 1:
             raise ConfigError(f"min_tissue is {self.min_tissue}; it is a share above 0 and up to 1")
         _check_upsampling(self.max_upsampling)
         for name, kind in (("token", Token), ("format", Format), ("precision", Precision)):
-            if getattr(self, name) not in get_args(kind):
+            if getattr(self, name) not in (*get_args(kind), *([None] if name == "precision" else [])):
                 raise ConfigError(f"{name} {getattr(self, name)!r}; take one of {', '.join(get_args(kind))}")
+
+    @property
+    def products(self) -> Precision:
+        """The precision that is taken."""
+        return own_precision(self.precision, gpu=self.gpu)
+
+    @property
+    def batch(self) -> int:
+        """The tiles that the model sees at once, where memory holds them."""
+        return own_batch(self.model_batch, gpu=self.gpu)
 
     @property
     def tiles(self) -> TissueTiles:

@@ -6,6 +6,7 @@ Plain callables from columns to columns, which Ray Data keeps in its tasks and a
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from streaming.reading.slide_pool import SlidePool
 from streaming.slide import PendingTile, geometry
 from trainer.embed.model import load_model
 from trainer.embed.options import Precision, TissueTiles, Token
+from trainer.embed.passes import Passes
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,10 @@ class ReadTiles:
 
 
 class EmbedTiles:
-    """Pixels to embeddings, by a model that is loaded once."""
+    """Pixels to embeddings, by a model that is loaded once; safe to call from several threads.
+
+    On a GPU, one's tiles are on their way while another's are computed.
+    """
 
     def __init__(
         self,
@@ -125,14 +130,13 @@ class EmbedTiles:
         gpu: bool,
     ) -> None:
         model = replace(load_model(source, token, storage_options), precision=precision)
-        self._model, self._tokens = model.on(torch.device("cuda" if gpu else "cpu")), tokens
+        model = model.on(torch.device("cuda" if gpu else "cpu"))
+        # Slides are many tiles: what compiling takes, they have soon taken less.
+        self._passes, self._beginning = Passes(model, patches=tokens, compiled=gpu), threading.Lock()
 
     def __call__(self, batch: Batch) -> Batch:
         """The rows with `embedding` float32 (and `tokens` float16) in place of `tile`, also where there is a reason."""
-        model, tiles = self._model, batch.pop("tile")
-        tokens = model.tokens(tiles)
-        made: Batch = {"embedding": model.embedding(tokens).cpu().numpy()}
-        if self._tokens:
-            side = model.side(tiles.shape[1]) // model.backbone.patch_size
-            made["tokens"] = tokens.patches.unflatten(1, (side, side)).half().cpu().numpy()
-        return {**batch, **made}
+        with self._beginning:
+            begun = self._passes.begin(batch.pop("tile"))
+        made = begun.result()
+        return {**batch, "embedding": made.embeddings, **({} if made.patches is None else {"tokens": made.patches})}

@@ -19,6 +19,7 @@ from streaming.reading.slide_pool import SlidePool
 from streaming.slide import Slide
 from streaming.slide.resample import Pixels, resize
 from trainer.embed.model import Model
+from trainer.embed.passes import Passes
 from trainer.embed.table_slides import TableSlides
 from trainer.evaluate.datasets import Tile
 from trainer.evaluate.image_files import read_image
@@ -26,6 +27,7 @@ from trainer.evaluate.scratch import Scratch
 
 _READERS = 8
 _AHEAD = 4
+_WORTH_COMPILING = 50_000  # tiles, from which on a GPU they take longer than compiling does
 
 
 class Shown(NamedTuple):
@@ -150,17 +152,22 @@ def extract(
     held: NDArray[np.float16] | None = None
     whole: list[tuple[int, int]] = []
     done, side = 0, (0, 0)
-    for pixels, wholes in TileFiles(options, fit, slides).batches(tiles, batch):
-        whole += wholes
-        tokens = model.tokens(pixels)
-        embeddings.append(model.embedding(tokens).cpu().numpy())
-        side = (pixels.shape[1], pixels.shape[2])
+
+    def shown() -> Iterator[Pixels]:
+        nonlocal side
+        for pixels, wholes in TileFiles(options, fit, slides).batches(tiles, batch):
+            whole.extend(wholes)
+            side = (pixels.shape[1], pixels.shape[2])
+            yield pixels
+
+    compiled = model.device.type == "cuda" and len(tiles) >= _WORTH_COMPILING
+    for made in Passes(model, patches=patches is not None, compiled=compiled).through(shown()):
+        embeddings.append(made.embeddings)
         if patches is not None:
-            patch = model.backbone.patch_size
-            own = tokens.patches.unflatten(1, (max(1, side[0] // patch), max(1, side[1] // patch)))
+            assert made.patches is not None, "they are asked for"
             if held is None:
-                held = patches.array("patch-tokens", (len(tiles), *own.shape[1:]), np.float16)
-            held[done : done + len(pixels)] = own.half().cpu().numpy()
-        done += len(pixels)
+                held = patches.array("patch-tokens", (len(tiles), *made.patches.shape[1:]), np.float16)
+            held[done : done + len(made.patches)] = made.patches
+        done += len(made.embeddings)
         progress(done)
     return Features(embeddings=np.concatenate(embeddings), patches=held, side=side, whole=tuple(whole))

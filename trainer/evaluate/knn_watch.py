@@ -95,7 +95,7 @@ class KnnWatch:
         no_patches = torch.zeros(0, dtype=torch.int64, device=module.device)
         parts: list[Tensor] = []
         for at in range(0, len(self._tiles), _BATCH):
-            images = model.images(self._tiles[at : at + _BATCH])
+            images = model.images(torch.from_numpy(self._tiles[at : at + _BATCH]).to(module.device))
             # The whole network, heads and all: shards are gathered by its outermost module.
             (cls,), _, _ = teacher([images], [None], no_patches)
             parts.append(cls.float())

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 from streaming.errors import ConfigError
-from trainer.embed.options import SlideOptions, Token
+from trainer.embed.options import Precision, SlideOptions, Token, own_batch, own_precision
 from trainer.evaluate.annotations import AnnotatedTiles
 
 Task = Literal["knn", "linear", "logistic", "quality", "slide", "segmentation", "detection"]
@@ -42,8 +42,10 @@ class EvaluateOptions:
     """parts of the cross-validation, where there is no split"""
     seed: int = 0
     """of folds, probes and resamples"""
-    model_batch: int = 64
-    """tiles that the model sees at once"""
+    precision: Precision | None = None
+    """of the model: bf16: products in bfloat16; none: so on a GPU, 32 on a CPU and for eva"""
+    model_batch: int | None = None
+    """tiles that the model sees at once; none: 64, on a GPU 256; what its memory does not hold goes through in parts"""
     resize: int | None = None
     """side in px that tiles are resized to; none: as they are, and 224 for eva"""
     grid: AnnotatedTiles = field(default_factory=AnnotatedTiles)
@@ -58,6 +60,8 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         if unknown := [task for task in self.tasks if task not in TASKS]:
             raise ConfigError(f"task {unknown[0]!r}; take some of {', '.join(TASKS)}")
+        if self.precision not in (None, *get_args(Precision)):
+            raise ConfigError(f"precision {self.precision!r}; take one of {', '.join(get_args(Precision))}")
         for name in ("k", "probe_steps", "epochs", "model_batch", "resize"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
@@ -71,3 +75,13 @@ class EvaluateOptions:
             raise ConfigError(f"radius is {self.radius}; it must be above 0")
         if self.folds < 2:
             raise ConfigError(f"folds is {self.folds}; it must be at least 2")
+
+    @property
+    def products(self) -> Precision:
+        """The precision that is taken; eva's own is 32."""
+        return own_precision(self.precision, gpu=self.gpu and self.protocol != "eva")
+
+    @property
+    def batch(self) -> int:
+        """The tiles that the model sees at once, where memory holds them."""
+        return own_batch(self.model_batch, gpu=self.gpu)

@@ -72,7 +72,12 @@ def evaluate(
     else:
         scores = evaluate_model(load_model(source, options.token, storage_options), samples, options, storage_options)
     if out is not None:
-        about = {"model": source, "dataset": dataset, "options": asdict(options), "warning": warning}
+        about = {
+            "model": source,
+            "dataset": dataset,
+            "options": asdict(options) | {"precision": options.products},
+            "warning": warning,
+        }
         write_scores(out, scores, about, storage_options)
     return scores
 
@@ -118,7 +123,7 @@ def evaluate_model(
     fit = as_they_are if options.resize is None else resized_to(options.resize)
     if by_eva:
         fit = partial(eva.resize_and_crop, side=options.resize or eva.SIDE)
-    model = model.on(device)
+    model = replace(model.on(device), precision=options.products)
     with scratch(options.scratch) as room:
         with ProgressLine("evaluate", "tiles", total=len(samples)) as progress:
             features = extract(
@@ -126,7 +131,7 @@ def evaluate_model(
                 samples.tiles,
                 fit=fit,
                 patches=room if samples.labels is None else None,
-                batch=options.model_batch,
+                batch=options.batch,
                 options=storage_options,
                 slides=TableSlides(options.slides, storage_options),
                 progress=_with_rate(progress),

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import timm
+import torch
 
 from streaming import open_slide
 from streaming.synthetic.layout import SyntheticSlide
@@ -142,7 +143,10 @@ def test_weights_of_timms_hub_serve_as_they_are(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr("timm.create_model", lambda name, **options: plain)
     model = load_model("vit_tiny_patch16_224")
     pixels = cv2.imread(str(next(coloured.rglob("*.png"))))[None]
-    images = (model.tokens(pixels), plain.forward_features(_normalised(pixels, model.mean, model.std)))
+    images = (
+        model.tokens(torch.from_numpy(pixels)),
+        plain.forward_features(_normalised(pixels, model.mean, model.std)),
+    )
     np.testing.assert_allclose(images[0].cls.numpy(), images[1][:, 0].detach().numpy(), atol=1e-4)
 
 

@@ -149,7 +149,7 @@ def test_transformers_folders_start_a_run_and_embed_as_transformers_does(
         images = torch.from_numpy(tiles).permute(0, 3, 1, 2) / 255
         expected = theirs((images - 0.5) / 0.5).last_hidden_state
     model = load_model(str(tmp_path))
-    tokens = model.tokens(tiles)
+    tokens = model.tokens(torch.from_numpy(tiles))
     torch.testing.assert_close(tokens.cls, expected[:, 0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(tokens.patches, expected[:, 1 + num_registers :], rtol=1e-4, atol=1e-4)
     named: dict[str, Tensor] = read_weights(str(tmp_path / "model.safetensors"))

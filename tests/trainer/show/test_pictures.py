@@ -91,7 +91,7 @@ def embed_here(run: str, slides: list[Path], out: Path, options: EmbedOptions) -
     found = resolve(run)
     job, known = Job(found, load_model(found).digest, str(out), options, {}), known_slides(list(map(str, slides)))
     place, read = PlaceTiles(known, options.tiles), ReadTiles(known, options.tiles)
-    model = EmbedTiles(found, {}, options.token, options.precision, tokens=options.tokens, gpu=options.gpu)
+    model = EmbedTiles(found, {}, options.token, options.products, tokens=options.tokens, gpu=options.gpu)
 
     def pieces(rows: Batch) -> Iterator[Batch]:
         for start in range(0, len(rows["x"]), 64):
