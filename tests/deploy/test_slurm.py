@@ -64,6 +64,7 @@ def test_a_job_whose_time_is_up_saves_and_goes_on_by_itself(
         done = subprocess.run(command, env=env, cwd=scratch, capture_output=True, text=True)
         assert done.stdout.split(";")[0].strip() == "1", done.stderr
         wait_for(lambda: steps_done(log) >= 5 or shown("1", env).get("JobState") == "FAILED")
+        assert shown("1", env).get("JobState") == "RUNNING", log.read_text()
         # What SLURM does before the time is up.
         subprocess.run(["scancel", "--batch", "--signal=USR1", "1"], env=env, check=True)
         wait_for(lambda: shown("1", env).get("Restarts") == "1")

@@ -29,7 +29,7 @@ from trainer.embed.files import SlideEmbeddings, find_embeddings, read_embedding
 from trainer.evaluate.scoring import SCORES_JSON
 from trainer.recipe.network import build_backbone
 from trainer.run import checkpoints
-from trainer.run.config import Config
+from trainer.run.config import Config, changed
 from trainer.run.metrics_log import METRICS
 from trainer.show.colours import principal_colours
 from trainer.show.crops import crop_pictures, with_holes
@@ -77,7 +77,8 @@ def write_report(
         TilestreamError: metrics, the catalog or its slides can't be read.
     """
     checkpoint = checkpoints.find(run, storage_options)
-    config = checkpoints.read_config(checkpoint, storage_options)
+    # A run's own file holds no secrets.
+    config = changed(checkpoints.read_config(checkpoint, storage_options), [], storage_options or {})
     folder = checkpoint.rpartition("/checkpoints/")[0]  # not `run.out`: runs are moved
     metrics = storage.read_table(storage.join(folder, METRICS), storage_options)
     scored = [_scores_of(folder, storage_options) for folder in scores]
