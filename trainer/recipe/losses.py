@@ -11,7 +11,7 @@ KoLeo, equal in value, neither floors the distance nor sees other ranks; none ha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Concatenate, Literal, ParamSpec
@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _TINY = 1e-30  # below any sum that matters; keeps a prototype without any mass finite
+LOSS_NBYTES = 1 << 28
+"""bytes of a float32 tensor at most, of which a cross-entropy works with two beside its input and output"""
 
 
 _P = ParamSpec("_P")
@@ -125,15 +127,14 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     constants cancels in the normalisation that follows it, so no row count is exchanged here. Source: SwAV, arXiv
     2006.09882, as in DINOv2's `sinkhorn_knopp_teacher`.
     """
-    logits = logits.float()
     # Each row is shifted by its own highest, so that none is lost where prototypes of large norms spread the logits.
     # The first scales of the rows take the shift back: without, a finite number of iterations would end elsewhere.
-    highest = logits.amax(dim=1)
-    kernel = logits.sub(highest[:, None]).div_(temperature).exp_()
-    of_all = highest.max() if len(highest) else logits.new_full((), -torch.inf)
+    highest = logits.amax(dim=1).float()
+    kernel = _below(logits, highest[:, None]).div_(temperature).exp_()
+    of_all = highest.max() if len(highest) else highest.new_full((), -torch.inf)
     # Only the scales of rows and columns are iterated: the matrix is read twice a turn and written once at the end.
     rows = ((highest - _over_ranks(of_all, dist.ReduceOp.MAX)) / temperature).exp_()
-    columns = logits.new_ones(logits.shape[1])
+    columns = kernel.new_ones(kernel.shape[1])
     for _ in range(iterations):
         columns = 1 / _over_ranks(rows @ kernel).clamp(min=_TINY)
         rows = 1 / (kernel @ columns)
@@ -163,44 +164,69 @@ def moved_centre(centre: Tensor, logits: Tensor, momentum: float) -> Tensor:
     return torch.where(total[-1] > 0, torch.lerp(mean, centre, momentum), centre)
 
 
-class _SoftCrossEntropy(torch.autograd.Function):
-    """Cross-entropy by row with targets that need no gradient; keeps one tensor of the logits' size for the backward.
+def _below(logits: Tensor, highest: Tensor) -> Tensor:
+    """Logits less their rows' highest, in new float32 memory: the only one, whatever the logits' type."""
+    return torch.sub(logits, highest, out=torch.empty_like(logits, dtype=torch.float32))
 
-    Autograd's own chain keeps and writes several, which for 65,536 prototypes is most of a small model's memory.
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    """Cross-entropy by row with targets that need no gradient; keeps the logits as they are, and two numbers a row.
+
+    Autograd's own chain keeps and writes several tensors of their size in float32, which for 65,536 prototypes is most
+    of a small model's memory. Here no more than some rows of them are in float32 at once.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        log_probs = F.log_softmax(logits.float() / temperature, dim=-1)
-        ctx.save_for_backward(log_probs, targets)
-        ctx.temperature, ctx.dtype = temperature, logits.dtype
-        return -torch.linalg.vecdot(targets, log_probs)
+        highest = logits.amax(dim=-1, keepdim=True).float()
+        norms, found = torch.empty_like(highest), torch.empty_like(highest[..., 0])
+        for rows in _some_rows(logits):
+            scaled = _below(logits[:, rows], highest[:, rows]).div_(temperature)
+            met = torch.einsum("vmk,mk->vm", scaled, targets[rows])
+            norms[:, rows] = scaled.exp_().sum(dim=-1, keepdim=True).log_()
+            found[:, rows] = (norms[:, rows, 0] * targets[rows].sum(dim=-1)).sub_(met)
+        ctx.save_for_backward(logits, targets, highest, norms)
+        ctx.temperature = temperature
+        return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        log_probs, targets = ctx.saved_tensors
+        logits, targets, highest, norms = ctx.saved_tensors
         scale = (grads[0] / ctx.temperature)[..., None]
-        grad = log_probs.exp().mul_(targets.sum(dim=-1, keepdim=True)).sub_(targets).mul_(scale)
-        return grad.to(ctx.dtype), None, None
+        grad = torch.empty_like(logits)
+        for rows in _some_rows(logits):
+            probs = _below(logits[:, rows], highest[:, rows]).div_(ctx.temperature).sub_(norms[:, rows]).exp_()
+            away = probs.mul_(targets[rows].sum(dim=-1, keepdim=True)).sub_(targets[rows])
+            grad[:, rows] = away.mul_(scale[:, rows])
+        return grad, None, None
+
+
+def _some_rows(logits: Tensor) -> list[slice]:
+    """The rows of (V, M, K), V alike at once, cut so that each part is of a bounded size."""
+    num_views, num_rows, width = logits.shape
+    most = max(LOSS_NBYTES // max(4 * num_views * width, 1), 1)
+    return [slice(first, first + most) for first in range(0, num_rows, most)]
 
 
 @_in_float32
 def soft_cross_entropy(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy (M,) of softmax(logits / temperature) against targets, both (M, K); targets get no gradient."""
-    loss: Any = _SoftCrossEntropy.apply(logits, targets.detach().float(), temperature)
-    return loss
+    """Cross-entropy (…, M) of softmax(logits / temperature) against targets, which get no gradient.
+
+    logits (M, K), or (V, M, K) of V views that have the same targets; targets (M, K).
+    """
+    views = logits if logits.ndim == 3 else logits[None]
+    found: Any = _SoftCrossEntropy.apply(views, targets.detach().float(), temperature)
+    return found if logits.ndim == 3 else found[0]
 
 
-def dino_loss(student_logits: Sequence[Tensor], teacher_probs: Sequence[Tensor], student_temp: float = 0.1) -> Tensor:
+def dino_loss(student_logits: Tensor, teacher_probs: Tensor, student_temp: float = 0.1) -> Tensor:
     """Sum over all student/teacher pairs of the batch-mean cross-entropy.
 
-    Both are sequences of (B, K), one per view, rows of the same sample at the same place; teacher_probs sum to 1 by
-    row. Returns a float32 scalar. Source: DINOv2's `DINOLoss.forward`.
+    student_logits (V, B, K) and teacher_probs (W, B, K), first index the view, rows of the same sample at the same
+    place; teacher_probs sum to 1 by row. Returns a float32 scalar. Source: DINOv2's `DINOLoss.forward`.
     """
     # Cross-entropy is linear in the targets: one log-softmax against the sum of the views instead of one per pair.
-    targets = torch.stack([probs.float() for probs in teacher_probs]).sum(dim=0)
-    losses = [soft_cross_entropy(logits, targets, student_temp).mean() for logits in student_logits]
-    return torch.stack(losses).sum()
+    return soft_cross_entropy(student_logits, teacher_probs.float().sum(dim=0), student_temp).mean(dim=-1).sum()
 
 
 def dino_terms(
@@ -213,10 +239,11 @@ def dino_terms(
     pairs; L = 0 gives a local term of 0. Source: DINOv2's `SSLMetaArch.forward_backward`.
     """
     num_pairs = 2 + 2 * len(student_local)
-    across = dino_loss([student_global.flatten(0, 1)], [teacher_probs.flip(0).flatten(0, 1)], student_temp)
+    crossed = teacher_probs.flip(0).flatten(0, 1)
+    across = soft_cross_entropy(student_global.flatten(0, 1), crossed, student_temp).mean()
     if not len(student_local):
         return 2 * across / num_pairs, torch.zeros_like(across)
-    return 2 * across / num_pairs, dino_loss(list(student_local), list(teacher_probs), student_temp) / num_pairs
+    return 2 * across / num_pairs, dino_loss(student_local, teacher_probs, student_temp) / num_pairs
 
 
 def mask_weights(masks: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from streaming.plan.footprints import Corners
 from streaming.plan.magnifications import mpp_text
 from trainer.recipe.augment import NUM_GLOBAL
 from trainer.recipe.flops import step_flops
+from trainer.recipe.losses import LOSS_NBYTES
 from trainer.recipe.schedule import Schedules
 from trainer.run import starting_weights
 from trainer.run.after_step import ProbeKind
@@ -36,8 +37,9 @@ _SAMPLE = 4096  # tiles of which is told what they cost
 _BATCHES_IN_STORE = 4
 _PROCESS_NBYTES = 6 * 10**9
 # Bytes that a block keeps per token and channel for the backward pass, at 16 bits and with attention that is not kept
-# (Korthikanti et al., arXiv 2205.05198, section 4).
-_KEPT_PER_CHANNEL = 34
+# (Korthikanti et al., arXiv 2205.05198, section 4); and how many it keeps of the tensors that blocks hand on, which are
+# of all crops, and without shards in full precision.
+_KEPT_PER_CHANNEL, _HANDED_ON = 34, 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +95,11 @@ def memory(config: Config, size: Size) -> dict[str, tuple[float, str]]:
         NUM_GLOBAL * (size.patches[0] + size.prefix_tokens) + augment.num_local * (size.patches[1] + size.prefix_tokens)
     )
     wide = 1 if half else 2
-    block = _KEPT_PER_CHANNEL * wide * size.width * tokens * (1 - config.model.drop_path)
-    kept = f"{_KEPT_PER_CHANNEL * wide} × {size.width} channels × {tokens:,} tokens × {1 - config.model.drop_path:g}"
+    handed_on = _HANDED_ON * (2 if half and train.strategy == "fsdp" else 4)
+    of_channel = _KEPT_PER_CHANNEL * wide * (1 - config.model.drop_path) + handed_on
+    block = of_channel * size.width * tokens
+    kept = f"({_KEPT_PER_CHANNEL * wide} × {1 - config.model.drop_path:g} + {handed_on}) × {size.width} channels"
+    kept += f" × {tokens:,} tokens"
     if train.activation_checkpointing:
         blocks = 2 * wide * size.width * tokens * size.depth + block
         block_text = f"{2 * wide} × channels × tokens × {size.depth} blocks + {kept} of one block"
@@ -105,7 +110,9 @@ def memory(config: Config, size: Size) -> dict[str, tuple[float, str]]:
     rows = micro * (NUM_GLOBAL + augment.num_local) + with_logits
     targets = micro * NUM_GLOBAL + with_logits
     prototypes = config.model.num_prototypes
-    logits = 4 * prototypes * (3 * rows + targets)
+    # The student's logits and their gradient; targets in float32; and what a cross-entropy works with.
+    at_once = 2 * min(LOSS_NBYTES, 4 * prototypes * rows)
+    logits = prototypes * (4 * wide * rows + 4 * targets) + at_once
     tiles = _BATCHES_IN_STORE * micro * config.data.tile_size**2 * 3
     return {
         "weights": (4 * held, f"4 × {of}"),
@@ -113,7 +120,10 @@ def memory(config: Config, size: Size) -> dict[str, tuple[float, str]]:
         "optimiser": (8 * held, f"8 × {of}"),
         "teacher": (4 * held, f"4 × {of}"),
         "activations of blocks": (blocks, block_text),
-        "activations of heads": (logits, f"4 × {prototypes:,} prototypes × (3 × {rows:,} rows + {targets:,} targets)"),
+        "activations of heads": (
+            logits,
+            (f"{prototypes:,} prototypes × ({4 * wide} × {rows:,} rows + 4 × {targets:,} targets) + {at_once:,}"),
+        ),
         "tiles in object store": (tiles, f"{_BATCHES_IN_STORE} × {micro} tiles × {config.data.tile_size}² × 3 (host)"),
     }
 

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from trainer.recipe import losses
 from trainer.recipe.losses import (
     centred,
     dino_loss,
@@ -67,15 +68,19 @@ def test_sinkhorn_equals_the_reference(golden: dict[str, Tensor]) -> None:
     torch.testing.assert_close(sinkhorn(golden["teacher_patch"], temp), golden["teacher_patch_sinkhorn"], **TOLERANCE)
 
 
+def _views(rows: Tensor, num: int) -> Tensor:
+    return rows.unflatten(0, (num, -1))
+
+
 @in_either_precision
 def test_dino_loss_and_its_gradient_equal_the_reference(golden: dict[str, Tensor]) -> None:
     student = golden["student_local"].clone().requires_grad_()
-    loss = dino_loss(student.chunk(4), golden["teacher_sinkhorn"].chunk(2), 0.1)
+    loss = dino_loss(_views(student, 4), _views(golden["teacher_sinkhorn"], 2), 0.1)
     loss.backward()
     torch.testing.assert_close(loss.detach(), golden["dino_local_sum"], **TOLERANCE)
     assert student.grad is not None
     torch.testing.assert_close(student.grad, golden["dino_local_sum_grad"], rtol=1e-5, atol=1e-7)
-    crossed = dino_loss([golden["student_global"]], [golden["teacher_sinkhorn"]], 0.1)
+    crossed = dino_loss(golden["student_global"][None], golden["teacher_sinkhorn"][None], 0.1)
     torch.testing.assert_close(crossed, golden["dino_global"], **TOLERANCE)
 
 
@@ -137,8 +142,8 @@ def test_sinkhorn_is_finite_for_the_sharpest_cosines_and_for_no_rows() -> None:
 
 
 def test_dino_loss_sums_the_cross_entropy_of_all_pairs() -> None:
-    students = [rand(3, 5, seed=s) for s in range(4)]
-    teachers = [rand(3, 5, seed=s).softmax(dim=1) for s in (10, 11)]
+    students = torch.stack([rand(3, 5, seed=s) for s in range(4)])
+    teachers = torch.stack([rand(3, 5, seed=s).softmax(dim=1) for s in (10, 11)])
     expected = sum(naive_cross_entropy(s.numpy(), t.numpy(), 0.1).mean() for s in students for t in teachers)
     assert dino_loss(students, teachers, 0.1).item() == pytest.approx(expected, rel=1e-5)
 
@@ -191,7 +196,7 @@ def test_koleo_of_duplicates_and_of_one_row_stays_finite() -> None:
 @in_either_precision
 def test_losses_are_float32_for_half_precision_inputs() -> None:
     logits, probs = rand(4, 6).bfloat16(), rand(4, 6).softmax(dim=1)
-    outputs = (sinkhorn(logits, 0.1), dino_loss([logits], [probs]), ibot_loss(logits, probs, torch.ones(4), 4))
+    outputs = (sinkhorn(logits, 0.1), dino_loss(logits[None], probs[None]), ibot_loss(logits, probs, torch.ones(4), 4))
     assert {x.dtype for x in (*outputs, koleo(logits))} == {torch.float32}
 
 
@@ -215,10 +220,16 @@ def test_the_centre_stays_where_no_token_is_masked() -> None:
 
 
 @in_either_precision
-def test_soft_cross_entropy_has_the_gradient_of_autograds_own_chain() -> None:
-    logits, targets, upstream = rand(5, 7).requires_grad_(), 2 * rand(5, 7, seed=1).softmax(dim=1), rand(5, seed=2)
+@pytest.mark.parametrize("views", [(), (3,)])
+@pytest.mark.parametrize("nbytes", [1, 168, 1 << 28])  # a row, two rows of three views, all
+def test_soft_cross_entropy_has_the_gradient_of_autograds_own_chain(
+    views: tuple[int, ...], nbytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "LOSS_NBYTES", nbytes)
+    logits, upstream = rand(*views, 5, 7).requires_grad_(), rand(*views, 5, seed=2)
+    targets = 2 * rand(5, 7, seed=1).softmax(dim=1)
     peer = logits.detach().clone().requires_grad_()
-    expected = -(targets * torch.log_softmax(peer / 0.1, dim=1)).sum(dim=1)
+    expected = -(targets * torch.log_softmax(peer / 0.1, dim=-1)).sum(dim=-1)
     found = soft_cross_entropy(logits, targets, 0.1)
     torch.testing.assert_close(found, expected)
     found.backward(upstream)
@@ -294,7 +305,7 @@ def losses_of(model: torch.nn.Module, crops: slice, tokens: slice) -> tuple[Tens
     named = {"targets": targets, "patch_targets": patch_targets}
     named["centred"] = centred(rand(4, 9)[crops], moved_centre(torch.zeros(9), rand(8, 9, seed=3)[tokens], 0.5), 0.1)
     terms = {
-        "dino": dino_loss([logits], [targets]),
+        "dino": dino_loss(logits[None], targets[None]),
         "ibot": ibot_loss(patch_logits, patch_targets, mask_weights(masks[crops]), len(targets)),
         "kde": kde(features),
         "koleo": koleo(features),
