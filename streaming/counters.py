@@ -45,10 +45,12 @@ class Counters:
     """seconds that requests were held back because it did, summed over them"""
     nbytes: float = 0.0
     """bytes of those ranges"""
+    index_nbytes: float = 0.0
+    """bytes of these that were of a remote catalog: tissue and block indexes, each part once a node"""
     staged_hits: float = 0.0
-    """copies of remote files found on local disk"""
+    """copies of remote slides found on local disk"""
     staged_misses: float = 0.0
-    """copies that had to be downloaded"""
+    """copies of slides that had to be downloaded"""
 
     def add(self, other: Counters) -> None:
         """Adds another's numbers to these."""

@@ -132,9 +132,14 @@ class TimeUse:
         lines = [
             f"storage: {total['requests']:,.0f} requests ({total['requests'] / tiles:.2f} a tile; "
             f"{total['retries']:,.0f} sent again, {total['throttled']:,.0f} of them throttled), "
-            f"{total['nbytes'] / 1e6:,.1f} MB ({total['nbytes'] / tiles / 1000:.1f} KB a tile); staged copies: "
-            f"{total['staged_hits']:,.0f} found, {total['staged_misses']:,.0f} downloaded"
+            f"{total['nbytes'] / 1e6:,.1f} MB ({total['nbytes'] / tiles / 1000:.1f} KB a tile), "
+            f"{total['index_nbytes'] / 1e6:,.1f} MB of them of the catalog itself"
         ]
+        if total["staged_hits"] or total["staged_misses"]:
+            lines.append(
+                f"slides that are copied whole: {total['staged_misses']:,.0f} downloaded, {total['staged_hits']:,.0f} "
+                "times found here"
+            )
         if self.stored:
             lines.append(f"object store and queues: {_spread(self.stored)} from a reader to here")
         lines.append(f"wait for a batch: {_spread(self.waits)}; {self.waited_s / max(wall_s, 1e-9):.0%} of the time")

@@ -133,6 +133,7 @@ class SparseCopy:
                 (start, end), pending = coming.popleft()
                 self._write(start, b"".join(pending.wait()))
                 missing -= end - start
+                count.index_nbytes += end - start
         except SlideError as error:
             raise CatalogError(f"{error}") from error
         finally:

@@ -86,6 +86,16 @@ def test_the_closing_table_has_every_stage_and_the_waits() -> None:
     assert percentiles([]) == (0, 0, 0)
 
 
+def test_copies_of_slides_are_told_apart_from_parts_of_the_catalog() -> None:
+    found = TimeUse()
+    found.add({"counters": pack_counters(Counters(nbytes=3e6, index_nbytes=1e6, tiles=10.0), 1)})
+    storage, *others = found.lines(1.0)
+    assert "3.0 MB (300.0 KB a tile), 1.0 MB of them of the catalog itself" in storage
+    assert not any("copied whole" in line for line in others)
+    found.add({"counters": pack_counters(Counters(staged_misses=2, staged_hits=7), 1)})
+    assert "slides that are copied whole: 2 downloaded, 7 times found here" in found.lines(1.0)
+
+
 def test_a_slide_that_fails_counts_once_an_index() -> None:
     twice = [("a.svs", "cut"), ("a.svs", "cut"), ("b.svs", "cut")]
     failures = pack_failures([twice, [], [("a.svs", "cut")]])

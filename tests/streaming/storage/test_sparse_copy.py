@@ -50,7 +50,7 @@ def test_any_span_is_what_the_files_hold_and_parts_come_once(
     copy.fetch(spans, count)
     parts = {part for start, end in spans for part in range(start // PART_NBYTES, -(-end // PART_NBYTES))}
     nbytes = sum(min((part + 1) * PART_NBYTES, len(WHOLE)) - part * PART_NBYTES for part in parts)
-    assert count.nbytes == nbytes
+    assert count.nbytes == count.index_nbytes == nbytes
     assert cache_at(str(folder)).num_bytes() == nbytes
     for start, end in spans:
         assert copy.read(start, end, count) == WHOLE[start:end]
