@@ -40,7 +40,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 		test "$$(id -u)" = 0 || { echo "Python's venv module is missing: sudo apt-get install python3-venv" >&2; exit 2; }; \
 		apt-get update -q && apt-get install -qy python3-venv; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "installing into .venv (some 6 GB, mostly torch: a few minutes)"
+	@echo "installing into .venv (some 8 GB, mostly torch: some minutes)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.lock
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@

@@ -24,7 +24,8 @@ from streaming.command_line import (
     add_command,
     add_options,
     add_storage_options,
-    address,
+    file,
+    folder,
     out,
     pair,
     read_options,
@@ -62,7 +63,7 @@ def add_catalog(commands: Any) -> None:
     )
     parser.add_argument("slides", nargs="*", metavar="SLIDES", help=SLIDES_HELP)
     parser.add_argument(
-        "--out", type=address, required=True, metavar="URI", help="folder of the catalog; extended if it exists"
+        "--out", type=folder, required=True, metavar="URI", help="folder of the catalog; extended if it exists"
     )
     add_options(parser, IdcOptions, where={"metavar": "SQL"}, idc_index={"metavar": "URI"})
     of_slides = "µm/px at level 0 of slides whose metadata has none"
@@ -227,13 +228,15 @@ def add_stream(commands: Any) -> None:
         metavar="SHARE",
         help=f"unreadable tiles that are put up with ({MAX_FAILED_SHARE})",
     )
-    parser.add_argument("--log", metavar="URI", help="folder for failures.parquet, the tiles that could not be read")
+    parser.add_argument(
+        "--log", type=folder, metavar="URI", help="folder for failures.parquet, the tiles that could not be read"
+    )
     parser.add_argument("--digest", action="store_true", help="print a SHA-256 of each step's tiles in index order")
     parser.add_argument("--dry-run", action="store_true", help="read nothing; print how well the steps are mixed")
     many = "read nothing; print what so many tiles contain, by magnification and metadata (1000000)"
     parser.add_argument("--census", type=int, nargs="?", const=1_000_000, metavar="TILES", help=many)
     parser.add_argument(
-        "--mosaic", metavar="URI", help="write a picture (.png, .jpg) of the first step's tiles, by index"
+        "--mosaic", type=file, metavar="URI", help="write a picture (.png, .jpg) of the first step's tiles, by index"
     )
     add_plan_options(parser)
     group = parser.add_argument_group("filters beside the HSV rule")
@@ -304,7 +307,7 @@ def add_tiles(commands: Any) -> None:
         run_tiles,
     )
     parser.add_argument("catalog", metavar="CATALOG", help="what `tilestream catalog` wrote")
-    parser.add_argument("--out", type=address, required=True, metavar="URI", help="Parquet file of the list")
+    parser.add_argument("--out", type=file, required=True, metavar="URI", help="Parquet file of the list")
     draws = "the first tiles of the plan, by sample index, instead of a grid edge to edge"
     parser.add_argument("--draws", type=int, metavar="N", help=draws)
     add_plan_options(parser)

@@ -247,6 +247,41 @@ def address(text: str) -> str:
     return text
 
 
+def folder(text: str) -> str:
+    """The address of a folder that a command is to write to.
+
+    Raises:
+        ArgumentTypeError: it is empty, or of this machine, where no such folder can be made.
+    """
+    return _writable(text, text)
+
+
+def file(text: str) -> str:
+    """The address of a file that a command is to write; errors as `folder`."""
+    if "://" not in text and os.path.isdir(text):
+        raise ArgumentTypeError(f"{text!r} is a folder; name a file")
+    return _writable(text, os.path.dirname(text) or ".")
+
+
+def file_or_folder(text: str) -> str:
+    """The address of one or the other; errors as `folder`."""
+    return _writable(text, text if os.path.isdir(text) else os.path.dirname(text) or ".")
+
+
+def _writable(text: str, place: str) -> str:
+    """An address, where files can be made in a folder that it is or lies in: hours of work end with writing them."""
+    address(text)
+    if "://" in text:
+        return text
+    while not os.path.lexists(place):
+        place = os.path.dirname(place) or "."
+    if not os.path.isdir(place):
+        raise ArgumentTypeError(f"{text!r}: {place} is no folder; name another place")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ArgumentTypeError(f"{text!r}: {place} can't be written to; name another place")
+    return text
+
+
 def pair(text: str) -> tuple[int, int]:
     """`A:B` as two integers."""
     first, separator, second = text.partition(":")

@@ -86,7 +86,7 @@ class StreamError(TilestreamError):
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The first TilestreamError in the chain behind an error, else the error itself.
+    """The first TilestreamError in the chain behind an error, else the error itself, without Ray's wrapping.
 
     Ray wraps what a worker raises (`RayTaskError`, `UserCodeException`, `WorkerGroupError`): the user wants the inside.
     """
@@ -104,4 +104,6 @@ def root_cause(error: BaseException) -> BaseException:
         inside += dict(getattr(candidate, "worker_failures", None) or {}).values()
         pending += [part for part in inside if isinstance(part, BaseException)]
         pending += [candidate.__cause__, candidate.__context__]
+    while hasattr(error, "as_instanceof_cause") and isinstance(inner := getattr(error, "cause", None), BaseException):
+        error = inner
     return error

@@ -281,6 +281,8 @@ def command_trouble(words: Sequence[str]) -> str | None:
 def _named_trouble(words: Sequence[str]) -> str | None:
     if words[0] != "tilestream":
         return command_trouble(words)
+    if words[1] == "--version":
+        return None
     if words[1] not in _subcommands():
         return None if words[1].isupper() else f"there is no tilestream {words[1]}"
     known = _options(words[1]) | (set().union(*map(_benchmark_options, benchmarks())) if words[1] == "bench" else set())

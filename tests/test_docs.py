@@ -1,5 +1,6 @@
 """The pages: each command and snippet is run or checked, each file, field, option and link that they name exists."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -21,6 +22,8 @@ from tests.pages import PAGES, ROOT, Block, benchmarks, blocks, commands, script
 from tests.trainer.publish.test_kaiko_eva import TASK
 from trainer.cli import main
 from trainer.configs import presets
+from trainer.run.config import read_config
+from trainer.run.dry_run import model_size
 
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 
@@ -113,6 +116,26 @@ def test_lists_of_the_pages_are_the_codes() -> None:
     assert sorted(re.findall(r"^\| `([\w-]+)` \|", recipes, re.MULTILINE)) == sorted(presets())
     rows = re.findall(r"^\| `tilestream bench (\w+)` \|", TEXTS["benchmarks/README.md"], re.MULTILINE)
     assert sorted(rows) == benchmarks()
+
+
+@pytest.mark.slow
+def test_presets_are_as_large_as_long_and_as_dear_as_the_first_page_says(capsys: pytest.CaptureFixture[str]) -> None:
+    section = TEXTS["README.md"].split("## Presets")[1].split("## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if "| `" in line]
+    assert {row[0].strip("`") for row in rows} == set(presets())
+    for cells in rows:
+        name, model, *said = cells[0].strip("`"), cells[1], *cells[2:]
+        config = read_config(name, [])
+        vit, _, patch = model.removeprefix("ViT-").partition("/")
+        kind = {"Ti": "tiny", "S": "small", "L": "large", "g": "giant"}[vit]
+        assert config.model.backbone.startswith(f"vit_{kind}_patch{patch}"), name
+        if not config.train.gpu:
+            assert said[2:] == ["0", "minutes", ""]
+            continue
+        assert main(["capacity", name, "--prices", str(ROOT / "deploy/prices.yaml"), "--json"]) == 0
+        run = json.loads(capsys.readouterr().out)["run"]
+        found = [model_size(config).backbone / 1e6, run["tiles"] / 1e6, run["gpus"], run["hours"], run["cost"]]
+        assert [float(number.replace(",", "")) for number in said] == pytest.approx(found, rel=0.03), name
 
 
 def _of_language(language: str) -> list[Block]:

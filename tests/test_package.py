@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -112,6 +113,27 @@ def test_the_wheel_has_its_licence_its_types_and_its_presets(wheel: Path) -> Non
     assert f"{Path(about).parent}/licenses/LICENSE" in names
     assert "\nLicense-Expression: Apache-2.0\n" in text
     assert not {name for name in names if name.startswith(("tests", "benchmarks"))}
+
+
+def test_what_is_cited_is_this_package() -> None:
+    # The fields that the Citation File Format 1.2.0 demands, and what both files tell.
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["cff-version"] == "1.2.0"
+    assert cited["message"]
+    told = {"title": PROJECT["name"], "abstract": PROJECT["description"], "authors": PROJECT["authors"]}
+    same = {name: PROJECT[name] for name in ("version", "license", "keywords")}
+    assert {name: cited[name] for name in (*told, *same)} == told | same
+
+
+def test_the_sizes_on_the_first_page_are_those_of_what_is_installed() -> None:
+    told = (ROOT / "README.md").read_text()
+    for line, extras in ((r"make demo .*?([\d.]+) GB", ("dev",)), (r"'\.\[train\]' .*?([\d.]+) GB", ("train",)),
+                         (r"install \. .*?([\d.]+) GB", ())):  # fmt: skip
+        (gb,) = re.findall(line, told)
+        files = [file.locate() for name in distributions(*extras) for file in metadata.files(name) or []]
+        assert sum(os.path.getsize(file) for file in files if os.path.exists(file)) / 1e9 == pytest.approx(
+            float(gb), rel=0.2
+        ), extras
 
 
 def test_the_version_is_said_once_and_images_are_of_it() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from streaming import storage
 from streaming.cli import add_bench, add_catalog, add_doctor, add_stream, add_tiles
-from streaming.command_line import OneLineParser, add_command, address, is_unread, terminal
+from streaming.command_line import OneLineParser, add_command, folder, is_unread, terminal
 from streaming.errors import TilestreamError, UnreachableError, root_cause
 from streaming.secrets import without_secrets
 from trainer.model_commands import add_embed, add_evaluate, add_export, add_lazyslide, add_picture, add_report
@@ -31,7 +31,7 @@ def add_demo(commands: Any) -> None:
         extra="train",
     )
     parser.add_argument(
-        "--out", type=address, default="demo-output", metavar="FOLDER", help="where all of it goes (demo-output)"
+        "--out", type=folder, default="demo-output", metavar="FOLDER", help="where all of it goes (demo-output)"
     )
     parser.add_argument("--train-steps", type=int, default=60, metavar="N", help="optimiser steps (60)")
 

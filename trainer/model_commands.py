@@ -12,7 +12,9 @@ from streaming.command_line import (
     add_command,
     add_options,
     add_storage_options,
-    address,
+    file,
+    file_or_folder,
+    folder,
     out,
     read_options,
     storage_options,
@@ -40,7 +42,7 @@ def add_embed(commands: Any) -> None:
     )
     parser.add_argument("slides", nargs="+", metavar="SLIDES", help=f"catalogs, {SLIDES_HELP}")
     parser.add_argument(
-        "--out", type=address, required=True, metavar="URI", help="folder of the files; done slides stay"
+        "--out", type=folder, required=True, metavar="URI", help="folder of the files; done slides stay"
     )
     add_options(parser, IdcOptions, where={"metavar": "SQL"}, idc_index={"metavar": "URI"})
     add_options(
@@ -95,7 +97,7 @@ def add_evaluate(commands: Any) -> None:
     )
     parser.add_argument("dataset", metavar="DATASET", help="a folder of images by class, a .csv, .tsv or .parquet file")
     add_scoring(parser)
-    parser.add_argument("--out", type=address, metavar="URI", help="folder of scores.parquet and scores.json")
+    parser.add_argument("--out", type=folder, metavar="URI", help="folder of scores.parquet and scores.json")
     add_storage_options(parser)
 
 
@@ -162,7 +164,11 @@ def add_picture(commands: Any) -> None:
     _add_slides(parser)
     parser.add_argument("embeddings", nargs="+", metavar="EMBEDDINGS", help="files or folders of `tilestream embed`")
     parser.add_argument(
-        "--out", type=address, required=True, metavar="URI", help="folder of the files; of neighbours, map: the file"
+        "--out",
+        type=file_or_folder,
+        required=True,
+        metavar="URI",
+        help="folder of the files; of neighbours, map: the file",
     )
     add_storage_options(parser)
 
@@ -187,7 +193,7 @@ def add_report(commands: Any) -> None:
         extra="train",
     )
     parser.add_argument("run_folder", metavar="RUN", help="a run's folder, or one of its checkpoints/step-…")
-    parser.add_argument("--out", type=address, default="report.html", metavar="URI", help="the file (report.html)")
+    parser.add_argument("--out", type=file, default="report.html", metavar="URI", help="the file (report.html)")
     of_scores, of_embeddings = "folders of `tilestream evaluate --out`", "files or folders of `tilestream embed`"
     parser.add_argument("--scores", nargs="+", default=[], metavar="FOLDER", help=of_scores)
     parser.add_argument("--embeddings", nargs="+", default=[], metavar="URI", help=of_embeddings)
@@ -215,7 +221,7 @@ def add_lazyslide(commands: Any) -> None:
     )
     parser.add_argument("embeddings", nargs="+", metavar="EMBEDDINGS", help="files or folders of `tilestream embed`")
     parser.add_argument(
-        "--out", type=address, required=True, metavar="FOLDER", help="where the stores go, NAME.zarr each"
+        "--out", type=folder, required=True, metavar="FOLDER", help="where the stores go, NAME.zarr each"
     )
     parser.add_argument("--feature", default="tilestream", help="their table is FEATURE_tiles (tilestream)")
     add_storage_options(parser)
@@ -240,7 +246,7 @@ def add_export(commands: Any) -> None:
         extra="embed",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints/step-…")
-    parser.add_argument("--out", type=address, required=True, metavar="URI", help="folder of the model")
+    parser.add_argument("--out", type=folder, required=True, metavar="URI", help="folder of the model")
     add_options(parser, ExportOptions, license={"metavar": "SPDX"}, eva={"metavar": "TASK.yaml"})
     add_storage_options(parser)
 

@@ -13,7 +13,7 @@ from streaming.command_line import (
     add_command,
     add_options,
     add_storage_options,
-    address,
+    folder,
     out,
     read_options,
     storage_options,
@@ -124,7 +124,7 @@ def add_replay(commands: Any) -> None:
     parser.add_argument("--step", type=int, required=True, metavar="N", help="as metrics.parquet counts, from 1")
     parser.add_argument("--only-ranks", type=int, nargs="+", metavar="R", help="whose tiles are drawn, from 0 (all)")
     parser.add_argument("--no-losses", action="store_true", help="train nothing again")
-    parser.add_argument("--out", type=address, metavar="URI", help="folder of the files (RUN/replay/step-N)")
+    parser.add_argument("--out", type=folder, metavar="URI", help="folder of the files (RUN/replay/step-N)")
     add_storage_options(parser)
     parser.set_defaults(takes_overrides=True)
 
@@ -183,7 +183,7 @@ def add_sweep(commands: Any) -> None:
     parser.add_argument("config", metavar="CONFIG", help=f"a YAML file or a preset: {', '.join(presets())}")
     parser.add_argument("--evaluate", required=True, metavar="DATASET", help="labelled tiles, as for `evaluate`")
     parser.add_argument(
-        "--out", type=address, required=True, metavar="URI", help="folder of the runs, sweep.parquet and sweep.png"
+        "--out", type=folder, required=True, metavar="URI", help="folder of the runs, sweep.parquet and sweep.png"
     )
     parser.add_argument("--slides", default="0.01,0.1,1.0", metavar="SHARES", help="of the slides (0.01,0.1,1.0)")
     parser.add_argument(
@@ -286,6 +286,11 @@ def run_capacity(args: Namespace) -> None:
     gpus = config.train.most_ranks if args.gpus is None else args.gpus
     rate, rate_from = args.tiles_per_second_per_gpu, "as given"
     if rate is None:
+        if not config.train.gpu and args.gpus is None:
+            raise ConfigError(
+                f"{args.config}: it trains on CPUs (train.gpu), whose rate nobody knows beforehand; give "
+                "--tiles-per-second-per-gpu, of each rank, or --gpus"
+            )
         rate = tiles_per_second_per_gpu(config)
         rate_from = f"estimated: {UTILISATION:.0%} of the {GPU_TFLOPS:g} TFLOP/s of an H100; give what yours does"
     around = read_options(args, Surroundings)

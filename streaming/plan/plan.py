@@ -137,6 +137,8 @@ class TilePlan:
             raise ConfigError(f"min_tissue is {min_tissue}; it is a share above 0 and up to 1")
         if not 0 <= mpp_tolerance <= _MAX_TOLERANCE:
             raise ConfigError(f"mpp_tolerance is {mpp_tolerance}; it is a share from 0 to {_MAX_TOLERANCE}")
+        if not max_upsampling >= 1:
+            raise ConfigError(f"max_upsampling is {max_upsampling}; it must be at least 1")
         if corners not in get_args(Corners):
             raise ConfigError(f"corners are {corners!r}; take one of {', '.join(get_args(Corners))}")
         self.seed = seed

@@ -104,7 +104,10 @@ def object_store(
     client |= _security(root, options)
     retry: Any = {"max_retries": 3 if uploads else 0}
     if protocol in HTTP:
-        client["default_headers"] = dict(options.get("headers", {}))
+        headers = options.get("headers", {})
+        if not isinstance(headers, Mapping):
+            raise StorageError("storage option headers holds names and values; give it in a YAML file, or from Python")
+        client["default_headers"] = dict(cast(Mapping[str, str], headers))
         query = str(options.get("query", "")).lstrip("?")
         url = root if not query else f"{root}{'&' if '?' in root else '?'}{query}"
         return HTTPStore.from_url(url, client_options=client, retry_config=retry)

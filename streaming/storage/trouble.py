@@ -69,7 +69,7 @@ _NO_CREDENTIALS = _Rule(
     text=r"metadata\.google\.internal|169\.254\.169\.254|Error getting credentials|token request",
     told_as=UnreachableError,
 )
-_NOT_FOUND = "not found; check the address and the endpoint"
+_NOT_FOUND = "not found; check the address{endpoint}"
 _DENIED = "access denied; check the credentials and their rights"
 _RULES = (
     _EXPIRED,
@@ -168,6 +168,7 @@ def as_told(uri: str, error: BaseException) -> StorageError:
         text=_said(error),
         region=elsewhere[1] if elsewhere else "(the bucket's)",
         settings=settings_of(uri),
+        endpoint="" if is_local(uri) else " and the endpoint",
         credentials=_CREDENTIALS.get(protocol, "them"),
     )
     return rule.told_as(f"{shown(uri)}: {said}")

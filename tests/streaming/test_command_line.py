@@ -1,9 +1,12 @@
+import os
+from argparse import ArgumentTypeError
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from streaming.command_line import OneLineParser, add_options, read_options
+from streaming.command_line import OneLineParser, add_options, file, file_or_folder, folder, read_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,29 @@ def test_what_is_wrong_is_told_in_one_line(capsys: pytest.CaptureFixture[str], w
         parser().parse_args(words.split())
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"draw: {told}")
+
+
+def test_a_place_that_no_file_can_be_written_to_is_refused_before_any_work(tmp_path: Path) -> None:
+    text, locked = tmp_path / "text", tmp_path / "locked"
+    text.touch()
+    locked.mkdir(mode=0o500)
+    for kind in (folder, file, file_or_folder):
+        assert kind(f"{tmp_path}/a/b/c") == f"{tmp_path}/a/b/c"
+        assert kind("s3://bucket/a") == "s3://bucket/a"
+        assert kind("a") == "a"
+        with pytest.raises(ArgumentTypeError, match=f"{text} is no folder; name another place"):
+            kind(f"{text}/a/b")
+        with pytest.raises(ArgumentTypeError, match="an address is empty"):
+            kind("")
+        if os.geteuid():
+            with pytest.raises(ArgumentTypeError, match=f"{locked} can't be written to"):
+                kind(f"{locked}/a/b")
+    assert file(str(text)) == file_or_folder(str(text)) == str(text)
+    assert folder(str(tmp_path)) == file_or_folder(str(tmp_path)) == str(tmp_path)
+    with pytest.raises(ArgumentTypeError, match="is no folder"):
+        folder(str(text))
+    with pytest.raises(ArgumentTypeError, match="is a folder; name a file"):
+        file(str(tmp_path))
 
 
 def test_fields_of_one_name_of_two_dataclasses_do_not_meet() -> None:

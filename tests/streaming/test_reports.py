@@ -46,6 +46,8 @@ def test_the_root_cause_is_found_behind_causes_contexts_and_ray_s_wrappers() -> 
     alone = RuntimeError("nobody's")
     alone.__cause__ = alone
     assert root_cause(alone) is alone
+    ours = ray.exceptions.RayTaskError("read", "a long traceback", KeyError("shape")).as_instanceof_cause()
+    assert repr(root_cause(ours)) == "KeyError('shape')"
 
 
 def test_the_budget_names_the_slide_that_fails_most() -> None:

@@ -52,6 +52,13 @@ def test_without_a_rate_a_gpus_own_is_estimated_and_its_source_named(capsys: pyt
     assert run["cost"] == pytest.approx(run["hours"] * all_costs["an_hour"])
 
 
+def test_what_trains_on_cpus_is_not_reckoned_with_a_gpu_s_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["capacity", "debug"]) == 2
+    assert "debug: it trains on CPUs (train.gpu)" in capsys.readouterr().err
+    assert main(["capacity", "debug", "--tiles-per-second-per-gpu", "50", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tiles_s"] == 50
+
+
 def test_slower_storage_and_larger_tiles_take_more_readers(capsys: pytest.CaptureFixture[str]) -> None:
     near = numbers(capsys)
     assert numbers(capsys, "--latency-ms", "300")["readers"] > near["readers"]

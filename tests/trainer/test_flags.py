@@ -3,6 +3,7 @@
 from argparse import Action, ArgumentParser
 from typing import Any
 
+from streaming.command_line import file, file_or_folder, folder
 from trainer.cli import build_parser
 
 # What takes one value in one command, and several in another, of the same thing: a mix, the points of a curve.
@@ -37,8 +38,8 @@ def test_an_option_of_several_commands_takes_the_same_in_all() -> None:
         if option in SEVERAL:
             continue
         kinds: set[Any] = {(type(use), use.type in (None, str) or use.type, use.nargs) for _, use in uses}
-        # An address that may not be empty is still an address.
-        texts = {kind for kind in kinds if kind[1] is True or getattr(kind[1], "__name__", "") == "address"}
+        # An address that files are written to is still an address.
+        texts = {kind for kind in kinds if kind[1] is True or kind[1] in (file, folder, file_or_folder)}
         assert len(kinds - texts) + bool(texts) == 1, f"{option}: {uses}"
 
 

@@ -193,7 +193,7 @@ def read_config(source: str, overrides: list[str]) -> Config:
     if source in presets():
         text = preset_text(source)
     elif storage.exists(source):
-        text = storage.read_bytes(source).decode()
+        text = _text_of(source)
     else:
         raise ConfigError(f"{source}: neither a file nor a preset; presets: {', '.join(presets())}")
     try:
@@ -206,6 +206,13 @@ def read_config(source: str, overrides: list[str]) -> Config:
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: not a map of sections; see the presets for an example")
     return parse_config(values, overrides, source)
+
+
+def _text_of(source: str) -> str:
+    try:
+        return storage.read_bytes(source).decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source}: not YAML: byte {error.start} is no UTF-8") from None
 
 
 def parse_config(values: dict[str, Any], overrides: list[str], source: str = "configuration") -> Config:

@@ -96,6 +96,8 @@ class TrainConfig:
                 f"max_micro_batch is {self.max_micro_batch}, but {self.most_ranks} ranks take {self.shape.micro} tiles "
                 "at once; raise it, or train.accumulate"
             )
+        if not self.rank_cpus >= 0:
+            raise ValueError(f"rank_cpus is {self.rank_cpus}; it must not be negative")
         if self.max_restarts < 0:
             raise ValueError(f"max_restarts is {self.max_restarts}; it must not be negative")
         groups_of(self.most_ranks, self.ranks_per_stream)

@@ -105,6 +105,7 @@ def test_a_profile_says_region_endpoint_addressing_and_authorities(home: Path) -
         ("az://b/a", {"acount_name": "a"}, "no storage option is called acount_name; use .*account_name"),
         ("gs://b/a", {"tokn": "a"}, "no storage option is called tokn; use .*token"),
         ("https://b/a", {"header": "a"}, "no storage option is called header; use headers"),
+        ("https://b/a", {"headers": "a=b"}, "headers holds names and values"),
         ("s3://b/a", {"config_kwargs": {"max_pool": 1}}, "config_kwargs knows no max_pool; use proxies"),
         ("s3://b/a", {"timeout_s": "soon"}, "timeout_s=soon; give seconds"),
         ("s3://b/a", {"endpoint_url": "localhost:9000"}, "begins with http"),

@@ -64,6 +64,7 @@ def test_a_yaml_file_takes_the_place_of_a_preset(tmp_path: Path) -> None:
         (["--data.stall_s", "1200"], ["collective_minutes 20", "data.stall_s 1200"]),
         (["--train.collective_minutes", "0"], ["collective_minutes"]),
         (["--train.steps", "0"], ["steps"]),
+        (["--train.rank_cpus", "-1"], ["rank_cpus is -1.0"]),
         (["--data.hsv_rule.min_share", "3"], ["min_share", "3"]),
         (["--data.max_failed_share", "2"], ["max_failed_share"]),
         (["--data.universe.slides", "2"], ["universe.slides"]),
@@ -101,11 +102,12 @@ def test_whatever_type_a_field_has_a_wrong_value_is_told_without_python_s_words_
         ("train: 5", ["train"]),
         ("- a\n- b", ["sections"]),
         ("a: [", ["YAML"]),
+        (b"run: \xff", ["YAML", "byte 5"]),
     ],
 )
-def test_a_wrong_file_is_told_in_one_line_with_its_path(tmp_path: Path, text: str, named: list[str]) -> None:
+def test_a_wrong_file_is_told_in_one_line_with_its_path(tmp_path: Path, text: str | bytes, named: list[str]) -> None:
     path = tmp_path / "wrong.yaml"
-    path.write_text(text)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(ConfigError) as caught:
         read_config(str(path), [])
     assert "\n" not in str(caught.value)
