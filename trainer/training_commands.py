@@ -248,7 +248,7 @@ def add_capacity(commands: Any) -> None:
     parser.add_argument("--tiles-per-second-per-gpu", type=float, metavar="R", help=rate)
     latency = {
         "flag": "--latency-ms",
-        "type": _milliseconds,
+        "type": milliseconds,
         "metavar": "MS",
         "help": f"from a request to the first byte of its answer ({Surroundings.latency_s * 1e3:g})",
     }
@@ -270,7 +270,7 @@ def add_capacity(commands: Any) -> None:
     parser.set_defaults(takes_overrides=True)
 
 
-def _milliseconds(text: str) -> float:
+def milliseconds(text: str) -> float:
     """Seconds of a number of milliseconds."""
     return float(text) / 1e3
 

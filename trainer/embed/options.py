@@ -5,6 +5,7 @@ Apart from the code that obeys them, so that the command line can read them with
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -97,10 +98,12 @@ class EmbedOptions:
     """times that a slide's pixels may be enlarged for a tile; slides that need more are rejected"""
 
     def __post_init__(self) -> None:
-        if not self.mpp > 0 or min(self.size, self.batch, self.models, self.model_cpus) < 1:
+        if not 0 < self.mpp < math.inf or min(self.size, self.batch, self.models, self.model_cpus) < 1:
             numbers = f"mpp {self.mpp}, size {self.size}, model_batch {self.batch}, models {self.models}"
             raise ConfigError(f"{numbers}, model_cpus {self.model_cpus}: all above 0")
         check_given_mpp("slide_mpp", self.slide_mpp)
+        if not 1 <= self.readers[0] <= self.readers[1]:
+            raise ConfigError(f"readers {self.readers}: give the least and the most, the least at least 1")
         if not 0 < self.min_tissue <= 1:
             raise ConfigError(f"min_tissue is {self.min_tissue}; it is a share above 0 and up to 1")
         _check_upsampling(self.max_upsampling)

@@ -6,6 +6,7 @@ any, it is unknown. `Ignore*` covers what shall not count. Coordinates are level
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -44,7 +45,7 @@ class AnnotatedTiles:
     """what of the annotation is wanted; none: points where there are any, else classes"""
 
     def __post_init__(self) -> None:
-        if not self.mpp > 0 or self.size < 1:
+        if not 0 < self.mpp < math.inf or self.size < 1:
             raise ConfigError(f"mpp {self.mpp}, size {self.size}: both must be above 0")
 
 

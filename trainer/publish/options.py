@@ -41,6 +41,8 @@ class ExportOptions:
             raise ConfigError(f"layout {self.layout!r}; take one of {', '.join(get_args(Layout))}")
         if self.token not in get_args(Token):
             raise ConfigError(f"token {self.token!r}; take one of {', '.join(get_args(Token))}")
+        if not self.license:
+            raise ConfigError("license is empty; give an SPDX name, such as cc-by-4.0, or leave it out")
         asked = [flag for flag in ("eva", "trident", "patho_bench", "thunder") if getattr(self, flag)]
         if asked and self.layout != "timm":
             flag = asked[0].replace("_", "-")

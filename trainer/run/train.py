@@ -58,10 +58,12 @@ def train(
     Raises:
         TilestreamError: bad input, told in one line.
     """
-    # Workers run in folders of their own, so a relative path would mean another place to each of them.
+    # Workers run in folders of their own, and whoever reports or replays the run may be in another one: there a
+    # relative path would mean another place.
     labelled = config.watch.knn_dataset and storage.canonical(config.watch.knn_dataset)
     run, watch = replace(config.run, out=storage.canonical(config.run.out)), replace(config.watch, knn_dataset=labelled)
-    data = replace(config.data, tiles=config.data.tiles and storage.canonical(config.data.tiles))
+    places = {name: getattr(config.data, name) for name in ("catalog", "tiles")}
+    data = replace(config.data, **{name: uri and storage.canonical(uri) for name, uri in places.items()})
     config, said = fitted(replace(config, run=run, watch=watch, data=data))
     for line in said:
         sys.stderr.write(f"train: {line}\n")

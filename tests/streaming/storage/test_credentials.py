@@ -72,7 +72,8 @@ def test_credentials_that_end_soon_are_never_kept_past_their_end(home: Path) -> 
 def test_who_pays_is_told_in_every_request(home: Path, asked: dict[str, Any]) -> None:
     write_credentials(home, "a")
     with FaultyServer(CONTENT) as server:
-        options = {"endpoint_url": server.url, **asked}
+        # As `--storage` has it: text.
+        options = {"endpoint_url": server.url, "timeout_s": "60", **asked}
         storage.stat("s3://bucket/a.svs", options)
         storage.read_bytes("s3://bucket/a//b", options)
         server.source = LISTING

@@ -1,5 +1,6 @@
 """Which tiles are embedded, of which slides, and what is said of the others; without Ray."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 from streaming import Catalog
 from streaming.catalog.inspection import Inspected, Rejected
 from streaming.catalog.known import KnownSlides, known_slides, made_by
+from streaming.errors import ConfigError
 from streaming.synthetic.layout import SyntheticSlide
 from streaming.synthetic.svs import write_slide
 from tests.conftest import write_catalog
@@ -48,6 +50,14 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bare") / "bare.svs"
     write_slide(SyntheticSlide(width=2048, height=1536, patient=1, downsamples=(1, 4), write_mpp=False), path)
     return path
+
+
+@pytest.mark.parametrize(
+    "senseless", [{"mpp": math.inf}, {"mpp": math.nan}, {"size": 0}, {"readers": (2, 1)}, {"readers": (0, 0)}], ids=str
+)
+def test_options_that_make_no_sense_are_refused(senseless: dict) -> None:
+    with pytest.raises(ConfigError, match=next(iter(senseless))):
+        EmbedOptions(**senseless)
 
 
 def test_of_a_catalogs_slide_its_mpp_and_its_tissue_count(

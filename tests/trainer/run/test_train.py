@@ -62,6 +62,17 @@ def test_a_resumed_run_ends_with_the_very_weights_of_an_undisturbed_one(config: 
         assert torch.equal(weight, two["state_dict"][key]), key
 
 
+def test_a_run_says_where_its_catalog_lies_wherever_one_looks_at_it(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert config.data.catalog is not None
+    catalog = Path(config.data.catalog)
+    monkeypatch.chdir(catalog.parent)
+    beside = replace(config, data=replace(config.data, catalog=catalog.name))
+    train(steps(beside, 1, every=1, out=tmp_path / "run"), debug=True)
+    assert checkpoints.read_config(str(tmp_path / "run")).data.catalog == str(catalog)
+
+
 def test_training_moves_the_student_and_the_teacher_follows_it(config: Config, tmp_path: Path) -> None:
     run = steps(config, 2, every=2, out=tmp_path / "run")
     train(run, debug=True)
