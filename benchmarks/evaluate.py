@@ -2,20 +2,25 @@
 
 The search for neighbours takes turns with scikit-learn's on the same vectors, a sample of them as queries; all of them
 are then searched for at once, as `evaluate --task quality` does. Annotations are of one slide, cells as polygons of 24
-corners in one file, read, cut into tiles of 256 px and painted.
+corners in one file, read, cut into tiles of 256 px and painted. Slides' embeddings are files as CLAM writes them.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import resource
+import shutil
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import h5py
 import numpy as np
 import tifffile
 import torch
@@ -26,13 +31,16 @@ from benchmarks.table import TURNS, Line, arguments, line, report
 from trainer.embed.options import SlideOptions
 from trainer.embed.table_slides import TableSlides
 from trainer.evaluate.annotations import AnnotatedTiles
-from trainer.evaluate.datasets import read_dataset
+from trainer.evaluate.datasets import Samples, Tile, read_dataset
+from trainer.evaluate.mil import read_bags, score_slides
 from trainer.evaluate.neighbours import nearest, nearest_others
+from trainer.evaluate.scratch import scratch
+from trainer.evaluate.splits import Fold
 
 K, QUERIES = 20, 2000
 LIMIT_S, LIMIT_GB = 120.0, 2.0  # of all neighbours
 TILE, MPP = 256, 0.5
-LIMIT_MASKS_S = 60.0
+LIMIT_MASKS_S, LIMIT_SLIDES_GB = 60.0, 1.0
 
 
 def peak_gb() -> float:
@@ -100,6 +108,55 @@ def annotation_lines(folder: Path, tiles: int, cells: int) -> list[Line]:
     return lines
 
 
+def slide_lines(folder: Path, slides: int, tiles: int, width: int) -> list[Line]:
+    """Slides classified by their embeddings: read, a head trained for an epoch, and scored."""
+    made = folder / "slides"
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir()
+    with h5py.File(made / "s0.h5", "w") as file:
+        file["features"] = np.random.default_rng(0).standard_normal((tiles, width), dtype=np.float32)
+        file["coords"] = np.zeros((tiles, 2), np.int64)
+    for number in range(1, slides):
+        os.link(made / "s0.h5", made / f"s{number}.h5")
+    named = tuple(Tile(uri=f"s{number}.svs") for number in range(slides))
+    samples = Samples(source="made", tiles=named, classes=("a", "b"), labels=np.arange(slides) % 2)
+    parts = np.arange(slides)
+    with own_memory() as peak, scratch(str(folder)) as room:
+        started = time.perf_counter()
+        bags = read_bags(str(made), samples, room)
+        score_slides(bags, samples, [Fold(train=parts[: slides // 2], test=parts[slides // 2 :])], epochs=1, seed=0)
+        took = time.perf_counter() - started
+    shutil.rmtree(made)
+    what = f"{slides:,} slides of {tiles:,} tiles ({slides * tiles * width * 4 / 1e9:.1f} GB)"
+    return [
+        line(f"{what}: read, half of them trained on once, the others scored / a second a slide", took, slides, "s"),
+        line("memory of that, of this process alone / limit", max(peak), LIMIT_SLIDES_GB, "GB", most=1.0),
+    ]
+
+
+@contextmanager
+def own_memory() -> Generator[list[float]]:
+    """Notes now and then how much more memory this process has than before, in GB; mapped files don't count."""
+    status, seen, ended = Path("/proc/self/status"), [0.0], threading.Event()
+
+    def now() -> float:
+        return int(status.read_text().split("RssAnon:")[1].split()[0]) / 2**20
+
+    before = now()
+
+    def watch() -> None:
+        while not ended.wait(0.02):
+            seen.append(now() - before)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        watching.join()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; exit status 1 where a limit does not hold."""
     parser = arguments("evaluate", __doc__)
@@ -107,10 +164,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=1024, help="numbers of each (1024)")
     parser.add_argument("--cells", type=int, default=50_000, help="cells of the annotated slide (50000)")
     parser.add_argument("--tiles", type=int, default=5_000, help="its tiles (5000)")
+    parser.add_argument("--bags", type=int, default=100, help="slides with embeddings (100)")
+    parser.add_argument("--bag-tiles", type=int, default=10_000, help="tiles of each (10000)")
     args = parser.parse_args(argv)
     folder: Path = args.folder / "evaluate"
     folder.mkdir(parents=True, exist_ok=True)
     lines = [*annotation_lines(folder, args.tiles, args.cells), *search_lines(args.vectors, args.width)]
+    lines += slide_lines(folder, args.bags, args.bag_tiles, args.width)
     return report(lines, args.json, threads=str(torch.get_num_threads()))
 
 
