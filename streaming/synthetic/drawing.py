@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from streaming.synthetic.artefacts import blur_margin, blurred, spoil
 from streaming.synthetic.layout import Pixels, SyntheticSlide, TissueClass, outline, regions, tissue_depth
 from streaming.synthetic.noise import Field, hashes_at, source_key, uniform, unit_draw, value_noise, whole_numbers
 from streaming.vision import cv2
@@ -282,6 +283,17 @@ def _chunk(look: _Look, lattice: _Lattice, x: int, y: int) -> Pixels:
 
 def pixels(slide: SyntheticSlide, x: int, y: int, width: int, height: int) -> Pixels:
     """A region of level 0 as rendered, before JPEG, in level-0 px; uint8 (height, width, 3)."""
+    image = _unspoilt(slide, x, y, width, height)
+    for artefact in slide.artefacts:
+        soft, margin = image, blur_margin(slide.mpp)
+        if artefact == "out of focus":
+            around = _unspoilt(slide, x - margin, y - margin, width + 2 * margin, height + 2 * margin)
+            soft = blurred(around, slide.mpp)[margin:-margin, margin:-margin]
+        spoil(image, soft, artefact, slide.patient, (slide.width, slide.height), (x, y))
+    return image
+
+
+def _unspoilt(slide: SyntheticSlide, x: int, y: int, width: int, height: int) -> Pixels:
     left, top = x // CHUNK * CHUNK, y // CHUNK * CHUNK
     right, bottom = -(-(x + width) // CHUNK) * CHUNK, -(-(y + height) // CHUNK) * CHUNK
     look, lattice = _look(slide.patient, slide.mpp), _lattice(slide, left, top, right - left, bottom - top)

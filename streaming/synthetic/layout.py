@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from streaming.synthetic.artefacts import Artefact
 from streaming.synthetic.noise import Field, nearest_seed, source_key, uniform, unit_draw, value_noise
 
 Pixels = NDArray[np.uint8]
@@ -51,6 +52,8 @@ class SyntheticSlide:
     """Level-0 px per px of each level."""
     write_mpp: bool = True
     """Whether the file tells its mpp."""
+    artefacts: tuple[Artefact, ...] = ()
+    """What spoils it."""
 
     def __post_init__(self) -> None:
         if self.downsamples[:1] != (1,) or any(b <= a or b % a for a, b in pairwise(self.downsamples)):

@@ -28,7 +28,7 @@ PINS = {
     "jpeg: area average": "9f29d812accf2cd9",
     "jpeg: area average over many": "390714b4d0c16d34",
     "jpeg: enlarged": "618ef4744ec18538",
-    "tissue": "a881f1ce9eee3755",
+    "tissue": "2e3bb04eead818e5",
     "specs: all tiles": "57c709db1bc04a0a",
     "specs: a part, without replacement": "73f97280e71255a1",
     "specs: windows": "ce515305659d10f8",

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaming.synthetic import svs
+from streaming.synthetic.artefacts import ARTEFACTS, Artefact, covers
 from streaming.synthetic.drawing import pixels
 from streaming.synthetic.layout import Codec, SyntheticSlide, TissueClass, tissue_classes
 from streaming.synthetic.svs import write_slide
@@ -211,3 +212,14 @@ def test_writing_holds_a_few_rows_of_blocks_only(tmp_path: Path) -> None:
 def test_impossible_slides_are_refused_by_name(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SyntheticSlide(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("artefact", ARTEFACTS)
+def test_an_artefact_is_where_it_is_said_to_be_whatever_region_is_asked_for(artefact: Artefact) -> None:
+    plain, spoilt = (SyntheticSlide(width=1024, height=768, mpp=2.0, patient=2, artefacts=a) for a in ((), (artefact,)))
+    before, after = (pixels(slide, 0, 0, 1024, 768) for slide in (plain, spoilt))
+    where = covers(artefact, 2, 1024, 768, np.arange(1024) + 0.5, np.arange(768) + 0.5)
+    assert 0.002 < where.mean() < 0.4
+    assert np.array_equal(after[~where], before[~where])
+    assert np.mean((after != before).any(axis=2)[where]) > 0.9
+    assert np.array_equal(pixels(spoilt, 300, 200, 311, 257), after[200:457, 300:611])
