@@ -125,6 +125,10 @@ def pieces(mask: np.ndarray, least: int) -> np.ndarray:
     return (sizes >= least)[labels] & mask
 
 
+def doubled(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
+    return mask.repeat(2, 0).repeat(2, 1)[: image.shape[0], : image.shape[1]]
+
+
 @settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 90), st.integers(1, 90), st.sampled_from([1, 6, 12]))
 def test_cells_are_the_share_of_their_pixels_that_the_rule_takes_for_tissue(
@@ -134,10 +138,12 @@ def test_cells_are_the_share_of_their_pixels_that_the_rule_takes_for_tissue(
     image = np.ascontiguousarray(coarse.repeat(grain, 0).repeat(grain, 1)[:height, :width])
     found = tissue_of_thumbnail(image)
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
-    odd = ndimage.binary_dilation(pieces((pen_pixels(hsv) > 0) | (image.max(axis=2) < 40), 30), iterations=3)
+    odd = ((pen_pixels(hsv) > 0) | (image.max(axis=2) < 40))[::2, ::2]
+    odd = doubled(ndimage.binary_dilation(pieces(odd, 8), np.ones((3, 3)), iterations=2), image)
     above = (ndimage.median_filter(hsv[..., 1], 5, mode="nearest") > found.threshold) & ~odd
-    above |= ~above & ~pieces(~above, 780)
-    above = pieces(above & ~odd, 64)
+    holes = ~above[::2, ::2]
+    above = (above | doubled(holes & ~pieces(holes, 195), image)) & ~odd
+    above &= ndimage.binary_dilation(doubled(pieces(above[::2, ::2], 16), image), np.ones((3, 3)))
     for row, column in np.ndindex(found.fraction.shape):
         share = int(above[8 * row : 8 * row + 8, 8 * column : 8 * column + 8].sum())
         assert found.fraction[row, column] == round(Fraction(share * 255, 64))
@@ -171,8 +177,8 @@ def test_pens_borders_edges_and_blur_are_not_taken_for_tissue_nor_cost_any(artef
     precision, recall = quality(found > 0, truth)
     assert precision > 0.98
     plain, _ = made(1)
-    # Beside a mark some 24 µm are left out.
-    assert recall > quality(tissue_pixels(plain)[0] > 0, made(1)[1])[1] - 0.05
+    # Beside a mark some 32 µm are left out.
+    assert recall > quality(tissue_pixels(plain)[0] > 0, made(1)[1])[1] - 0.08
     saturation = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)[..., 1]
     by_otsu = quality(saturation > cv2.threshold(saturation, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[0], truth)
     assert precision + recall > sum(by_otsu)
