@@ -5,6 +5,7 @@ import pickle
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from streaming import storage
 from streaming.errors import CatalogError, ConfigError, PlanError, StorageError
 from streaming.plan import TilePlan
 from streaming.plan.alias import alias_table
 from streaming.plan.list_packing import packed_list
 from streaming.plan.universe import HeldOut, Universe
+from streaming.storage.staging import Staging
 from tests.streaming.plan.test_plan import catalog, row
 from trainer.cli import main
 
@@ -320,3 +323,13 @@ def test_a_stream_of_a_list_tells_what_it_draws_from(capsys: pytest.CaptureFixtu
     assert "leave out --mpp" in capsys.readouterr().err
     assert main(["stream", CATALOG.uri, "--tiles", LISTS["weights"], "--census", "2000"]) == 0
     assert "2,000 tiles of 12 slides and 6 patients" in capsys.readouterr().out
+
+
+def test_a_list_in_a_bucket_gives_the_same_tiles(s3_bucket: str, tmp_path: Path) -> None:
+    uri = f"{s3_bucket}/lists/list.parquet"
+    storage.write_bytes(uri, Path(LISTS["weights"]).read_bytes())
+    far = replace(CATALOG, staging=Staging(folder=str(tmp_path)))
+    one = TilePlan(far, 3, tiles=uri)
+    assert tiles(one, np.arange(2000)) == tiles(plan("weights", 3), np.arange(2000))
+    assert one.digest == plan("weights").digest
+    assert len(storage.list_names(f"{s3_bucket}/lists")) == 2
