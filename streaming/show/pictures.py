@@ -18,6 +18,7 @@ from streaming.slide.resample import Pixels
 from streaming.vision import cv2
 
 _TINT = np.array([20, 150, 110], dtype=np.float64)  # of tissue cells on a picture
+_LEAST_GRID_PX = 6  # side of cells that are parted by lines
 _KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
 
@@ -52,6 +53,8 @@ def with_tissue(image: Pixels, row: SlideRow, tissue: TissueGrid, min_tissue: fl
     inside = enough[np.ix_(ys.clip(max=enough.shape[0] - 1), xs.clip(max=enough.shape[1] - 1))]
     shown = image.astype(np.float64)
     shown[inside] = 0.88 * shown[inside] + 0.12 * _TINT
+    if cell < _LEAST_GRID_PX:  # of a whole slide: lines would hide it
+        return shown.astype(np.uint8)
     lines = inside & ((np.diff(ys, prepend=-1) > 0)[:, None] | (np.diff(xs, prepend=-1) > 0)[None, :])
     shown[lines] = 0.7 * shown[lines] + 0.3 * _TINT
     return shown.astype(np.uint8)

@@ -104,7 +104,7 @@ def _of_slide(catalog: Catalog, number: int, options: storage.StorageOptions | N
     row = catalog[number]
     facts = [
         f"{row.width:,} × {row.height:,} px at {row.mpp:.4g} µm/px (by {row.mpp_from})",
-        f"{len(row.levels)} levels",
+        f"{len(row.levels)} level{'s' if len(row.levels) > 1 else ''}",
         f"{row.tissue_mm2:,.1f} mm² tissue",
     ]
     if row.mask:

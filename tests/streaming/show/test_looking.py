@@ -83,6 +83,14 @@ def test_tinted_are_the_cells_with_enough_tissue(catalog: str) -> None:
     assert tinted.mean() == pytest.approx((tissue.fraction >= 102).mean())
 
 
+def test_cells_of_a_pixel_are_tinted_without_lines_that_would_hide_the_slide(catalog: str) -> None:
+    row, tissue = _about(catalog)
+    image = np.full((30, 40, 3), 200, np.uint8)  # 5 px a cell
+    tinted = with_tissue(image, row, tissue, 0.4)
+    assert (tinted != 200).any()
+    assert len(np.unique(tinted[(tinted != 200).any(axis=2)], axis=0)) == 1
+
+
 def test_a_slide_that_is_gone_is_told_on_the_page(slides: list[Path], tmp_path: Path) -> None:
     (tmp_path / "a.svs").write_bytes(slides[0].read_bytes())
     out = write_catalog(tmp_path / "catalog", [tmp_path / "a.svs", slides[1]])
