@@ -103,6 +103,12 @@ def streamed(room: Room, option: str, value: str, out: Path) -> None:
     assert np.asarray(Image.open(out.with_suffix(".png"))).std() > 1
 
 
+def listed(room: Room, option: str, value: str, out: Path) -> None:
+    asked = ["--draws", "9", "--size", "64", "--mpp", "0.5"]
+    assert main(["tiles", room.catalog, "--out", f"{out}.parquet", *asked, option, value]) == 0
+    assert pq.read_table(f"{out}.parquet").num_rows == 9
+
+
 def embedded(room: Room, option: str, value: str, out: Path) -> None:
     asked = ["--size", "64", "--model-batch", "16"]
     args = build_parser().parse_args(["embed", room.run, str(room.slides[0]), "--out", str(out), *asked, option, value])
@@ -140,6 +146,7 @@ def exported(room: Room, option: str, value: str, out: Path) -> None:
 WALKS: dict[str, Callable[[Room, str, str, Path], None]] = {
     "catalog": catalogued,
     "stream": streamed,
+    "tiles": listed,
     "embed": embedded,
     "evaluate": scored,
     "picture": drawn,
