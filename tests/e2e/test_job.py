@@ -229,20 +229,26 @@ def test_a_job_whose_drivers_node_is_lost_is_submitted_again_and_goes_on_from_an
     request.addfinalizer(partial(end, nodes, submitting, "one", "other"))
     until(lambda: is_known(nodes, "one"), nodes)
     until(lambda: bool(checkpoints.steps_of(str(out))), nodes, "one")
-    where = nodes.agents.index(nodes.ask("/api/jobs/one")["driver_agent_http_address"])
+    where = node_of(nodes, "one")
     kill_tree(nodes.processes[where])
     until(lambda: nodes.ask("/api/jobs/one")["status"] == "FAILED", nodes)
     reached, killed_at = checkpoints.steps_of(str(out))[-1], time.time()
 
     until(lambda: is_known(nodes, "other"), nodes)
     until(lambda: checkpoints.steps_of(str(out))[-1] >= reached + 4, nodes, "other")
-    assert nodes.agents.index(nodes.ask("/api/jobs/other")["driver_agent_http_address"]) != where
+    assert node_of(nodes, "other") != where
     assert nodes.ray("job", "stop", "--address", nodes.dashboard, "other").returncode == 0
     until(lambda: nodes.ask("/api/jobs/other")["status"] == "STOPPED", nodes)
     steps = checkpoints.steps_of(str(out))[-1]
     rows = storage.read_table(f"{out}/metrics.parquet").to_pylist()[:steps]
     assert [(row["first_index"], row["next_index"]) for row in rows] == [(8 * s, 8 * s + 8) for s in range(steps)]
     assert [row["time"] < killed_at for row in rows] == [True] * reached + [False] * (steps - reached)
+
+
+def node_of(nodes: Nodes, job: str) -> int:
+    """The node that a job's driver runs on, by its agent's port: Ray tells the machine's own address."""
+    port = nodes.ask(f"/api/jobs/{job}")["driver_agent_http_address"].rpartition(":")[2]
+    return [agent.rpartition(":")[2] for agent in nodes.agents].index(port)
 
 
 def end(nodes: Nodes, submitting: subprocess.Popen[bytes], *jobs: str) -> None:
