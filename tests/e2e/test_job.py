@@ -35,6 +35,14 @@ EXPORTED = {f"ray_{name}_bucket" if metric.bounds else f"ray_{name}" for name, m
 EXPORTED -= {"ray_tilestream_fetch_retries_total", "ray_tilestream_validation_loss"}
 EXPORTED -= {"ray_tilestream_fetch_throttled_total", "ray_tilestream_fetch_held_seconds_total"}
 ROOT = Path(__file__).parents[2]
+# As deploy/README.md has it.
+LOOP = """
+for name in {}; do
+    ray job submit --submission-id $name {} -- "$@"
+    until said=$(ray job status $name | grep -Eom1 'succeeded|stopped|failed'); do sleep 5; done
+    [ "$said" = failed ] || break
+done
+"""
 RAY = Path(sys.executable).parent / "ray"
 
 
@@ -179,8 +187,7 @@ def test_a_job_whose_driver_is_killed_is_submitted_again_by_a_loop_and_goes_on_w
     # Two readers of one cache: the second one finds the staged copy there.
     command += ["--data.readers", "[2,2]", "--data.min_tissue", "0.01", "--data.staging", str(tmp_path / "staging")]
     command += ["--data.reader_labels.tilestream-role", "reader"]
-    # As README has it.
-    loop = 'for name in first again; do ray job submit --submission-id $name --working-dir . -- "$@" && break; done'
+    loop = LOOP.format("first again", "--working-dir .")
     environment = nodes.environment | {"RAY_API_SERVER_ADDRESS": nodes.dashboard}
     submitting = subprocess.Popen(
         ["bash", "-c", loop, "submit", *command], env=environment, cwd=ROOT, stdout=subprocess.DEVNULL
@@ -220,8 +227,7 @@ def test_a_job_whose_drivers_node_is_lost_is_submitted_again_and_goes_on_from_an
     command += ["--train.rank_labels.tilestream-role", "trainer", "--data.readers", "[1,2]"]
     command += ["--data.reader_labels.tilestream-role", "reader", "--train.log_every", "1"]
     # Drivers run on the head unless they are asked elsewhere.
-    options = """--working-dir . --entrypoint-resources '{"driver": 1}'"""
-    loop = f'for name in one other; do ray job submit --submission-id $name {options} -- "$@" && break; done'
+    loop = LOOP.format("one other", """--working-dir . --entrypoint-resources '{"driver": 1}'""")
     environment = nodes.environment | {"RAY_API_SERVER_ADDRESS": nodes.dashboard}
     submitting = subprocess.Popen(
         ["bash", "-c", loop, "submit", *command], env=environment, cwd=ROOT, stdout=subprocess.DEVNULL
