@@ -9,7 +9,7 @@ its ranks: nothing is central.
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -21,6 +21,9 @@ from streaming import cluster
 from streaming.delivery.pulses import Pulse, Pulses
 from streaming.delivery.segments import Readers, Source
 from streaming.errors import StreamError
+
+# More than there are at a time: one that ends, one that runs, and one that begins.
+_NAMES = 4
 
 
 @dataclass
@@ -58,6 +61,8 @@ class Chain:
         self._segments = dict[int, _Segment]()
         self._asked = defaultdict[int, set[int]](set)
         """the ranks that have asked for a segment, by its first step: also those whose call waits for its making"""
+        self._made = Counter[range]()
+        """datasets so far, by the ranks that they are for"""
         self._stalled: str | None = None
         self._pulses = Pulses()
 
@@ -74,12 +79,11 @@ class Chain:
         with self._lock:
             if start not in self._segments:
                 stop = min(stop, start + source.segment_steps(steps_s, before))
-                dataset = source.dataset(start, stop, _this())
-                shares = dataset.streaming_split(len(source.group), equal=True)
+                shares = self._split(source, start, stop, len(source.group))
                 self._segments[start] = _Segment(stop, source.group, dict(zip(source.group, shares, strict=True)))
             segment = self._segments[start]
             if segment.is_lost:
-                segment.shares[rank] = _rest(source, start, segment.stop, rank, 0)
+                segment.shares[rank] = self._rest(source, start, segment.stop, rank, 0)
             return segment.stop, segment.shares[rank]
 
     def again(self, source: Source, rank: int, steps: tuple[int, int], num_done: int) -> tuple[int, DataIterator]:
@@ -101,8 +105,24 @@ class Chain:
                 # The others', if they have asked, are lost, too, or would wait for this rank for ever.
                 segment.kill()
                 segment.is_lost, segment.shares = True, {}
-            segment.shares[rank] = _rest(source, start, segment.stop, rank, num_done)
+            segment.shares[rank] = self._rest(source, start, segment.stop, rank, num_done)
             return segment.stop, segment.shares[rank]
+
+    def _rest(self, source: Source, start: int, stop: int, rank: int, num_done: int) -> DataIterator:
+        return self._split(source.alone(rank), start, stop, 1, num_done)[0]
+
+    def _split(self, source: Source, start: int, stop: int, shares: int, skip: int = 0) -> list[DataIterator]:
+        """A dataset's shares, by one of a few names that come again and again.
+
+        Ray (2.60) shows some hundred series of metrics of each dataset, for ever, and keeps a log of each.
+        """
+        dataset, number = source.dataset(start, stop, _this(), skip), self._made[source.group]
+        self._made[source.group] += 1
+        dataset.set_name("tilestream")
+        name = f"{ray.get_runtime_context().get_actor_id()}_{source.group.start}_{len(source.group)}_{number % _NAMES}"
+        cast(Any, dataset)._set_uuid(name)  # there is no public way
+        dataset.context.use_legacy_dataset_ids = True  # or the actor that runs it makes one up
+        return dataset.streaming_split(shares, equal=True)
 
     def leave(self, start: int, rank: int) -> None:
         """Notes that a rank has taken all of a segment."""
@@ -163,11 +183,6 @@ def start_chain(name: str | None = None) -> ActorHandle[Any]:
     named = {"name": name, "get_if_exists": True} if name else {}
     lasting = {"max_restarts": -1, "max_task_retries": -1}
     return actor.options(max_concurrency=8, **lasting, **named, **cluster.beside_this()).remote()
-
-
-def _rest(source: Source, start: int, stop: int, rank: int, num_done: int) -> DataIterator:
-    alone = source.alone(rank)
-    return alone.dataset(start, stop, _this(), skip=num_done).streaming_split(1, equal=True)[0]
 
 
 def _this() -> ActorHandle[Any]:

@@ -17,6 +17,7 @@ import pytest
 import ray
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
+from ray.data._internal.stats import get_or_create_stats_actor
 
 from streaming.catalog import Catalog
 from streaming.delivery.stream import BatchShape, TileStream, step_digest
@@ -216,7 +217,9 @@ def test_a_stream_whose_readers_are_too_large_says_what_a_node_has(cluster: Clus
         next(make_stream(catalog, reader_cpus=3, stall_s=3).steps(0, 2))
 
 
-def test_segments_that_ended_leave_no_process_behind(cluster: Cluster, catalog: str, undisturbed: list[Batch]) -> None:
+def test_segments_that_ended_leave_neither_process_nor_name_behind(
+    cluster: Cluster, catalog: str, undisturbed: list[Batch]
+) -> None:
     most: list[int] = []
 
     def count(step: int) -> None:
@@ -224,9 +227,14 @@ def test_segments_that_ended_leave_no_process_behind(cluster: Cluster, catalog: 
         titles = [title_of(process) for process in processes]
         most.append(sum("SplitCoordinator" in title or "ReaderActor" in title for title in titles))
 
-    wanted = [step_digest([batch]) for batch in undisturbed]
+    def known() -> set[str]:
+        return set(ray.get(get_or_create_stats_actor().get_datasets.remote()))
+
+    wanted, before = [step_digest([batch]) for batch in undisturbed], known()
     stream = make_stream(catalog, delay_s=0.0, readers=(1, 1), segment_blocks=4)
     assert digests(stream.steps(0, STEPS), count) == wanted
+    # Ray shows metrics of each dataset that there ever was.
+    assert len(known() - before) == 4
     # Twelve segments; at a time one ends, one runs and one is warm, each with a coordinator and a reader.
     assert max(most) <= 6
     wait_for(lambda: not any(readers_of(node) for node in cluster.list_all_nodes()))
