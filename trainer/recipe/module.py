@@ -179,9 +179,8 @@ class DinoModule(pl.LightningModule):
         """Makes the model ready for its ranks, once; Lightning calls this before the optimiser is made."""
         prepare, self._prepare = self._prepare, None
         if prepare is not None:
-            mesh = self.device_mesh["data_parallel"] if self.device_mesh is not None else None
             for network in (self.student, self.teacher):
-                prepare(network, mesh)
+                prepare(network, self.device_mesh)
 
     def _target(self, centre: str, logits: Tensor, temperature: float) -> Tensor:
         """The teacher's targets (M, K) of its logits; in training with centring, the named centre then moves."""

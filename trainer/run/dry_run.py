@@ -89,7 +89,7 @@ def memory(config: Config, size: Size) -> dict[str, tuple[float, str]]:
     """Bytes per rank by purpose, each with its formula."""
     train, augment = config.train, config.augment
     micro, half = train.shape.micro, train.precision.startswith("bf16")
-    shards = train.most_ranks if train.strategy == "fsdp" else 1
+    shards = train.shares
     held, of = size.parameters / shards, f"parameters{f' / {shards} ranks' if shards > 1 else ''}"
     tokens = micro * (
         NUM_GLOBAL * (size.patches[0] + size.prefix_tokens) + augment.num_local * (size.patches[1] + size.prefix_tokens)
@@ -114,8 +114,11 @@ def memory(config: Config, size: Size) -> dict[str, tuple[float, str]]:
     at_once = 2 * min(LOSS_NBYTES, 4 * prototypes * rows)
     logits = prototypes * (4 * wide * rows + 4 * targets) + at_once
     tiles = _BATCHES_IN_STORE * micro * config.data.tile_size**2 * 3
+    # A student that stays gathered is whole, in the precision of products.
+    whole = 2 * wide * size.parameters if train.keeps_gathered else 0
+    whole_text = f" + {2 * wide} × parameters, gathered" if whole else ""
     return {
-        "weights": (4 * held, f"4 × {of}"),
+        "weights": (4 * held + whole, f"4 × {of}{whole_text}"),
         "gradients": (4 * held, f"4 × {of}"),
         "optimiser": (8 * held, f"8 × {of}"),
         "teacher": (4 * held, f"4 × {of}"),

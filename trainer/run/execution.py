@@ -61,6 +61,9 @@ class TrainConfig:
     strategy: Literal["ddp", "fsdp"] = field(default="ddp", metadata=FREE)
     """ddp: each rank holds the model; fsdp: each holds its share of weights, gradients, moments and teacher (FSDP2);
     with bf16-mixed, another one is another recipe"""
+    shard_ranks: int | None = field(default=None, metadata=FREE)
+    """with fsdp, consecutive ranks that share the weights, best those of a node: between such groups only gradients
+    travel, and a student's weights are gathered once a round; none, or no divisor of the ranks: all ranks share them"""
     compile: bool = field(default=False, metadata=FREE)
     """whether torch.compile is run on the blocks"""
     activation_checkpointing: bool = field(default=False, metadata=FREE)
@@ -98,6 +101,8 @@ class TrainConfig:
             )
         if not self.rank_cpus >= 0:
             raise ValueError(f"rank_cpus is {self.rank_cpus}; it must not be negative")
+        if self.shard_ranks is not None and self.shard_ranks < 1:
+            raise ValueError(f"shard_ranks is {self.shard_ranks}; it must be at least 1, or none")
         if self.max_restarts < 0:
             raise ValueError(f"max_restarts is {self.max_restarts}; it must not be negative")
         groups_of(self.most_ranks, self.ranks_per_stream)
@@ -117,6 +122,19 @@ class TrainConfig:
     def most_ranks(self) -> int:
         """As many as it takes where there is room."""
         return self.ranks_range[1]
+
+    @property
+    def shares(self) -> int:
+        """The ranks that share the weights."""
+        if self.strategy != "fsdp":
+            return 1
+        ranks = self.most_ranks
+        return self.shard_ranks if self.shard_ranks and ranks % self.shard_ranks == 0 else ranks
+
+    @property
+    def keeps_gathered(self) -> bool:
+        """Whether a student's weights, once gathered, stay whole until their gradients are there."""
+        return self.strategy == "fsdp" and self.shares == self.shard_ranks
 
     @property
     def shape(self) -> BatchShape:

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from streaming.errors import ConfigError
 from trainer.recipe.module import DinoModule
 from trainer.run import starting_weights
-from trainer.run.after_step import AfterStep, ProbeKind
+from trainer.run.after_step import AfterStep, ProbeKind, garbage_left_to_steps
 from trainer.run.background_checkpoints import FolderCheckpointIO
 from trainer.run.config import Config
 from trainer.run.device_feed import DeviceFeed
@@ -110,7 +110,7 @@ def fit(
     if place is None:
         strategy = OneDevice(own_device(train))
     else:
-        strategy = (Shards if train.strategy == "fsdp" else Replicas)(place.device)
+        strategy = Shards(place.device, train) if train.strategy == "fsdp" else Replicas(place.device)
     after_step = AfterStep(config, batches, report, to_storage, signals, probe)
     trainer = pl.Trainer(
         strategy=strategy,
@@ -133,7 +133,8 @@ def fit(
     module = make_module(config, resumed=resume is not None, few_kernels=few_kernels)
     feed = DeviceFeed(batches, module.step_input, device, batches.note_wait, beside=few_kernels)
     try:
-        trainer.fit(module, train_dataloaders=feed, ckpt_path=resume, weights_only=True)
+        with garbage_left_to_steps():
+            trainer.fit(module, train_dataloaders=feed, ckpt_path=resume, weights_only=True)
     finally:
         to_storage.teardown()
     return after_step.leaves_for_more

@@ -6,9 +6,10 @@ ranks or another strategy, and that a checkpoint can be written while the next s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.strategy import Strategy
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -23,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
@@ -108,7 +110,8 @@ class _WholeState(Strategy):
 def prepare(train: TrainConfig, network: Network, mesh: DeviceMesh | None) -> None:
     """Checkpoints activations, compiles and shards a network as the configuration says, block by block.
 
-    mesh is of the ranks to shard over. Names of parameters stay.
+    mesh is of all ranks: of one dimension, to shard over, or of two, replicas and within each the ranks that share it.
+    Names of parameters stay.
     """
     if train.compile:
         from torch._dynamo import config  # takes seconds
@@ -117,8 +120,10 @@ def prepare(train: TrainConfig, network: Network, mesh: DeviceMesh | None) -> No
         config.optimize_ddp = False
     shard = None
     if mesh is not None:
-        # The outermost part of a network would else stay whole after a forward pass, the teacher's for good.
-        shard = partial(fully_shard, mesh=mesh, mp_policy=_mixed_precision(train), reshard_after_forward=True)
+        # A teacher has no backward pass to reshard it: it would stay as it is for good.
+        is_trained = any(parameter.requires_grad for parameter in network.parameters())
+        reshard = not (is_trained and train.keeps_gathered)
+        shard = partial(fully_shard, mesh=mesh, mp_policy=_mixed_precision(train), reshard_after_forward=reshard)
     for block in network.backbone.vit.blocks:
         if train.activation_checkpointing:
             block.forward = _recomputed(block.forward)
@@ -129,10 +134,18 @@ def prepare(train: TrainConfig, network: Network, mesh: DeviceMesh | None) -> No
         if shard is not None:
             shard(block)
     if shard is not None:
-        for head in (network.dino_head, network.ibot_head, network.predictor):
-            if head is not None:
-                shard(head)
+        heads = [head for head in (network.dino_head, network.ibot_head, network.predictor) if head is not None]
+        for head in heads:
+            shard(head)
         shard(network)
+        _prefetch([*network.backbone.vit.blocks, *heads])
+
+
+def _prefetch(parts: Sequence[nn.Module]) -> None:
+    """Has each part's neighbour gathered while it is computed, however far the host is ahead of the device."""
+    for one, two in pairwise(cast(Sequence[FSDPModule], parts)):
+        one.set_modules_to_forward_prefetch([two])
+        two.set_modules_to_backward_prefetch([one])
 
 
 def uncompiled() -> AbstractContextManager[None]:
@@ -168,6 +181,14 @@ def autocast_precision(train: TrainConfig) -> str:
     return "32-true" if train.strategy == "fsdp" and train.precision == "bf16-mixed" else train.precision
 
 
+def ranks_mesh(train: TrainConfig, device: str) -> DeviceMesh:
+    """The ranks of a process group: those that share the weights, in as many replicas as there are."""
+    shares, ranks = train.shares, train.most_ranks
+    if shares == ranks:
+        return init_device_mesh(device, (ranks,), mesh_dim_names=("shards",))
+    return init_device_mesh(device, (ranks // shares, shares), mesh_dim_names=("replicas", "shards"))
+
+
 class OneDevice(_WholeState, SingleDeviceStrategy):
     """One process without a process group."""
 
@@ -188,9 +209,9 @@ class Replicas(_WholeState, DDPStrategy):
 class Shards(_WholeState, ModelParallelStrategy):
     """Each rank holds its share of every weight, gradient, moment and teacher weight (FSDP2)."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, train: TrainConfig) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
-        self._device = device
+        self._device, self._train = device, train
 
     @property
     def root_device(self) -> torch.device:
@@ -198,20 +219,24 @@ class Shards(_WholeState, ModelParallelStrategy):
         return self._device
 
     def setup_environment(self) -> None:
-        """Spreads the shards over all ranks."""
+        """Spreads the shards over the ranks that share them."""
         assert self.cluster_environment is not None
+        assert self.lightning_module is not None
         self._data_parallel_size = self.cluster_environment.world_size()
         super().setup_environment()
+        mesh = ranks_mesh(self._train, self.root_device.type)
+        self.lightning_module._device_mesh = mesh  # pyright: ignore[reportPrivateUsage] — as Lightning does, of its own
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None]:
         """Keeps gradients unreduced within an accumulation, as DDP's `no_sync` does."""
         assert self.lightning_module is not None
-        shards = [module for module in self.lightning_module.modules() if isinstance(module, FSDPModule)]
-        for module in shards:
-            module.set_requires_gradient_sync(False)
+        student = cast(FSDPModule, self.lightning_module.student)  # with all its parts; the teacher has no gradients
+        student.set_requires_gradient_sync(False)
+        if self._train.keeps_gathered:
+            student.set_reshard_after_backward(False)
         try:
             yield
         finally:
-            for module in shards:
-                module.set_requires_gradient_sync(True)
+            student.set_requires_gradient_sync(True)
+            student.set_reshard_after_backward(True)

@@ -196,6 +196,7 @@ def test_the_fields_that_are_free_are_those_that_do_not_change_what_is_trained()
         *(f"train.{name}" for name in ("ranks", "gpu", "rank_cpus", "rank_labels", "rank_resources", "strategy")),
         *(f"train.{name}" for name in ("ranks_per_stream", "max_micro_batch", "few_kernels", "collective_minutes")),
         *(f"train.{name}" for name in ("compile", "activation_checkpointing", "log_every", "checkpoint_every")),
+        "train.shard_ranks",
         *(f"train.{name}" for name in ("checkpoint_minutes", "keep_checkpoints", "max_restarts")),
         *(f"watch.{name}" for name in asdict(WatchConfig()) if name != "validation_slides"),
     }

@@ -41,6 +41,9 @@ RUNS: list[Run] = [
     ("ddp", (*RANKS, *DDP)),
     ("fsdp", (*RANKS, *FSDP)),
     ("fsdp_accumulated", (*RANKS, *FSDP, "--train.accumulate", "2")),
+    ("fsdp_of_replicas", (*RANKS, *FSDP, "--train.shard_ranks", "1")),
+    ("fsdp_gathered", (*RANKS, *FSDP, "--train.shard_ranks", "2")),
+    ("fsdp_gathered_accumulated", (*RANKS, *FSDP, "--train.shard_ranks", "2", "--train.accumulate", "2")),
     ("ddp_accumulated", (*RANKS, *DDP, "--train.accumulate", "2")),
     ("fsdp_checkpointing", (*RANKS, *FSDP, "--train.activation_checkpointing", "true")),
     ("fsdp_bf16", (*RANKS, *FSDP, "--train.precision", "bf16-mixed")),
@@ -127,7 +130,15 @@ LOOSE = 2e-4
 @pytest.mark.parametrize(
     "name",
     [
-        *("ddp", "fsdp", "ddp_few_kernels", "fsdp_few_kernels", "fsdp_checkpointing"),
+        *(
+            "ddp",
+            "fsdp",
+            "fsdp_of_replicas",
+            "fsdp_gathered",
+            "ddp_few_kernels",
+            "fsdp_few_kernels",
+            "fsdp_checkpointing",
+        ),
         *("one_then_fsdp", "one_then_ddp", "fsdp_then_one"),
     ],
 )
@@ -137,6 +148,7 @@ def test_ranks_shards_forms_and_changes_of_them_train_as_one_rank_does(trained: 
 
 def test_accumulation_counts_optimiser_steps_and_shards_accumulate_as_replicas_do(trained: Path) -> None:
     assert_close(trained, "ddp_accumulated", "fsdp_accumulated", LOOSE)
+    assert_close(trained, "ddp_accumulated", "fsdp_gathered_accumulated", LOOSE)
     groups = [end(trained, name)["optimizer_states"][0]["param_groups"] for name in ("one", "fsdp_accumulated")]
     rates = [[(group["name"], group["lr"], group["weight_decay"]) for group in part] for part in groups]
     assert rates[0] == rates[1]

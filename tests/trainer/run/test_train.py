@@ -1,5 +1,6 @@
 """Training in one process (`--debug`): the whole loop without Ray."""
 
+import gc
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from streaming.catalog import Catalog
 from streaming.errors import CheckpointError, ConfigError, StreamError, root_cause
 from streaming.plan.list_writing import drawn_tiles, write_list
-from trainer.run import checkpoints
+from trainer.run import after_step, checkpoints
 from trainer.run.config import Config, read_config
 from trainer.run.fit import make_module
 from trainer.run.step_batches import StepBatches
@@ -183,3 +184,23 @@ def test_errors_survive_the_way_through_ray() -> None:
     outer = RuntimeError("wrapped")
     outer.__cause__ = error
     assert root_cause(outer) is error
+
+
+def test_garbage_is_looked_for_at_steps_that_all_ranks_know_and_nowhere_else(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(after_step, "_COLLECT_EVERY", 2)
+    looked = list[int]()
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start" and not gc.isenabled():
+            looked.append(info["generation"])
+
+    gc.callbacks.append(note)
+    try:
+        train(steps(config, 5, every=5, out=tmp_path / "run"), debug=True)
+    finally:
+        gc.callbacks.remove(note)
+    assert looked == [2, 2], "all of it, after the second and the fourth step"
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
