@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -161,7 +161,7 @@ def _about(run: PlannedRun, drawn_from: tuple[int, int], steps: int, batch: int)
 def _scores(source: str, dataset: str, options: EvaluateOptions, out: str, config: Config) -> list[Row]:
     """A checkpoint's scores: those that lie in `out`, where they are of the same, else new ones."""
     store, found = config.data.storage_options, storage.join(out, SCORES_JSON)
-    about = {"model": source, "dataset": dataset, "options": json.loads(json.dumps(asdict(options), default=str))}
+    about = {"model": source, "dataset": dataset, "options": json.loads(json.dumps(options.told(), default=str))}
     if storage.exists(found, store):
         before = json.loads(storage.read_bytes(found, store))
         if {name: before.get(name) for name in about} == about:

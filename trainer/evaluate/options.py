@@ -5,8 +5,8 @@ Apart from the code that obeys them, so that the command line can read them with
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
 
 from streaming.errors import ConfigError
 from trainer.embed.options import Precision, SlideOptions, Token, own_batch, own_precision
@@ -75,6 +75,10 @@ class EvaluateOptions:
             raise ConfigError(f"radius is {self.radius}; it must be above 0")
         if self.folds < 2:
             raise ConfigError(f"folds is {self.folds}; it must be at least 2")
+
+    def told(self) -> dict[str, Any]:
+        """As they are written beside scores, by which these are known again: with the precision that is taken."""
+        return asdict(self) | {"precision": self.products}
 
     @property
     def products(self) -> Precision:

@@ -75,7 +75,7 @@ def evaluate(
         about = {
             "model": source,
             "dataset": dataset,
-            "options": asdict(options) | {"precision": options.products},
+            "options": options.told(),
             "warning": warning,
         }
         write_scores(out, scores, about, storage_options)
