@@ -165,8 +165,8 @@ def moved_centre(centre: Tensor, logits: Tensor, momentum: float) -> Tensor:
 
 
 def _below(logits: Tensor, highest: Tensor) -> Tensor:
-    """Logits less their rows' highest, which are float32, in new float32 memory."""
-    return logits.float().sub(highest)
+    """Logits less their rows' highest, in new float32 memory: the only one, whatever the logits' type."""
+    return torch.sub(logits, highest, out=torch.empty_like(logits, dtype=torch.float32))
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
@@ -182,7 +182,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         norms, found = torch.empty_like(highest), torch.empty_like(highest[..., 0])
         for rows in _some_rows(logits):
             scaled = _below(logits[:, rows], highest[:, rows]).div_(temperature)
-            met = torch.stack([torch.linalg.vecdot(targets[rows], view) for view in scaled])
+            met = torch.einsum("vmk,mk->vm", scaled, targets[rows])
             norms[:, rows] = scaled.exp_().sum(dim=-1, keepdim=True).log_()
             found[:, rows] = (norms[:, rows, 0] * targets[rows].sum(dim=-1)).sub_(met)
         ctx.save_for_backward(logits, targets, highest, norms)

@@ -6,21 +6,19 @@ the backward pass is counted on a fake CPU, in the same form: there, what waits 
 
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
-from trainer.recipe import image_ops
+from tests.trainer.fake_step import fake_step
 from trainer.recipe.module import DinoModule
 from trainer.recipe.step_input import StepInput
 from trainer.run.config import Config, read_config
-from trainer.run.fit import make_module
 
 # What only looks at memory otherwise, or sets some aside, starts no kernel.
 _NO_KERNELS = {
@@ -64,30 +62,12 @@ SMALL = [
 EVERYTHING = ["--augment.reinhard_prob", "0.2", "--augment.hed_prob", "0.5", "--augment.solarise_prob", "0.2"]
 
 
-@pytest.fixture(autouse=True)
-def _no_constants_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(DinoModule, "global_step", 3)
-    monkeypatch.setattr(DinoModule, "is_logged", lambda self, step: False)
-    for held in (image_ops.constant, image_ops._reflected):
-        held.cache_clear()
-    yield
-    for held in (image_ops.constant, image_ops._reflected):
-        held.cache_clear()
-
-
 Counts = dict[str, Counted]
 
 
 def on_fake(device: str, config: Config, use: Callable[[DinoModule, StepInput], Counts]) -> Counts:
     """What a second step counts: the first one may send constants."""
-    with torch.device("meta"):
-        module = make_module(config, few_kernels=True)
-    micro, side = config.train.shape.micro, config.data.tile_size
-    tiles = torch.zeros(micro, side, side, 3, dtype=torch.uint8)
-    made = module.step_input({"tile": tiles, "index": torch.arange(micro)})
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        module = module.to_empty(device=device)
-        sent = tree_map_only(Tensor, lambda one: torch.empty(one.shape, dtype=one.dtype, device=device), made)
+    with fake_step(device, config) as (module, sent):
         use(module, sent)
         return use(module, sent)
 

@@ -2,16 +2,13 @@
 
 import pytest
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
 
+from tests.trainer.fake_step import fake_step
 from tests.trainer.live_memory import LiveMemory
 from trainer.recipe.losses import LOSS_NBYTES, sinkhorn, soft_cross_entropy
-from trainer.recipe.module import DinoModule
 from trainer.run.config import read_config
 from trainer.run.dry_run import memory, model_size
-from trainer.run.fit import make_module
 
 ROWS, PROTOTYPES = 3400, 131072
 SIZE = ROWS * PROTOTYPES
@@ -43,22 +40,12 @@ def test_cross_entropy_keeps_its_input_and_makes_its_gradient_and_little_else(dt
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 @pytest.mark.parametrize("drop_path", ["0", "0.4"])
-def test_the_estimate_of_activations_is_what_a_step_has_alive_at_most(
-    precision: str, drop_path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(DinoModule, "global_step", 3)
-    monkeypatch.setattr(DinoModule, "is_logged", lambda self, step: False)
+def test_the_estimate_of_activations_is_what_a_step_has_alive_at_most(precision: str, drop_path: str) -> None:
     given = ["--train.batch", "64", "--train.gpu", "false", "--train.precision", precision]
     config = read_config("vits14", [*given, "--model.drop_path", drop_path])
-    with torch.device("meta"):
-        module = make_module(config, few_kernels=True)
-    tiles = torch.zeros(64, 256, 256, 3, dtype=torch.uint8)
-    made = module.step_input({"tile": tiles, "index": torch.arange(64)})
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        module = module.to_empty(device="cpu")
-        sent = tree_map_only(Tensor, lambda one: torch.empty(one.shape, dtype=one.dtype), made)
-        with LiveMemory() as seen, torch.autocast("cpu", torch.bfloat16, enabled=precision != "32-true"):
-            module.training_step(sent, 0).backward()
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "32-true")
+    with fake_step("cpu", config) as (module, sent), LiveMemory() as seen, autocast:
+        module.training_step(sent, 0).backward()
     estimate = memory(config, model_size(config))
     wanted = sum(estimate[name][0] for name in ("activations of blocks", "activations of heads"))
     assert wanted == pytest.approx(seen.peak, rel=0.15)
