@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.table import TURNS, machine
+from benchmarks.table import TURNS, machine, memory_mib
 from streaming.catalog import Catalog
 from streaming.catalog.schema import BLOCKS, SCHEMA, SlideRow
 from streaming.catalog.tissue_map import Cells
@@ -165,12 +165,6 @@ class Places:
         return []
 
 
-def resident_mib(field: str = "VmRSS") -> float:
-    """This process's memory, or the most it had (`VmHWM`), in MiB."""
-    status = Path("/proc/self/status").read_text().split(f"{field}:")[1]
-    return int(status.split()[0]) / 1024
-
-
 def forget_cached(folder: str) -> None:
     """Puts the catalog's files out of the page cache."""
     os.sync()
@@ -202,7 +196,7 @@ def find_blocks(pool: SlidePool[int], specs: TileSpecs, count: Counters) -> None
 def measure_remote(uri: str, url: str, batches: int) -> dict[str, float]:
     """Opens a catalog on S3 and does a reader's work for some batches; run in a process of its own."""
     Path("/proc/self/clear_refs").write_text("5")
-    before, started, began = resident_mib(), time.perf_counter(), time.process_time()
+    before, started, began = memory_mib(), time.perf_counter(), time.process_time()
     catalog = Catalog.load(uri, {"anon": True, "endpoint_url": url, "region": "us-east-1"})
     plan, places, first = TilePlan(catalog), Places(), dict[str, float]()
     pool = reader_s_slides(catalog, places)
@@ -215,7 +209,7 @@ def measure_remote(uri: str, url: str, batches: int) -> dict[str, float]:
             sys.stdin.readline()
             started = time.perf_counter()
     rate = (batches - 1) * BATCH / (time.perf_counter() - started)
-    return {**first, "specs_per_s": rate, "peak_mib": resident_mib("VmHWM") - before}
+    return {**first, "specs_per_s": rate, "peak_mib": memory_mib("VmHWM") - before}
 
 
 def remote_turns(folder: Path) -> Iterator[dict[str, float]]:
@@ -271,14 +265,14 @@ def remote_lines(folder: Path) -> list[Line]:
 def measure(folder: str, tiles: int) -> dict[str, float]:
     """Opens the catalog and does a reader's work on it; run in a process of its own."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = resident_mib()
+    before = memory_mib()
     started = time.perf_counter()
     catalog = Catalog.load(folder)
     plan = TilePlan(catalog)
     first = plan[0]
     opened = time.perf_counter() - started
     assert first.slide in catalog.slides()
-    resident_open = resident_mib() - before
+    resident_open = memory_mib() - before
     pickled = len(pickle.dumps((plan, catalog.for_readers()))) / 2**20
     places, planning, seen = Places(), 0.0, set[int]()
     pool = reader_s_slides(catalog, places)
@@ -288,7 +282,7 @@ def measure(folder: str, tiles: int) -> dict[str, float]:
         planning += time.process_time() - at
         find_blocks(pool, specs, UNCOUNTED)
         seen.update(specs.slide.tolist())
-    peak = resident_mib("VmHWM")
+    peak = memory_mib("VmHWM")
     at = time.process_time()
     plan.specs(np.arange(tiles))
     return {

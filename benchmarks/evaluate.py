@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import shutil
 import statistics
 import sys
@@ -27,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
-from benchmarks.table import TURNS, Line, arguments, line, report
+from benchmarks.table import TURNS, Line, arguments, line, memory_mib, report
 from trainer.embed.options import SlideOptions
 from trainer.embed.table_slides import TableSlides
 from trainer.evaluate.annotations import AnnotatedTiles
@@ -43,18 +42,13 @@ TILE, MPP = 256, 0.5
 LIMIT_MASKS_S, LIMIT_SLIDES_GB = 60.0, 1.0
 
 
-def peak_gb() -> float:
-    """The most memory that this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 def search_lines(num: int, width: int) -> list[Line]:
     """Neighbours of vectors, ours and scikit-learn's, and of all at once."""
     vectors = np.random.default_rng(0).standard_normal((num, width), dtype=np.float32)
     queries, groups = vectors[:QUERIES], np.arange(num) % 1000
-    before, started = peak_gb(), time.perf_counter()
+    before, started = memory_mib("VmHWM") / 1024, time.perf_counter()
     nearest_others(vectors, [(None, K), (groups, 1)])
-    took, memory = time.perf_counter() - started, peak_gb() - before
+    took, memory = time.perf_counter() - started, memory_mib("VmHWM") / 1024 - before
     theirs = NearestNeighbors(metric="cosine", algorithm="brute").fit(vectors)
     turns: list[tuple[float, float]] = []
     for _ in range(TURNS):
@@ -137,16 +131,12 @@ def slide_lines(folder: Path, slides: int, tiles: int, width: int) -> list[Line]
 @contextmanager
 def own_memory() -> Generator[list[float]]:
     """Notes now and then how much more memory this process has than before, in GB; mapped files don't count."""
-    status, seen, ended = Path("/proc/self/status"), [0.0], threading.Event()
-
-    def now() -> float:
-        return int(status.read_text().split("RssAnon:")[1].split()[0]) / 2**20
-
-    before = now()
+    seen, ended = [0.0], threading.Event()
+    before = memory_mib("RssAnon")
 
     def watch() -> None:
         while not ended.wait(0.02):
-            seen.append(now() - before)
+            seen.append((memory_mib("RssAnon") - before) / 1024)
 
     watching = threading.Thread(target=watch)
     watching.start()

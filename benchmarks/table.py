@@ -15,6 +15,12 @@ from pathlib import Path
 TURNS = 3
 
 
+def memory_mib(field: str = "VmRSS") -> float:
+    """Of this process, in MiB: resident memory, its most so far (`VmHWM`), or another field of /proc/self/status."""
+    status = Path("/proc/self/status").read_text().split(f"{field}:")[1]
+    return int(status.split()[0]) / 1024
+
+
 @dataclass(frozen=True)
 class Line:
     """One line of the table; ratio is ours to theirs, each turn's for itself where there were several."""

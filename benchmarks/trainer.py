@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.table import TURNS, Line, line, report
+from benchmarks.table import TURNS, Line, line, memory_mib, report
 
 GLOBAL_PX, LOCAL_PX, NUM_LOCAL, PATCH, TILE_PX = 224, 98, 8, 14, 256
 PROTOTYPES, DROP_PATH, TEACHER_TEMP = 65536, 0.1, 0.05
@@ -212,19 +211,10 @@ def augmentation(batch: int, whose: str) -> Callable[[], Any]:
     return partial(Augmentation().multi_crop, pictures, torch.arange(batch), 0)
 
 
-def _memory_mb(field: str) -> float:
-    """A field of /proc/self/status; without it, the highest memory so far."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return int(status.split(f"{field}:")[1].split()[0]) / 1024
-
-
 def serve_turns(work: Callable[[], Any], threads: int) -> None:
     """A contender's process: does the work once for each line it reads, and writes what it took."""
     torch.set_num_threads(threads)
-    idle_mb = _memory_mb("VmRSS")
+    idle_mb = memory_mib("VmRSS")
     for _ in sys.stdin:
         wall, cpu = time.perf_counter(), time.process_time()
         result = work()
@@ -232,7 +222,7 @@ def serve_turns(work: Callable[[], Any], threads: int) -> None:
             result.backward()
         spent = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
         del result
-        sys.stdout.write(json.dumps(spent | {"peak_mb": _memory_mb("VmHWM") - idle_mb}) + "\n")
+        sys.stdout.write(json.dumps(spent | {"peak_mb": memory_mib("VmHWM") - idle_mb}) + "\n")
         sys.stdout.flush()
 
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
+from streaming.slide.resample import Pixels
 from streaming.vision import cv2
-
-Pixels = NDArray[np.uint8]
 
 _PENS = (
     ((33, 50, 40), (92, 255, 255)),

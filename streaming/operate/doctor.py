@@ -224,8 +224,8 @@ def _ray_address() -> Iterator[Finding]:
 
 
 def _of_error(check: str, error: TilestreamError) -> Finding:
-    what, _, remedy = str(error).rpartition("; ")
-    return Finding(check=check, state="mend", what=what, remedy=remedy)
+    what, remedy_follows, remedy = str(error).rpartition("; ")
+    return Finding(check=check, state="mend", what=what or remedy, remedy=remedy if remedy_follows else "")
 
 
 def _ray(catalog: str | None, options: storage.StorageOptions) -> Iterator[Finding]:
@@ -262,8 +262,8 @@ def _node(kind: cluster.NodeKind, catalog: str | None, options: storage.StorageO
     try:
         found = cluster.run_on(node, examined, _NODE_S)
     except TilestreamError as error:
-        what, _, remedy = str(error).rpartition("; ")
-        yield Finding(check="node", state="mend", what=f"{which}: {what or remedy}", remedy=remedy if what else "")
+        told = _of_error("node", error)
+        yield replace(told, what=f"{which}: {told.what}")
         return
     # Readers need none.
     wrong = [entry for entry in found if entry.state != "ok" and (entry.check, entry.state) != ("gpu", "note")]

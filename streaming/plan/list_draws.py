@@ -58,7 +58,7 @@ class ListDraws:
             )
         self._tiles, self._seed, self._size, self._universe = tiles, seed, size, universe
         slides = catalog.slides()
-        patients = catalog.metadata("patient") if "patient" in catalog.metadata_columns else [None] * len(slides)
+        patients = catalog.metadata_or_none("patient")
         self.patients, self._num_slides = patient_ids(slides, patients), len(slides)
         groups = tiles.groups
         kept = np.flatnonzero(drawn_slides(slides, patients, universe, held_out)[groups.slide])

@@ -7,23 +7,21 @@ are the same in another order give the same bytes.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from streaming import storage
 from streaming.catalog import Catalog
+from streaming.catalog.known import keys
 from streaming.errors import ConfigError, MissingError, PlanError, StorageError
 from streaming.plan.alias import alias_table
 from streaming.plan.counter_random import Indices
@@ -100,15 +98,16 @@ class _Packing:
         self._row_of: dict[str, int] = {}
         self._mpp: dict[float, int] = {}
         self._cluster: dict[Any, int] = {}
-        self._extra = self._extra_column()
+        self._extra, self._num_rows = self._look()
         self._dtype = np.dtype([("group", "<i4"), *PLACE.descr, *([("weight", "<f8")] if self._extra else [])])
 
-    def _extra_column(self) -> str | None:
-        """Whether there are weights or clusters; all columns are there."""
-        kinds = set[tuple[str, ...]]()
+    def _look(self) -> tuple[str | None, int]:
+        """Whether there are weights or clusters, and how many rows; all columns are there."""
+        kinds, num_rows = set[tuple[str, ...]](), 0
         for info in self._files:
-            with _opened(info.uri, self._options) as table:
+            with storage.reading_table(info.uri, self._options) as table:
                 names = set(table.schema_arrow.names)
+                num_rows += table.metadata.num_rows
             if lacking := [name for name in _NEEDED if name not in names]:
                 raise ConfigError(
                     f"{info.uri}: a list of tiles has the columns {', '.join(_NEEDED)}, and if wanted weight or "
@@ -120,11 +119,11 @@ class _Packing:
         (extra,) = kinds
         if len(extra) > 1:
             raise ConfigError(f"{self._uri}: has weight and cluster; keep one of these columns")
-        return next(iter(extra), None)
+        return next(iter(extra), None), num_rows
 
     def write(self, packed: str) -> None:
         """Makes the packed list."""
-        with ProgressLine("tile list", "rows", total=2 * self._num_rows()) as progress:
+        with ProgressLine("tile list", "rows", total=2 * self._num_rows) as progress:
             self._progress, self._done = progress, 0
             keys, counts, of_cluster, left_out = self._counted()
             if not len(keys):
@@ -146,13 +145,6 @@ class _Packing:
                     raise type(error)(
                         f"{error}; a list is made ready beside itself: copy it to where you may write"
                     ) from error
-
-    def _num_rows(self) -> int:
-        total = 0
-        for info in self._files:
-            with _opened(info.uri, self._options) as table:
-                total += table.metadata.num_rows
-        return total
 
     def _counted(self) -> tuple[Indices, Indices, Indices, LeftOut]:
         """Keys of all groups, sorted, and their rows; the rows of each cluster; and what is left out."""
@@ -226,7 +218,7 @@ class _Packing:
         """All rows that can be drawn, some at a time; to `tally` is added how many can't, by reason."""
         names = [*_NEEDED, *([self._extra] if self._extra else [])]
         for info in self._files:
-            with _opened(info.uri, self._options) as table:
+            with storage.reading_table(info.uri, self._options) as table:
                 for batch in table.iter_batches(_READ_ROWS, columns=names, use_threads=False):
                     self._done += len(batch)
                     self._progress.update(self._done)
@@ -272,28 +264,30 @@ class _Packing:
 
     def _slide_row(self, name: str) -> int:
         if name not in self._row_of:
-            plain = storage.name_of(name)
-            asked = (storage.canonical(name), plain, PurePosixPath(plain).stem)
-            self._row_of[name] = next((self._known[key] for key in asked if key in self._known), -1)
+            self._row_of[name] = next((self._known[key] for key in keys(name) if key in self._known), -1)
         return self._row_of[name]
 
     def _encoded(self, uri: str, batch: pa.RecordBatch, name: str, number: Any) -> Indices:
         """The number of each row's text (or whatever a cluster is called by), int64 (n,)."""
-        column: Any = batch.column(name)
-        if column.null_count:
-            raise ConfigError(f"{uri}: {column.null_count:,} rows have no {name}; fill them in, or leave them out")
+        column = _filled(uri, batch, name)
         found = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
         numbers = np.array([number(value) for value in found.dictionary.to_pylist()], np.int64)
         return numbers[found.indices.to_numpy(zero_copy_only=False)] if len(column) else np.zeros(0, np.int64)
 
     def _numbers(self, uri: str, batch: pa.RecordBatch, name: str) -> NDArray[np.float64]:
-        column: Any = batch.column(name)
-        if column.null_count:
-            raise ConfigError(f"{uri}: {column.null_count:,} rows have no {name}; fill them in, or leave them out")
+        column = _filled(uri, batch, name)
         try:
             return pc.cast(column, pa.float64()).to_numpy(zero_copy_only=False)
         except pa.ArrowInvalid as error:
             raise ConfigError(f"{uri}: the column {name} is {column.type}; it holds numbers") from error
+
+
+def _filled(uri: str, batch: pa.RecordBatch, name: str) -> Any:
+    """A column, in which no row lacks a value."""
+    column: Any = batch.column(name)
+    if column.null_count:
+        raise ConfigError(f"{uri}: {column.null_count:,} rows have no {name}; fill them in, or leave them out")
+    return column
 
 
 class _Counts:
@@ -332,20 +326,9 @@ def _known_names(catalog: Catalog) -> dict[str, int]:
     found, twice = dict[str, int](), set[str]()
     slides = catalog.slides()
     for row, uri in enumerate(slides):
-        name = storage.name_of(uri)
-        for called in {name, PurePosixPath(name).stem}:
+        for called in keys(uri)[1:]:
             if found.setdefault(called, row) != row:
                 twice.add(called)
     return {called: row for called, row in found.items() if called not in twice} | {
         uri: row for row, uri in enumerate(slides)
     }
-
-
-@contextlib.contextmanager
-def _opened(uri: str, options: storage.StorageOptions | None) -> Generator[pq.ParquetFile]:
-    """A Parquet file, read piece by piece; what Arrow raises over a damaged one is our own error."""
-    try:
-        with storage.reading(uri, options) as file, pq.ParquetFile(file) as table:
-            yield table
-    except pa.ArrowInvalid as error:
-        raise StorageError(f"{uri}: not a whole Parquet file ({error}); write it again") from error

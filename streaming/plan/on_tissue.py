@@ -66,6 +66,10 @@ class TissueDraws:
     def patients(self) -> Indices:
         return self._chooser.patients
 
+    @property
+    def digest(self) -> str | None:
+        return None
+
     def mix(self) -> list[tuple[str, float, int, int]]:
         return self._chooser.drawn_from()
 

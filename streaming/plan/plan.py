@@ -57,6 +57,11 @@ class Draws(Protocol):
         """The number of each slide's patient, int64 (slides,)."""
         ...
 
+    @property
+    def digest(self) -> str | None:
+        """What tells the content of a list; None: tiles lie on tissue."""
+        ...
+
     def mix(self) -> list[tuple[str, float, int, int]]:
         """Of each band of µm/px its name, its share of the mix, and the slides drawn at it, of how many patients."""
         ...
@@ -147,8 +152,7 @@ class TilePlan:
         self.corners: Corners = corners
         self.universe = universe or Universe()
         self._slides = catalog.slides()
-        known = catalog.metadata("stain") if "stain" in catalog.metadata_columns else [None] * len(self._slides)
-        names, stain = np.unique([name or "" for name in known], return_inverse=True)
+        names, stain = np.unique([name or "" for name in catalog.metadata_or_none("stain")], return_inverse=True)
         self.stains: list[str] = names.tolist()
         """what the catalog's column `stain` has, "" where it tells none"""
         self.stain = stain.astype(np.int16)
@@ -208,12 +212,12 @@ class TilePlan:
     @property
     def left_out(self) -> list[str]:
         """What of a list is never drawn, and why: a line each; of what lies on tissue, none."""
-        return list(self._draws.told()) if isinstance(self._draws, ListDraws) else []
+        return [] if self._draws.digest is None else list(self._draws.told())
 
     @property
     def digest(self) -> str | None:
         """What tells the content of the list that it draws from; None: it draws on tissue."""
-        return self._draws.digest if isinstance(self._draws, ListDraws) else None
+        return self._draws.digest
 
     @property
     def is_exhaustive(self) -> bool:

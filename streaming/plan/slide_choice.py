@@ -88,7 +88,7 @@ class SlideChooser:
         weights = mpp_weights(mpp)
         self.mpp_values, self._mpp_cumulative = np.array(list(weights)), _cumulative(np.array(list(weights.values())))
         slides = catalog.slides()
-        patients = catalog.metadata("patient") if "patient" in catalog.metadata_columns else [None] * len(slides)
+        patients = catalog.metadata_or_none("patient")
         self.patients = patient_ids(slides, patients)
         self._chosen = drawn_slides(slides, patients, universe, held_out)
         geometry = SlideGeometry.of_catalog(catalog, size)

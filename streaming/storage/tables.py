@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from streaming.errors import StorageError
 from streaming.storage.addresses import shown
 from streaming.storage.clients import StorageOptions
-from streaming.storage.objects import read_bytes, read_current, replace, write_bytes
+from streaming.storage.objects import read_bytes, read_current, reading, replace, write_bytes
 
 # Of a table that is read in part, decoded at once.
 _BATCH_ROWS = 2**14
@@ -56,6 +56,17 @@ def open_table(uri: str, storage_options: StorageOptions | None = None) -> Table
     content = read_bytes(uri, storage_options)
     with _told(uri):
         return TableFile(uri, pq.ParquetFile(pa.BufferReader(content)))
+
+
+@contextmanager
+def reading_table(uri: str, storage_options: StorageOptions | None = None) -> Generator[pq.ParquetFile]:
+    """A Parquet file of any size, fetched piece by piece as it is read.
+
+    Raises:
+        StorageError: it does not exist, can't be read, or is no Parquet.
+    """
+    with reading(uri, storage_options) as content, _told(uri), pq.ParquetFile(content) as file:
+        yield file
 
 
 def read_table(uri: str, storage_options: StorageOptions | None = None) -> pa.Table:

@@ -8,12 +8,10 @@ from itertools import pairwise
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from streaming.synthetic.artefacts import Artefact
+from streaming.synthetic.artefacts import Artefact, Pixels
 from streaming.synthetic.noise import Field, nearest_seed, source_key, uniform, unit_draw, value_noise
 
-Pixels = NDArray[np.uint8]
 Codec = Literal["jpeg", "jp2k-rgb", "jp2k-ycbcr"]
 
 

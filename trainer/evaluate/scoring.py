@@ -72,12 +72,7 @@ def evaluate(
     else:
         scores = evaluate_model(load_model(source, options.token, storage_options), samples, options, storage_options)
     if out is not None:
-        about = {
-            "model": source,
-            "dataset": dataset,
-            "options": options.told(),
-            "warning": warning,
-        }
+        about = {"model": source, "dataset": dataset, "options": options.told(), "warning": warning}
         write_scores(out, scores, about, storage_options)
     return scores
 

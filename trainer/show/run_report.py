@@ -129,7 +129,7 @@ def _headline(config: Config, catalog: Catalog, metrics: pa.Table, checkpoint: s
 
 def _slides(catalog: Catalog, config: Config, most: int = 8) -> str:
     figures: list[str] = []
-    patients = catalog.metadata("patient") if "patient" in catalog.metadata_columns else [None] * len(catalog)
+    patients = catalog.metadata_or_none("patient")
     for number in range(min(most, len(catalog))):
         row = catalog[number]
         image = slide_thumbnail(row.slide, row.mpp, 520, config.data.slide_options)
