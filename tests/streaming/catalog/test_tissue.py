@@ -118,11 +118,18 @@ def test_a_thumbnail_is_openslides_level_made_smaller_however_its_blocks_are_dec
         assert np.abs(share - shares[-1]).mean() < 0.02
 
 
-def pieces(mask: np.ndarray, least: int) -> np.ndarray:
-    """Those of a mask's pieces that have so many pixels, by SciPy."""
-    labels, num = ndimage.label(mask)
-    sizes = np.asarray(ndimage.sum_labels(mask, labels, np.arange(num + 1)))
-    return (sizes >= least)[labels] & mask
+def cleaned(mask: np.ndarray, least: int, largest_hole: int) -> np.ndarray:
+    """A mask without pieces that have fewer pixels, holes counted, and with its small holes filled; by SciPy."""
+    large = np.zeros_like(mask)
+    labels, num = ndimage.label(mask, np.ones((3, 3)))
+    for number in range(1, num + 1):
+        whole = ndimage.binary_fill_holes(labels == number)
+        assert whole is not None
+        if whole.sum() >= least:
+            holes, num_holes = ndimage.label(whole & (labels != number))
+            filled = [one for one in range(1, num_holes + 1) if (holes == one).sum() <= largest_hole]
+            large |= (labels == number) | np.isin(holes, filled)
+    return large
 
 
 def doubled(mask: np.ndarray, image: np.ndarray) -> np.ndarray:
@@ -139,11 +146,9 @@ def test_cells_are_the_share_of_their_pixels_that_the_rule_takes_for_tissue(
     found = tissue_of_thumbnail(image)
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
     odd = ((pen_pixels(hsv) > 0) | (image.max(axis=2) < 40))[::2, ::2]
-    odd = doubled(ndimage.binary_dilation(pieces(odd, 8), np.ones((3, 3)), iterations=2), image)
+    odd = doubled(ndimage.binary_dilation(cleaned(odd, 8, 0), np.ones((3, 3)), iterations=2), image)
     above = (ndimage.median_filter(hsv[..., 1], 5, mode="nearest") > found.threshold) & ~odd
-    holes = ~above[::2, ::2]
-    above = (above | doubled(holes & ~pieces(holes, 195), image)) & ~odd
-    above &= ndimage.binary_dilation(doubled(pieces(above[::2, ::2], 16), image), np.ones((3, 3)))
+    above = cleaned(above, 64, 780) & ~odd
     for row, column in np.ndindex(found.fraction.shape):
         share = int(above[8 * row : 8 * row + 8, 8 * column : 8 * column + 8].sum())
         assert found.fraction[row, column] == round(Fraction(share * 255, 64))
