@@ -33,6 +33,14 @@ Result = TypeVar("Result")
 # What Ray says without need: token authentication is on, its own progress bars are off; what fails raises anyhow.
 _QUIET_LOGGERS = ("ray._private.authentication.authentication_token_setup", "ray.data", "ray.data._internal.progress")
 
+GCS_NOTES = {
+    "RAY_maximum_gcs_destroyed_actor_cached_count": 2000,
+    "RAY_maximum_gcs_dead_worker_cached_count": 2000,
+    "RAY_task_events_max_num_task_in_gcs": 10_000,
+}
+"""So many ended actors, workers and tasks the head keeps notes of: of Ray's 100,000, some 20 kB each, a long stream of
+many segments would fill its memory. A head that others start has them in its environment (`deploy/`)."""
+
 # The object store's share of the memory: Ray's default.
 _STORE_SHARE = 0.3
 _ANSWERS_S = 10.0
@@ -85,6 +93,8 @@ def _start(num_cpus: int, folder: str, *, ignore_sigterm: bool, **options: Any) 
             options["object_store_memory"] = store_nbytes
     # A training has a dozen actors that hold no CPU slot; on two cores Ray would warn of them, on stdout.
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(cores, 8)))
+    for name, most in GCS_NOTES.items():
+        os.environ.setdefault(name, str(most))
     # Ray would write it to the home.
     if not machine.has_home() and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

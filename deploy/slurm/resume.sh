@@ -2,6 +2,9 @@
 
 . .venv/bin/activate
 export RAY_USAGE_STATS_ENABLED=0 HF_HUB_OFFLINE=1  # compute nodes without the internet
+# Of each of a hundred thousand ended actors Ray's head would keep some 20 kB.
+export RAY_maximum_gcs_destroyed_actor_cached_count=2000 RAY_maximum_gcs_dead_worker_cached_count=2000
+export RAY_task_events_max_num_task_in_gcs=10000
 # Ray's sockets need a short path, and users of one node must not meet in /tmp/ray.
 export RAY_TMPDIR=/tmp/ray-$USER-$SLURM_JOB_ID
 
