@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from streaming.command_line import (
     add_command,
@@ -33,7 +33,7 @@ from streaming.operate.capacity import (
 from trainer.configs import presets
 from trainer.model_commands import add_scoring, scoring
 
-Number = TypeVar("Number")
+_SHARES, _BOUNDS = "0.01,0.1,1.0", "100,1000,inf"
 
 _REPLAYED = ("loss", "dino_global", "dino_local", "ibot", "regression", "koleo", "kde", "teacher_entropy", "rankme")
 
@@ -173,9 +173,11 @@ def add_sweep(commands: Any) -> None:
     parser = add_command(
         commands,
         "sweep",
-        "train on growing parts of the data, score each run, draw the curves; a sweep found in --out goes on",
+        "train on growing parts of the data, or by values of any field, score and draw; a sweep found in --out goes on",
         "  tilestream sweep vits14 --data.catalog s3://bucket/catalog --evaluate tiles.csv --out s3://bucket/sweep \\\n"
-        "      --slides 0.01,0.1,1.0 --tiles-per-slide 100,1000,inf",
+        "      --slides 0.01,0.1,1.0 --tiles-per-slide 100,1000,inf\n"
+        "  tilestream sweep vits14 --data.catalog s3://bucket/catalog --evaluate tiles.csv --out corners \\\n"
+        "      --over data.corners=anywhere,blocks --over train.flops=1e17,1e18 --seeds 0,1,2",
         run_sweep,
         extra="train",
     )
@@ -185,10 +187,11 @@ def add_sweep(commands: Any) -> None:
     parser.add_argument(
         "--out", type=folder, required=True, metavar="URI", help="folder of the runs, sweep.parquet and sweep.png"
     )
-    parser.add_argument("--slides", default="0.01,0.1,1.0", metavar="SHARES", help="of the slides (0.01,0.1,1.0)")
-    parser.add_argument(
-        "--tiles-per-slide", default="100,1000,inf", metavar="N", help="distinct tiles of each (100,1000,inf)"
-    )
+    parser.add_argument("--slides", metavar="SHARES", help=f"of the slides ({_SHARES}; with --over, as configured)")
+    bounds = f"distinct tiles of each ({_BOUNDS}; with --over, as configured)"
+    parser.add_argument("--tiles-per-slide", metavar="N", help=bounds)
+    over = "a field and its values, any number of times: data.mpp={0.5: 1},{uniform: [0.25, 2.0]}"
+    parser.add_argument("--over", action="append", default=[], metavar="FIELD=VALUES", help=over)
     parser.add_argument("--seeds", default="", metavar="N", help="a run each, e.g. 0,1,2 (run.seed)")
     parser.add_argument("--debug", action="store_true", help="reader and trainer in this one process, for a debugger")
     add_scoring(parser.add_argument_group("how each run is scored"))
@@ -198,29 +201,37 @@ def add_sweep(commands: Any) -> None:
 def run_sweep(args: Namespace) -> None:
     """Trains and scores the runs, and prints a line a score."""
     from trainer.run.config import read_config
-    from trainer.sweep import PICTURE, TABLE, planned_runs, score_lines, sweep
+    from trainer.sweep import PICTURE, SEED, SLIDES, TABLE, TILES, Axis, read_axis, score_lines, sweep
 
     config = read_config(args.config, args.overrides)
-    shares = numbers("--slides", args.slides, float)
-    bounds = numbers("--tiles-per-slide", args.tiles_per_slide, lambda text: None if text == "inf" else int(text))
-    runs = planned_runs(shares, bounds, numbers("--seeds", args.seeds, int), config)
-    rows = sweep(config, runs, args.evaluate, args.out, scoring(args), debug=args.debug, tell=tell)
+    shares, bounds = ("", "") if args.over else (_SHARES, _BOUNDS)
+    of_data = {
+        "--slides": (SLIDES, args.slides or shares),
+        "--tiles-per-slide": (TILES, args.tiles_per_slide or bounds),
+    }
+    axes = [
+        *(Axis(key=key, values=numbers(name, text), option=name) for name, (key, text) in of_data.items() if text),
+        *map(read_axis, args.over),
+        *([Axis(key=SEED, values=numbers("--seeds", args.seeds), option="--seeds")] if args.seeds else []),
+    ]
+    rows = sweep(config, axes, args.evaluate, args.out, scoring(args), debug=args.debug, tell=tell)
     if rows is None:
         sys.stderr.write("stopped; start the same command again to go on\n")
         sys.exit(143)
-    for line in score_lines(rows):
+    for line in score_lines(rows, [axis.column for axis in axes]):
         out(line)
     out(f"{args.out}: {TABLE}, {PICTURE}")
 
 
-def numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
-    """Numbers between commas.
+def numbers(option: str, text: str) -> tuple[str, ...]:
+    """Numbers between commas, as a configuration has them.
 
     Raises:
         ConfigError: one of them is none.
     """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
     try:
-        return [kind(part.strip()) for part in text.split(",") if part.strip()]
+        return tuple("null" if math.isinf(float(part)) else part for part in parts)
     except ValueError as error:
         raise ConfigError(f"{option} {text!r}: give numbers between commas ({error})") from error
 
