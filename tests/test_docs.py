@@ -203,12 +203,8 @@ def _run_ranks(words: Sequence[str]) -> None:
 def test_the_commands_and_snippets_of_the_pages_run_in_their_order(
     scratch: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, text in scripts().items():
-        Path(name).write_text(text)
     for block in _of_language("sh"):
         for command in commands(block):
-            if command.words[0] == "torchrun":
-                _run_ranks(command.words)
             if command.words[0] != "tilestream" or command.words[1] not in RUN:
                 continue
             status = main(_arguments(command.words, scratch))
@@ -220,3 +216,15 @@ def test_the_commands_and_snippets_of_the_pages_run_in_their_order(
     made = {path.relative_to(scratch).as_posix() for path in scratch.rglob("*")}
     assert made >= {"catalog/slides.parquet", "runs/first/metrics.parquet", "model/config.json", "map.html"}
     assert made >= {"scores/scores.json", "sweep/sweep.png", "features/patient0.h5", "model-eva/eva-bach.yaml"}
+
+
+@pytest.mark.long
+def test_the_loops_of_the_pages_run_on_two_ranks(scratch: Path) -> None:
+    assert main(["catalog", str(scratch / "slides"), "--out", "catalog"]) == 0
+    for name, text in scripts().items():
+        Path(name).write_text(text)
+    words = [command.words for block in _of_language("sh") for command in commands(block)]
+    loops = [some for some in words if some[0] == "torchrun"]
+    assert loops
+    for some in loops:
+        _run_ranks(some)

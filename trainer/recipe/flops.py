@@ -33,9 +33,20 @@ def step_flops(recipe: Recipe, batch: int) -> StepFlops:
     Counted by torch's `FlopCounterMode`, with stochastic depth. Crops, targets and losses, the optimiser, and what
     activation checkpointing computes again are left out. Ranks and rounds of accumulation change nothing.
     """
-    augment = recipe.augment
     with torch.device("meta"):
         module = DinoModule(recipe, 0, steps=1, batch=batch)
+    depth = len(module.student.backbone.vit.blocks)
+    # Every block costs the same.
+    two, one = (_flops_of_depth(module, blocks, recipe, batch) for blocks in (2, 1))
+    return StepFlops(*(first + (depth - 1) * (both - first) for first, both in zip(one, two, strict=True)))
+
+
+def _flops_of_depth(module: DinoModule, num_blocks: int, recipe: Recipe, batch: int) -> StepFlops:
+    """Of a module on the meta device, of which later blocks are taken away."""
+    augment = recipe.augment
+    for network in (module.student, module.teacher):
+        network.backbone.vit.blocks = network.backbone.vit.blocks[:num_blocks]
+    with torch.device("meta"):
         images = [
             torch.empty(views * batch, 3, side, side)
             for views, side in ((NUM_GLOBAL, augment.global_size), (augment.num_local, augment.local_size))
