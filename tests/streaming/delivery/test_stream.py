@@ -86,10 +86,8 @@ def test_ranks_rounds_readers_and_segments_change_nothing_in_a_step(catalog: str
     undisturbed = [{k: np.asarray(v) for k, v in batch.items()} for batch in local.local_batches(0, 3)]
     wanted = [step_digest([batch]) for batch in undisturbed]
     for shape, readers, segment in (
-        (BatchShape(16), (1, 1), {}),
         (BatchShape(16, 2, 2), (4, 4), {"segment_blocks": 1}),
         (BatchShape(16, 4), (1, 2), {"segment_blocks": 4, "segment_minutes": 1e-6}),
-        (BatchShape(16, 4), (2, 3), {"ranks_per_stream": 2}),
         # The last group is smaller, and there are fewer readers than groups.
         (BatchShape(16, 4), (1, 1), {"ranks_per_stream": 3}),
     ):

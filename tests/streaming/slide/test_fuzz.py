@@ -585,12 +585,12 @@ def explain(form: str, seed: int, case: int, outcome: str) -> str:
 @pytest.mark.parametrize("form", FORMATS)
 def test_no_broken_slide_gives_more_than_pixels_or_our_own_error(form: str) -> None:
     failures, counts = [], Counter()
-    for case, outcome in fuzz(form, 0, range(200)):
+    for case, outcome in fuzz(form, 0, range(100)):
         counts[outcome if outcome in ("pixels", "refused") else "failed"] += 1
         if outcome not in ("pixels", "refused"):
             failures.append(explain(form, 0, case, outcome))
     assert not failures, f"{dict(counts)}\n" + "\n".join(failures)
-    assert min(counts["pixels"], counts["refused"]) > 20, f"the fuzzer has lost its edge: {dict(counts)}"
+    assert min(counts["pixels"], counts["refused"]) > 10, f"the fuzzer has lost its edge: {dict(counts)}"
 
 
 def test_a_case_is_the_same_bytes_every_time_and_cases_differ() -> None:
