@@ -13,7 +13,7 @@ from trainer.recipe import image_ops
 from trainer.recipe.module import DinoModule
 from trainer.recipe.step_input import StepInput
 from trainer.run.config import Config
-from trainer.run.fit import make_module
+from trainer.run.fit import bare_module
 
 
 @contextmanager
@@ -23,8 +23,7 @@ def fake_step(device: str, config: Config) -> Iterator[tuple[DinoModule, StepInp
     What image operations keep for later steps is forgotten before, and after: a fake constant would make the losses of
     all real steps of this process nan.
     """
-    with torch.device("meta"):
-        module = make_module(config, few_kernels=True)
+    module = bare_module(config, few_kernels=True)
     micro, side = config.train.shape.micro, config.data.tile_size
     tiles = torch.zeros(micro, side, side, 3, dtype=torch.uint8)
     made = module.step_input({"tile": tiles, "index": torch.arange(micro)})

@@ -16,13 +16,16 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from trainer.recipe import diagnostics, losses
 from trainer.recipe.augment import Crops
 from trainer.recipe.masks import Masks
-from trainer.recipe.network import Network, build_backbone
+from trainer.recipe.network import Network
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.schedule import Schedules, parameter_groups, set_group_values
 from trainer.recipe.step_input import StepInput
 
 Prepare = Callable[[Network, DeviceMesh | None], None]
 """Makes a network ready for its ranks, to be sharded over a mesh if there is one."""
+
+Fill = Callable[["DinoModule"], object]
+"""Gives a module that was made on the meta device memory on its own, and its weights."""
 
 
 class DinoModule(pl.LightningModule):
@@ -40,6 +43,7 @@ class DinoModule(pl.LightningModule):
         few_kernels: whether a step is of few large kernels, as a GPU wants it: crops of all sizes go through the
             backbone together, colours are changed for all images at once. Only rounding depends on it.
         prepare: makes student and teacher ready for their ranks, once.
+        fill: is asked once they are.
 
     Raises:
         ValueError: a model, crops or schedules that make no sense.
@@ -55,15 +59,14 @@ class DinoModule(pl.LightningModule):
         log_every: int = 1,
         few_kernels: bool = False,
         prepare: Prepare | None = None,
+        fill: Fill | None = None,
     ) -> None:
         super().__init__()
         self.recipe, self._seed = recipe, seed
-        self._steps, self._log_every, self._prepare = steps, log_every, prepare
+        self._steps, self._log_every, self._prepare, self._fill = steps, log_every, prepare, fill
         self._few_kernels = few_kernels
         augment, model = recipe.augment, recipe.model
-        torch.manual_seed(seed)
-        backbone = build_backbone(model, augment.global_size)
-        self.student = Network(backbone, model, recipe.loss.patch)
+        self.student = recipe.network(seed)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.teacher.predictor = None
         self.patch_grid = self.student.backbone.patch_grid(augment.global_size, augment.global_size)
@@ -181,6 +184,9 @@ class DinoModule(pl.LightningModule):
         if prepare is not None:
             for network in (self.student, self.teacher):
                 prepare(network, self.device_mesh)
+        fill, self._fill = self._fill, None
+        if fill is not None:
+            fill(self)
 
     def _target(self, centre: str, logits: Tensor, temperature: float) -> Tensor:
         """The teacher's targets (M, K) of its logits; in training with centring, the named centre then moves."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from trainer.recipe.augment import NUM_GLOBAL, Augmentation, Crops
 from trainer.recipe.losses import LossConfig
 from trainer.recipe.masks import Masking, block_masks, located
-from trainer.recipe.network import ModelConfig
+from trainer.recipe.network import ModelConfig, Network, build_backbone
 from trainer.recipe.schedule import OptimConfig
 from trainer.recipe.step_input import StepInput
 from trainer.recipe.stochastic_depth import kept_crops
@@ -24,6 +25,15 @@ class Recipe:
     model: ModelConfig
     loss: LossConfig
     optim: OptimConfig
+
+    def network(self, seed: int) -> Network:
+        """The student with its first weights, which the seed decides.
+
+        Raises:
+            ValueError: a model or crops that make no sense.
+        """
+        torch.manual_seed(seed)
+        return Network(build_backbone(self.model, self.augment.global_size), self.model, self.loss.patch)
 
     def views(self, tiles: Tensor, index: Tensor, patch_grid: tuple[int, int], seed: int) -> tuple[Crops, Tensor]:
         """What the networks see of tiles uint8 (B, S, S, 3): their crops, and masks bool (2, B, N) of the global ones.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import logging
 import pickle
@@ -219,12 +218,9 @@ def load(uri: str, options: storage.StorageOptions | None = None) -> dict[str, A
     Raises:
         CheckpointError: it does not match its checksum, or holds more than tensors and plain values.
     """
-    meta = read_meta(uri, options)
-    content = storage.read_bytes(storage.join(uri, STATE), options)
-    if hashlib.sha256(content).hexdigest() != meta.sha256:
-        raise _mismatch(uri, len(content), meta)
-    with _unreadable(uri):
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    verify(uri, options)
+    with storage.reading(storage.join(uri, STATE), options) as file, _unreadable(uri):
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def load_shapes(uri: str, options: storage.StorageOptions | None = None) -> dict[str, Any]:
@@ -256,7 +252,7 @@ def _mismatch(uri: str, nbytes: int, meta: Meta) -> CheckpointError:
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], uri: str) -> None:
-    """Loads weights that must fit key by key and shape by shape.
+    """Gives a module weights that must fit key by key and shape by shape; those of its type are not copied.
 
     Raises:
         CheckpointError: naming what is missing, left over or of another shape.
@@ -265,7 +261,8 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], uri: str) -> 
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = sorted(key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape)
     if not (missing or extra or shapes):
-        module.load_state_dict(weights)
+        fitting = {key: weight.to(own[key].dtype).contiguous() for key, weight in weights.items()}
+        module.load_state_dict(fitting, assign=True)
         return
     parts = [f"{len(missing)} missing ({missing[0]})"] if missing else []
     parts += [f"{len(extra)} left over ({extra[0]})"] if extra else []

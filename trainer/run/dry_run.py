@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 import numpy as np
-import torch
 from torch import nn
 
 from streaming import storage
@@ -25,7 +24,7 @@ from trainer.run.after_step import ProbeKind
 from trainer.run.config import Config
 from trainer.run.data import load_catalog, make_plan
 from trainer.run.execution import TrainConfig
-from trainer.run.fit import check_model, make_module
+from trainer.run.fit import bare_module, check_model
 from trainer.run.fitted import fitted
 from trainer.run.metrics_log import METRICS
 from trainer.run.validation import held_out_stream
@@ -66,8 +65,7 @@ def model_size(config: Config) -> Size:
     Raises:
         ValueError: a model or crops that make no sense.
     """
-    with torch.device("meta"):
-        student = make_module(config, resumed=True).student
+    student = bare_module(config).student
     vit, patch_grid = student.backbone.vit, student.backbone.patch_grid
     large, small = (2 * (side,) for side in (config.augment.global_size, config.augment.local_size))
 

@@ -14,8 +14,8 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
 
 from streaming.errors import ConfigError
-from trainer.recipe.module import DinoModule
-from trainer.run import starting_weights
+from trainer.recipe.module import DinoModule, Fill
+from trainer.run import first_weights, starting_weights
 from trainer.run.after_step import AfterStep, ProbeKind, garbage_left_to_steps
 from trainer.run.background_checkpoints import FolderCheckpointIO
 from trainer.run.config import Config
@@ -27,28 +27,34 @@ from trainer.run.stop_signals import Signals
 from trainer.run.strategy import OneDevice, Replicas, Shards, autocast_precision, prepare
 
 
-def make_module(config: Config, *, resumed: bool = False, few_kernels: bool = False) -> DinoModule:
-    """What a run trains, with the weights that it starts from unless those of a checkpoint of its own will follow.
-
-    It is made on the host; few_kernels is its form, as `DinoModule` takes it.
+def bare_module(config: Config, *, few_kernels: bool = False, fill: Fill | None = None) -> DinoModule:
+    """What a run trains, on the meta device until it is filled; few_kernels and fill as `DinoModule` takes them.
 
     Raises:
         ValueError: a model, crops or schedules that make no sense.
-        CheckpointError: weights of `model.init` that don't fit the model.
-        StorageError: there is no such file.
     """
     train = config.train
-    module = DinoModule(
-        config.recipe,
-        config.run.seed,
-        steps=train.steps,
-        batch=train.batch,
-        log_every=train.log_every,
-        few_kernels=few_kernels,
-        prepare=partial(prepare, train),
-    )
-    if config.model.init and not resumed:
-        starting_weights.start_from(config.model.init, module.student, module.teacher, config.data.storage_options)
+    with torch.device("meta"):
+        return DinoModule(
+            config.recipe,
+            config.run.seed,
+            steps=train.steps,
+            batch=train.batch,
+            log_every=train.log_every,
+            few_kernels=few_kernels,
+            prepare=partial(prepare, train),
+            fill=fill,
+        )
+
+
+def make_module(config: Config, *, few_kernels: bool = False) -> DinoModule:
+    """The same on the host, with the weights that the run starts from.
+
+    Raises:
+        ValueError, CheckpointError, StorageError: as `bare_module` and `first_weights.fill`.
+    """
+    module = bare_module(config, few_kernels=few_kernels)
+    first_weights.fill(config, torch.device("cpu"), module)
     return module
 
 
@@ -64,10 +70,11 @@ def check_model(config: Config, *, resumed: bool = False) -> None:
         # Half a unit in the last place of bfloat16 is 0.2 %: AdamW's steps and the teacher's are mostly smaller.
         raise ConfigError("train.precision bf16-true: weights and teacher would hardly move; take bf16-mixed")
     try:
-        with torch.device("meta"):
-            make_module(config, resumed=resumed)
+        module = bare_module(config)
     except ValueError as error:
         raise ConfigError(" ".join(str(error).split())) from error
+    if config.model.init and not resumed:
+        starting_weights.start_from(config.model.init, module.student, module.teacher, config.data.storage_options)
 
 
 def wants_few_kernels(train: TrainConfig, device: torch.device) -> bool:
@@ -130,7 +137,11 @@ def fit(
     )
     device = strategy.root_device
     few_kernels = wants_few_kernels(train, device)
-    module = make_module(config, resumed=resume is not None, few_kernels=few_kernels)
+    if resume is None:
+        fill = partial(first_weights.fill, config, device)
+    else:  # with the checkpoint's
+        fill = partial(DinoModule.to_empty, device=device)
+    module = bare_module(config, few_kernels=few_kernels, fill=fill)
     feed = DeviceFeed(batches, module.step_input, device, batches.note_wait, beside=few_kernels)
     try:
         with garbage_left_to_steps():

@@ -7,7 +7,6 @@ Networks on torch's meta device are filled with shapes: of a source, only names 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import logging
 import math
@@ -16,7 +15,7 @@ import re
 from argparse import Namespace
 from collections.abc import Generator, Mapping
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -38,17 +37,20 @@ _LOG = logging.getLogger(__name__)
 
 
 def start_from(source: str, student: nn.Module, teacher: nn.Module, options: storage.StorageOptions | None) -> None:
-    """Fills student and teacher, each with a `backbone` and heads.
+    """Fills student and teacher, each with a `backbone` and heads; they may share tensors then.
 
     source is a file of weights, a folder in timm's or transformers' layout or a name of timm's hub (both get that
-    backbone and keep their equal random heads), or a checkpoint of ours (student and teacher get theirs, heads
-    included). On the meta device, a source without a mask token is told in a warning.
+    backbone and the student's heads), or a checkpoint of ours (student and teacher get theirs, heads included). What
+    will be replaced is dropped before the source is read: a host needs room for one of them. On the meta device, a
+    source without a mask token is told in a warning.
 
     Raises:
         CheckpointError: there is no such source, or it holds weights of another architecture.
         StorageError: it can't be read.
     """
     device = next(student.parameters()).device
+    for network in (student, teacher):
+        network.get_submodule("backbone.vit").to("meta")
     file = weights_file(source, options)
     if file is not None:
         published = read_shapes(file, options) if device.type == "meta" else read_weights(file, options)
@@ -58,10 +60,11 @@ def start_from(source: str, student: nn.Module, teacher: nn.Module, options: sto
         return _load_checkpoint(source, student, teacher, options)
     if "mask_token" not in published and device.type == "meta":
         _LOG.warning("%s: has no mask token; it begins at 0, as in any file of timm's", source)
-    for network in (student, teacher):
-        backbone = network.get_submodule("backbone")
-        assert isinstance(backbone, Backbone), "a network's backbone"
-        load_published(backbone, published, source)
+    backbone = student.get_submodule("backbone")
+    assert isinstance(backbone, Backbone), "a network's backbone"
+    load_published(backbone, published, source)
+    first = student.state_dict()
+    teacher.load_state_dict({key: first[key] for key in teacher.state_dict()}, assign=True)
 
 
 def weights_file(source: str, options: storage.StorageOptions | None) -> str | None:
@@ -93,7 +96,7 @@ def _load_checkpoint(
             "vit_small_patch14_dinov2.lvd142m)"
         )
         raise CheckpointError(f"{error}; model.init also takes {kinds}") from error
-    shapes_only = next(student.parameters()).device.type == "meta"
+    shapes_only = all(parameter.is_meta for parameter in student.parameters())
     state: Weights = (checkpoints.load_shapes if shapes_only else checkpoints.load)(found, options)["state_dict"]
     for name, network in (("student", student), ("teacher", teacher)):
         own = {key.removeprefix(f"{name}."): w for key, w in state.items() if key.startswith(f"{name}.")}
@@ -104,7 +107,7 @@ def _load_checkpoint(
             own[key] = resize_positions(own[key], backbone)
         for key, weight in network.state_dict().items():
             if key.endswith("last_layer.scale"):
-                own.setdefault(key, torch.ones_like(weight))  # a checkpoint of before the field, or of DINO's norms
+                own.setdefault(key, torch.ones(weight.shape))  # a checkpoint of before the field, or of DINO's norms
         checkpoints.load_weights(network, own, found)
 
 
@@ -115,12 +118,13 @@ def read_weights(uri: str, options: storage.StorageOptions | None = None) -> Wei
         CheckpointError: it is damaged, or holds something else.
         StorageError: it can't be read.
     """
-    content = storage.read_bytes(uri, options)
-    with _no_weights(uri, len(content)):
-        if uri.endswith(".safetensors"):
-            return backbone_weights(safetensors.torch.load(content))
-        with torch.serialization.safe_globals(_HARMLESS):
-            return backbone_weights(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+    nbytes = storage.stat(uri, options).size
+    with storage.reading(uri, options) as file, _no_weights(uri, nbytes):
+        if not uri.endswith(".safetensors"):
+            with torch.serialization.safe_globals(_HARMLESS):
+                return backbone_weights(torch.load(file, map_location="cpu", weights_only=True))
+        entries = _entries(file, nbytes)
+        return backbone_weights({name: _tensor(file, *entry) for name, entry in entries.items()})
 
 
 def read_shapes(uri: str, options: storage.StorageOptions | None = None) -> Weights:
@@ -134,13 +138,30 @@ def read_shapes(uri: str, options: storage.StorageOptions | None = None) -> Weig
         if not uri.endswith(".safetensors"):
             with torch.serialization.safe_globals(_HARMLESS):
                 return backbone_weights(torch.load(file, map_location="meta", weights_only=True))
-        # https://huggingface.co/docs/safetensors: the header's length, the header, the tensors.
-        length = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(length) if length < nbytes else b"")
-        header.pop("__metadata__", None)
-        if max((8 + length + entry["data_offsets"][1] for entry in header.values()), default=0) != nbytes:
-            raise ValueError("its end is missing")
-        return backbone_weights({name: torch.empty(entry["shape"], device="meta") for name, entry in header.items()})
+        entries = _entries(file, nbytes)
+        return backbone_weights(
+            {name: torch.empty(entry["shape"], device="meta") for name, (_, entry) in entries.items()}
+        )
+
+
+def _entries(file: BinaryIO, nbytes: int) -> dict[str, tuple[int, dict[str, Any]]]:
+    """Where each tensor of a safetensors file begins, and its type, shape and offsets; in the file's order."""
+    # https://huggingface.co/docs/safetensors: the header's length, the header, the tensors.
+    length = int.from_bytes(file.read(8), "little")
+    header: dict[str, Any] = json.loads(file.read(length) if length < nbytes else b"")
+    header.pop("__metadata__", None)
+    found = {name: (8 + length + entry["data_offsets"][0], entry) for name, entry in header.items()}
+    if max((8 + length + entry["data_offsets"][1] for entry in header.values()), default=0) != nbytes:
+        raise ValueError("its end is missing")
+    return dict(sorted(found.items(), key=lambda item: item[1][0]))
+
+
+def _tensor(file: BinaryIO, start: int, entry: dict[str, Any]) -> Tensor:
+    """One of them, by the library, which takes whole files alone: the host never has two copies of all."""
+    begin, end = entry["data_offsets"]
+    header = json.dumps({"it": {**entry, "data_offsets": [0, end - begin]}}).encode()
+    file.seek(start)
+    return safetensors.torch.load(len(header).to_bytes(8, "little") + header + file.read(end - begin))["it"]
 
 
 @contextlib.contextmanager
