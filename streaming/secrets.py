@@ -112,5 +112,5 @@ def _revealed(value: Any) -> Any:
 
 
 def _is_public(name: str, value: Any) -> bool:
-    # An endpoint, too, may be https://user:password@….
-    return (name in _PUBLIC and "@" not in str(value)) or value == "anon"
+    # An endpoint, too, may be https://user:password@… or, as Azure's portal gives it, end in ?sv=…&sig=….
+    return (name in _PUBLIC and not re.search("[@?]", str(value))) or value == "anon"

@@ -140,7 +140,9 @@ def object_store(
 
 def _security(root: str, options: StorageOptions) -> dict[str, Any]:
     """Whom a client trusts, and through whom it asks. Proxies that variables name are obstore's own business."""
-    found: dict[str, Any] = {"proxy_url": str(options["proxy"])} if options.get("proxy") else {}
+    proxy = str(options.get("proxy") or "")
+    # With its protocol, or else messages would not know a password in it.
+    found: dict[str, Any] = {"proxy_url": proxy if "://" in proxy else f"http://{proxy}"} if proxy else {}
     trusted = options.get("verify")
     if trusted is None and root.startswith(f"{S3}://"):
         trusted = s3_settings.authorities(options)

@@ -79,7 +79,11 @@ def azure_endpoint(options: Options) -> str:
 
 
 def gcs_config(options: Options) -> dict[str, Any]:
-    """The configuration of an obstore GCSStore."""
+    """The configuration of an obstore GCSStore.
+
+    Raises:
+        StorageError: the token names no file.
+    """
     endpoint, token = _gcs_endpoint(options), _gcs_token(options)
     config: dict[str, Any] = {"base_url": endpoint} if endpoint else {}
     if token == "anon":
@@ -87,7 +91,12 @@ def gcs_config(options: Options) -> dict[str, Any]:
     elif isinstance(token, Mapping):
         config["service_account_key"] = json.dumps(dict(token))
     elif token and token not in _GCS_SEARCHES:
-        config["application_credentials"] = os.path.expanduser(str(token))
+        path = os.path.expanduser(str(token))
+        if options.get("token") and not os.path.isfile(path):  # the secret itself, which no message may show
+            raise StorageError(
+                "gs://: the storage option token names no file; give the path of a credentials file, or anon"
+            )
+        config["application_credentials"] = path
     return config
 
 

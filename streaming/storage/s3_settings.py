@@ -155,7 +155,9 @@ def _session(options: Options) -> Session:
         _profile(session)
     except ProfileNotFound as error:
         raise StorageError(f"s3://: {error}; see ~/.aws/config, AWS_PROFILE and the option profile") from error
-    if options.get("key") and options.get("secret"):
+    if bool(options.get("key")) != bool(options.get("secret")):
+        raise StorageError("s3://: of the storage options key and secret only one is given; give both")
+    if options.get("key"):
         session.set_credentials(options["key"], options["secret"], options.get("token"))
     return session
 

@@ -32,6 +32,8 @@ OPTIONS = {
 
 def test_secrets_are_hidden_from_whoever_does_not_ask_for_them() -> None:
     told = hidden({**OPTIONS, "region": "eu-west-1"})
+    signed = f"https://account.blob.core.windows.net/?sv=2024&sig={MARK}"
+    assert MARK not in repr(hidden({"endpoint_url": signed}))
     assert told["region"] == "eu-west-1"
     assert revealed(told) == {**OPTIONS, "region": "eu-west-1"}
     assert hidden(told) == told == pickle.loads(pickle.dumps(told)) == copy.deepcopy(told)
@@ -173,6 +175,8 @@ def denying() -> Iterator[str]:
             "--mirrors",
             f"s3://b=s3://c?secret={MARK}&endpoint_url=SERVER",
         ),
+        ("catalog", "gs://b/a", "--out", "c", "--storage", f"token=ya29.{MARK}", "--verbose"),
+        ("catalog", "s3://b/a", "--out", "c", "--storage", f"proxy=user:{MARK}@::", "--verbose"),
         ("catalog", f"ftp://user:{MARK}@HOST/a.svs", "--out", "c"),
         ("stream", SIGNED, "--verbose"),
         ("train", SIGNED),

@@ -227,6 +227,7 @@ def test_what_azure_lacks_is_said(uri: str, options: Options, message: str) -> N
 
 def test_google_credentials_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(tmp_path / "key.json")
+    Path(path).touch()
     assert cloud_settings.gcs_config({"token": path}) == {"application_credentials": path}
     assert cloud_settings.gcs_config({"token": "anon"}) == {"skip_signature": True}
     assert cloud_settings.gcs_config({"token": "google_default"}) == cloud_settings.gcs_config({}) == {}

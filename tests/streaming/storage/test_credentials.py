@@ -111,6 +111,9 @@ def test_a_profile_says_region_endpoint_addressing_and_authorities(home: Path) -
         ("s3://b/a", {"timeout_s": "soon"}, "timeout_s=soon; give seconds"),
         ("s3://b/a", {"endpoint_url": "localhost:9000"}, "begins with http"),
         ("s3://b/a", {"addressing_style": "vitual"}, "use auto, path, virtual"),
+        ("s3://b/a", {"key": "a"}, "of the storage options key and secret only one is given"),
+        ("s3://b/a", {"secret": "a"}, "of the storage options key and secret only one is given"),
+        ("gs://b/a", {"token": "ya29.a"}, "the storage option token names no file"),
     ],
 )
 def test_an_option_that_reaches_nothing_is_refused_with_the_valid_ones(
