@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
 from dataclasses import dataclass, field, replace
 
 from streaming import storage
@@ -109,8 +108,8 @@ def _as_opened(info: storage.ObjectInfo, slide: Slide) -> storage.ObjectInfo:
     """The slide by its address, size and version: of a series, those of the files that turned out to be its levels."""
     if not info.files or slide.packed_index is None:
         return info
-    files, folder = {file.uri: file for file in info.files}, posixpath.dirname(slide.uri)
-    return as_one([files[storage.join(folder, entry.name)] for entry in unpack(slide.packed_index).objects])
+    files = {file.uri: file for file in info.files}
+    return as_one([files[storage.beside(slide.uri, entry.name)] for entry in unpack(slide.packed_index).objects])
 
 
 def describe(slide: Slide, info: storage.ObjectInfo, tissue: TissueGrid) -> SlideRow:

@@ -75,7 +75,7 @@ def _of_row(uri: str, number: int, row: dict[str, str], address: str) -> Named:
         raise ConfigError(f"{uri}: row {number} has no {address!r}; fill it in or leave the row out")
     place = row[address]
     if storage.is_local(place) and not place.startswith(("/", "~", "file:", "local:")):
-        place = storage.join(storage.canonical(uri).rpartition("/")[0], place)
+        place = storage.beside(storage.canonical(uri), place)
     metadata = {name: row[name] for name in KEPT if row.get(name)}
     return Named(
         uri=storage.canonical(place.removesuffix("*")), is_series=place.endswith(("/", "/*")), metadata=metadata

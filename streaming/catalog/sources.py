@@ -84,7 +84,7 @@ def _as_text(uri: str) -> str:
 
 def is_of_system(name: str) -> bool:
     """Whether a folder is hidden, or one that a system or another program made for itself, by its name."""
-    return name.startswith(".") or name in _OF_SYSTEMS
+    return (name.startswith(".") and name not in (".", "..")) or name in _OF_SYSTEMS  # which S3 has as names
 
 
 def _is_hidden(source: str, uri: str) -> bool:

@@ -6,7 +6,8 @@ import csv
 import io
 import re
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -20,6 +21,7 @@ OF_CLAM = {"case_id": "patient", "slide_id": "slide"}
 """what CLAM's tables call our columns"""
 _SEPARATORS = ",;\t|"
 _MISSING = ("nan", "NaN", "<NA>", "NaT", "NA", "N/A")  # as pandas and R write it
+_TOLD = re.compile(r"sep=(.)\r?\n", re.IGNORECASE)  # for Excel alone
 _WHOLE = re.compile(r"-?\d+\.0")
 
 
@@ -49,12 +51,19 @@ def read_rows(
             )
     rows = [{str(k): _value(v) for k, v in row.items() if k is not None} for row in found]
     names = {name: re.sub(r"\s+", "_", name.strip().lower()) for name in rows[0]}
+    _check_names(uri, list(names.values()))
     for name, plain in list(names.items()):
         ours = (renamed or {}).get(plain)
         if ours and ours not in names.values():
             names[name] = ours
     whole = {name for name in names if _is_whole([row[name] for row in rows])}
     return [{plain: row[name].removesuffix(".0" * (name in whole)) for name, plain in names.items()} for row in rows]
+
+
+def _check_names(uri: str, names: Sequence[str]) -> None:
+    twice = next((name for name, count in Counter(filter(None, names)).items() if count > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{uri}: two columns are called {twice!r}; rename or remove one")
 
 
 def _value(value: Any) -> str:
@@ -67,10 +76,12 @@ def _is_whole(values: list[str]) -> bool:
 
 
 def _text(uri: str, content: bytes) -> str:
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return content.decode("utf-16", errors="replace")
-    if b"\0" in content:  # a workbook of Excel, what is packed, UTF-16 without its mark
+    is_utf_16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+    text = content.decode("utf-16" if is_utf_16 else "utf-8-sig", errors="replace")
+    if "\0" in text:  # a workbook of Excel, what is packed, UTF-16 without its mark, UTF-32
         raise ConfigError(f"{uri}: no table of text; save it as CSV in UTF-8, or as Parquet")
+    if is_utf_16:
+        return text
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -80,10 +91,15 @@ def _text(uri: str, content: bytes) -> str:
 
 def _of_text(uri: str, text: str) -> list[dict[Any, Any]]:
     text = text.lstrip("\r\n")
+    told = _TOLD.match(text)
+    text = text[told.end() :] if told else text
     header = text.partition("\n")[0]
-    separator = max(_SEPARATORS, key=header.count)
+    separator = told[1] if told else max(_SEPARATORS, key=header.count)
     csv.field_size_limit(sys.maxsize)  # a mask or an annotation may stand in a field
     try:
-        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
+        # Strictly, or a quote that nobody closes would take all further rows along.
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        _check_names(uri, reader.fieldnames or ())
+        return list(reader)
     except csv.Error as error:
         raise ConfigError(f"{uri}: no table ({error}); save it as CSV") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -133,7 +132,7 @@ def _open_series(
     from streaming.slide.dicom_series import read_series
 
     slide, ranges = read_series(files, place.options, count)
-    return _blocked(storage.join(posixpath.dirname(uri), slide.objects[0].name), place, slide, ranges, mpp)
+    return _blocked(storage.beside(uri, slide.objects[0].name), place, slide, ranges, mpp)
 
 
 def _blocked(uri: str, place: storage.Place, slide: BlockedSlide, ranges: Ranges, mpp: float | None) -> BlockSlide:
@@ -150,7 +149,7 @@ def _ranges_of(place: storage.Place, index: BlockIndex) -> Ranges:
 
     def opened(entry: SlideObject) -> Ranges:
         tag = storage.BY_SIZE if place.by_size else entry.tag
-        ranges = open_ranges(storage.join(posixpath.dirname(place.uri), entry.name), place.options, tag, entry.size)
+        ranges = open_ranges(storage.beside(place.uri, entry.name), place.options, tag, entry.size)
         assert ranges is not None, "only slides whose ranges can be read have an index"
         return ranges
 

@@ -116,7 +116,7 @@ def sort_objects(
             if isinstance(instance, SlideError):
                 broken[info.uri] = instance
             else:
-                folder = posixpath.dirname(info.uri)
+                folder = storage.folder_of(info.uri)
                 series.setdefault((folder, instance.series), []).append((instance, info))
     slides: list[Series] = []
     for found in series.values():
@@ -175,7 +175,7 @@ def read_series(
         levels = list(pool.map(lambda level: _level(level, [bases[part] for part in level]), grouped))
     for part in every:
         count.add(part.count)
-    folder = posixpath.dirname(parts[0].info.uri)
+    folder = storage.folder_of(parts[0].info.uri)
     objects = tuple(
         SlideObject(part.info.uri.removeprefix(folder + "/"), part.info.size, part.ranges.tag) for part in parts
     )

@@ -1,6 +1,16 @@
 """From a URI and its options to bytes: the one seam between object stores and the rest."""
 
-from streaming.storage.addresses import canonical, is_local, join, local_path, name_of, shortened, shown
+from streaming.storage.addresses import (
+    beside,
+    canonical,
+    folder_of,
+    is_local,
+    join,
+    local_path,
+    name_of,
+    shortened,
+    shown,
+)
 from streaming.storage.clients import StorageOptions
 from streaming.storage.files import Current
 from streaming.storage.local_files import whole_file
@@ -42,9 +52,11 @@ __all__ = [
     "StorageOptions",
     "TableFile",
     "answer_soon",
+    "beside",
     "canonical",
     "exists",
     "expand",
+    "folder_of",
     "identified",
     "is_local",
     "join",

@@ -107,6 +107,16 @@ def join(uri: str, *names: str) -> str:
     return posixpath.join(uri.rstrip("/") or uri[:1], *names)
 
 
+def folder_of(uri: str) -> str:
+    """The folder that a file's URI names it in; of S3's `a//b`, `a/`."""
+    return uri.rpartition("/")[0]
+
+
+def beside(uri: str, name: str) -> str:
+    """The URI of a file in the folder of another one."""
+    return f"{folder_of(uri)}/{name}"
+
+
 def shortened(name: str) -> str:
     """The beginning of a name that has room for what is put behind it: most disks allow 255 bytes."""
     return name.encode()[:_NAME_NBYTES].decode(errors="ignore")

@@ -17,7 +17,13 @@ from urllib.parse import urljoin
 
 import obstore
 from fsspec.utils import glob_translate
-from obstore.exceptions import AlreadyExistsError, PermissionDeniedError, PreconditionError, UnauthenticatedError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
 
 from streaming.errors import MissingError
 from streaming.storage import addresses, trouble
@@ -83,13 +89,8 @@ class ObjectFiles:
     def current(self, uri: str) -> Current:
         bucket, key = bucket_at(uri, self.options)
 
-        def opened() -> Current:
-            found = obstore.get(bucket.store, key)
-            version = {name: found.meta[name] for name in ("e_tag", "version") if found.meta[name]}
-            return Current(found.bytes().to_bytes(), version)
-
         try:
-            return bucket.ask(uri, opened)[0]
+            return bucket.ask(uri, lambda: _current(bucket, key))[0]
         except MissingError:
             return Current(None, None)
 
@@ -109,6 +110,14 @@ class ObjectFiles:
                 if current.version is None:
                     raise  # no bucket
                 return False
+            except BaseError as error:
+                if not trouble.takes_no_conditions(error):
+                    raise
+                # What another process writes between these two lines is lost.
+                with contextlib.suppress(FileNotFoundError):
+                    if _current(bucket, key).version != current.version:
+                        return False
+                obstore.put(bucket.uploads, key, content, use_multipart=False)
             return True
 
         return bucket.ask(uri, replaced)[0]
@@ -274,6 +283,12 @@ def _stat(bucket: Bucket, key: str, uri: str) -> ObjectInfo:
         return ObjectInfo(uri, found["ContentLength"], object_version(found.get("ETag"), found.get("LastModified")))
     meta = head(bucket, key)
     return ObjectInfo(uri, meta["size"], object_version(meta["e_tag"], meta["last_modified"]))
+
+
+def _current(bucket: Bucket, key: str) -> Current:
+    found = obstore.get(bucket.store, key)
+    version = {name: found.meta[name] for name in ("e_tag", "version") if found.meta[name]}
+    return Current(found.bytes().to_bytes(), version)
 
 
 def _read(bucket: Bucket, key: str) -> bytes:

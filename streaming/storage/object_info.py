@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import posixpath
 from dataclasses import dataclass, field
 from datetime import datetime
 
 from streaming.errors import StorageError
-from streaming.storage.addresses import is_plain, name_of
+from streaming.storage.addresses import folder_of, is_plain, name_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def relative_name(file: ObjectInfo, main: ObjectInfo) -> str:
     """
     if file.uri == main.uri:
         return name_of(file.uri)
-    name = file.uri.removeprefix(posixpath.dirname(main.uri) + "/")
+    name = file.uri.removeprefix(folder_of(main.uri) + "/")
     if not is_plain(name) or name.startswith("/") or "://" in name:
         raise StorageError(f"{file.uri}: its name leads out of the folder of {main.uri}; rename it")
     return name

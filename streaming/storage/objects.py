@@ -79,12 +79,15 @@ def expand(
         # Some tools put an empty object beside the "folder" of its name.
         if info.size or is_local(uri) or not _beside(files, uri):
             return [info], True
-    if glob.has_magic(uri):
+    try:
+        found, _ = files.below(uri, deep=True)
+    except MissingError:
+        # Only now, for a folder may be called `a [1]`.
+        if not glob.has_magic(uri):
+            raise
         found = files.matching(uri)
         if not found:
-            raise MissingError(f"{uri}: no file matches; check the pattern (and quote it for the shell)")
-    else:
-        found, _ = files.below(uri, deep=True)
+            raise MissingError(f"{uri}: no file matches; check the pattern (and quote it for the shell)") from None
     return sorted(found, key=lambda info: info.uri), False
 
 
@@ -150,7 +153,8 @@ def read_current(uri: str, storage_options: StorageOptions | None = None) -> Cur
 def replace(uri: str, current: Current, content: bytes, storage_options: StorageOptions | None = None) -> bool:
     """Writes an object if it still is as it was when it was read, and says whether it was.
 
-    Disks, S3, Azure and Google compare both in one step. What only fsspec knows can't: there it is written anyway.
+    Disks, S3, Azure and Google compare both in one step; S3's likes that refuse to, in two. What only fsspec knows
+    can't: there it is written anyway.
 
     Raises:
         StorageError: it can't be written.

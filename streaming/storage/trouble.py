@@ -129,6 +129,11 @@ def throttles(error: BaseException) -> bool:
     return _status(error) in ("429", "503")
 
 
+def takes_no_conditions(error: BaseException) -> bool:
+    """Whether a storage that was to write an object if it is as it was knows of no such thing."""
+    return _status(error) == "501"
+
+
 def has_expired(error: BaseException) -> bool:
     """Whether new credentials would help."""
     return _rule(error) is _EXPIRED

@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import json
 import math
-import posixpath
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -227,7 +226,7 @@ def _of_export(source: str, options: storage.StorageOptions | None) -> Model:
 def _of_weights(file: str, source: str, options: storage.StorageOptions | None, num_heads: int | None = None) -> Model:
     """A backbone whose shape its weights tell."""
     weights = timm_names(starting_weights.read_weights(file, options))
-    beside = storage.join(posixpath.dirname(file), _NORMALISATION)
+    beside = storage.beside(file, _NORMALISATION)
     try:
         wanted = json.loads(storage.read_bytes(beside, options))
         mean, std = (tuple(map(float, wanted[key])) for key in ("image_mean", "image_std"))

@@ -6,10 +6,11 @@ import gzip
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import boto3
 import pyarrow.parquet as pq
 import pytest
 
@@ -22,6 +23,7 @@ from streaming.storage.staging import Staging
 from streaming.synthetic.layout import SyntheticSlide
 from streaming.synthetic.svs import write_slide
 from tests.cloud_servers import Options, azurite, fake_gcs, make_bucket
+from tests.faulty_server import FaultyServer
 from trainer.cli import main
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -127,6 +129,47 @@ def test_a_file_is_replaced_by_one_of_those_who_have_read_it(
             assert sorted(written) == [False, False, False, True]
     storage.remove(uri, options)
     assert not storage.replace(uri, seen[0], b"x", options)
+
+
+class NoConditions(FaultyServer):
+    """An S3 that writes nothing on a condition, as some others than Amazon's are."""
+
+    def answer(
+        self, command: str, path: str, headers: Mapping[str, str], content: bytes
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        if {name.lower() for name in headers} & {"if-match", "if-none-match"}:
+            return 501, {"Content-Length": "0"}, b""
+        return super().answer(command, path, headers, content)
+
+
+def test_a_bucket_that_knows_no_conditions_takes_catalogs_and_keeps_what_others_wrote(
+    folder: Path, s3_bucket: str
+) -> None:
+    with NoConditions(os.environ["AWS_ENDPOINT_URL"]) as server:
+        options, out = {"endpoint_url": server.url}, f"{s3_bucket}/no-conditions"
+        for name in ("a", "b"):
+            build_catalog([str(folder / f"{name}.svs")], out, options=options)
+        assert len(Catalog.load(out, options)) == 2
+        uri = f"{out}/slides.parquet"
+        seen = storage.read_current(uri, options)
+        assert storage.replace(uri, seen, b"other", options)
+        assert not storage.replace(uri, seen, b"late", options)
+        assert not storage.replace(uri, storage.Current(None, None), b"late", options)
+        assert storage.read_bytes(uri, options) == b"other"
+
+
+def test_slides_of_any_key_are_read_from_their_catalog(s3_bucket: str, slides: list[Path], tmp_path: Path) -> None:
+    keys = ["a//b.svs", "//c.svs", "../d.svs", "./e.svs", "f [1]/g#h?i+j.svs", "ü%20.svs", "k", "k/l.svs"]
+    client = boto3.client("s3", region_name="us-east-1")
+    for key in keys:
+        content = b"" if key == "k" else slides[0].read_bytes()  # an empty object stands for its folder
+        client.put_object(Bucket="tiles", Key=f"any/{key}", Body=content)
+    build_catalog([f"{s3_bucket}/any"], str(tmp_path / "catalog"))
+    catalog = Catalog.load(str(tmp_path / "catalog"))
+    assert {*catalog.slides()} == {f"{s3_bucket}/any/{key}" for key in keys} - {f"{s3_bucket}/any/k"}
+    for row in range(len(catalog)):
+        with contextlib.closing(catalog.open_slide(row)) as slide:
+            assert slide.read_tile(0, 0, 0.25, 64).shape == (64, 64, 3)
 
 
 def test_damaged_notes_of_what_was_passed_over_are_begun_anew(
@@ -253,8 +296,13 @@ def test_options_that_a_preview_alone_would_pass_over_are_refused(
 
 @pytest.mark.parametrize(
     "content",
-    [b"PK\x03\x04\x14\x00\x06,\xff", gzip.compress(b"slide,x\na,b\n"), "slide,x\na,b\n".encode("utf-16-le")],
-    ids=["workbook", "gzip", "utf-16 without its mark"],
+    [
+        b"PK\x03\x04\x14\x00\x06,\xff",
+        gzip.compress(b"slide,x\na,b\n"),
+        "slide,x\na,b\n".encode("utf-16-le"),
+        "slide,x\na,b\n".encode("utf-32"),
+    ],
+    ids=["workbook", "gzip", "utf-16 without its mark", "utf-32"],
 )
 def test_a_table_that_is_no_text_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "m.xlsx").write_bytes(content)
@@ -273,6 +321,25 @@ def test_metadata_is_read_whatever_program_wrote_it(
     expected = {"0012": {"patient": "0012", "organ": "Zäpfchen"}, "0013.svs": {"patient": "0013"}}
     assert read_metadata(str(path), None) == expected
     assert ("cp1252" in capsys.readouterr().err) == (encoding == "cp1252")
+
+
+def test_a_separator_that_is_told_to_excel_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_bytes(b"sep=|\r\nslide|organ, site\r\na|x, y\r\n")
+    assert read_metadata(str(tmp_path / "m.csv"), None) == {"a": {"organ,_site": "x, y"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('slide,patient\n"a,p1\nb,p2\n', "unexpected end of data"),
+        ("slide,patient,patient\na,p1,p2\n", "two columns are called 'patient'"),
+        ("slide,Patient,patient\na,p1,p2\n", "two columns are called 'patient'"),
+    ],
+)
+def test_a_table_of_which_rows_or_columns_would_be_lost_is_refused(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "m.csv").write_text(text)
+    with pytest.raises(ConfigError, match=told):
+        read_metadata(str(tmp_path / "m.csv"), None)
 
 
 def test_every_file_that_is_seen_is_counted_and_named(

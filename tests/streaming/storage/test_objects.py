@@ -25,7 +25,7 @@ def names(uri: str) -> list[str]:
 
 
 def test_a_folder_a_glob_and_a_file_expand_to_their_objects_locally_and_on_s3(s3_bucket: str, tmp_path: Path) -> None:
-    keys = ("b.svs", "a.svs", "deep/c.tiff", "deep/[1].svs")
+    keys = ("b.svs", "a.svs", "deep/c.tiff", "deep/[1].svs", "of [1]/d.svs")
     put(s3_bucket, *[f"expand/{key}" for key in keys], "expand/empty/")
     for key in keys:
         (tmp_path / key).parent.mkdir(exist_ok=True)
@@ -33,13 +33,15 @@ def test_a_folder_a_glob_and_a_file_expand_to_their_objects_locally_and_on_s3(s3
     for root in (str(tmp_path), f"{s3_bucket}/expand"):
         assert [i.uri for i in storage.expand(root)[0]] == sorted(f"{root}/{key}" for key in keys)
         assert [i.uri for i in storage.expand(f"{root}/*.svs")[0]] == [f"{root}/a.svs", f"{root}/b.svs"]
-        assert len(storage.expand(f"{root}/**/*.svs")[0]) == 3
+        assert len(storage.expand(f"{root}/**/*.svs")[0]) == 4
         # A name with a glob's characters is that file where it exists.
         (info,), outright = storage.expand(f"{root}/deep/[1].svs")
         assert outright
         assert (info.uri, info.size) == (f"{root}/deep/[1].svs", len("expand/deep/[1].svs"))
         with pytest.raises(StorageError, match="no file matches"):
             storage.expand(f"{root}/*.ndpi")
+        # So is a folder's.
+        assert [i.uri for i in storage.expand(f"{root}/of [1]/")[0]] == [f"{root}/of [1]/d.svs"]
         with pytest.raises(StorageError, match="not found"):
             storage.expand(f"{root}/none")
         assert storage.list_names(f"{root}/deep") == ["[1].svs", "c.tiff"]
