@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -83,7 +81,7 @@ class Bucket:
     def _mend(self, error: BaseException) -> bool:
         """Has the next call read the credentials anew where they ended, or go to the region where the bucket lies."""
         if self.root.startswith(f"{addresses.S3}://") and trouble.is_elsewhere(error):
-            found = self._found_region()
+            found = s3_settings.settings(self.options).region_of(self.root.split("://", 1)[1])
             if found is None or found == self._region:
                 return False
             self._region = found
@@ -92,19 +90,6 @@ class Bucket:
         with self._lock:
             self._stores, self._client, self._settings = {}, None, None
         return True
-
-    def _found_region(self) -> str | None:
-        """Where S3 says that the bucket lies, which it tells whoever asks."""
-        settings = s3_settings.settings(self.options)
-        endpoint = settings.endpoint or "https://s3.amazonaws.com"
-        request = urllib.request.Request(f"{endpoint}/{self.root.split('://', 1)[1]}", method="HEAD")
-        try:
-            with urllib.request.urlopen(request, timeout=10) as answer:
-                return answer.headers["x-amz-bucket-region"]
-        except urllib.error.HTTPError as refusal:
-            return refusal.headers["x-amz-bucket-region"]
-        except OSError:
-            return None
 
 
 _BUCKETS: dict[tuple[str, str], Bucket] = {}

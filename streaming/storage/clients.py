@@ -28,7 +28,6 @@ _NAMES: dict[str, frozenset[str]] = {
 }
 # What decides what a store is, besides its options.
 _VARIABLES = ("AWS_", "GOOGLE_", "AZURE_", "STORAGE_EMULATOR_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
-_CERTIFICATES = ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 
 # So long nothing may come, not even a byte. An answer may take as long as it needs: on a slow line that many readers
 # share, two megabytes take a minute, and to break them off would only make it slower.
@@ -57,7 +56,7 @@ def check(uri: str, options: StorageOptions) -> None:
 
 def environment() -> str:
     """The part of the environment that decides what a store is."""
-    names = (*_VARIABLES, *_CERTIFICATES)
+    names = (*_VARIABLES, *s3_settings.CERTIFICATES)
     return repr(sorted((name, value) for name, value in os.environ.items() if name.upper().startswith(names)))
 
 
@@ -144,10 +143,8 @@ def _security(root: str, options: StorageOptions) -> dict[str, Any]:
     # With its protocol, or else messages would not know a password in it.
     found: dict[str, Any] = {"proxy_url": proxy if "://" in proxy else f"http://{proxy}"} if proxy else {}
     trusted = options.get("verify")
-    if trusted is None and root.startswith(f"{S3}://"):
-        trusted = s3_settings.authorities(options)
     if trusted is None:
-        trusted = next((os.environ[name] for name in _CERTIFICATES if os.environ.get(name)), None)
+        trusted = s3_settings.authorities(options) if root.startswith(f"{S3}://") else s3_settings.certificates()
     if trusted is False:
         return found | {"allow_invalid_certificates": True}
     if trusted is None or trusted is True:

@@ -9,9 +9,12 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 from botocore import UNSIGNED
+from botocore.awsrequest import AWSRequest
 from botocore.config import Config
-from botocore.exceptions import NoCredentialsError, ProfileNotFound
+from botocore.exceptions import BotoCoreError, NoCredentialsError, ProfileNotFound
+from botocore.httpsession import URLLib3Session
 from botocore.session import Session
+from botocore.utils import get_environ_proxies
 
 from streaming.errors import StorageError
 
@@ -27,6 +30,7 @@ OPTIONS = frozenset(
 # What these two of s3fs's may hold: what else they could say reaches no request.
 _CLIENT = frozenset({"region_name", "endpoint_url", "verify"})
 _CONFIG = frozenset({"region_name", "proxies", "s3"})
+CERTIFICATES = ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 _STYLES = ("auto", "path", "virtual")
 # botocore renews what ends within ten minutes before it hands it out, so that this may be kept for less.
 _KEPT_FOR = timedelta(minutes=5)
@@ -103,6 +107,16 @@ class S3Settings:
             "s3", region_name=self.region, endpoint_url=self.endpoint, verify=self.verify, config=config
         )
 
+    def region_of(self, bucket: str) -> str | None:
+        """Where S3 says that a bucket lies, which it tells whoever asks."""
+        url = f"{self.endpoint or 'https://s3.amazonaws.com'}/{bucket}"
+        proxies = {"http": self.proxy, "https": self.proxy} if self.proxy else get_environ_proxies(url)
+        asked = URLLib3Session(verify=True if self.verify is None else self.verify, proxies=proxies, timeout=10)
+        try:
+            return asked.send(AWSRequest("HEAD", url).prepare()).headers.get("x-amz-bucket-region")
+        except BotoCoreError:
+            return None
+
 
 def settings(options: Options, region: str | None = None) -> S3Settings:
     """What options say, then variables, then the profile; `region` goes before all.
@@ -146,7 +160,12 @@ def authorities(options: Options) -> Any:
         if found is not None:
             return found
     # A variable that botocore reads itself, and the profile's `ca_bundle`.
-    return _session(options).get_config_variable("ca_bundle")
+    return _session(options).get_config_variable("ca_bundle") or certificates()
+
+
+def certificates() -> str | None:
+    """The file of certificates that variables name which are not S3's alone."""
+    return next((os.environ[name] for name in CERTIFICATES if os.environ.get(name)), None)
 
 
 def _session(options: Options) -> Session:

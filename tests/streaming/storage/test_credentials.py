@@ -95,6 +95,12 @@ def test_a_profile_says_region_endpoint_addressing_and_authorities(home: Path) -
         storage.stat("s3://bucket/a", {"profile": "lab"})
 
 
+def test_a_bucket_s_region_is_asked_for_through_the_proxy(home: Path) -> None:
+    with FaultyServer(b"", lambda n: "elsewhere", befalls_all=True) as proxy:
+        options = {"endpoint_url": "http://nowhere.invalid", "proxy": proxy.url}
+        assert s3_settings.settings(options).region_of("bucket") == "us-east-1"
+
+
 @pytest.mark.parametrize(
     ("uri", "options", "told"),
     [

@@ -201,6 +201,19 @@ def test_what_passes_costs_nothing(
         assert server.num_broken_off == 0
 
 
+@pytest.mark.parametrize("asked", ASKED)
+def test_certificates_of_a_variable_reach_every_request_and_that_for_the_region(
+    asked: str, places: dict[str, Place], tls: TLS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SSL_CERT_FILE", tls[1])
+    source = source_of("s3", asked, places, b"")
+    with FaultyServer(source, in_turn(["elsewhere"] * 2), befalls_all=True, tls=tls[0]) as server:
+        ASKED[asked](behind(server.url, "s3", places), tmp_path)
+        assert server.num_faults == 2
+
+
 @pytest.mark.parametrize("trouble", LASTING)
 @pytest.mark.parametrize(("store", "asked"), PAIRS)
 def test_what_lasts_is_told_at_once(
