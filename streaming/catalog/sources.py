@@ -123,7 +123,7 @@ def _sorted_dicom(
 
     if outright:
         # The rest of its series lies beside it.
-        beside = storage.list_files(posixpath.dirname(candidates[0].uri), may_be_dicom, options)
+        beside = storage.list_beside(candidates[0].uri, may_be_dicom, options)
         candidates += [o for o in beside if o.uri != candidates[0].uri]
     found = sort_objects(candidates, options)
     named = {o.uri for o in objects}

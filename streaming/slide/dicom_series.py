@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -145,7 +144,7 @@ def series_of(uri: str, options: storage.StorageOptions | None = None) -> tuple[
         StorageError: it does not exist, or its folder can't be listed.
     """
     main = storage.stat(uri, options)
-    beside = storage.list_files(posixpath.dirname(main.uri), may_be_dicom, options)
+    beside = storage.list_beside(main.uri, may_be_dicom, options)
     others = [other for other in beside if storage.name_of(other.uri) != storage.name_of(main.uri)]
     found = sort_objects([main, *others], options)
     if main.uri in found.broken:

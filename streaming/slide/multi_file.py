@@ -60,13 +60,13 @@ def members(uri: str, options: storage.StorageOptions | None = None) -> list[sto
         StorageError: the slide does not exist, or its folder can't be listed.
     """
     main = storage.stat(uri, options)
-    folder, name = posixpath.split(main.uri)
+    name = storage.name_of(main.uri)
     match _suffix(uri):
         case ".mrxs":
             others = storage.list_files(posixpath.splitext(main.uri)[0], lambda _: True, options)
         case ".vms" | ".vmu" if main.size <= _MAX_TEXT:
             named = _NAMED.findall(storage.read_bytes(main.uri, options).decode("utf-8", "replace"))
-            others = storage.list_files(folder, lambda beside: beside in named, options)
+            others = storage.list_beside(main.uri, lambda beside: beside in named, options)
         case _:
             others = []
     return [main, *(other for other in others if storage.name_of(other.uri) != name)]

@@ -18,6 +18,7 @@ from streaming.storage.object_info import ObjectInfo, relative_name
 from streaming.storage.objects import (
     exists,
     expand,
+    list_beside,
     list_files,
     list_names,
     read_bytes,
@@ -60,6 +61,7 @@ __all__ = [
     "identified",
     "is_local",
     "join",
+    "list_beside",
     "list_files",
     "list_names",
     "local_path",

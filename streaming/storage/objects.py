@@ -15,7 +15,7 @@ from typing import BinaryIO, TypeVar
 
 from streaming.errors import MissingError, StorageError
 from streaming.storage import addresses, clients
-from streaming.storage.addresses import is_local, name_of, shown
+from streaming.storage.addresses import folder_of, is_local, name_of, shown
 from streaming.storage.clients import StorageOptions
 from streaming.storage.files import Current, Files
 from streaming.storage.local_files import LocalFiles
@@ -115,12 +115,31 @@ def list_files(
         StorageError: it can't be listed.
     """
     with contextlib.suppress(MissingError):
-        # A key of an object store may be called like the folder above.
-        found, _ = _files(uri, storage_options).below(
-            uri, deep=False, wanted=lambda name: name not in ("", ".", "..") and wanted(name)
-        )
+        found, _ = _files(uri, storage_options).below(uri, deep=False, wanted=_names(wanted))
         return sorted(found, key=lambda info: info.uri)
     return []
+
+
+def list_beside(
+    uri: str, wanted: Callable[[str], bool], storage_options: StorageOptions | None = None
+) -> list[ObjectInfo]:
+    """The files in the folder of another one whose names are wanted, sorted.
+
+    Raises:
+        StorageError: it can't be listed.
+    """
+    folder = folder_of(uri)
+    # Of S3's `a//b` the folder `a/` can't be addressed, but the one above it.
+    is_nameless = folder.endswith("/")
+    with contextlib.suppress(MissingError):
+        found, _ = _files(uri, storage_options).below(folder or "/", deep=is_nameless, wanted=_names(wanted))
+        return sorted((info for info in found if folder_of(info.uri) == folder), key=lambda info: info.uri)
+    return []
+
+
+def _names(wanted: Callable[[str], bool]) -> Callable[[str], bool]:
+    # A key of an object store may be called like the folder above.
+    return lambda name: name not in ("", ".", "..") and wanted(name)
 
 
 def read_bytes(uri: str, storage_options: StorageOptions | None = None) -> bytes:

@@ -19,10 +19,12 @@ from streaming.catalog import Catalog, keeping
 from streaming.catalog.build import build_catalog
 from streaming.catalog.metadata_csv import read_metadata
 from streaming.errors import ConfigError
+from streaming.slide import open_slide
 from streaming.storage.staging import Staging
 from streaming.synthetic.layout import SyntheticSlide
 from streaming.synthetic.svs import write_slide
 from tests.cloud_servers import Options, azurite, fake_gcs, make_bucket
+from tests.dicom_files import write_series
 from tests.faulty_server import FaultyServer
 from trainer.cli import main
 
@@ -170,6 +172,26 @@ def test_slides_of_any_key_are_read_from_their_catalog(s3_bucket: str, slides: l
     for row in range(len(catalog)):
         with contextlib.closing(catalog.open_slide(row)) as slide:
             assert slide.read_tile(0, 0, 0.25, 64).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("place", ["in", "in//", "//in", "[1]", ".."])
+def test_a_series_is_whole_whatever_its_folder_is_called(
+    s3_bucket: str, slides: list[Path], tmp_path: Path, place: str
+) -> None:
+    client = boto3.client("s3", region_name="us-east-1")
+    paths = write_series(tmp_path / "series", slides[0])
+    for path in paths:
+        client.upload_file(str(path), "tiles", f"series/{place}/{path.name}")
+    for number, source in enumerate(("", f"/{place}/{paths[1].name}")):
+        out = str(tmp_path / f"{number}")
+        build_catalog([f"{s3_bucket}/series{source}"], out)
+        found = [Catalog.load(out).open_slide(f"{s3_bucket}/series/{place}/{paths[0].name}")]
+        found.append(open_slide(found[0].uri))
+        for slide in found:
+            with contextlib.closing(slide):
+                assert len(slide.level_dimensions) == 2
+                assert slide.read_tile(0, 0, 1.0, 64).shape == (64, 64, 3)
+    storage.remove(f"{s3_bucket}/series")
 
 
 def test_damaged_notes_of_what_was_passed_over_are_begun_anew(
