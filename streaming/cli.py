@@ -327,6 +327,8 @@ def run_tiles(args: Namespace) -> None:
         raise ConfigError(f"--draws {args.draws}; it is a number of tiles, at least 1")
     options = storage_options(args)
     catalog = Catalog.load(args.catalog, options)
+    if args.views:
+        raise ConfigError("--views: a list has single tiles; leave it out")
     plan = plan_of(args, catalog)
     found = grid_tiles(plan, catalog, args.min_tissue) if args.draws is None else drawn_tiles(plan, args.draws)
     num, slides = write_list(args.out, found, options)
@@ -400,12 +402,16 @@ def _draw(batches: Sequence[Mapping[str, NDArray[Any]]], args: Namespace) -> Non
     """Writes a picture of a step's tiles, in the order of their indices."""
     import numpy as np
 
+    from streaming.reading.batch import tile_columns
     from streaming.show.pictures import mosaic, write_picture
 
-    tiles, index = (np.concatenate([batch[name] for batch in batches]) for name in ("tile", "index"))
-    shown = tiles[np.argsort(index)[:_MOST_SHOWN]]
-    columns = math.ceil(len(shown) ** 0.5)
-    write_picture(args.mosaic, mosaic(list(shown), columns, _SHOWN_PX), storage_options(args))
+    names = tile_columns(batches[0])
+    order = np.argsort(np.concatenate([batch["index"] for batch in batches]))[: _MOST_SHOWN // len(names)]
+    # The views of a place side by side.
+    views = [np.concatenate([batch[name] for batch in batches])[order] for name in names]
+    shown = [tile for place in zip(*views, strict=True) for tile in place]
+    columns = math.ceil(math.ceil(len(shown) ** 0.5) / len(views)) * len(views)
+    write_picture(args.mosaic, mosaic(shown, columns, _SHOWN_PX), storage_options(args))
 
 
 def add_bench(commands: Any) -> None:

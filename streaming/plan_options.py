@@ -13,6 +13,7 @@ from streaming.plan.magnifications import DEFAULT_MPP
 from streaming.plan.plan import MIN_TISSUE
 from streaming.plan.strata import Strata
 from streaming.plan.universe import Universe
+from streaming.plan.views import View
 from streaming.slide.geometry import MAX_UPSAMPLING, MPP_TOLERANCE
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def add_plan_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--mpp", type=magnifications, metavar="LIST", help=f"µm/px, with weights if wanted, or uniform:0.25:2 ({mpp})"
     )
+    views = "in place of --mpp, µm/px of views of one place, around one centre: a sample has a tile of each: 0.5,1.0"
+    parser.add_argument("--views", type=views_of_one_place, metavar="LIST", default=(), help=views)
     parser.add_argument(
         "--mpp-tolerance",
         type=float,
@@ -61,6 +64,15 @@ def add_plan_options(parser: ArgumentParser) -> None:
     group.add_argument("--tiles", metavar="URI", help=listed)
 
 
+def views_of_one_place(text: str) -> tuple[View, ...]:
+    """Views around one centre.
+
+    Raises:
+        ValueError: what is between the commas is no number.
+    """
+    return tuple(View(mpp=float(part), same_centre=number > 0) for number, part in enumerate(text.split(",")))
+
+
 def plan_of(args: Namespace, catalog: Catalog) -> TilePlan:
     """The plan of a command line; what of a list is left out is told on stderr.
 
@@ -72,6 +84,8 @@ def plan_of(args: Namespace, catalog: Catalog) -> TilePlan:
 
     if args.tiles and args.mpp:
         raise ConfigError("--tiles and --mpp: a list has the mpp of its tiles; leave out --mpp")
+    if args.views and args.mpp:
+        raise ConfigError("--views and --mpp: views have their own µm/px; leave out --mpp")
     plan = TilePlan(
         catalog,
         args.seed,
@@ -85,6 +99,7 @@ def plan_of(args: Namespace, catalog: Catalog) -> TilePlan:
         corners=args.corners,
         universe=read_options(args, Universe),
         tiles=args.tiles,
+        views=args.views,
     )
     for line in plan.left_out:
         sys.stderr.write(f"{line}\n")

@@ -24,6 +24,7 @@ from streaming.operate.capacity import (
     StageCosts,
     Surroundings,
     costs_of_size,
+    costs_of_views,
     costs_on_blocks,
     costs_with_jpeg2000,
     costs_without_rule,
@@ -315,6 +316,7 @@ def run_capacity(args: Namespace) -> None:
         tile = costs_without_rule(tile)
     if config.data.corners == "blocks":
         tile = costs_on_blocks(tile, size)
+    tile = costs_of_views(tile, config.data.num_views)
     capacity = plan_capacity(
         tile,
         gpus=gpus,

@@ -27,7 +27,7 @@ from streaming.delivery.rank_batches import rank_batches
 from streaming.delivery.segments import Readers, Source, groups_of
 from streaming.errors import ConfigError, StreamError
 from streaming.plan import TilePlan
-from streaming.reading.batch import Batch
+from streaming.reading.batch import Batch, tile_columns
 from streaming.reading.filters import TileRules
 from streaming.reading.reader import ReaderOptions, TileReader
 
@@ -107,7 +107,7 @@ class TileStream:
         """The stream's parts in Ray's shared memory, one copy a node for all readers."""
         plan, catalog, shape = ray.put(self.plan), ray.put(self.catalog.for_readers()), self.shape
         # Of a tile as large as a scanner's blocks; larger ones have more.
-        requests_per_tile = 1 if self.plan.corners == "blocks" else 2
+        requests_per_tile = (1 if self.plan.corners == "blocks" else 2) * self.plan.num_views
         return Source(
             plan,
             catalog,
@@ -243,10 +243,15 @@ def check_step(step: int, batch: int, index: np.ndarray[Any, np.dtype[np.int64]]
 
 
 def step_digest(batches: Sequence[Batch]) -> str:
-    """SHA-256 of a step's tiles in the order of their indices: the same for any number of ranks and readers."""
+    """SHA-256 of a step's tiles in the order of their indices: the same for any number of ranks and readers.
+
+    Of an index all views, one after another.
+    """
     index = np.concatenate([batch["index"] for batch in batches])
-    tiles = [tile for batch in batches for tile in batch["tile"]]
+    columns = tile_columns(batches[0])
+    samples = [tiles for batch in batches for tiles in zip(*(batch[name] for name in columns), strict=True)]
     digest = hashlib.sha256()
     for at in np.argsort(index):
-        digest.update(np.ascontiguousarray(tiles[at]).data)
+        for tile in samples[at]:
+            digest.update(np.ascontiguousarray(tile).data)
     return digest.hexdigest()

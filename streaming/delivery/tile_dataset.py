@@ -19,6 +19,7 @@ from streaming.delivery.failures import MAX_FAILED_SHARE, FailureBudget
 from streaming.delivery.stream import BatchShape, TileStream
 from streaming.errors import ConfigError, StreamError
 from streaming.plan import TilePlan
+from streaming.reading.batch import tile_columns
 
 # Two plans that give the same for so many indices are taken for the same.
 _COMPARED = 64
@@ -65,8 +66,8 @@ def _place() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-class TileDataset(IterableDataset[torch.Tensor]):
-    """A rank's batches: uint8 (batch / ranks, size, size, 3), step after step.
+class TileDataset(IterableDataset[Any]):
+    """A rank's batches: uint8 (batch / ranks, size, size, 3), step after step; with views so many of them.
 
     Row j of step s is the tile of index `s·batch + rank·batch/ranks + j`. An iterator begins where the last one was
     left, so that a loop that pauses (to validate, or between Lightning's epochs) repeats nothing; after the last step
@@ -83,8 +84,8 @@ class TileDataset(IterableDataset[torch.Tensor]):
         self._stop, self._next = end, start
         self._plan = _mark(stream.plan)
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        """The batches from the next step on; each is a copy, to be written to.
+    def __iter__(self) -> Iterator[Any]:
+        """The batches from the next step on; each is a copy, to be written to. Of a plan with views a tuple, one each.
 
         Raises:
             ConfigError: in a worker of a DataLoader.
@@ -110,7 +111,8 @@ class TileDataset(IterableDataset[torch.Tensor]):
                 )
             self.budget.add(batch)
             self._next += 1
-            yield batch["tile"].clone()
+            first, *others = (batch[name].clone() for name in tile_columns(batch))
+            yield (first, *others) if others else first
 
     def state_dict(self) -> dict[str, Any]:
         """Where it stands: the next step, the same for all ranks, and for other numbers of them."""
@@ -132,5 +134,6 @@ class TileDataset(IterableDataset[torch.Tensor]):
 
 
 def _mark(plan: TilePlan) -> str:
-    """What tells plans, and so catalogs, apart: the first tiles."""
-    return hashlib.sha256(repr([plan[index] for index in range(_COMPARED)]).encode()).hexdigest()[:16]
+    """What tells plans, and so catalogs, apart: the first tiles, and the views."""
+    tiles = [plan[index] for index in range(_COMPARED)]
+    return hashlib.sha256(repr((tiles, plan.views) if plan.views else tiles).encode()).hexdigest()[:16]

@@ -88,6 +88,21 @@ def costs_of_size(costs: StageCosts, size: int) -> StageCosts:
     return replace(costs, **area, tile_nbytes=costs.tile_nbytes * side**2, requests=costs.requests * (side + 1) / 2)
 
 
+def costs_of_views(costs: StageCosts, num_views: int) -> StageCosts:
+    """Costs of a tile, for samples that have a tile of each of so many views."""
+    names = (
+        "reader_cpu_s",
+        "rule_cpu_s",
+        "transport_cpu_s",
+        "consumer_s",
+        "requests",
+        "nbytes",
+        "tile_nbytes",
+        "blocks",
+    )
+    return replace(costs, **{name: getattr(costs, name) * num_views for name in names})
+
+
 def costs_on_blocks(costs: StageCosts, size: int) -> StageCosts:
     """Costs of tiles of that side that begin anywhere, for those that begin on blocks, of 256 px.
 

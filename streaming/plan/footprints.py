@@ -46,15 +46,17 @@ class Footprint:
     """the slide's width and height in level-0 pixels"""
     bounds: tuple[Ints, Ints, Ints, Ints]
     """x, y, width and height of what was scanned, in level-0 pixels"""
+    multiples: Floats | float = 1.0
+    """of how many of its pixels a tile's corner is a multiple, along each axis"""
 
     @property
     def step(self) -> Floats:
-        """Level-0 pixels of which a tile's corner is a multiple: whole pixels of the tile.
+        """Level-0 pixels of which a tile's corner is a multiple: whole pixels of the tile, or `multiples` of these.
 
         Then blocks can be decoded at 1/2, 1/4 or 1/8, and no pixel of a tile is shifted by a part of one.
         """
         resampled = np.maximum(1, np.rint(self.mpp / self.slide_mpp))
-        return np.where(self.reduction > 0, self.downsample * self.reduction, resampled)
+        return np.where(self.reduction > 0, self.downsample * self.reduction, resampled) * self.multiples
 
     def is_bounded(self, axis: int) -> NDArray[np.bool_]:
         """Whether a part of the slide was scanned only, along an axis (0: x)."""

@@ -132,6 +132,10 @@ class ListDraws:
         known = self._slide * len(self.magnifications) + self._mpp_row
         return self._footprints(np.searchsorted(known, specs.slide.astype(np.int64) * len(self.magnifications) + row))
 
+    def around(self, specs: TileSpecs) -> list[tuple[TileSpecs, Footprint]]:
+        del specs
+        return []
+
     def _footprints(self, group: Indices) -> Footprint:
         slide, mpp = self._slide[group], self._mpp[group]
         return self._geometry.footprint(mpp, slide, self._level[group], self._reduction[group])

@@ -17,6 +17,7 @@ from streaming.plan.decisions import Decision
 from streaming.plan.footprints import Corners, Footprint, corner_anywhere, corner_on_blocks
 from streaming.plan.slide_choice import MAX_TRIES, Choice, SlideChooser
 from streaming.plan.specs import Pairs, TileSpecs
+from streaming.plan.views import aligned, around, centred, of_slides
 
 # So many tiles are drawn at once: bounds what is mapped of a large catalog's tissue, some 50 KB a tile.
 _MAX_DRAW = 2048
@@ -81,10 +82,20 @@ class TissueDraws:
         row = np.searchsorted(self._chooser.mpp_values, specs.mpp)
         return self._chooser.footprints.at(row, specs.slide)
 
+    def around(self, specs: TileSpecs) -> list[tuple[TileSpecs, Footprint]]:
+        if (views := self._chooser.views) is None:
+            return []
+        first, of_views = self.footprint(specs), of_slides(views, specs.slide)
+        mpps: list[float] = views.mpp_values.tolist()
+        return [(around(specs, first, view, mpp), view) for view, mpp in zip(of_views, mpps, strict=True)]
+
     def pairs(self) -> Pairs:
-        costs = self._chooser.pixels_read()
+        mpp_values, costs = self._chooser.mpp_values, self._chooser.pixels_read()
+        if (views := self._chooser.views) is not None:
+            mpp_values = np.concatenate([mpp_values, views.mpp_values])
+            costs = np.concatenate([costs, views.pixels_read() * (costs > 0)])
         row, slide = np.nonzero(costs)
-        return Pairs(slide, self._chooser.mpp_values[row], costs[row, slide])
+        return Pairs(slide, mpp_values[row], costs[row, slide])
 
     def specs(self, index: Indices, attempt: NDArray[np.int32]) -> TileSpecs:
         choice = self._chooser.choose(index)
@@ -98,10 +109,11 @@ class TissueDraws:
                 mpp = self.magnifications[choice.mpp_row]
                 own = self._chooser.footprints.at(choice.mpp_row, slide).mpp
                 return TileSpecs(index, attempt, slide, x, y, mpp, own, self._size)
-        mpp = f"{self.magnifications[choice.mpp_row[pending[0]]]:.4g}"
+        mpp, views = f"{self.magnifications[choice.mpp_row[pending[0]]]:.4g}", self._chooser.views
+        remedy = "take other views (data.views, --views)" if views else f"take {mpp} out of the mpp (data.mpp, --mpp)"
+        what = f"no tile of {self._min_tissue:.0%} tissue at {mpp} µm/px{' and in all views' if views else ''}"
         raise PlanError(
-            f"index {index[pending[0]]}: no tile of {self._min_tissue:.0%} tissue at {mpp} µm/px in {MAX_TRIES} draws; "
-            f"take {mpp} out of the mpp (data.mpp, --mpp), or lower data.min_tissue of a training"
+            f"index {index[pending[0]]}: {what} in {MAX_TRIES} draws; {remedy}, or lower data.min_tissue of a training"
         )
 
     def _draw(self, choice: Choice, attempt: NDArray[np.int32], trial: int) -> _Places:
@@ -120,7 +132,9 @@ class TissueDraws:
             return unit(hashed_further(drawn, decision))
 
         slide = self._chooser.slides(choice, attempt, trial)
-        footprint = self._chooser.footprints.at(choice.mpp_row, slide)
+        footprint, views = self._chooser.footprints.at(choice.mpp_row, slide), of_slides(self._chooser.views, slide)
+        if views:
+            footprint = aligned(footprint, views)
         cells, sums = self._tissue.grids(*self._grids(slide))
         cell = self._drawn_cell(slide, number(Decision.CELL), cells, sums)
         column, row = cell % self._columns[slide], cell // self._columns[slide]
@@ -132,8 +146,11 @@ class TissueDraws:
             at_x = corner_on_blocks(footprint, 0, x_point, number(Decision.BLOCK_X), number(Decision.IN_BLOCK_X))
             at_y = corner_on_blocks(footprint, 1, y_point, number(Decision.BLOCK_Y), number(Decision.IN_BLOCK_Y))
             x, y = np.where(footprint.has_grid(0), at_x, x), np.where(footprint.has_grid(1), at_y, y)
-        share = self._tissue_share(slide, x, y, footprint, cells)
-        return _Places(slide, x, y, share >= self._min_tissue)
+        on_tissue = self._tissue_share(slide, x, y, footprint, cells) >= self._min_tissue
+        for view in views:
+            corner = centred(footprint, view, x), centred(footprint, view, y)
+            on_tissue &= self._tissue_share(slide, *corner, view, cells) >= self._min_tissue
+        return _Places(slide, x, y, on_tissue)
 
     def _grids(self, slide: NDArray[np.int32]) -> tuple[Indices, Indices]:
         """Where the tissue of some slides lies, each once: the first cells, and how many."""

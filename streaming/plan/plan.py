@@ -6,7 +6,7 @@ No state, no I/O, no pass over the data: that is what makes a stream shuffled, r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, get_args
 
@@ -25,6 +25,7 @@ from streaming.plan.slide_choice import SlideChooser
 from streaming.plan.specs import Pairs, TileSpec, TileSpecs
 from streaming.plan.strata import Strata, of_cohorts
 from streaming.plan.universe import HeldOut, ShuffleQuality, Universe, shuffle_quality
+from streaming.plan.views import View, check_views
 from streaming.slide.geometry import MANY_PIXELS, MAX_UPSAMPLING, MPP_TOLERANCE
 
 # Past this, two of the reductions 1, 2, 4 and 8 would serve one magnification.
@@ -78,6 +79,10 @@ class Draws(Protocol):
         """What tiles cover."""
         ...
 
+    def around(self, specs: TileSpecs) -> list[tuple[TileSpecs, Footprint]]:
+        """The further views of tiles, and what they cover; none where there are no views."""
+        ...
+
     def pairs(self) -> Pairs:
         """All slides at all magnifications that are drawn of them."""
         ...
@@ -112,10 +117,12 @@ class TilePlan:
     it can, where the catalog knows them. universe bounds what is drawn, and how (None: any tile of all slides, each
     index by itself); held_out keeps patients out of it (None: nobody). tiles is a list of tiles that are drawn instead
     of any on tissue: a Parquet file with the columns slide, x, y, mpp, and if wanted weight or cluster
-    (`streaming.plan.list_packing`); then mpp and min_tissue say nothing, and there are no strata.
+    (`streaming.plan.list_packing`); then mpp and min_tissue say nothing, and there are no strata. views are scales at
+    which each place is looked at (none: one, by mpp); then mpp says nothing: `plan[i]` is the first view, `views_of`
+    gives all, and each view of a place is on enough tissue, of a slide that serves them all.
 
     Raises:
-        ConfigError: weights, size or shares make no sense.
+        ConfigError: weights, size, shares or views make no sense.
         PlanError: no slide of the catalog can serve a magnification or stratum.
     """
 
@@ -135,6 +142,7 @@ class TilePlan:
         universe: Universe | None = None,
         held_out: HeldOut | None = None,
         tiles: str | None = None,
+        views: Sequence[View] = (),
     ) -> None:
         if size < 1:
             raise ConfigError(f"tile size is {size} px; it must be at least 1")
@@ -146,6 +154,8 @@ class TilePlan:
             raise ConfigError(f"max_upsampling is {max_upsampling}; it must be at least 1")
         if corners not in get_args(Corners):
             raise ConfigError(f"corners are {corners!r}; take one of {', '.join(get_args(Corners))}")
+        check_views(views)
+        self.views = tuple(views)
         self.seed = seed
         self.size = size
         self.mpp_tolerance = mpp_tolerance
@@ -160,12 +170,13 @@ class TilePlan:
         self._draws: Draws
         strata = of_cohorts(cohorts, strata or Strata())
         if tiles is None:
+            first, others = {view.mpp: 1.0 for view in views[:1]} or mpp, [view.mpp for view in views[1:]]
             chooser = SlideChooser(
-                catalog, seed, mpp, size, strata, max_upsampling, mpp_tolerance, self.universe, held_out
+                catalog, seed, first, size, strata, max_upsampling, mpp_tolerance, self.universe, held_out, others
             )
             self._draws = TissueDraws(catalog, chooser, size, min_tissue, corners)
         else:
-            _check_alone(tiles, strata, corners)
+            _check_alone(tiles, strata, corners, views)
             of_list = packed_list(tiles, catalog, size, mpp_tolerance, max_upsampling)
             self._draws = ListDraws(catalog, of_list, seed, size, mpp_tolerance, self.universe, held_out)
 
@@ -228,15 +239,28 @@ class TilePlan:
         """How well batches are mixed, each the slides of its tiles: int32 (batch,), rows of the catalog."""
         return shuffle_quality(batches, self._draws.shares, self._draws.patients)
 
+    @property
+    def num_views(self) -> int:
+        """Tiles of a sample."""
+        return max(1, len(self.views))
+
+    def views_of(self, specs: TileSpecs) -> list[TileSpecs]:
+        """All views of the places that tiles are the first view of, these before the others; without views, these."""
+        return [specs, *(view for view, _ in self._draws.around(specs))]
+
     def slides_of(self, index: Indices) -> NDArray[np.int32]:
         """The slides of sample indices, int32 (n,): rows of the catalog."""
         return self.specs(index).slide
 
     def block_costs(self, index: Indices) -> BlockCosts | None:
-        """What sample indices, int64 (n,), cost on average; None where OpenSlide reads all of their slides."""
-        specs = self.specs(index)
-        footprint = self._draws.footprint(specs)
-        columns, rows = footprint.num_blocks(0, specs.x), footprint.num_blocks(1, specs.y)
+        """What a tile of sample indices, int64 (n,), costs on average; None where OpenSlide reads all of their slides.
+
+        With views, a tile of each.
+        """
+        specs, found = self.specs(index), list[tuple[Indices, Indices]]()
+        for view, footprint in [(specs, self._draws.footprint(specs)), *self._draws.around(specs)]:
+            found.append((footprint.num_blocks(0, view.x), footprint.num_blocks(1, view.y)))
+        columns, rows = (np.concatenate(of_axis) for of_axis in zip(*found, strict=True))
         known = rows > 0
         if not known.any():
             return None
@@ -289,9 +313,10 @@ class TilePlan:
         return self._draws.specs(index, attempt)
 
 
-def _check_alone(tiles: str, strata: Strata, corners: Corners) -> None:
+def _check_alone(tiles: str, strata: Strata, corners: Corners, views: Sequence[View]) -> None:
     """Refuses what a list decides by itself."""
     given = {
+        "views (data.views, --views)": bool(views),
         "strata or cohorts (data.strata, --strata, data.cohorts, --cohorts)": bool(strata.columns),
         f"corners {corners} (data.corners, --corners)": corners != "anywhere",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -64,7 +65,8 @@ class SlideChooser:
     """Chooses among a catalog's slides by the weights of magnifications and strata, within a universe.
 
     As it is, an index draws its magnification, then a slide that serves it. Within windows, or of a bounded number of
-    tiles, it draws a slide, then one of its tiles, which has a magnification that the slide serves.
+    tiles, it draws a slide, then one of its tiles, which has a magnification that the slide serves. A slide must serve
+    `views`, further µm/px, as well.
 
     Raises:
         ConfigError: weights make no sense.
@@ -82,6 +84,7 @@ class SlideChooser:
         mpp_tolerance: float,
         universe: Universe,
         held_out: HeldOut | None,
+        views: Sequence[float] = (),
     ) -> None:
         universe.check_ends()
         self._seed, self._universe, self._uri = seed, universe, catalog.uri
@@ -95,7 +98,14 @@ class SlideChooser:
         self.footprints = Footprints.of_slides(geometry, self.mpp_values, mpp_tolerance)
         is_fine = is_fine_enough(geometry.mpp, self.mpp_values[:, None], max_upsampling, mpp_tolerance)
         has_tissue = catalog.column("tissue_total") > 0
-        self._serves = self.footprints.fit() & has_tissue & is_fine & self._chosen
+        fits = self.footprints.fit()
+        self.views = Footprints.of_slides(geometry, np.array(views), mpp_tolerance) if views else None
+        """what further views cover"""
+        if self.views:
+            fits &= self.views.fit().all(axis=0)
+            for mpp_of_view in views:
+                is_fine &= is_fine_enough(geometry.mpp, np.array(mpp_of_view), max_upsampling, mpp_tolerance)
+        self._serves = fits & has_tissue & is_fine & self._chosen
         self._is_fine: NDArray[np.bool_] = cast(Any, is_fine.any(axis=0))
         self._has_tissue = has_tissue
         self._check_magnifications(size, max_upsampling)
@@ -117,6 +127,14 @@ class SlideChooser:
         for row, mpp in enumerate(self.mpp_values):
             if not self._serves[row].any():
                 finest = self.footprints.geometry.mpp[self._chosen].min()
+                if self.views:
+                    mpps = ", ".join(f"{view:.4g}" for view in (mpp, *self.views.mpp_values))
+                    raise PlanError(
+                        f"{self._uri}: none of its {int(self._chosen.sum())} slides can give {size} px tiles at all of "
+                        f"{mpps} µm/px (too small, too coarse, or no tissue; the finest has {finest:g} µm/px, and is "
+                        f"enlarged {max_upsampling:g} times at most: data.max_upsampling, --max-upsampling); take "
+                        f"other views (data.views, --views){self._or_more_slides}"
+                    )
                 raise PlanError(
                     f"{self._uri}: none of its {int(self._chosen.sum())} slides can give a {size} px tile at {mpp:.4g} "
                     f"µm/px (too small, too coarse, or no tissue; the finest has {finest:g} µm/px, and is enlarged "

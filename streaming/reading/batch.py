@@ -10,10 +10,14 @@ Arrow table, and makes NumPy columns of that again:
 | `counters` | {name: number} of the whole batch in the first row, None in the others       | struct or null  |
 
 The counters of a batch are the sum over its rows, however batches were cut on the way.
+
+With views, a sample is a row as well: the columns `tile`, `x`, `y` and `mpp` are of its first view, those of the second
+are called `tile_1` and so on (`of_view`). `filtered`, `failures` and `turned_down` are of the sample.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -41,6 +45,17 @@ class Failure:
     index: int
     slide: str
     reason: str
+
+
+def of_view(column: str, view: int) -> str:
+    """What a column of a view is called, the first of which is 0."""
+    return f"{column}_{view}" if view else column
+
+
+def tile_columns(batch: Mapping[str, Any]) -> list[str]:
+    """The columns of a batch that hold tiles, one a view."""
+    views = itertools.takewhile(lambda view: of_view("tile", view) in batch, itertools.count())
+    return [of_view("tile", view) for view in views]
 
 
 def pack_failures(failures: Sequence[Sequence[tuple[str, str]]]) -> NDArray[Any]:

@@ -1,7 +1,7 @@
 """One batch on its way from sample indices to tiles, those replaced that can't be read or are turned down.
 
 Tiles are decoded as their bytes come, and a replacement is asked for while others are still on their way: which tile an
-index gets depends on neither.
+index gets depends on neither. With views, a sample is decoded when the bytes of all have come, and replaced as a whole.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from streaming.counters import Counters
 from streaming.errors import SlideError, StorageError, StreamError
 from streaming.plan import TilePlan
-from streaming.plan.plan import TileSpecs
-from streaming.reading.batch import Batch, pack_replaced
+from streaming.reading.batch import Batch, of_view, pack_replaced
 from streaming.reading.filters import TileRules
 from streaming.reading.isolated import IsolatedPool
 from streaming.reading.slide_pool import SlidePool
@@ -65,18 +64,18 @@ class BatchReading:
         n, size = len(index), plan.size
         self._plan, self._rules, self._pool, self._count = plan, rules, pool, count
         self._index, self._attempt = index, np.zeros(n, np.int32)
-        self._tiles = np.empty((n, size, size, 3), dtype=np.uint8)
-        self._columns: Batch = {
-            "index": index,
-            "slide": np.zeros(n, np.int32),
-            "x": np.zeros(n, np.int64),
-            "y": np.zeros(n, np.int64),
-            "mpp": np.zeros(n, np.float64),
-            "filtered": np.zeros(n, np.int32),
-        }
+        self._views = range(plan.num_views)
+        self._tiles = [np.empty((n, size, size, 3), dtype=np.uint8) for _ in self._views]
+        self._columns: Batch = {"index": index, "slide": np.zeros(n, np.int32)}
+        for view in self._views:
+            self._columns[of_view("x", view)] = np.zeros(n, np.int64)
+            self._columns[of_view("y", view)] = np.zeros(n, np.int64)
+            self._columns[of_view("mpp", view)] = np.zeros(n, np.float64)
+        self._columns["filtered"] = np.zeros(n, np.int32)
         self._failures: list[list[tuple[str, str]]] = [[] for _ in range(n)]
         self._turned_down: list[list[str]] = [[] for _ in range(n)]
-        self._begun: list[PendingTile | SlideError | StorageError | None] = [None] * n
+        self._begun: list[list[PendingTile | SlideError | StorageError]] = [[] for _ in range(n)]
+        self._to_come = [0] * n
         # Rows alone: what requests call back must not hold on to what they bring, which would keep it for ever.
         self._ready: SimpleQueue[int] = SimpleQueue()
 
@@ -100,61 +99,74 @@ class BatchReading:
                 left -= 1
             else:
                 replace.append(row)
-        return {"tile": self._tiles, **self._columns, **pack_replaced(self._failures, self._turned_down)}
+        tiles = {of_view("tile", view): tiles for view, tiles in enumerate(self._tiles)}
+        return {**tiles, **self._columns, **pack_replaced(self._failures, self._turned_down)}
 
     def _ask(self, rows: Sequence[int]) -> None:
         """Asks for the bytes of the next tile of some rows; all requests go out before any answer is looked at."""
         at, started = np.array(rows, dtype=np.int64), perf_counter()
-        specs = self._plan.specs(self._index[at], self._attempt[at])
+        views = self._plan.views_of(self._plan.specs(self._index[at], self._attempt[at]))
         self._count.plan_s += perf_counter() - started
-        for name in ("slide", "x", "y"):
-            self._columns[name][at] = getattr(specs, name)
-        self._columns["mpp"][at] = specs.own_mpp
-        tiles = list(zip(*(a.tolist() for a in (specs.slide, specs.x, specs.y, specs.mpp)), strict=True))
-        self._pool.prepare(tiles, specs.size, self._plan.mpp_tolerance, self._count)
+        self._columns["slide"][at] = views[0].slide
+        for view, specs in enumerate(views):
+            for name, values in (("x", specs.x), ("y", specs.y), ("mpp", specs.own_mpp)):
+                self._columns[of_view(name, view)][at] = values
+        columns = [(specs.slide, specs.x, specs.y, specs.mpp) for specs in views]
+        tiles = [list(zip(*(a.tolist() for a in of_one), strict=True)) for of_one in columns]
+        size, tolerance = self._plan.size, self._plan.mpp_tolerance
+        self._pool.prepare([tile for of_one in tiles for tile in of_one], size, tolerance, self._count)
         started = perf_counter()
         for i, row in enumerate(rows):
-            self._begin(row, specs, i)
+            self._begun[row], self._to_come[row] = [], len(views)
+            for of_one in tiles:
+                self._begin(row, *of_one[i])
         self._count.request_s += perf_counter() - started
 
-    def _begin(self, row: int, specs: TileSpecs, i: int) -> None:
-        """Asks for a tile's bytes, or notes why it can't be asked for."""
-        x, y, mpp = int(specs.x[i]), int(specs.y[i]), float(specs.mpp[i])
+    def _begin(self, row: int, slide: int, x: int, y: int, mpp: float) -> None:
+        """Asks for the bytes of a row's next view, or notes why it can't be asked for."""
         try:
-            slide, tolerance = int(specs.slide[i]), self._plan.mpp_tolerance
-            begun = self._pool.begin_tile(slide, x, y, mpp, specs.size, tolerance, self._count)
+            size, tolerance = self._plan.size, self._plan.mpp_tolerance
+            begun = self._pool.begin_tile(slide, x, y, mpp, size, tolerance, self._count)
         except (SlideError, StorageError) as error:
-            self._begun[row] = error
+            self._begun[row].append(error)
             self._ready.put(row)
         else:
-            self._begun[row] = begun
+            self._begun[row].append(begun)
             begun.when_ready(partial(self._ready.put, row))
 
     def _next(self) -> int:
-        """A row whose bytes have come."""
+        """A row all of whose bytes have come."""
         started = perf_counter()
-        row = self._ready.get()
+        while True:
+            row = self._ready.get()
+            self._to_come[row] -= 1
+            if not self._to_come[row]:
+                break
         self._count.fetch_s += perf_counter() - started
         return row
 
     def _take(self, row: int) -> bool:
-        """Makes the bytes of a row its tile; whether it may stay, or is to be replaced."""
-        begun, self._begun[row] = self._begun[row], None
-        assert begun is not None, "it was asked for"
-        try:
-            if isinstance(begun, Exception):
-                raise begun
-            begun.fill(self._tiles[row])
-        except (SlideError, StorageError) as error:
-            self._failures[row].append((self._plan.slides[int(self._columns["slide"][row])], str(error)))
-        else:
+        """Makes the bytes of a row its tiles; whether they may stay, or are to be replaced."""
+        begun, self._begun[row] = self._begun[row], []
+        slide = int(self._columns["slide"][row])
+        for view, pending in enumerate(begun):
+            tile = self._tiles[view][row]
+            try:
+                if isinstance(pending, Exception):
+                    raise pending
+                pending.fill(tile)
+            except (SlideError, StorageError) as error:
+                self._failures[row].append((self._plan.slides[slide], str(error)))
+                break
             started = perf_counter()
-            rule = self._rules.turns_down(self._tiles[row], int(self._columns["slide"][row]))
+            rule = self._rules.turns_down(tile, slide)
             self._count.filter_s += perf_counter() - started
-            if rule is None:
-                return True
-            self._columns["filtered"][row] += 1
-            self._turned_down[row].append(rule)
+            if rule is not None:
+                self._columns["filtered"][row] += 1
+                self._turned_down[row].append(rule)
+                break
+        else:
+            return True
         self._attempt[row] += 1
         self._check_budget(row)
         return False

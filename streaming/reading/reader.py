@@ -91,7 +91,7 @@ class TileReader:
         Returns columns of n rows: `tile` uint8 (n, size, size, 3), `index`, `slide` (row of the catalog), `x`, `y`
         (level-0 pixels), `mpp` (of the pixels that were read), `filtered` (tiles of this index turned down by
         filters), `ended_at` (when the batch was read, seconds since the epoch), `failures`, `turned_down` (the filters'
-        names) and `counters` (see `streaming.reading.batch`).
+        names) and `counters`; of views further columns, see `streaming.reading.batch`.
 
         With `isolated`, tiles are read in a process apart, and one that crashes it has
         failed.

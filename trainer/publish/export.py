@@ -115,7 +115,7 @@ def description(config: Config, backbone: Backbone, meta: checkpoints.Meta, opti
         "crop_size": config.augment.global_size,
         "num_registers": backbone.vit.num_reg_tokens,
         "interpolation": config.model.interpolation,
-        "mpp": trained_mpp(config.data.mpp, meta.sources),
+        "mpp": trained_mpp(config.data.drawn_mpp, meta.sources),
         "mean": list(config.augment.mean),
         "std": list(config.augment.std),
         "steps": meta.step,

@@ -54,8 +54,10 @@ def model_card(config: Config, about: dict[str, Any], sources: Sequence[SlideSou
     `about` is `trainer.publish.export.description`, `sources` what was trained on.
     """
     tiles = config.data.tiles
-    mpps = mpp_text(config.data.mpp) if tiles is None else ", ".join(f"{value:g}" for value in about["mpp"])
+    mpps = mpp_text(config.data.drawn_mpp) if tiles is None else ", ".join(f"{value:g}" for value in about["mpp"])
     weights = "weights {" + ", ".join(f"{key}: {weight}" for key, weight in sorted(config.data.mpp.items())) + "}"
+    if config.data.views:
+        weights = "views of one place, a tile of each a sample"
     tissue = f"at least {config.data.min_tissue:.0%} of a tile"
     if tiles is not None:
         weights, tissue = f"the µm/px of the list of tiles `{storage.name_of(tiles)}`", "as the list has it"

@@ -99,6 +99,10 @@ class Augmentation:
     """side of a local crop in pixels"""
     num_local: int = 8
     """local crops of each tile"""
+    global_view: int = 0
+    """number of the view (data.views) that global crops are cut from"""
+    local_view: int | None = None
+    """that of the local ones; none: the last view"""
     global_scale: tuple[float, float] = (0.32, 1.0)
     """lowest and highest share of the tile's area in a global crop"""
     local_scale: tuple[float, float] = (0.05, 0.32)
@@ -166,7 +170,16 @@ class Augmentation:
     def __post_init__(self) -> None:
         value = vars(self)
         probs = [name for name in value if name.endswith("_prob")]
-        not_negative = ("num_local", "brightness", "contrast", "saturation", "hed_sigma", "hed_shift")
+        not_negative = (
+            "num_local",
+            "global_view",
+            "local_view",
+            "brightness",
+            "contrast",
+            "saturation",
+            "hed_sigma",
+            "hed_shift",
+        )
         rules = {
             "must be at least 1": [n for n in ("global_size", "local_size") if value[n] < 1],
             "must not be negative": [n for n in not_negative if (value[n] or 0) < 0],
@@ -195,10 +208,34 @@ class Augmentation:
         """The numbers of the local crops; 0 and 1 are the global ones."""
         return range(NUM_GLOBAL, NUM_GLOBAL + self.num_local)
 
-    def multi_crop(self, tiles: Tensor, index: Tensor, seed: int, *, few_kernels: bool = False) -> Crops:
+    def check_views(self, num_views: int) -> None:
+        """Refuses views that there are not, and views that nothing is cut from.
+
+        Raises:
+            ValueError: says which.
+        """
+        views = self.cut_from(num_views)
+        for name, view in zip(("global_view", "local_view"), views, strict=True):
+            if view >= num_views:
+                raise ValueError(f"augment.{name} {view}: of data.views there are {num_views}, counted from 0")
+        used = set(views if self.num_local else views[:1])
+        if unused := sorted(set(range(num_views)) - used):
+            raise ValueError(
+                f"data.views[{unused[0]}]: no crop is cut from it; leave it out, or see augment.global_view, "
+                "augment.local_view and augment.num_local"
+            )
+
+    def cut_from(self, num_views: int) -> tuple[int, int]:
+        """The views that global and that local crops are cut from, of so many."""
+        return self.global_view, num_views - 1 if self.local_view is None else self.local_view
+
+    def multi_crop(
+        self, tiles: Tensor, index: Tensor, seed: int, *, local_tiles: Tensor | None = None, few_kernels: bool = False
+    ) -> Crops:
         """Crops of each tile, depending on its pixels, its index and the seed alone.
 
-        tiles uint8 (B, S, S, 3) or (B, 3, S, S), index int64 (B,). With few_kernels each operation is one on all
+        tiles uint8 (B, S, S, 3) or (B, 3, S, S), index int64 (B,); local_tiles are what local crops are cut from, where
+        these are others. With few_kernels each operation is one on all
         images, as a GPU wants it; without, one on the chosen images alone, of as many as a CPU's caches hold. Both give
         the same crops but for rounding.
 
@@ -207,7 +244,7 @@ class Augmentation:
         """
         draws = self.draws(index.cpu(), seed, tiles.shape[2])
         on_device = [Parameters(*(one.to(tiles.device) for one in part)) for part in draws]
-        return self.crops(tiles, Draws(*on_device), few_kernels=few_kernels)
+        return self.crops(tiles, Draws(*on_device), local_tiles=local_tiles, few_kernels=few_kernels)
 
     def draws(self, index: Tensor, seed: int, tile_px: int) -> Draws:
         """What is drawn for samples index (B,), on the host, from tiles of tile_px pixels."""
@@ -216,19 +253,24 @@ class Augmentation:
             self.draw(index, seed, self.local_views, tile_px, self.local_scale),
         )
 
-    def crops(self, tiles: Tensor, draws: Draws, *, few_kernels: bool = False) -> Crops:
+    def crops(
+        self, tiles: Tensor, draws: Draws, *, local_tiles: Tensor | None = None, few_kernels: bool = False
+    ) -> Crops:
         """The crops that were drawn, of tiles on the same device; else as `multi_crop`."""
         images, (_, num_draws) = _channels_last(tiles), draws.global_.top.shape
+        others = images if local_tiles is None else _channels_last(local_tiles)
         if num_draws != len(tiles):
             raise ValueError(f"index ({num_draws},): one for each of {len(tiles)} tiles is needed")
+        if others.shape != images.shape:
+            raise ValueError(f"local_tiles {tuple(others.shape)}: they must be as the tiles, {tuple(images.shape)}")
         tile_px, size = images.shape[1], (self.global_size, self.local_size)
         longest = (
             self.longest_px(range(NUM_GLOBAL), tile_px, self.global_scale),
             self.longest_px(self.local_views, tile_px, self.local_scale),
         )
         with torch.no_grad(), torch.autocast(tiles.device.type, enabled=False):
-            parts = zip(draws, size, longest, strict=True)
-            return Crops(*(self._crops(images, *part, few_kernels=few_kernels) for part in parts))
+            parts = zip((images, others), draws, size, longest, strict=True)
+            return Crops(*(self._crops(*part, few_kernels=few_kernels) for part in parts))
 
     def _crops(self, images: Tensor, drawn: Parameters, size: int, longest: int, *, few_kernels: bool) -> Tensor:
         crops = torch.empty(*drawn.top.shape, 3, size, size, device=images.device)

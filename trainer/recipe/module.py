@@ -78,9 +78,14 @@ class DinoModule(pl.LightningModule):
         self.step_metrics: dict[str, Tensor | float] = {}
 
     def step_input(self, batch: Mapping[str, Tensor]) -> StepInput:
-        """What a step needs of a micro-batch on the host: `tile` uint8 (B, S, S, 3), `index` int64 (B,)."""
-        branches = self.student.backbone.num_branches
-        return self.recipe.step_input(batch["tile"], batch["index"], self.patch_grid, branches, self._seed)
+        """What a step needs of a micro-batch on the host: `tile` uint8 (B, S, S, 3), `index` int64 (B,).
+
+        Where local crops are cut from other tiles, these are `local_tile`.
+        """
+        branches, local_tiles = self.student.backbone.num_branches, batch.get("local_tile")
+        return self.recipe.step_input(
+            batch["tile"], batch["index"], self.patch_grid, branches, self._seed, local_tiles=local_tiles
+        )
 
     def training_step(self, batch: StepInput, batch_idx: int) -> Tensor:
         """The loss of one micro-batch on the module's device; nothing is drawn, sent or asked for on the way."""
@@ -88,7 +93,8 @@ class DinoModule(pl.LightningModule):
         return self.loss(self._crops(batch), batch.masks, temperature, batch.kept)
 
     def _crops(self, batch: StepInput) -> Crops:
-        return self.recipe.augment.crops(batch.tile, batch.draws, few_kernels=self._few_kernels)
+        others, few_kernels = batch.local_tile[0] if batch.local_tile else None, self._few_kernels
+        return self.recipe.augment.crops(batch.tile, batch.draws, local_tiles=others, few_kernels=few_kernels)
 
     @torch.no_grad()
     def validation_terms(self, batch: StepInput) -> dict[str, Tensor]:

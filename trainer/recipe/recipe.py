@@ -35,16 +35,29 @@ class Recipe:
         torch.manual_seed(seed)
         return Network(build_backbone(self.model, self.augment.global_size), self.model, self.loss.patch)
 
-    def views(self, tiles: Tensor, index: Tensor, patch_grid: tuple[int, int], seed: int) -> tuple[Crops, Tensor]:
+    def views(
+        self,
+        tiles: Tensor,
+        index: Tensor,
+        patch_grid: tuple[int, int],
+        seed: int,
+        local_tiles: Tensor | None = None,
+    ) -> tuple[Crops, Tensor]:
         """What the networks see of tiles uint8 (B, S, S, 3): their crops, and masks bool (2, B, N) of the global ones.
 
         index int64 (B,); patch_grid: rows and columns of patches of a global crop.
         """
         masks = block_masks(index.cpu(), patch_grid, self.mask, seed).to(index.device)
-        return self.augment.multi_crop(tiles, index, seed), masks
+        return self.augment.multi_crop(tiles, index, seed, local_tiles=local_tiles), masks
 
     def step_input(
-        self, tiles: Tensor, index: Tensor, patch_grid: tuple[int, int], num_branches: int, seed: int
+        self,
+        tiles: Tensor,
+        index: Tensor,
+        patch_grid: tuple[int, int],
+        num_branches: int,
+        seed: int,
+        local_tiles: Tensor | None = None,
     ) -> StepInput:
         """What a step sees of tiles and indices on the host, with all that is drawn for it; `views` says the shapes.
 
@@ -54,6 +67,7 @@ class Recipe:
         sizes = [range(NUM_GLOBAL), augment.local_views][: 2 if augment.num_local else 1]
         return StepInput(
             tiles,
+            () if local_tiles is None else (local_tiles,),
             index,
             # On the host: how many rounds these take, and which patches they hide, a GPU would have to be asked.
             located(block_masks(index, patch_grid, self.mask, seed)),

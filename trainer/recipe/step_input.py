@@ -18,6 +18,8 @@ class StepInput(NamedTuple):
 
     tile: Tensor
     """uint8 (B, S, S, 3)"""
+    local_tile: tuple[Tensor, ...]
+    """those that local crops are cut from, if they are others"""
     sample_index: Tensor
     """int64 (B,)"""
     masks: Masks

@@ -78,6 +78,7 @@ class Config:
                 f"train.ranks [{least}, {most}]: Ray counts the room for ranks by resources, not by train.rank_labels; "
                 "name a resource that only their nodes have in train.rank_resources"
             )
+        self.augment.check_views(self.data.num_views)
         if self.augment.global_size > self.data.tile_size * 2:
             raise ValueError(
                 f"augment.global_size {self.augment.global_size} is over twice data.tile_size {self.data.tile_size}"
@@ -296,4 +297,6 @@ def _wanted(kind: Any) -> str:
     if origin is tuple:
         many = "a list, such as [a, b], of" if inside[-1] is ... else f"a list of {len(inside)}, [a, b], each"
         return f"{many} {_wanted(inside[0])}"
+    if is_dataclass(kind):
+        return f"{{{', '.join(f'{entry.name}: …' for entry in fields(kind))}}}"
     return "a map, such as {a: 1, b: 2}" if origin is dict else _WORDS.get(kind, str(kind))

@@ -12,10 +12,11 @@ from streaming.delivery.stream import BatchShape, TileStream
 from streaming.errors import ConfigError
 from streaming.plan import TilePlan
 from streaming.plan.footprints import Corners
-from streaming.plan.magnifications import DEFAULT_MPP, mpp_weights
+from streaming.plan.magnifications import DEFAULT_MPP, Mpp, mpp_weights
 from streaming.plan.plan import MIN_TISSUE
 from streaming.plan.strata import Strata
 from streaming.plan.universe import HeldOut, Universe
+from streaming.plan.views import View, check_views
 from streaming.reading.filters import Filters
 from streaming.reading.hsv_rule import HsvRule
 from streaming.reading.reader import ReaderOptions
@@ -40,6 +41,9 @@ class DataConfig:
     """list of tiles to draw instead of any on tissue: Parquet with slide, x, y, mpp, and if wanted weight or cluster"""
     mpp: dict[float, float] | dict[str, Any] = field(default_factory=lambda: dict(DEFAULT_MPP))
     """weight of each magnification in µm/px; or a range: uniform: [0.25, 2.0], log_uniform, density"""
+    views: tuple[View, ...] = ()
+    """scales at which each place is looked at, in place of mpp, around the centre of the first: [{mpp: 0.5}, {mpp: 1.0,
+    same_centre: true}]; augment.global_view and augment.local_view say which crops are cut from which"""
     cohorts: dict[str, float] | None = None
     """weight of each value of the catalog's `cohort` column; none: every slide alike"""
     strata: Strata = field(default_factory=Strata)
@@ -85,6 +89,9 @@ class DataConfig:
         object.__setattr__(self, "storage_options", hidden(self.storage_options))
         object.__setattr__(self, "mirrors", hidden({"mirrors": self.mirrors})["mirrors"])
         mpp_weights(self.mpp)  # tells of what is no magnification
+        check_views(self.views)
+        if self.views and self.tiles is not None:
+            raise ValueError(f"tiles {self.tiles}: a list has single tiles; leave out data.views")
         if self.tiles is None:
             self.universe.check_ends()
         if not 0 <= self.max_failed_share <= 1:
@@ -93,6 +100,16 @@ class DataConfig:
             raise ValueError(f"staging_gb is {self.staging_gb}; it must be above 0")
         if self.requests_in_flight < 1:
             raise ValueError(f"requests_in_flight is {self.requests_in_flight}; it must be at least 1")
+
+    @property
+    def drawn_mpp(self) -> Mpp:
+        """The µm/px of tiles, unless they are of a list: those of the views, where there are some."""
+        return {view.mpp: 1.0 for view in self.views} or self.mpp
+
+    @property
+    def num_views(self) -> int:
+        """Tiles of a sample."""
+        return max(1, len(self.views))
 
     @property
     def slide_options(self) -> dict[str, Any]:
@@ -135,6 +152,7 @@ def make_plan(data: DataConfig, seed: int, catalog: Catalog, held_out: HeldOut |
         universe=data.universe,
         held_out=held_out,
         tiles=data.tiles,
+        views=data.views,
     )
 
 

@@ -111,7 +111,9 @@ def memory(config: Config, size: Size) -> dict[str, tuple[float, str]]:
     # The student's logits and their gradient; targets in float32; and what a cross-entropy works with.
     at_once = 2 * min(LOSS_NBYTES, 4 * prototypes * rows)
     logits = prototypes * (4 * wide * rows + 4 * targets) + at_once
-    tiles = _BATCHES_IN_STORE * micro * config.data.tile_size**2 * 3
+    samples, num_views = _BATCHES_IN_STORE * micro, config.data.num_views
+    tiles = samples * num_views * config.data.tile_size**2 * 3
+    of_views = f" of {num_views} views" if num_views > 1 else ""
     # A student that stays gathered is whole, in the precision of products.
     whole = 2 * wide * size.parameters if train.keeps_gathered else 0
     whole_text = f" + {2 * wide} × parameters, gathered" if whole else ""
@@ -125,7 +127,10 @@ def memory(config: Config, size: Size) -> dict[str, tuple[float, str]]:
             logits,
             (f"{prototypes:,} prototypes × ({4 * wide} × {rows:,} rows + 4 × {targets:,} targets) + {at_once:,}"),
         ),
-        "tiles in object store": (tiles, f"{_BATCHES_IN_STORE} × {micro} tiles × {config.data.tile_size}² × 3 (host)"),
+        "tiles in object store": (
+            tiles,
+            f"{_BATCHES_IN_STORE} × {micro} tiles{of_views} × {config.data.tile_size}² × 3 (host)",
+        ),
     }
 
 
@@ -192,7 +197,8 @@ def describe(
         f"FLOPs         {train.steps * flops.total:.3g} = {train.steps:,} steps × {flops.total:.3g}: "
         f"student, forward and backward, {flops.student:.3g}, teacher {flops.teacher:.3g}"
     )
-    yield f"tiles seen    {train.steps * train.batch:,} of {config.data.tile_size} px"
+    views = f", each of {config.data.num_views} views" if config.data.views else ""
+    yield f"tiles seen    {train.steps * train.batch:,} of {config.data.tile_size} px{views}"
     least, most = config.data.readers
     yield f"readers       {least} to {most}, of {config.data.reader_cpus:g} CPU each"
     yield from _memory_lines(memory(config, size), formulae=formulae)
@@ -267,7 +273,7 @@ def _catalog_lines(config: Config) -> Iterator[str]:
         if costs is not None:
             yield f"{corners:<13} {costs.line()}{taken}"
     if data.tiles is None:
-        given = f"its {len(catalog)} slides give {data.tile_size} px tiles at {mpp_text(data.mpp)} µm/px"
+        given = f"its {len(catalog)} slides give {data.tile_size} px tiles at {mpp_text(data.drawn_mpp)} µm/px"
     else:
         (slides, patients), num = plan.drawn_from, plan.num_tiles or 0
         given = f"{data.tiles} lists {num:,} tiles on {slides:,} slides of {patients:,} patients"

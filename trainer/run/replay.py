@@ -22,6 +22,7 @@ from torch.multiprocessing.spawn import ProcessException, spawn
 from streaming import storage
 from streaming.catalog import Catalog
 from streaming.errors import ConfigError, TilestreamError, TrainingError
+from streaming.reading.batch import tile_columns
 from trainer.recipe.augment import Crops
 from trainer.recipe.network import build_backbone
 from trainer.run import checkpoints
@@ -31,7 +32,7 @@ from trainer.run.data import load_catalog
 from trainer.run.fit import Place, fit
 from trainer.run.messages import Failed, Row
 from trainer.run.metrics_log import METRICS
-from trainer.run.step_batches import StepBatches
+from trainer.run.step_batches import StepBatches, for_step
 from trainer.run.stop_signals import Signals
 
 _POLL_S = 0.5
@@ -58,16 +59,16 @@ class Replay:
 class MicroBatch:
     """What a rank saw in one round of a step."""
 
-    tiles: Tensor
-    """uint8 (B, S, S, 3)"""
+    tiles: list[Tensor]
+    """uint8 (B, S, S, 3), of each view"""
     index: Tensor
     """int64 (B,)"""
     slides: list[str]
     """address of each tile's slide"""
     corners: Tensor
-    """int64 (B, 2): x and y of each tile in level-0 pixels"""
+    """int64 (B, 2): x and y of each tile in level-0 pixels, of the first view"""
     mpp: Tensor
-    """(B,): of the pixels that were read"""
+    """(B,): of the pixels that were read, of the first view"""
     crops: Crops
     masks: Tensor
     """bool (2, B, N), true where a patch of a global crop is hidden from the student"""
@@ -106,9 +107,12 @@ def micro_batches(replay: Replay, catalog: Catalog, rank: int) -> Iterator[Micro
         patch_grid = build_backbone(config.model, side).patch_grid(side, side)
     for batch in stream.local_batches(replay.step - 1, replay.step, rank):
         index = batch["index"]
-        crops, masks = config.recipe.views(batch["tile"].to(device), index.to(device), patch_grid, config.run.seed)
+        cut = {name: column.to(device) for name, column in for_step(batch, config.augment).items()}
+        crops, masks = config.recipe.views(
+            cut["tile"], cut["index"], patch_grid, config.run.seed, cut.get("local_tile")
+        )
         yield MicroBatch(
-            tiles=batch["tile"],
+            tiles=[batch[name] for name in tile_columns(batch)],
             index=index,
             slides=[catalog[row].slide for row in batch["slide"].tolist()],
             corners=torch.stack([batch["x"], batch["y"]], dim=1),

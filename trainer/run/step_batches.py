@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,8 +10,20 @@ import torch
 from streaming.delivery.exported_metrics import export_wait
 from streaming.delivery.failures import FailureBudget
 from streaming.errors import StreamError
-from streaming.reading.batch import Failure, failures_of
+from streaming.reading.batch import Failure, failures_of, tile_columns
+from trainer.recipe.augment import Augmentation
 from trainer.run.config import Config
+
+
+def for_step(batch: Mapping[str, Any], augment: Augmentation) -> dict[str, Any]:
+    """What a step takes of a batch: `index`, the `tile` of the view that global crops are cut from, and `local_tile`.
+
+    The last one is of the view that local crops are cut from, where that is another one.
+    """
+    names = tile_columns(batch)
+    of_global, of_local = (names[view] for view in augment.cut_from(len(names)))
+    other = {} if of_local == of_global else {"local_tile": batch[of_local]}
+    return {"tile": batch[of_global], **other, "index": batch["index"]}
 
 
 class StepBatches:
@@ -36,7 +48,7 @@ class StepBatches:
         export_wait(seconds)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches of `tile` and `index`.
+        """Batches of what a step takes.
 
         Raises:
             StreamError: the stream gives other indices than the step's, or too many tiles failed.
@@ -53,4 +65,4 @@ class StepBatches:
                     f"step {step} was given {len(batch['index'])} indices from {low} to {high}, "
                     f"not {shape.micro} of {step * shape.batch} to {(step + 1) * shape.batch - 1}; please report this"
                 )
-            yield {"tile": batch["tile"], "index": batch["index"]}
+            yield for_step(batch, self._config.augment)

@@ -21,6 +21,7 @@ from streaming.reading.reader import TileReader
 from trainer.recipe.module import DinoModule
 from trainer.run.config import Config
 from trainer.run.data import load_catalog, make_stream
+from trainer.run.step_batches import for_step
 
 _PREFIX = "validation_"
 
@@ -52,9 +53,10 @@ class Validation:
         rounds = -(-config.watch.validation_tiles // (shape.micro * shape.ranks))
         firsts = [(turn * shape.ranks + rank) * shape.micro for turn in range(rounds)]
         indices = [np.arange(first, first + shape.micro, dtype=np.int64) for first in firsts]
+        found = (reader({"index": index}) for index in indices)
         self.batches = [
-            {"tile": torch.from_numpy(reader({"index": index})["tile"]), "index": torch.from_numpy(index)}
-            for index in indices
+            {name: torch.from_numpy(column) for name, column in for_step(batch, config.augment).items()}
+            for batch in found
         ]
 
     def terms(self, module: DinoModule, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:

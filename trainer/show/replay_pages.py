@@ -11,6 +11,7 @@ from safetensors.torch import save
 
 from streaming import storage
 from streaming.catalog import Catalog
+from streaming.reading.batch import of_view
 from streaming.show.page import jpeg_url, page
 from streaming.show.pictures import mosaic
 from trainer.recipe.augment import Augmentation, Crops
@@ -29,9 +30,9 @@ figcaption{padding-bottom:8px;font-size:13px;overflow-wrap:anywhere}
 def write_replay(replay: Replay, catalog: Catalog, ranks: Sequence[int], out: str) -> Iterator[str]:
     """Writes `rank-NN.html` and `rank-NN.safetensors` of each rank to the folder `out`; gives each file's address.
 
-    The tensors are `tile` uint8 (n, S, S, 3), `index` int64 (n,), `corner` int64 (n, 2) in level-0 pixels, `mpp` (n,),
-    `global` (2, n, 3, g, g) and `local` (L, n, 3, l, l), normalised float32, `mask` bool (2, n, N); their metadata has
-    the addresses of the slides as JSON.
+    The tensors are `tile` uint8 (n, S, S, 3), of further views `tile_1` and so on, `index` int64 (n,), `corner` int64
+    (n, 2) in level-0 pixels, `mpp` (n,), `global` (2, n, 3, g, g) and `local` (L, n, 3, l, l), normalised float32,
+    `mask` bool (2, n, N); their metadata has the addresses of the slides as JSON.
 
     Raises:
         ConfigError: the run has no such rank.
@@ -42,7 +43,7 @@ def write_replay(replay: Replay, catalog: Catalog, ranks: Sequence[int], out: st
         seen = _joined(list(micro_batches(replay, catalog, rank)))
         name = storage.join(out, f"rank-{rank:02}")
         tensors = {
-            "tile": seen.tiles,
+            **{of_view("tile", view): tiles for view, tiles in enumerate(seen.tiles)},
             "index": seen.index,
             "corner": seen.corners,
             "mpp": seen.mpp,
@@ -59,7 +60,7 @@ def write_replay(replay: Replay, catalog: Catalog, ranks: Sequence[int], out: st
 
 def _joined(rounds: Sequence[MicroBatch]) -> MicroBatch:
     return MicroBatch(
-        tiles=torch.cat([one.tiles for one in rounds]),
+        tiles=[torch.cat(of_one) for of_one in zip(*(one.tiles for one in rounds), strict=True)],
         index=torch.cat([one.index for one in rounds]),
         slides=[slide for one in rounds for slide in one.slides],
         corners=torch.cat([one.corners for one in rounds]),
@@ -72,8 +73,8 @@ def _joined(rounds: Sequence[MicroBatch]) -> MicroBatch:
 def _page(replay: Replay, rank: int, seen: MicroBatch) -> bytes:
     title = f"{replay.run}: step {replay.step}, rank {rank}"
     text = (
-        "Each tile, its two global crops, the same as the student sees them (masked patches are grey), and its local "
-        "crops."
+        "Each tile (of a place with views all), its two global crops, the same as the student sees them (masked "
+        "patches are grey), and its local crops."
     )
     figures = "".join(_figure(seen, i, replay.config.augment) for i in range(len(seen.index)))
     body = f"<main><h1>{html.escape(title)}</h1><p>{text}</p>{figures}</main>"
@@ -83,7 +84,12 @@ def _page(replay: Replay, rank: int, seen: MicroBatch) -> bytes:
 def _figure(seen: MicroBatch, i: int, augment: Augmentation) -> str:
     views = crop_pictures(seen.crops.global_[:, i], augment)
     holed = [with_holes(view, mask.numpy()) for view, mask in zip(views, seen.masks[:, i], strict=True)]
-    pictures = [seen.tiles[i].numpy(), *views, *holed, *crop_pictures(seen.crops.local[:, i], augment)]
+    pictures = [
+        *(tiles[i].numpy() for tiles in seen.tiles),
+        *views,
+        *holed,
+        *crop_pictures(seen.crops.local[:, i], augment),
+    ]
     x, y = seen.corners[i].tolist()
     hidden = " and ".join(str(int(mask.sum())) for mask in seen.masks[:, i])
     where = f"index {seen.index[i]}: {seen.slides[i]}, x {x}, y {y}, {seen.mpp[i]:.4g} µm/px; {hidden} patches masked"

@@ -21,6 +21,7 @@ from streaming.catalog.tissue import CELL_UM
 from streaming.delivery.failures import FAILURES
 from streaming.errors import ConfigError
 from streaming.plan.magnifications import mpp_named
+from streaming.reading.batch import of_view, tile_columns
 from streaming.reading.reader import TileReader
 from streaming.show.page import jpeg_url, page
 from streaming.show.pictures import mosaic, slide_thumbnail, with_tissue
@@ -31,6 +32,7 @@ from trainer.recipe.network import build_backbone
 from trainer.run import checkpoints
 from trainer.run.config import Config, changed
 from trainer.run.metrics_log import METRICS
+from trainer.run.step_batches import for_step
 from trainer.show.colours import principal_colours
 from trainer.show.crops import crop_pictures, with_holes
 from trainer.show.figures import svg
@@ -146,10 +148,11 @@ def _slides(catalog: Catalog, config: Config, most: int = 8) -> str:
 def _tiles_and_crops(config: Config, catalog: Catalog) -> tuple[str, str]:
     stream = config.stream(catalog)
     batch = TileReader(stream.plan, catalog, stream.reader)({"index": np.arange(max(64, config.train.batch))})
-    tiles, mpp = batch["tile"], batch["mpp"]
+    views = [batch[name] for name in tile_columns(batch)]
+    tiles, mpp = np.concatenate(views), np.concatenate([batch[of_view("mpp", view)] for view in range(len(views))])
     # A slide's own pixels may stand for a magnification, so there are more values than were asked for.
     listed = stream.plan.magnifications
-    asked = np.array(mpp_named(config.data.mpp)) if config.data.tiles is None else listed[:: -(-len(listed) // 6)]
+    asked = np.array(mpp_named(config.data.drawn_mpp)) if config.data.tiles is None else listed[:: -(-len(listed) // 6)]
     nearest = asked[np.abs(np.log(mpp[:, None] / asked)).argmin(axis=1)]
     figures = [
         _figure(
@@ -160,7 +163,7 @@ def _tiles_and_crops(config: Config, catalog: Catalog) -> tuple[str, str]:
     ]
     text = "The run's first tiles, by magnification; read again by index, they are the very pixels that training got."
     streamed = _section("Streamed tiles", text, f'<div class="row two">{"".join(figures)}</div>')
-    return streamed, _crops(config, tiles[:4], batch["index"][:4])
+    return streamed, _crops(config, {name: batch[name][:4] for name in (*tile_columns(batch), "index")})
 
 
 def _span(values: NDArray[np.float64]) -> str:
@@ -169,16 +172,18 @@ def _span(values: NDArray[np.float64]) -> str:
     return least if least == largest else f"{least} to {largest}"
 
 
-def _crops(config: Config, tiles: Pixels, index: NDArray[np.int64]) -> str:
+def _crops(config: Config, batch: dict[str, NDArray[Any]]) -> str:
     augment, side = config.augment, config.augment.global_size
     patch_grid = build_backbone(config.model, side).patch_grid(side, side)
-    crops, masks = config.recipe.views(torch.from_numpy(tiles), torch.from_numpy(index), patch_grid, config.run.seed)
+    cut = {name: torch.from_numpy(column) for name, column in for_step(batch, augment).items()}
+    crops, masks = config.recipe.views(cut["tile"], cut["index"], patch_grid, config.run.seed, cut.get("local_tile"))
     figures: list[str] = []
-    for i in range(len(tiles)):
+    for i, index in enumerate(batch["index"].tolist()):
         views, masked = crop_pictures(crops.global_[:, i], augment), int(masks[:, i].sum(dim=1).argmax())
         student = with_holes(views[masked], masks[masked, i].numpy())
-        pictures = [tiles[i], *views, student, *crop_pictures(crops.local[:4, i], augment)]
-        figures.append(_figure(mosaic(pictures, 4, 128), f"index {index[i]}"))
+        tiles = [batch[name][i] for name in tile_columns(batch)]
+        pictures = [*tiles, *views, student, *crop_pictures(crops.local[:4, i], augment)]
+        figures.append(_figure(mosaic(pictures, 4, 128), f"index {index}"))
     text = (
         "Each tile, its two global crops, one of them as the student sees it with patches masked, and local crops. "
         "All drawn from a hash of seed, index and view, so that they are the same on any rank and after a resume."
