@@ -158,11 +158,14 @@ def _odd(hsv: Pixels) -> Pixels:
 
 
 def _halved(image: Pixels) -> Pixels:
-    """Every other pixel, of a quarter of the time."""
-    height, width = image.shape[:2]
-    # Of an even size OpenCV's nearest pixels are these, and a fifth of the time of NumPy's.
-    even = cv2.copyMakeBorder(image, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
-    return cast(Pixels, cv2.resize(even, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_NEAREST))
+    """Every other pixel, the first of them, of both sides."""
+    height, width = image.shape[0] // 2, image.shape[1] // 2
+    halved = np.empty((-(-image.shape[0] // 2), -(-image.shape[1] // 2), *image.shape[2:]), np.uint8)
+    if height and width:
+        # Of an even size OpenCV's nearest pixels are these, in a fifth of NumPy's time.
+        cv2.resize(image[: 2 * height, : 2 * width], (width, height), halved[:height, :width], 0, 0, cv2.INTER_NEAREST)
+    halved[height:], halved[:, width:] = image[2 * height :: 2, ::2], image[::2, 2 * width :: 2]
+    return halved
 
 
 def _doubled(mask: Pixels, shape: tuple[int, ...]) -> Pixels:
