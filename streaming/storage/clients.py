@@ -139,9 +139,8 @@ def object_store(
 
 def _security(root: str, options: StorageOptions) -> dict[str, Any]:
     """Whom a client trusts, and through whom it asks. Proxies that variables name are obstore's own business."""
-    proxy = str(options.get("proxy") or "")
-    # With its protocol, or else messages would not know a password in it.
-    found: dict[str, Any] = {"proxy_url": proxy if "://" in proxy else f"http://{proxy}"} if proxy else {}
+    proxy = options.get("proxy")
+    found: dict[str, Any] = {"proxy_url": s3_settings.with_protocol(str(proxy))} if proxy else {}
     trusted = options.get("verify")
     if trusted is None:
         trusted = s3_settings.authorities(options) if root.startswith(f"{S3}://") else s3_settings.certificates()

@@ -134,6 +134,7 @@ def settings(options: Options, region: str | None = None) -> S3Settings:
     if style not in _STYLES:
         raise StorageError(f"s3://: addressing_style={style}; use {', '.join(_STYLES)}")
     proxies: Mapping[str, Any] = config.get("proxies", {})
+    proxy = options.get("proxy") or proxies.get("https") or proxies.get("http")
     return S3Settings(
         session=session,
         anon=_true(options.get("anon")) or _true(os.environ.get("AWS_SKIP_SIGNATURE")),
@@ -149,7 +150,7 @@ def settings(options: Options, region: str | None = None) -> S3Settings:
         endpoint=_endpoint(options, client, session, profile),
         virtual=style == "virtual",
         requester_pays=_true(options.get("requester_pays")) or _true(os.environ.get("AWS_REQUEST_PAYER")),
-        proxy=options.get("proxy") or proxies.get("https") or proxies.get("http"),
+        proxy=with_protocol(str(proxy)) if proxy else None,
         verify=authorities(options),
     )
 
@@ -161,6 +162,11 @@ def authorities(options: Options) -> Any:
             return found
     # A variable that botocore reads itself, and the profile's `ca_bundle`.
     return _session(options).get_config_variable("ca_bundle") or certificates()
+
+
+def with_protocol(proxy: str) -> str:
+    """A proxy's address in full: of another one, messages would not know a password in it."""
+    return proxy if "://" in proxy else f"http://{proxy}"
 
 
 def certificates() -> str | None:
@@ -202,7 +208,7 @@ def _endpoint(options: Options, client: Options, session: Session, profile: Mapp
             or profile.get("endpoint_url")
         )
     if given and "://" not in str(given):
-        raise StorageError(f"s3://: endpoint_url={given}; it begins with http:// or https://")
+        raise StorageError("s3://: endpoint_url begins with http:// or https://")
     return str(given).rstrip("/") if given else None
 
 

@@ -107,7 +107,9 @@ _RULES = (
     ),
     _Rule(
         "{text}; check {settings}",
-        text=r"Invalid Access Key|[Uu]nable to (?:open|read|decode|parse|extract) |Missing \w+ name|configuration key",
+        # A key, a signature or a proxy that is none; nobody was asked.
+        text=r"Invalid Access Key|[Uu]nable to (?:open|read|decode|parse|extract) |Missing \w+ name|configuration key|"
+        r"Missing component|CryptoProvider error|client error: builder error",
         kind=(obstore.exceptions.BaseError,),
     ),
     _Rule("is no address that can be asked for ({text})", kind=(obstore.exceptions.InvalidPathError, ValueError)),

@@ -177,6 +177,7 @@ def denying() -> Iterator[str]:
         ),
         ("catalog", "gs://b/a", "--out", "c", "--storage", f"token=ya29.{MARK}", "--verbose"),
         ("catalog", "s3://b/a", "--out", "c", "--storage", f"proxy=user:{MARK}@::", "--verbose"),
+        ("catalog", "s3://b/a", "--out", "c", "--storage", f"endpoint_url=user:{MARK}@host", "--verbose"),
         ("catalog", f"ftp://user:{MARK}@HOST/a.svs", "--out", "c"),
         ("stream", SIGNED, "--verbose"),
         ("train", SIGNED),

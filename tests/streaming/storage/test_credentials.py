@@ -9,7 +9,7 @@ from botocore.credentials import RefreshableCredentials
 from botocore.session import Session
 
 from streaming import storage
-from streaming.errors import StorageError
+from streaming.errors import StorageError, UnreachableError
 from streaming.storage import patience, s3_settings
 from streaming.storage.ranges import open_ranges, read_range
 from tests.faulty_server import FaultyServer
@@ -93,6 +93,21 @@ def test_a_profile_says_region_endpoint_addressing_and_authorities(home: Path) -
         s3_settings.settings({"profile": "nobody"})
     with pytest.raises(StorageError, match=r"/lab\.pem: .*names a file of certificates"):
         storage.stat("s3://bucket/a", {"profile": "lab"})
+
+
+@pytest.mark.parametrize(
+    ("uri", "options"),
+    [
+        ("gs://b/a", {"token": dict.fromkeys(("type", "private_key", "private_key_id", "client_email"), "x")}),
+        ("az://b/a", {"account_name": "a", "account_key": "no base64!"}),
+        ("az://b/a", {"account_name": "a", "sas_token": "nothing"}),
+        ("s3://b/a", {"proxy": "http://::"}),
+    ],
+)
+def test_what_is_no_key_signature_or_proxy_is_told_at_once(uri: str, options: dict[str, Any], home: Path) -> None:
+    with pytest.raises(StorageError, match=r"^[a-z0-9]+://b/a: ") as caught:
+        storage.stat(uri, options)
+    assert not isinstance(caught.value, UnreachableError)
 
 
 def test_a_bucket_s_region_is_asked_for_through_the_proxy(home: Path) -> None:
