@@ -134,9 +134,9 @@ def load_backbone(uri: str, options: storage.StorageOptions | None = None) -> tu
     """
     found = checkpoints.find(uri, options)
     config = checkpoints.read_config(found, options)
-    state = checkpoints.load(found, options)
-    backbone = build_backbone(config.model, config.augment.global_size)
     prefix = "teacher.backbone."
+    state = checkpoints.load(found, options, f"{checkpoints.WEIGHTS}['{prefix}")
+    backbone = build_backbone(config.model, config.augment.global_size)
     weights = {key.removeprefix(prefix): w for key, w in state["state_dict"].items() if key.startswith(prefix)}
     if not weights:
         raise CheckpointError(f"{found}: holds no teacher; name a checkpoint that `tilestream train` wrote")

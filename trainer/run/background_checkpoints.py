@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch.plugins.io import CheckpointIO
+from torch import Tensor
 
 from streaming import storage
-from trainer.run import checkpoints
+from trainer.run import checkpoints, state_files
 from trainer.run.config import Config
+from trainer.run.state_files import Index, named_tensors
 
 
 class FolderCheckpointIO(CheckpointIO):
@@ -28,17 +31,17 @@ class FolderCheckpointIO(CheckpointIO):
         self._options = config.data.storage_options
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
-        self.last_good: str | None = None
-        """The newest checkpoint that this process has written to its end."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Starts to write, once the one before is done.
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: dist.ProcessGroup | None = None
+    ) -> None:
+        """Starts to write, once the one before is done; with the other ranks of a group, of which each has its part.
 
         Raises:
             StorageError: the one before could not be written.
         """
         self.wait()
-        self._under_way = self._thread.submit(self._save, checkpoint, str(path))
+        self._under_way = self._thread.submit(self._save, checkpoint, str(path), storage_options)
 
     def check(self) -> None:
         """Raises what went wrong with a checkpoint that is done, without waiting for one that is not."""
@@ -55,11 +58,11 @@ class FolderCheckpointIO(CheckpointIO):
         """Lets the last checkpoint end."""
         self._thread.shutdown(wait=True)
 
-    def _save(self, state: dict[str, Any], uri: str) -> None:
+    def _save(self, state: dict[str, Any], uri: str, group: dist.ProcessGroup | None) -> None:
         """Writes a checkpoint, then removes what is too old."""
-        checkpoints.write(uri, state, self._config, self._catalog, self._sources)
-        self.last_good = uri
-        self._remove_old(int(state["global_step"]))
+        checkpoints.write(uri, state, self._config, self._catalog, self._sources, group)
+        if group is None or dist.get_rank(group) == 0:
+            self._remove_old(int(state["global_step"]))
 
     def _remove_old(self, step: int) -> None:
         run = self._config.run.out
@@ -71,6 +74,18 @@ class FolderCheckpointIO(CheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
         """Reads the state; `weights_only` is always true."""
         return checkpoints.load(str(path), self._options)
+
+    def read_index(self, uri: str) -> Index:
+        """What a checkpoint has but for its tensors' values."""
+        return checkpoints.read_index(uri, self._options)
+
+    def read_parts(self, uri: str, index: Index, into: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
+        """Fills tensors, or this rank's parts of them, together with the other ranks of a group."""
+        state_files.load(uri, index, into, self._options, group)
+
+    def read_whole(self, uri: str) -> dict[str, Tensor]:
+        """All tensors by name."""
+        return named_tensors(self.load_checkpoint(uri))
 
     def remove_checkpoint(self, path: Any) -> None:
         """Removes a checkpoint's folder."""

@@ -1,8 +1,9 @@
 """Checkpoints at any fsspec URI: a folder a step, whole or not at all, the newest few kept.
 
-`step-00000030/state.ckpt` is Lightning's checkpoint, `meta.json` beside it is written last and vouches for it: step,
-next sample index, catalog, SHA-256, libraries. A folder without it is an upload that did not finish, and is passed
-over; so is one that does not match its checksum. `background_checkpoints` writes them while training goes on.
+`step-00000030/state.ckpt` is Lightning's checkpoint without its tensors' values, which `state_files` keeps beside it,
+and `meta.json` is written last and vouches for both: step, next sample index, catalog, SHA-256, libraries. A folder
+without it is an upload that did not finish, and is passed over; so is one that does not match its checksums. Of the
+first version, `state.ckpt` has the tensors, too. `background_checkpoints` writes them while training goes on.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ import pickle
 import re
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
 
 from streaming import storage
 from streaming.errors import CheckpointError, ConfigError
 from streaming.slide.versions import pixel_libraries
+from trainer.run import state_files
 from trainer.run.config import Config, parse_config
 from trainer.run.slide_sources import SlideSource
+from trainer.run.state_files import Index
 
 STATE, META, CONFIG = "state.ckpt", "meta.json", "config.yaml"
 _BEFORE_THE_FIELD: dict[str, dict[str, Any]] = {
@@ -36,6 +40,9 @@ _BEFORE_THE_FIELD: dict[str, dict[str, Any]] = {
 }
 _LOG = logging.getLogger(__name__)
 _PIECE = 16 << 20
+_ONE_FILE = 1  # the version with tensors in `state.ckpt`
+WEIGHTS = "['state_dict']"
+"""How the names of student's and teacher's tensors begin."""
 _STEP = re.compile(r"step-(\d{8})")
 
 
@@ -49,12 +56,14 @@ class Meta:
     catalog: str
     """fingerprint of the catalog"""
     nbytes: int
+    """of `state.ckpt`"""
     sha256: str
+    """of it, which has those of the tensors"""
     libraries: dict[str, str] = field(default_factory=dict[str, str])
     """versions of what makes pixels, where the checkpoint was written; of older checkpoints, none"""
     sources: list[SlideSource] = field(default_factory=list[SlideSource])
     """what was trained on, as the catalog told when the run was started; of older checkpoints, none"""
-    version: int = 1
+    version: int = 2
 
 
 def checkpoint_uri(run: str, step: int) -> str:
@@ -104,64 +113,49 @@ def find(uri: str, options: storage.StorageOptions | None = None) -> str:
     return found
 
 
-class _Hashing:
-    """A file that adds up what is written into it, and keeps what it raised."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self.sha256, self.nbytes = file, hashlib.sha256(), 0
-        self.error: Exception | None = None
-
-    def write(self, data: Any) -> int:
-        self.sha256.update(data)
-        self.nbytes += len(memoryview(data).cast("B"))
-        try:
-            return self._file.write(data)
-        except Exception as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
 def write(
-    uri: str, state: Mapping[str, Any], config: Config, catalog: str, sources: Sequence[SlideSource] = ()
+    uri: str,
+    state: Mapping[str, Any],
+    config: Config,
+    catalog: str,
+    sources: Sequence[SlideSource] = (),
+    group: dist.ProcessGroup | None = None,
 ) -> None:
     """Writes Lightning's state and the configuration, then the note that vouches for them.
 
     Args:
         uri: the checkpoint's folder, by `checkpoint_uri`.
-        state: with `global_step`, and else what `torch.save` takes.
+        state: with `global_step`, and else tensors and what `torch.save` takes.
         config: what was trained, and where its storage is.
         catalog: fingerprint of the catalog.
         sources: what is trained on.
+        group: the ranks that write together, each its part of every DTensor; none: this process alone.
 
     Raises:
         StorageError: it can't be written; what is there vouches for nothing.
     """
     step, options = int(state["global_step"]), config.data.storage_options
-    storage.remove(storage.join(uri, META), options)  # of a damaged one, passed over before
 
-    def save(file: BinaryIO) -> _Hashing:
-        hashing = _Hashing(file)
-        try:
-            torch.save(state, cast(BinaryIO, hashing))
-        except RuntimeError as error:  # "unexpected pos": torch closes its archive over what the file raised
-            raise hashing.error or error from None
-        return hashing
+    def finish(index: Index) -> None:
+        content = index.to_bytes()
+        meta = Meta(
+            step=step,
+            next_index=step * config.train.batch,
+            catalog=catalog,
+            nbytes=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
+            libraries=pixel_libraries(),
+            sources=list(sources),
+        )
+        storage.write_bytes(storage.join(uri, STATE), content, options)
+        storage.write_bytes(storage.join(uri, CONFIG), config.to_yaml().encode(), options)
+        storage.write_bytes(storage.join(uri, META), json.dumps(asdict(meta), indent=1).encode(), options)
 
-    hashing = storage.write_stream(storage.join(uri, STATE), save, options)
-    meta = Meta(
-        step=step,
-        next_index=step * config.train.batch,
-        catalog=catalog,
-        nbytes=hashing.nbytes,
-        sha256=hashing.sha256.hexdigest(),
-        libraries=pixel_libraries(),
-        sources=list(sources),
-    )
-    storage.write_bytes(storage.join(uri, CONFIG), config.to_yaml().encode(), options)
-    storage.write_bytes(storage.join(uri, META), json.dumps(asdict(meta), indent=1).encode(), options)
+    if group is None or dist.get_rank(group) == 0:
+        # Of a damaged one, passed over before: first what vouches for it.
+        storage.remove(storage.join(uri, META), options)
+        storage.remove(uri, options)
+    state_files.save(uri, state, finish, options, group)
 
 
 def read_meta(uri: str, options: storage.StorageOptions | None = None) -> Meta:
@@ -196,13 +190,16 @@ def read_config(uri: str, options: storage.StorageOptions | None = None) -> Conf
 
 
 def verify(uri: str, options: storage.StorageOptions | None = None) -> None:
-    """Reads a checkpoint's state through and compares it with its checksum, in little memory.
+    """Reads a checkpoint's state through and compares it with its checksums, in little memory.
 
     Raises:
         CheckpointError: it does not match.
     """
-    meta, path, known = read_meta(uri, options), storage.join(uri, STATE), hashlib.sha256()
-    nbytes = 0
+    meta, path = read_meta(uri, options), storage.join(uri, STATE)
+    if meta.version > _ONE_FILE:
+        state_files.verify(uri, read_index(uri, options), options)
+        return
+    known, nbytes = hashlib.sha256(), 0
     if storage.exists(path, options):
         with storage.reading(path, options) as file:
             while piece := file.read(_PIECE):
@@ -212,28 +209,39 @@ def verify(uri: str, options: storage.StorageOptions | None = None) -> None:
         raise _mismatch(uri, nbytes, meta)
 
 
-def load(uri: str, options: storage.StorageOptions | None = None) -> dict[str, Any]:
+def load(uri: str, options: storage.StorageOptions | None = None, beginning: str = "") -> dict[str, Any]:
     """Lightning's checkpoint of a folder, on the CPU; nothing in it is ever executed.
 
+    beginning: of the names (`state_files.named_tensors`) of the tensors that are wanted; others may have no values.
+
     Raises:
-        CheckpointError: it does not match its checksum, or holds more than tensors and plain values.
+        CheckpointError: it does not match its checksums, or holds more than tensors and plain values.
     """
+    index = read_index(uri, options)
+    if not index.is_one_file:
+        return state_files.load_whole(uri, index, options, lambda name: name.startswith(beginning))
     verify(uri, options)
     with storage.reading(storage.join(uri, STATE), options) as file, _unreadable(uri):
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def load_shapes(uri: str, options: storage.StorageOptions | None = None) -> dict[str, Any]:
-    """The same with tensors without memory; little of the file is read, and no checksum compared.
+def read_index(uri: str, options: storage.StorageOptions | None = None) -> Index:
+    """What a checkpoint has but for its tensors' values, which are not looked at.
 
     Raises:
-        CheckpointError: it has another length than was written, or holds more than tensors and plain values.
+        CheckpointError: it is not what was written, or holds more than tensors and plain values.
     """
     meta, path = read_meta(uri, options), storage.join(uri, STATE)
+    if meta.version > _ONE_FILE:
+        content = storage.read_bytes(path, options) if storage.exists(path, options) else b""
+        if hashlib.sha256(content).hexdigest() != meta.sha256:
+            raise _mismatch(uri, len(content), meta)
+        with _unreadable(uri):
+            return Index.from_bytes(content)
     if (nbytes := storage.stat(path, options).size) != meta.nbytes:
         raise _mismatch(uri, nbytes, meta)
     with storage.reading(path, options) as file, _unreadable(uri):
-        return torch.load(file, map_location="meta", weights_only=True)
+        return Index(torch.load(file, map_location="meta", weights_only=True), None)
 
 
 @contextlib.contextmanager

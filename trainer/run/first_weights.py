@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trainer.recipe.module import DinoModule
 from trainer.run.config import Config
+from trainer.run.sending import send
 from trainer.run.starting_weights import start_from
 from trainer.run.weight_layouts import Weights
 
@@ -28,7 +27,9 @@ def fill(config: Config, device: torch.device, module: DinoModule) -> None:
     with torch.device("cpu"):
         first = _first_weights(config) if is_reader else (Weights(), Weights())
     for network, weights in zip((module.student, module.teacher), first, strict=True):
-        _spread(weights, network, device)
+        network.to_empty(device=device)
+        send(weights, network.state_dict())
+        weights.clear()
     for name, buffer in module.named_buffers(recurse=False):
         module.register_buffer(name, torch.zeros(buffer.shape, device=device))
 
@@ -43,15 +44,3 @@ def _first_weights(config: Config) -> tuple[Weights, Weights]:
         start_from(config.model.init, student, teacher, config.data.storage_options)
     first = student.state_dict()
     return first, teacher.state_dict() if config.model.init else {key: first[key] for key in teacher.state_dict()}
-
-
-def _spread(weights: Weights, network: nn.Module, device: torch.device) -> None:
-    """Fills a network with the weights, which are used up; ranks without any get those of the first."""
-    network.to_empty(device=device)
-    for name, own in network.state_dict().items():
-        whole = weights.pop(name).to(device) if weights else torch.empty(own.shape, dtype=own.dtype, device=device)
-        if dist.is_initialized():
-            dist.broadcast(whole, src=0)
-        if isinstance(own, DTensor):
-            whole = distribute_tensor(whole, own.device_mesh, own.placements, src_data_rank=None)
-        own.copy_(whole)

@@ -97,7 +97,10 @@ def _load_checkpoint(
         )
         raise CheckpointError(f"{error}; model.init also takes {kinds}") from error
     shapes_only = all(parameter.is_meta for parameter in student.parameters())
-    state: Weights = (checkpoints.load_shapes if shapes_only else checkpoints.load)(found, options)["state_dict"]
+    if shapes_only:
+        state: Weights = checkpoints.read_index(found, options).state["state_dict"]
+    else:
+        state = checkpoints.load(found, options, checkpoints.WEIGHTS)["state_dict"]
     for name, network in (("student", student), ("teacher", teacher)):
         own = {key.removeprefix(f"{name}."): w for key, w in state.items() if key.startswith(f"{name}.")}
         backbone = network.get_submodule("backbone")

@@ -1,7 +1,7 @@
 """How ranks share the model: replicas (DDP) or shards (FSDP2), with checkpoints that are the same for both.
 
-State dicts hold whole tensors by name, gathered on rank 0 and copied, so that a run may go on with another number of
-ranks or another strategy, and that a checkpoint can be written while the next steps change the weights.
+Each rank of a replica saves its part of each tensor by the tensor's name, so that a run may go on with another number
+of ranks or another strategy; and a copy of it, so that the next steps may change the weights while it is written.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
-    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -32,7 +31,10 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from trainer.recipe.network import Network
+from trainer.run.background_checkpoints import FolderCheckpointIO
 from trainer.run.execution import TrainConfig
+from trainer.run.sending import local, send
+from trainer.run.state_files import Index, named_tensors
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
@@ -44,12 +46,14 @@ def _bare(optimizer: Optimizer) -> Optimizer:
     return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
-def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+class _KeptInParts(Strategy):
+    """Saves and loads the parts of the state that the ranks of the first replica hold; the others are sent theirs."""
 
-
-class _WholeState(Strategy):
-    """Saves and loads whole tensors by name, through rank 0."""
+    _keepers: dist.ProcessGroup | None = None
+    """the ranks of the first replica, on their hosts, if there are several"""
+    _alike: dist.ProcessGroup | None = None
+    """the ranks that hold what this one holds, that of the first replica first, if there are several"""
+    _loaded: tuple[str, Index] | None = None
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -61,50 +65,76 @@ class _WholeState(Strategy):
         """The optimiser's state is loaded through this class, too."""
         return True
 
-    def _gathered(self, state: dict[str, Any]) -> dict[str, Any]:
+    @property
+    def _keeps(self) -> bool:
+        return self._alike is None or dist.get_rank(self._alike) == 0
+
+    def _own(self, state: dict[str, Any]) -> dict[str, Any]:
         # On a GPU, moving the state to the host has copied it already.
         return _copied(state) if self.root_device.type == "cpu" else state
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Student and teacher; empty on other ranks than 0."""
+        """Student and teacher, this rank's part, on its host; empty on ranks that save nothing."""
         assert self.lightning_module is not None
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return self._gathered(get_model_state_dict(self.lightning_module, options=options))
+        if not self._keeps:
+            return {}
+        return self._own(get_model_state_dict(self.lightning_module, options=StateDictOptions(cpu_offload=True)))
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """AdamW's moments by parameter name; empty on other ranks than 0."""
+        """AdamW's moments by parameter name, likewise."""
         assert self.lightning_module is not None
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        if not self._keeps:
+            return {}
+        options = StateDictOptions(cpu_offload=True)
         state = get_optimizer_state_dict(self.lightning_module, _bare(optimizer), options=options)
-        return self._gathered(cast(dict[str, Any], state))
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Spreads rank 0's weights over all ranks."""
-        assert self.lightning_module is not None
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=_several_ranks(), strict=strict)
-        set_model_state_dict(self.lightning_module, checkpoint["state_dict"], options=options)
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Spreads rank 0's moments over all ranks."""
-        assert self.lightning_module is not None
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=_several_ranks())
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            set_optimizer_state_dict(self.lightning_module, optimizer, state, options=options)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads on rank 0; the others get all but the tensors."""
-        if not _several_ranks():
-            return self.checkpoint_io.load_checkpoint(checkpoint_path)
-        whole = self.checkpoint_io.load_checkpoint(checkpoint_path) if self.is_global_zero else {}
-        heavy: dict[str, Any] = {"state_dict": {}, "optimizer_states": [{}] * len(self.optimizers)}
-        light = [{**whole, **heavy}]
-        dist.broadcast_object_list(light, src=0)
-        return whole if self.is_global_zero else light[0]
+        return self._own(cast(dict[str, Any], state))
 
     def save_checkpoint(self, checkpoint: Any, filepath: Any, storage_options: Any | None = None) -> None:
-        """Rank 0 hands it to the storage, which writes while training goes on."""
-        if self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(checkpoint, filepath)
+        """Hands it to the storage, which writes while training goes on."""
+        if self._keeps:
+            assert isinstance(self.checkpoint_io, FolderCheckpointIO)
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath, self._keepers)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """All but the tensors' values, which one rank reads for all."""
+        assert isinstance(self.checkpoint_io, FolderCheckpointIO)
+        uri = str(checkpoint_path)
+        found = [self.checkpoint_io.read_index(uri) if self.is_global_zero else None]
+        if dist.is_initialized():
+            dist.broadcast_object_list(found, src=0)
+        assert found[0] is not None, "rank 0 has read it"
+        self._loaded = uri, found[0]
+        return found[0].state
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Fills student and teacher."""
+        assert self.lightning_module is not None
+        self._fill({"state_dict": get_model_state_dict(self.lightning_module)})
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Fills AdamW's moments, and sets the rest of its state."""
+        assert self.lightning_module is not None
+        states = [get_optimizer_state_dict(self.lightning_module, optimizer) for optimizer in self.optimizers]
+        self._fill({"optimizer_states": [{"state": state["state"]} for state in states]})
+        for optimizer, state, saved in zip(self.optimizers, states, checkpoint["optimizer_states"], strict=True):
+            state["param_groups"] = saved["param_groups"]
+            set_optimizer_state_dict(self.lightning_module, optimizer, state)
+
+    @torch.no_grad()
+    def _fill(self, state: dict[str, Any]) -> None:
+        """Gives tensors, or this rank's parts of them, the values that the checkpoint has for their names."""
+        assert self._loaded is not None, "it was opened before"
+        assert isinstance(self.checkpoint_io, FolderCheckpointIO)
+        uri, index = self._loaded
+        into = named_tensors(state)
+        if index.is_one_file:
+            send(self.checkpoint_io.read_whole(uri) if self.is_global_zero else {}, into)
+            return
+        if self._keeps:
+            self.checkpoint_io.read_parts(uri, index, into, self._keepers)
+        if self._alike is not None:
+            for tensor in into.values():
+                dist.broadcast(local(tensor), group=self._alike, group_src=0)
 
 
 def prepare(train: TrainConfig, network: Network, mesh: DeviceMesh | None) -> None:
@@ -189,11 +219,11 @@ def ranks_mesh(train: TrainConfig, device: str) -> DeviceMesh:
     return init_device_mesh(device, (ranks // shares, shares), mesh_dim_names=("replicas", "shards"))
 
 
-class OneDevice(_WholeState, SingleDeviceStrategy):
+class OneDevice(_KeptInParts, SingleDeviceStrategy):
     """One process without a process group."""
 
 
-class Replicas(_WholeState, DDPStrategy):
+class Replicas(_KeptInParts, DDPStrategy):
     """Each rank holds the whole model (DDP)."""
 
     def __init__(self, device: torch.device) -> None:
@@ -205,8 +235,13 @@ class Replicas(_WholeState, DDPStrategy):
         """This rank's device, as whoever started the rank chose it."""
         return self._device
 
+    def setup_environment(self) -> None:
+        """All ranks hold the same."""
+        super().setup_environment()
+        self._alike = dist.group.WORLD
 
-class Shards(_WholeState, ModelParallelStrategy):
+
+class Shards(_KeptInParts, ModelParallelStrategy):
     """Each rank holds its share of every weight, gradient, moment and teacher weight (FSDP2)."""
 
     def __init__(self, device: torch.device, train: TrainConfig) -> None:
@@ -225,6 +260,9 @@ class Shards(_WholeState, ModelParallelStrategy):
         self._data_parallel_size = self.cluster_environment.world_size()
         super().setup_environment()
         mesh = ranks_mesh(self._train, self.root_device.type)
+        self._alike = mesh["replicas"].get_group() if mesh.ndim > 1 else None
+        first = mesh.mesh[0] if mesh.ndim > 1 else mesh.mesh
+        self._keepers = cast(dist.ProcessGroup, dist.new_group(first.tolist(), backend="gloo"))
         self.lightning_module._device_mesh = mesh  # pyright: ignore[reportPrivateUsage] — as Lightning does, of its own
 
     @contextmanager

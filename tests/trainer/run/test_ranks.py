@@ -1,5 +1,6 @@
 """Two ranks on the CPU (gloo), without Ray: replicas and shards, against each other and against one rank."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -11,13 +12,14 @@ import torch
 import torch.multiprocessing as mp
 
 from streaming.catalog import Catalog
-from tests.processes import free_ports
+from tests.processes import free_ports, wait_for
 from trainer.evaluate.knn_watch import KnnWatch
 from trainer.run import checkpoints
 from trainer.run.background_checkpoints import FolderCheckpointIO
 from trainer.run.config import Config, read_config
 from trainer.run.fit import Place, fit
 from trainer.run.replay import LocalRank
+from trainer.run.state_files import named_tensors
 from trainer.run.step_batches import StepBatches
 from trainer.run.stop_signals import Signals
 
@@ -41,7 +43,6 @@ RUNS: list[Run] = [
     ("ddp", (*RANKS, *DDP)),
     ("fsdp", (*RANKS, *FSDP)),
     ("fsdp_accumulated", (*RANKS, *FSDP, "--train.accumulate", "2")),
-    ("fsdp_of_replicas", (*RANKS, *FSDP, "--train.shard_ranks", "1")),
     ("fsdp_gathered", (*RANKS, *FSDP, "--train.shard_ranks", "2")),
     ("fsdp_gathered_accumulated", (*RANKS, *FSDP, "--train.shard_ranks", "2", "--train.accumulate", "2")),
     ("ddp_accumulated", (*RANKS, *DDP, "--train.accumulate", "2")),
@@ -52,6 +53,9 @@ RUNS: list[Run] = [
     ("fsdp_few_kernels", (*RANKS, *FSDP, *FEW)),
     ("one_then_fsdp", (*RANKS, *FSDP)),
     ("one_then_ddp", (*RANKS, *DDP)),
+    ("one_then_replicas", (*RANKS, *FSDP, "--train.shard_ranks", "1")),
+    ("fsdp_again", (*RANKS, *FSDP)),
+    ("ddp_again", (*RANKS, *DDP)),
 ]
 
 
@@ -64,6 +68,11 @@ def run_rank(rank: int, catalog: str, folder: Path, port: int, runs: list[Run]) 
     torch.set_num_threads(1)
     for name, overrides in runs:
         config = configuration(catalog, folder, name, overrides)
+        if name.endswith("_again"):
+            if rank == 0:
+                copy(folder, name.removesuffix("_again"), f"{name}.partly")
+                (folder / f"{name}.partly").rename(folder / name)
+            wait_for(lambda out=config.run.out: checkpoints.latest(out))
         place = Place(torch.device("cpu"), LocalRank(rank, config.train.ranks, port))
         run(config, rank, place)
 
@@ -89,8 +98,9 @@ def trained(catalog: str, coloured: Path, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "images").symlink_to(coloured)
     run(configuration(catalog, folder, "one", ()), 0, None)
-    for name in ("one_then_fsdp", "one_then_ddp"):
+    for name in ("one_then_fsdp", "one_then_ddp", "one_then_replicas"):
         copy(folder, "one", name)
+    make_first_version(checkpoints.checkpoint_uri(str(folder / "one_then_fsdp"), 2))
     (port,) = free_ports(1)
     mp.spawn(run_rank, (catalog, folder, port, RUNS), nprocs=2)
     copy(folder, "fsdp", "fsdp_then_one")
@@ -105,6 +115,19 @@ def copy(folder: Path, source: str, target: str) -> None:
     for file in Path(checkpoints.checkpoint_uri(str(folder / source), 2)).iterdir():
         two.mkdir(exist_ok=True)
         os.link(file, two / file.name)
+
+
+def make_first_version(uri: str) -> None:
+    """Makes of a checkpoint what this project wrote before: one file with all tensors."""
+    state, meta = checkpoints.load(uri), json.loads(Path(uri, checkpoints.META).read_text())
+    for file in Path(uri).iterdir():
+        if file.name != checkpoints.CONFIG:
+            file.unlink()
+    torch.save(state, Path(uri, checkpoints.STATE))
+    content = Path(uri, checkpoints.STATE).read_bytes()
+    meta |= {"version": 1, "nbytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    Path(uri, checkpoints.META).write_text(json.dumps(meta))
+    checkpoints.verify(uri)
 
 
 def end(folder: Path, name: str) -> dict[str, Any]:
@@ -133,17 +156,31 @@ LOOSE = 2e-4
         *(
             "ddp",
             "fsdp",
-            "fsdp_of_replicas",
             "fsdp_gathered",
             "ddp_few_kernels",
             "fsdp_few_kernels",
             "fsdp_checkpointing",
         ),
-        *("one_then_fsdp", "one_then_ddp", "fsdp_then_one"),
+        *("one_then_fsdp", "one_then_ddp", "one_then_replicas", "fsdp_then_one"),
     ],
 )
 def test_ranks_shards_forms_and_changes_of_them_train_as_one_rank_does(trained: Path, name: str) -> None:
     assert_close(trained, "one", name, LOOSE)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_ranks_that_go_on_from_a_checkpoint_train_to_the_bit_what_they_would_have(trained: Path, name: str) -> None:
+    undisturbed, resumed = (named_tensors(end(trained, run)) for run in (name, f"{name}_again"))
+    assert undisturbed.keys() == resumed.keys()
+    assert all(torch.equal(resumed[key], tensor) for key, tensor in undisturbed.items())
+
+
+def test_each_rank_saves_its_shards_and_of_replicas_one_saves(trained: Path) -> None:
+    def files(name: str) -> list[str]:
+        return sorted(file.name for file in Path(checkpoints.checkpoint_uri(str(trained / name), 4)).glob("*.bin"))
+
+    assert files("fsdp") == ["state-00000.bin", "state-00001.bin"]
+    assert files("ddp") == files("one_then_replicas") == files("one") == ["state-00000.bin"]
 
 
 def test_accumulation_counts_optimiser_steps_and_shards_accumulate_as_replicas_do(trained: Path) -> None:
