@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import posixpath
 import re
@@ -169,5 +168,5 @@ def known_slides(
 
 def _is_catalog(source: str, options: storage.StorageOptions | None) -> bool:
     """Whether a source is a folder that `tilestream catalog` wrote."""
-    is_other = source.lower().endswith(SLIDE_SUFFIXES) or glob.has_magic(source) or source.startswith(SCHEME)
+    is_other = source.lower().endswith(SLIDE_SUFFIXES) or source.startswith(SCHEME)
     return not is_other and storage.exists(storage.join(source, SLIDES), options)

@@ -356,6 +356,7 @@ def test_a_separator_that_is_told_to_excel_is_taken(tmp_path: Path) -> None:
         ('slide,patient\n"a,p1\nb,p2\n', "unexpected end of data"),
         ("slide,patient,patient\na,p1,p2\n", "two columns are called 'patient'"),
         ("slide,Patient,patient\na,p1,p2\n", "two columns are called 'patient'"),
+        ("slide,patient\na,p1\n,p2\n", "row 2 has no slide"),
     ],
 )
 def test_a_table_of_which_rows_or_columns_would_be_lost_is_refused(tmp_path: Path, text: str, told: str) -> None:

@@ -88,7 +88,7 @@ def test_slides_are_opened_by_the_options_and_the_staging_that_the_catalog_was_l
 
 
 def test_a_catalogs_slides_are_what_it_says_whatever_other_source_names_them(folder: Path, tmp_path: Path) -> None:
-    catalog = write_catalog(tmp_path / "catalog", sorted(folder.glob("*.svs")), mpp=0.3)
+    catalog = write_catalog(tmp_path / "catalog [1]", sorted(folder.glob("*.svs")), mpp=0.3)
     for sources in ([catalog], [str(folder), catalog], [catalog, str(folder / "*.svs")]):
         known = known_slides(sources)
         assert [Path(slide.info.uri).name for slide in known.slides] == ["bare.svs", "told.svs"]
