@@ -54,8 +54,9 @@ def make_module(config: Config, *, few_kernels: bool = False) -> DinoModule:
         ValueError, CheckpointError, StorageError: as `bare_module` and `first_weights.fill`.
     """
     module = bare_module(config, few_kernels=few_kernels)
-    first_weights.fill(config, torch.device("cpu"), module)
-    return module
+    device = torch.device("cpu")
+    first_weights.fill(config, device, module)
+    return module.to(device)  # which Lightning takes from where it was made
 
 
 def check_model(config: Config, *, resumed: bool = False) -> None:
