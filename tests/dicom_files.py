@@ -91,6 +91,8 @@ def write_series(folder: Path, slide: Path, kind: Kind = Kind()) -> list[Path]:
         pages = [page for page in tiff.pages if page.is_tiled]
         levels = [_recompressed(page, kind) if kind.codec else _as_it_is(page) for page in pages]
     levels = [_repeated(level, kind.times) for level in levels]
+    places = [len(level.frames) for level in levels]
+    levels = [_with_further_planes(level, kind.planes) for level in levels]
     series = uid("series", slide.name, kind.number)
     written: list[Path] = []
     for number, level in enumerate(levels):
@@ -108,7 +110,8 @@ def write_series(folder: Path, slide: Path, kind: Kind = Kind()) -> list[Path]:
                 instance.ConcatenationFrameOffsetNumber = before
             if kind.sparse:
                 instance.DimensionOrganizationType = "TILED_SPARSE"
-                instance.PerFrameFunctionalGroupsSequence = [_position(level, int(frame)) for frame in frames]
+                positions = [_position(level, *divmod(int(frame), places[number])) for frame in frames]
+                instance.PerFrameFunctionalGroupsSequence = positions
             written.append(_write(folder, instance, level, [level.frames[i] for i in frames], kind))
     if kind.associated:
         written += [_associated(folder, series, name, kind) for name in ("LABEL", "OVERVIEW", "THUMBNAIL")]
@@ -160,6 +163,11 @@ def _repeated(level: _Level, times: int) -> _Level:
     return replace(level, width=level.width * times, height=level.height * times, frames=frames, empty=empty)
 
 
+def _with_further_planes(level: _Level, planes: int) -> _Level:
+    black = [b"\0" * len(level.frames[0])] * (len(level.frames) * (planes - 1))
+    return replace(level, frames=level.frames + black, empty=level.empty * planes)
+
+
 def encoded(block: NDArray[np.uint8], codec: str, photometric: str) -> bytes:
     """A frame of uint8 (h, w, 3) or (h, w)."""
     match codec:
@@ -187,16 +195,20 @@ def _order(level: _Level, kind: Kind) -> NDArray[np.int64]:
     order = np.arange(len(level.frames))
     if not kind.sparse:
         return order
-    kept = np.array([not empty for empty in level.empty]) & (order % 5 != 3)
-    return np.random.default_rng(0).permutation(order[kept])
+    empty = np.array(level.empty).reshape(kind.planes, -1)
+    order = order.reshape(empty.shape)
+    kept = ~empty & (order[0] % 5 != 3)
+    rng = np.random.default_rng(0)
+    return np.concatenate([rng.permutation(plane[there]) for plane, there in zip(order, kept, strict=True)])
 
 
-def _position(level: _Level, frame: int) -> Dataset:
+def _position(level: _Level, plane: int, frame: int) -> Dataset:
     """The functional groups of a frame, at its place in the level."""
     columns = -(-level.width // level.tile[0])
     place, item = Dataset(), Dataset()
     place.ColumnPositionInTotalImagePixelMatrix = frame % columns * level.tile[0] + 1
     place.RowPositionInTotalImagePixelMatrix = frame // columns * level.tile[1] + 1
+    place.ZOffsetInSlideCoordinateSystem = plane / 1000
     item.PlanePositionSlideSequence = [place]
     return item
 
@@ -287,8 +299,6 @@ def _write(folder: Path, instance: Dataset, level: _Level, frames: Sequence[byte
     lossy = instance.PhotometricInterpretation == "YBR_ICT"
     meta.TransferSyntaxUID = SYNTAXES["lossy jpeg2000" if lossy else level.codec]
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = instance.SOPClassUID, instance.SOPInstanceUID
-    frames = [*frames, *([b"\0" * len(frames[0])] * (len(frames) * (kind.planes - 1)))]
-    instance.NumberOfFrames = int(instance.NumberOfFrames) * kind.planes
     if level.codec == "none":
         instance.PixelData = b"".join(frames)
         instance["PixelData"].VR = "OB"

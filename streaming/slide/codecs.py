@@ -195,7 +195,9 @@ def _decode_samples(block: bytes, form: BlockFormat) -> Any:
     if form.codec in _OF_IMAGES:
         # Into an array that is there already: a header that claims another size is refused, not allocated for.
         into = out[..., 0] if form.samples == 1 else out
-        _OF_IMAGES[form.codec](block, out=into)
+        # libwebp leaves alpha out of a block that is opaque all over.
+        options = {"hasalpha": form.samples == 4} if form.codec == "WEBP" else {}
+        _OF_IMAGES[form.codec](block, out=into, **options)
         return out
     if form.codec == "NONE":
         content = np.frombuffer(block, np.uint8)

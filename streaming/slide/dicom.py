@@ -30,8 +30,6 @@ from streaming.storage.range_file import RangeFile
 PAGE_NBYTES = 2**14
 """Of a header, read at once: most end within, but for a colour profile."""
 
-OF_OTHER_PLANE = -(2**40)
-
 _WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"  # VL Whole Slide Microscopy Image Storage
 _MAX_HEADER_NBYTES = 2**26  # positions of 300,000 frames
 _PIXEL_DATA = 0x7FE00010
@@ -74,6 +72,16 @@ class Instance:
     def order(self) -> tuple[int, int, int]:
         """What sorts the objects of a series: the finest level first, and of it the first part."""
         return -self.width, -self.height, self.frames_before
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where the frames of an object lie."""
+
+    corners: Ints
+    """int64 (frames, 2): x and y from 0 on"""
+    planes: list[tuple[object, object]]
+    """depth and optical path of each"""
 
 
 @dataclass(frozen=True)
@@ -120,11 +128,8 @@ def read_instance(uri: str, file: RangeFile) -> Instance:
         raise _no_sense(uri, error) from None
 
 
-def read_picture(uri: str, file: RangeFile) -> tuple[Picture, Ints | None]:
-    """What the whole header of a level says, and the corner of each frame, int64 (frames, 2), x and y from 0 on.
-
-    No corners where frames go row by row. They are `OF_OTHER_PLANE` for those of other focal planes and optical paths
-    than the first.
+def read_picture(uri: str, file: RangeFile) -> tuple[Picture, Positions | None]:
+    """What the whole header of a level says, and where its frames lie; None where they go row by row.
 
     Raises:
         SlideError: the header makes no sense.
@@ -132,19 +137,17 @@ def read_picture(uri: str, file: RangeFile) -> tuple[Picture, Ints | None]:
     """
     try:
         with _quiet():
-            picture, corners = _picture_and_corners(file)
+            picture, positions = _picture_and_positions(file)
     except TilestreamError:
         raise
     except Exception as error:  # of bytes that are no DICOM, pydicom raises nearly anything
         raise _no_sense(uri, error) from None
-    if corners is not None and len(corners) != picture.num_frames:
-        raise SlideError(
-            f"{uri}: positions of {len(corners):,} frames for {picture.num_frames:,}; compare it with its source"
-        )
-    return picture, corners
+    if positions is not None and (num := len(positions.planes)) != picture.num_frames:
+        raise SlideError(f"{uri}: positions of {num:,} frames for {picture.num_frames:,}; compare it with its source")
+    return picture, positions
 
 
-def _picture_and_corners(file: RangeFile) -> tuple[Picture, Ints | None]:
+def _picture_and_positions(file: RangeFile) -> tuple[Picture, Positions | None]:
     header = _header(file, _TAGS, _PIXEL_DATA)
     picture = _picture(header, file)
     is_full = header.get("DimensionOrganizationType") == "TILED_FULL"
@@ -154,7 +157,7 @@ def _picture_and_corners(file: RangeFile) -> tuple[Picture, Ints | None]:
     frames = groups.get("PerFrameFunctionalGroupsSequence") or []
     if frames and not picture.spacing_um:
         picture = replace(picture, spacing_um=_spacing(frames[0]))
-    return picture, None if is_full or not frames else _corners(frames)
+    return picture, None if is_full or not frames else _positions(frames)
 
 
 _quiet_lock = threading.Lock()
@@ -300,17 +303,16 @@ def _spacing(groups: Dataset) -> tuple[float, ...]:
     return () if row is None or column is None else (column * 1000, row * 1000)
 
 
-def _corners(frames: Sequence[Dataset]) -> Ints:
-    corners = np.full((len(frames), 2), OF_OTHER_PLANE, np.int64)
-    first: tuple[Any, Any] | None = None
+def _positions(frames: Sequence[Dataset]) -> Positions:
+    corners = np.empty((len(frames), 2), np.int64)
+    planes: list[tuple[object, object]] = []
     for frame, groups in enumerate(frames):
         place = groups.PlanePositionSlideSequence[0]
         paths = groups.get("OpticalPathIdentificationSequence") or []
-        plane = place.get("ZOffsetInSlideCoordinateSystem"), paths[0].get("OpticalPathIdentifier") if paths else None
-        first = first or plane
-        if plane == first:
-            corners[frame] = (
-                int(place.ColumnPositionInTotalImagePixelMatrix) - 1,
-                int(place.RowPositionInTotalImagePixelMatrix) - 1,
-            )
-    return corners
+        path = paths[0].get("OpticalPathIdentifier") if paths else None
+        planes.append((place.get("ZOffsetInSlideCoordinateSystem"), path))
+        corners[frame] = (
+            int(place.ColumnPositionInTotalImagePixelMatrix) - 1,
+            int(place.RowPositionInTotalImagePixelMatrix) - 1,
+        )
+    return Positions(corners, planes)

@@ -15,7 +15,7 @@ from streaming.counters import UNCOUNTED, Counters
 from streaming.errors import SlideError
 from streaming.slide.block_level import MAX_BLOCK_PX, BlockedSlide, BlockLevel, SlideObject, first_header
 from streaming.slide.codecs import BlockFormat, jpeg_prefix
-from streaming.slide.dicom import OF_OTHER_PLANE, PAGE_NBYTES, Instance, Ints, Picture, read_instance, read_picture
+from streaming.slide.dicom import PAGE_NBYTES, Instance, Ints, Picture, Positions, read_instance, read_picture
 from streaming.slide.dicom_frames import frames_of
 from streaming.slide.multi_file import may_be_dicom
 from streaming.storage.joined_ranges import JoinedRanges
@@ -64,8 +64,8 @@ class _Frames:
     base: int
     """where it begins among the bytes of all objects"""
     picture: Picture
-    corners: Ints | None
-    """x and y of each frame, where they do not go row by row"""
+    positions: Positions | None
+    """of its frames, where they do not go row by row"""
 
 
 @dataclass(frozen=True)
@@ -253,11 +253,13 @@ def _level(parts: Sequence[_Part], bases: Sequence[int]) -> _Level:
         raise SlideError(
             f"{uri}: {len(ordered)} of the {picture.num_parts} parts of its level are here; copy all of them"
         )
-    is_full = all(frames.corners is None for frames in ordered)
+    is_full = all(frames.positions is None for frames in ordered)
     left_out = _further_planes(ordered, columns * rows) if is_full else 0
+    # Of all parts together: a further plane may begin with a part.
+    plane = next((frames.positions.planes[0] for frames in ordered if frames.positions), None)
     offsets, nbytes = np.zeros(columns * rows, np.int64), np.zeros(columns * rows, np.int64)
     for frames in ordered:
-        places = _places(frames, columns, rows)
+        places = _places(frames, columns, rows, plane)
         left_out += 0 if is_full else int((places < 0).sum())
         found_at, found = frames_of(frames.part.info.uri, frames.part.file, frames.picture)
         offsets[places[places >= 0]] = (found_at + frames.base)[places >= 0]
@@ -289,17 +291,17 @@ def _further_planes(ordered: Sequence[_Frames], num_places: int) -> int:
     return count - num_places
 
 
-def _places(frames: _Frames, columns: int, rows: int) -> Ints:
+def _places(frames: _Frames, columns: int, rows: int, plane: object) -> Ints:
     """Which place of the grid, row by row, each frame of an object has; -1 for those of further planes."""
-    picture, corners = frames.picture, frames.corners
-    if corners is None:
+    picture, positions = frames.picture, frames.positions
+    if positions is None:
         places = frames.part.instance.frames_before + np.arange(picture.num_frames)
         return np.where(places < columns * rows, places, -1)
+    corners, is_other = positions.corners, np.array([other != plane for other in positions.planes])
     column, row = corners[:, 0] // picture.tile_width, corners[:, 1] // picture.tile_height
-    is_other = corners[:, 0] == OF_OTHER_PLANE
     wrong = (corners % (picture.tile_width, picture.tile_height) != 0).any(axis=1)
-    wrong |= (column >= columns) | (row < 0) | (row >= rows)
-    places = row * columns + column
+    wrong |= (column < 0) | (column >= columns) | (row < 0) | (row >= rows)
+    places = np.where(is_other, -1, row * columns + column)
     _, firsts = np.unique(places, return_index=True)
     wrong |= ~np.isin(np.arange(len(places)), firsts)
     if (wrong & ~is_other).any():
@@ -308,7 +310,7 @@ def _places(frames: _Frames, columns: int, rows: int) -> Ints:
             f"{frames.part.info.uri}, frame {frame}: at pixel {corners[frame, 0]:,}, {corners[frame, 1]:,}, which is "
             f"no place of its own in a grid of {picture.tile_width} × {picture.tile_height} px; {_COMPARE}"
         )
-    return np.where(is_other, -1, places)
+    return places
 
 
 def _form(uri: str, picture: Picture) -> BlockFormat:

@@ -21,7 +21,7 @@ from streaming.slide.geometry import LevelBox, Rectangle
 from streaming.slide.multi_file import as_one
 from streaming.slide.resample import Pixels
 from streaming.slide.resolution import number, plausible_mpp, why_no_mpp
-from streaming.slide.slide import Slide
+from streaming.slide.slide import CONVERT, Slide
 from streaming.storage.staging import TRIES, Staging
 
 T = TypeVar("T")
@@ -66,10 +66,15 @@ def _mark(entry: str) -> tuple[int, int] | None:
 def _open(uri: str, path: str) -> openslide.OpenSlide:
     try:
         if openslide.OpenSlide.detect_format(path) is None:
-            raise SlideError(f"{uri}: not a slide that OpenSlide knows; is it an image of another kind?")
+            raise SlideError(
+                f"{uri}: not a slide that OpenSlide knows; is it an image of another kind? A TIFF is converted with "
+                f"`{CONVERT}`"
+            )
         handle = openslide.OpenSlide(path)
     except openslide.OpenSlideError as error:
-        raise SlideError(f"{uri}: OpenSlide can't open it: {error}; compare it with its source") from error
+        raise SlideError(
+            f"{uri}: OpenSlide can't open it: {error}; compare it with its source, or convert it with `{CONVERT}`"
+        ) from error
     handle.set_cache(_CACHE)
     return handle
 

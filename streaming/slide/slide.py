@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from streaming.storage.sparse_copy import SparseCopy
 
 
+CONVERT = "vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg --Q 90"
+"""The command that makes a TIFF of any kind one that is read by its blocks."""
+
+
 class PendingTile(Protocol):
     """A tile whose bytes were asked for."""
 

@@ -19,13 +19,13 @@ from streaming.errors import SlideError, StorageError
 from streaming.slide.block_level import BlockedSlide, BlockLevel, SlideObject, first_header
 from streaming.slide.empty_blocks import are_cheap, blocks_for_one, with_those_above
 from streaming.slide.geometry import Rectangle
+from streaming.slide.slide import CONVERT
 from streaming.slide.tiff_blocks import blocks_of, check_block_size
 from streaming.slide.tiff_vendors import PAINTS_EMPTY_BLOCKS, TELLS_BOUNDS, pyramid_of
 from streaming.storage.range_file import RangeFile
 from streaming.storage.ranges import Ranges, read_range
 
 _OLD_JPEG = 6
-_CONVERT = "vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg --Q 90"
 _MAX_PAGES = 1000  # the largest Z-stacks have some hundred
 
 # What tifffile raises over tags that are cut off, or of another type than they must be.
@@ -59,7 +59,7 @@ def _slide(uri: str, tiff: tifffile.TiffFile, ranges: Ranges, count: Counters) -
     if not tiff.pages.first.is_tiled:
         if tiff.is_ndpi or any(page.is_tiled for page in _pages(uri, tiff)):
             return None
-        raise SlideError(f"{uri}: a stripped TIFF, of which a tile takes whole rows; convert it with `{_CONVERT}`")
+        raise SlideError(f"{uri}: a stripped TIFF, of which a tile takes whole rows; convert it with `{CONVERT}`")
     pyramid = pyramid_of(_pages(uri, tiff))
     if pyramid is not None and pyramid.vendor in PAINTS_EMPTY_BLOCKS:
         _check_empty_blocks(uri, pyramid.pages)
@@ -103,7 +103,7 @@ def _check_old_jpeg(uri: str, number: int, level: BlockLevel, ranges: Ranges, co
     if any(read_range(ranges, at, at + 2, count) != b"\xff\xd8" for at in used):
         raise SlideError(
             f"{uri}: level {number}: old-style JPEG (compression 6), whose blocks are no whole JPEGs; convert it with "
-            f"`{_CONVERT}`"
+            f"`{CONVERT}`"
         )
 
 

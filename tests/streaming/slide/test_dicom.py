@@ -94,6 +94,18 @@ def test_what_openslide_refuses_has_the_pixels_that_were_written(
     assert ("further focal planes" in slide.left_out) == (kind.planes > 1)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_of_frames_with_positions_those_of_the_first_focal_plane_are_shown(
+    parts: int, slides: list[Path], tmp_path: Path
+) -> None:
+    kind = Kind(codec="none", sparse=True, parts=parts)
+    one = write_series(tmp_path / "one", slides[0], kind)[0]
+    slide = open_slide(str(write_series(tmp_path / "two", slides[0], replace(kind, planes=2))[0]))
+    with openslide.OpenSlide(one) as oracle:
+        assert_same_pixels(slide, oracle)
+    assert "further focal planes" in slide.left_out
+
+
 def broken(folder: Path, what: str) -> tuple[Path, str]:
     """Breaks a series; gives the file that must be named."""
     first, second, *_ = sorted(folder.glob("*"), key=lambda path: -path.stat().st_size)

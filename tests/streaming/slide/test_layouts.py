@@ -172,6 +172,17 @@ def test_what_is_transparent_lies_over_white(tmp_path: Path, premultiplied: bool
     assert np.abs(read(path) - (RGB * part + 255 * (1 - part))).max() <= 1
 
 
+@pytest.mark.parametrize("compression", ["webp", "jpegxl"])
+def test_blocks_of_rgba_that_are_opaque_all_over_are_read_whatever_their_codec_keeps(
+    tmp_path: Path, compression: str
+) -> None:
+    alpha = np.full_like(GREY, 255)
+    alpha[:256, 300:] = 0
+    lossless = {"compression": compression, "compressionargs": {"lossless": True}}
+    path = write(tmp_path / "slide.tif", np.dstack([RGB, alpha]), extrasamples=["unassalpha"], **lossless)
+    np.testing.assert_array_equal(read(path), np.where(alpha[..., None], RGB, 255))
+
+
 def assert_pyramid(slide: Slide) -> None:
     assert slide.backend == "blocks"
     assert slide.level_dimensions == tuple((page.shape[1], page.shape[0]) for page in (RGB, HALF, QUARTER))
@@ -209,6 +220,15 @@ def test_a_stripped_tiff_is_refused_with_the_command_that_converts_it(tmp_path: 
     path = tmp_path / "slide.tif"
     tifffile.imwrite(path, RGB, photometric="rgb", rowsperstrip=64)
     with pytest.raises(SlideError, match=r"stripped TIFF.*vips tiffsave .* --tile --pyramid"):
+        open_slide(str(path))
+
+
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+def test_a_tiff_of_a_codec_that_nobody_reads_is_refused_with_the_command_that_converts_it(
+    tmp_path: Path, byteorder: str
+) -> None:
+    path = write(tmp_path / "slide.tif", RGB, compression="jpegxr", byteorder=byteorder)
+    with pytest.raises(SlideError, match=r"slide\.tif: .*OpenSlide.*vips tiffsave .* --tile --pyramid"):
         open_slide(str(path))
 
 
