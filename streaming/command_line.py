@@ -15,7 +15,7 @@ import os
 import select
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from functools import cache
 from types import NoneType, UnionType
@@ -23,6 +23,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 
 import docstring_parser
 
+from streaming import machine
 from streaming.errors import EMPTY_ADDRESS, ConfigError
 from streaming.mirrors import default_mirrors, read_mirrors
 from streaming.secrets import hidden
@@ -36,8 +37,22 @@ Section = TypeVar("Section")
 class OneLineParser(ArgumentParser):
     """A parser that says what is wrong in one line and exits 2."""
 
+    _words: Sequence[str] = ()
+
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride] — several by their types
+        self, args: Iterable[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """As argparse's; `error` may look at the arguments."""
+        self._words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(self._words, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Prints the line; `--help` shows the rest."""
+        # Of a misspelt option argparse says only that the right one is missing.
+        if "are required: " in message and not self.get_default("takes_overrides"):
+            given = [word.partition("=")[0] for word in self._words if word.startswith("--")]
+            if unknown := [option for option in given if option not in ("--", *self._option_string_actions)]:
+                message += f"; unrecognized: {' '.join(unknown)}"
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
@@ -260,11 +275,14 @@ def file(text: str) -> str:
     """The address of a file that a command is to write; errors as `folder`."""
     if "://" not in text and os.path.isdir(text):
         raise ArgumentTypeError(f"{text!r} is a folder; name a file")
-    return _writable(text, os.path.dirname(text) or ".")
+    return file_or_folder(text)
 
 
 def file_or_folder(text: str) -> str:
     """The address of one or the other; errors as `folder`."""
+    # What is written replaces what is there, were it a device.
+    if "://" not in text and os.path.lexists(text) and not (os.path.isfile(text) or os.path.isdir(text)):
+        raise ArgumentTypeError(f"{text!r} is neither a file nor a folder; name another place")
     return _writable(text, text if os.path.isdir(text) else os.path.dirname(text) or ".")
 
 
@@ -277,7 +295,7 @@ def _writable(text: str, place: str) -> str:
         place = os.path.dirname(place) or "."
     if not os.path.isdir(place):
         raise ArgumentTypeError(f"{text!r}: {place} is no folder; name another place")
-    if not os.access(place, os.W_OK | os.X_OK):
+    if not machine.is_writable(place):
         raise ArgumentTypeError(f"{text!r}: {place} can't be written to; name another place")
     return text
 

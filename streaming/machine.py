@@ -62,7 +62,7 @@ def memory() -> Allotted:
 def has_home() -> bool:
     """Whether there is a home that files can be written to."""
     try:
-        return _is_writable(str(Path.home()))
+        return is_writable(str(Path.home()))
     except RuntimeError:  # no HOME, and no entry of this user's among the machine's
         return False
 
@@ -85,11 +85,11 @@ def short_temporary_folder() -> str:
         raise NodeError(
             f"{folder}: {error.strerror}; let RAY_TMPDIR or TMPDIR name a folder on a local disk"
         ) from error
-    if not _is_writable(folder):
+    if not is_writable(folder):
         raise NodeError(f"{folder}: not writable; let RAY_TMPDIR or TMPDIR name a folder on a local disk")
     if len(os.fsencode(folder)) <= _FOLDER_NBYTES:
         return folder
-    for short in filter(_is_writable, _SHORT_FOLDERS):
+    for short in filter(is_writable, _SHORT_FOLDERS):
         if link := _link_to(folder, os.path.join(short, f"ts-ray-{os.getuid()}")):
             return link
     raise NodeError(
@@ -117,7 +117,8 @@ def _link_to(folder: str, place: str) -> str | None:
     return link
 
 
-def _is_writable(folder: str) -> bool:
+def is_writable(folder: str) -> bool:
+    """Whether a file can be made in a folder; leaves none."""
     # To root, of some folders access says what is not so.
     try:
         with tempfile.TemporaryFile(dir=folder):

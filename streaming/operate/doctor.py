@@ -170,7 +170,7 @@ def _open_files() -> Iterator[Finding]:
 def _disk() -> Iterator[Finding]:
     staging = Path(Staging().path)
     place = next(path for path in (staging, *staging.parents) if path.exists())
-    free, writable = shutil.disk_usage(place).free, os.access(place, os.W_OK)
+    free, writable = shutil.disk_usage(place).free, machine.is_writable(str(place))
     state: State = "mend" if not writable or free < 2 * 10**9 else "note" if free < 50 * 10**9 else "ok"
     what = f"{staging}: {free / 1e9:.0f} GB free" + ("" if writable else ", not writable")
     if place == staging:

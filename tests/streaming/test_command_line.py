@@ -82,6 +82,7 @@ def test_the_help_is_what_stands_under_the_fields_with_their_defaults(capsys: py
         ("line --ends square", "argument --ends: invalid choice: 'square'"),
         ("line --line-width 3", "unrecognized arguments: --line-width 3"),
         ("line --col red", "unrecognized arguments: --col red"),
+        ("--what=line", "the following arguments are required: WHAT; unrecognized: --what; see"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(capsys: pytest.CaptureFixture[str], words: str, told: str) -> None:
@@ -92,9 +93,10 @@ def test_what_is_wrong_is_told_in_one_line(capsys: pytest.CaptureFixture[str], w
 
 
 def test_a_place_that_no_file_can_be_written_to_is_refused_before_any_work(tmp_path: Path) -> None:
-    text, locked = tmp_path / "text", tmp_path / "locked"
+    text, locked, pipe = tmp_path / "text", tmp_path / "locked", tmp_path / "pipe"
     text.touch()
     locked.mkdir(mode=0o500)
+    os.mkfifo(pipe)
     for kind in (folder, file, file_or_folder):
         assert kind(f"{tmp_path}/a/b/c") == f"{tmp_path}/a/b/c"
         assert kind("s3://bucket/a") == "s3://bucket/a"
@@ -103,9 +105,12 @@ def test_a_place_that_no_file_can_be_written_to_is_refused_before_any_work(tmp_p
             kind(f"{text}/a/b")
         with pytest.raises(ArgumentTypeError, match="an address is empty"):
             kind("")
-        if os.geteuid():
-            with pytest.raises(ArgumentTypeError, match=f"{locked} can't be written to"):
-                kind(f"{locked}/a/b")
+        # To root, the system says of /proc what is not so.
+        for place in ("/proc", str(locked))[: 2 if os.geteuid() else 1]:
+            with pytest.raises(ArgumentTypeError, match=f"{place} can't be written to"):
+                kind(f"{place}/a/b")
+        with pytest.raises(ArgumentTypeError, match=r"pipe.* is (no folder|neither a file nor a folder); name another"):
+            kind(str(pipe))
     assert file(str(text)) == file_or_folder(str(text)) == str(text)
     assert folder(str(tmp_path)) == file_or_folder(str(tmp_path)) == str(tmp_path)
     with pytest.raises(ArgumentTypeError, match="is no folder"):
