@@ -79,6 +79,8 @@ def open_slide(
     ranges = None if is_multi_file(uri) else open_ranges(at, options)
     if ranges is None:
         return open_staged(files, options, mpp, staging or Staging(), count)
+    if not ranges.size:
+        raise SlideError(f"{uri}: is empty; compare it with its source")
     # DICOM's is the longest magic.
     start = read_range(ranges, 0, min(DICOM_MAGIC_NBYTES, ranges.size), count)
     # As OpenSlide does: a file that is both is what its suffix tells.

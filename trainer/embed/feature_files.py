@@ -37,6 +37,7 @@ from trainer.embed.files import (
     listed,
     read_embeddings,
 )
+from trainer.embed.passes import check_finite
 from trainer.embed.table_slides import TableSlides
 
 Maker = Literal["tilestream", "TRIDENT", "CLAM", "LazySlide"]
@@ -78,7 +79,7 @@ def read_features(file: FeatureFile, options: storage.StorageOptions | None = No
     """The embeddings (n, D) of a file, and nothing else of it.
 
     Raises:
-        ConfigError: it is broken.
+        ConfigError: it is broken, or some are not finite.
         StorageError: it can't be read.
     """
     with _opened(file.uri, options) as opened:
@@ -88,7 +89,9 @@ def read_features(file: FeatureFile, options: storage.StorageOptions | None = No
             values = rows.flatten().to_numpy(zero_copy_only=False)
         else:
             values = opened["X" if file.maker == "LazySlide" else "features"][:]
-    return np.asarray(values, dtype=np.float32).reshape(file.num, file.width)
+    features = np.asarray(values, dtype=np.float32).reshape(file.num, file.width)
+    check_finite(file.uri, features)
+    return features
 
 
 @contextmanager

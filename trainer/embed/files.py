@@ -19,6 +19,7 @@ from streaming import storage
 from streaming.catalog.tiling import rows_and_columns, tile_extent
 from streaming.errors import ConfigError
 from trainer.embed.options import Format, Precision, Token
+from trainer.embed.passes import check_finite
 
 Array = NDArray[Any]
 
@@ -254,14 +255,16 @@ def read_embeddings(uri: str, options: storage.StorageOptions | None = None) -> 
     """Reads a file that `tilestream embed` wrote.
 
     Raises:
-        ConfigError: it is something else, or of an earlier version.
+        ConfigError: it is something else, of an earlier version, or some of its embeddings are not finite.
         StorageError: it can't be read.
     """
     try:
-        return _read_hdf5(uri, options) if uri.endswith(SUFFIXES["h5"]) else _read_parquet(uri, options)
+        found = _read_hdf5(uri, options) if uri.endswith(SUFFIXES["h5"]) else _read_parquet(uri, options)
     except (KeyError, TypeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{uri}: not what `tilestream embed` writes now ({reason}); embed the slide again") from error
+    check_finite(uri, found.features)
+    return found
 
 
 def _read_parquet(uri: str, options: storage.StorageOptions | None) -> SlideEmbeddings:

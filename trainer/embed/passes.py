@@ -10,7 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from streaming.errors import ConfigError
 from trainer.embed.model import Model
+
+NOT_FINITE = "not finite: the model broke down; take an earlier checkpoint, or --precision 32"
+"""what is said of an embedding"""
 
 
 class Made(NamedTuple):
@@ -20,6 +24,16 @@ class Made(NamedTuple):
     """(n, width)"""
     patches: NDArray[np.float16] | None
     """patch tokens (n, rows, columns, D); None where they are not wanted"""
+
+
+def check_finite(what: str, embeddings: NDArray[Any]) -> None:
+    """Refuses embeddings (n, width) that no score or picture can be made of.
+
+    Raises:
+        ConfigError: some are not finite.
+    """
+    if num := len(embeddings) - np.isfinite(embeddings).all(axis=1).sum():
+        raise ConfigError(f"{what}: {num:,} of {len(embeddings):,} embeddings are {NOT_FINITE}")
 
 
 class Begun:

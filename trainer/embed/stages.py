@@ -23,7 +23,7 @@ from streaming.reading.slide_pool import SlidePool
 from streaming.slide import PendingTile, geometry
 from trainer.embed.model import load_model
 from trainer.embed.options import Precision, TissueTiles, Token
-from trainer.embed.passes import Passes
+from trainer.embed.passes import NOT_FINITE, Passes
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,14 @@ class EmbedTiles:
         self._passes, self._beginning = Passes(model, patches=tokens, compiled=gpu), threading.Lock()
 
     def __call__(self, batch: Batch) -> Batch:
-        """The rows with `embedding` float32 (and `tokens` float16) in place of `tile`, also where there is a reason."""
+        """The rows with `embedding` float32 (and `tokens` float16) in place of `tile`, also where there is a reason.
+
+        An embedding that is not finite is one.
+        """
         with self._beginning:
             begun = self._passes.begin(batch.pop("tile"))
         made = begun.result()
+        reasons = batch["reason"].astype(object)
+        reasons[(reasons == "") & ~np.isfinite(made.embeddings).all(axis=1)] = f"its embeddings are {NOT_FINITE}"
+        batch = {**batch, "reason": reasons}
         return {**batch, "embedding": made.embeddings, **({} if made.patches is None else {"tokens": made.patches})}

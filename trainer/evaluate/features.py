@@ -19,7 +19,7 @@ from streaming.reading.slide_pool import SlidePool
 from streaming.slide import Slide
 from streaming.slide.resample import Pixels, resize
 from trainer.embed.model import Model
-from trainer.embed.passes import Passes
+from trainer.embed.passes import Passes, check_finite
 from trainer.embed.table_slides import TableSlides
 from trainer.evaluate.datasets import Tile
 from trainer.evaluate.image_files import read_image
@@ -145,7 +145,7 @@ def extract(
     """Passes tiles through a model once; keeps patch tokens where `patches` tells.
 
     Raises:
-        ConfigError: there is no room for them.
+        ConfigError: there is no room for them, or some embeddings are not finite.
         SlideError, StorageError: a tile can't be read, or the tiles differ in size.
     """
     embeddings: list[NDArray[np.float32]] = []
@@ -162,6 +162,7 @@ def extract(
 
     compiled = model.device.type == "cuda" and len(tiles) >= _WORTH_COMPILING
     for made in Passes(model, patches=patches is not None, compiled=compiled).through(shown()):
+        check_finite("the model", made.embeddings)
         embeddings.append(made.embeddings)
         if patches is not None:
             assert made.patches is not None, "they are asked for"

@@ -451,3 +451,9 @@ def test_tiles_of_a_slide_with_an_odd_mpp_are_resampled_from_the_exact_box(odd_m
     for _ in range(8):
         x, y = (int(rng.integers(0, side - extent)) for side in slide.level_dimensions[0])
         assert_same_tile(odd_mpp, slide, x, y, wanted_mpp, size)
+
+
+def test_an_empty_file_is_told_as_such(tmp_path: Path) -> None:
+    (tmp_path / "a.svs").touch()
+    with pytest.raises(SlideError, match="is empty; compare it with its source"):
+        open_slide(str(tmp_path / "a.svs"))

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from streaming.errors import ConfigError
+from streaming.reading.batch import Batch
 from trainer.embed.model import Model, model_of
 from trainer.embed.options import EmbedOptions
 from trainer.embed.passes import Passes
@@ -105,10 +106,31 @@ def test_several_threads_get_the_embeddings_of_their_own_tiles(
     save_file(model.backbone.vit.state_dict(), path)
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}')
     embed = EmbedTiles(str(path), {}, "cls+patch", "32", tokens=True, gpu=False)
-    alone = [embed({"tile": tiles}) for tiles in batches]
+
+    def through(tiles: NDArray[np.uint8]) -> Batch:
+        return embed({"tile": tiles, "reason": np.full(len(tiles), "", object)})
+
+    alone = [through(tiles) for tiles in batches]
     with ThreadPoolExecutor(3) as threads:
-        together = list(threads.map(lambda tiles: embed({"tile": tiles}), [*batches, *batches]))
+        together = list(threads.map(through, [*batches, *batches]))
     for one, two in zip([*alone, *alone], together, strict=True):
-        assert one.keys() == two.keys() == {"embedding", "tokens"}
+        assert one.keys() == two.keys() == {"embedding", "tokens", "reason"}
         np.testing.assert_allclose(one["embedding"], two["embedding"], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(one["tokens"], two["tokens"], atol=1e-3)
+
+
+def test_a_model_that_broke_down_embeds_no_slide(
+    model: Model, batches: list[NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    weights = {name: torch.full_like(weight, torch.nan) for name, weight in model.backbone.vit.state_dict().items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}')
+    embed = EmbedTiles(str(tmp_path / "model.safetensors"), {}, "cls", "32", tokens=False, gpu=False)
+    tiles = batches[0]
+    reasons = np.full(len(tiles), "", object)
+    reasons[0] = "unreadable"
+    first, *others = embed({"tile": tiles, "reason": reasons})["reason"]
+    assert first == "unreadable"
+    assert {*others} == {
+        "its embeddings are not finite: the model broke down; take an earlier checkpoint, or --precision 32"
+    }

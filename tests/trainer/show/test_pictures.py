@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,12 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from streaming.catalog.known import known_slides
+from streaming.errors import ConfigError
 from streaming.reading.batch import Batch
 from streaming.synthetic.layout import SyntheticSlide, TissueClass, tissue_classes
 from tests.trainer.publish.test_export import SMALL
 from trainer.cli import main
-from trainer.embed.feature_files import read_slides
+from trainer.embed.feature_files import find_features, read_features, read_slides
 from trainer.embed.files import SlideEmbeddings, find_embeddings, read_embeddings
 from trainer.embed.job import Job
 from trainer.embed.model import load_model, resolve
@@ -195,6 +197,16 @@ def test_a_token_lies_where_it_is_on_the_slide(embedded: list[SlideEmbeddings]) 
     assert np.array_equal(mosaic[rows, columns, :2], np.stack([rows, columns], axis=1))
     pictures = [Image.open(io.BytesIO(content)) for content in token_map(embedded)]
     assert [picture.format for picture in pictures] == ["PNG", "PNG"]
+
+
+def test_embeddings_that_are_not_finite_are_read_by_nothing(embedded: list[SlideEmbeddings], tmp_path: Path) -> None:
+    uri = shutil.copy(embedded[0].uri, f"{tmp_path}/a.h5")
+    with h5py.File(uri, "r+") as file:
+        file["features"][1] = np.nan
+    (found,) = find_features([uri])
+    for read in (lambda: read_embeddings(uri), lambda: read_features(found)):
+        with pytest.raises(ConfigError, match=rf"a.h5: 1 of {found.num} embeddings are not finite: the model broke"):
+            read()
 
 
 @pytest.mark.parametrize("across", [False, True])
