@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -66,7 +66,11 @@ def add_train(commands: Any) -> None:
 
 
 def run_train(args: Namespace) -> None:
-    """Trains, and says where the checkpoint lies."""
+    """Trains, and says where the checkpoint lies.
+
+    Raises:
+        ConfigError: bad input, or no run can be written to run.out.
+    """
     from trainer.run.config import config_parser, read_config
 
     if args.fields:
@@ -89,6 +93,10 @@ def run_train(args: Namespace) -> None:
         return None
     from trainer.run.train import train
 
+    try:
+        folder(config.run.out)
+    except ArgumentTypeError as error:
+        raise ConfigError(f"run.out: {error}") from None
     if args.profile is not None and args.profile < 1:
         raise ConfigError(f"--profile {args.profile}: give a number of steps, at least 1")
     result = train(

@@ -3,8 +3,10 @@
 from argparse import Action, ArgumentParser
 from typing import Any
 
+import pytest
+
 from streaming.command_line import file, file_or_folder, folder
-from trainer.cli import build_parser
+from trainer.cli import build_parser, main
 
 # What takes one value in one command, and several in another, of the same thing: a mix, the points of a curve.
 SEVERAL = {"--mpp", "--slides", "--tiles-per-slide"}
@@ -49,3 +51,9 @@ def test_an_option_means_the_same_in_all_commands() -> None:
         for command, use in found[option]:
             assert str(use.help).startswith(meaning), f"{command} {option}: {use.help}"
     assert all(option.startswith("--") for option in found if option != "-h")
+
+
+def test_a_run_that_can_t_be_written_is_refused_before_anything_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "debug", "--data.catalog", "none", "--run.out", "/proc/x"]) == 2
+    told = capsys.readouterr().err
+    assert told == "tilestream: run.out: '/proc/x': /proc can't be written to; name another place\n"
