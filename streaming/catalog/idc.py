@@ -32,6 +32,7 @@ _NEEDED = (
     *("collection_id", "PatientID", "SeriesInstanceUID", "Modality"),
     *("instanceCount", "series_size_MB", "series_aws_url"),
 )
+_NUMBERS = ("instanceCount", "series_size_MB")
 _ORGAN_OF_SLIDE, _ORGAN = "primaryAnatomicStructure_CodeMeaning", ("collection_id", "tumor_locations")
 # What is told of a series, where the index has it.
 _TOLD = ("SeriesDescription", "license_short_name", "source_DOI", _ORGAN_OF_SLIDE)
@@ -67,10 +68,12 @@ def find_series(
     missing = [name for name in _NEEDED if name not in table.columns]
     if missing:
         raise ConfigError(f"{table.uri}: no index of IDC: it has no column {', '.join(missing)}")
+    _check_types(table)
     further = [] if slides is None else _not_in(table.columns, slides.columns)
     condition = None if asked.where is None else _Condition.of(asked.where, [*table.columns, *further])
     wanted = {*_NEEDED, *_TOLD, *(condition.columns if condition else ())}
     series = table.rows([name for name in table.columns if name in wanted], pc.field("Modality") == "SM")
+    series = _without_nonsense(series)
     collections = _collections(series, patterns, table.uri)
     series = _of_those(series, "collection_id", set[str]().union(*collections.values()))
     if slides is not None:
@@ -128,6 +131,24 @@ class _Index:
 
     def companion(self, name: str) -> storage.TableFile | None:
         return self.table(name) if storage.exists(self.uri(name), self.options) else None
+
+
+def _check_types(table: storage.TableFile) -> None:
+    is_text, is_number = (pa.types.is_string, pa.types.is_large_string), (pa.types.is_integer, pa.types.is_floating)
+    for name in _NEEDED:
+        kind = table.file.schema_arrow.field(name).type
+        if not any(fits(kind) for fits in (is_number if name in _NUMBERS else is_text)):
+            what = "numbers" if name in _NUMBERS else "text"
+            raise ConfigError(f"{table.uri}: no index of IDC: its column {name} is of {kind}, not of {what}")
+
+
+def _without_nonsense(series: pa.Table) -> pa.Table:
+    """The series, of which counts and sizes that are none are missing."""
+    for name in _NUMBERS:
+        values = series[name]
+        kept = pc.if_else(pc.and_(pc.is_finite(values), pc.greater_equal(values, pa.scalar(0))), values, None)
+        series = series.set_column(series.column_names.index(name), name, kept)
+    return series
 
 
 def _collections(series: pa.Table, patterns: Sequence[str], uri: str) -> dict[str, set[str]]:
@@ -273,7 +294,7 @@ def _named(series: pa.Table, organs: Mapping[str, str]) -> Iterator[Named]:
         yield Named(
             uri=row["series_aws_url"].removesuffix("*").rstrip("/"),
             nbytes=round(row["series_size_MB"] * 1e6),
-            num_files=row["instanceCount"],
+            num_files=int(row["instanceCount"]),
             is_series=True,
             metadata={name: str(value) for name, value in told.items() if value},
         )

@@ -27,6 +27,9 @@ LEVEL_TOLERANCE = 0.01
 # taken as they are, which costs a quarter of resampling them.
 MPP_TOLERANCE = 0.05
 
+# 0.2625 is 5 % above 0.25, but not in binary numbers.
+_ROUNDING = 1e-9
+
 # By how much a slide's pixels may be enlarged to be of the wanted mpp; past it, tiles are a blur of what is not there.
 MAX_UPSAMPLING = 2.0
 
@@ -89,7 +92,7 @@ def tile_levels(
     level = np.where(fine_enough, level_downsamples, 0.0).argmax(axis=1)
     reduction = np.zeros(len(mpp), dtype=np.int64)
     for k in reversed(_REDUCTIONS if tolerance > 0 else ()):
-        near = exists & (np.abs(level_mpp * k / wanted_mpp - 1) <= tolerance)
+        near = exists & (np.abs(level_mpp * k / wanted_mpp - 1) <= tolerance + _ROUNDING)
         found = near.any(axis=1)
         level = np.where(found, np.where(near, level_downsamples, 0.0).argmax(axis=1), level)
         reduction[found] = k

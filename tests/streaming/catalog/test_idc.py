@@ -192,6 +192,27 @@ def test_a_table_of_something_else_is_no_index(tmp_path: Path) -> None:
         find_series(["a"], IdcOptions(idc_index=str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [("collection_id", [1]), ("Modality", [1]), ("series_aws_url", [1]), ("series_size_MB", ["a"])],
+)
+def test_an_index_with_a_column_of_another_type_is_refused(tmp_path: Path, column: str, values: list) -> None:
+    folder = write_index(tmp_path, ROWS[:1])
+    table = pq.read_table(tmp_path / "idc_index.parquet")
+    table = table.set_column(table.column_names.index(column), column, pa.array(values))
+    pq.write_table(table, tmp_path / "idc_index.parquet")
+    with pytest.raises(ConfigError, match=rf"no index of IDC: its column {column} is of \w+, not of (text|numbers)"):
+        found(folder, "*")
+
+
+@pytest.mark.parametrize("size", [float("nan"), float("inf"), -1.0])
+def test_a_size_that_is_none_is_missing(tmp_path: Path, size: float) -> None:
+    folder = write_index(tmp_path, [series("a", "p", "u1"), series("a", "p", "u2", series_size_MB=size)])
+    with pytest.raises(ConfigError, match="1 of the series asked for have no series_size_MB; leave them out by"):
+        found(folder, "a")
+    assert found(folder, "a", where="series_size_MB IS NOT NULL") == [f"{BUCKET}/u1"]
+
+
 def test_an_index_with_gaps_is_told_by_the_column(tmp_path: Path) -> None:
     rows = [series("a", "p", "u1"), series("a", "p", "u2", series_aws_url=None), series(None, "p", "u3")]
     folder = write_index(tmp_path / "gaps", rows)

@@ -1,5 +1,6 @@
 """Tiles of a slide's own pixels where these are near enough to the wanted resolution: OpenSlide is the oracle."""
 
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def test_own_pixels_are_taken_wherever_some_are_near_enough_and_the_cheapest_of_
         (k, -downsample)
         for downsample in downsamples
         for k in REDUCTIONS
-        if tolerance and abs(mpp * downsample * k / wanted - 1) <= tolerance
+        if tolerance and abs(mpp * downsample * k / wanted - 1) <= tolerance + 1e-9
     ]
     if not near:
         assert source.reduction is None
@@ -58,7 +59,17 @@ def test_own_pixels_are_taken_wherever_some_are_near_enough_and_the_cheapest_of_
         return
     assert (source.reduction, -source.downsample) == min(near)
     assert source.mpp == pytest.approx(mpp * source.downsample * source.reduction)
-    assert abs(source.mpp / wanted - 1) <= tolerance
+    assert abs(source.mpp / wanted - 1) <= tolerance + 1e-9
+
+
+@pytest.mark.parametrize("tolerance", [0.05, 0.1, 0.02])
+@pytest.mark.parametrize("wanted", [0.25, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("side", [-1, 1])
+def test_what_lies_on_the_very_edge_lies_within_the_tolerance(wanted: float, tolerance: float, side: int) -> None:
+    own = float(Decimal(str(wanted)) * (1 + side * Decimal(str(tolerance))))
+    assert geometry.tile_source(own, (1.0,), wanted, tolerance).mpp == own
+    beyond = own + side * 1e-5
+    assert geometry.tile_source(beyond, (1.0,), wanted, tolerance).mpp == wanted
 
 
 @PROPERTY
