@@ -60,6 +60,9 @@ def read_listing(
 def _of_gdc(uri: str, number: int, row: dict[str, str]) -> Named:
     if not (row["id"] and row["filename"]):
         raise ConfigError(f"{uri}: row {number} has no id or no filename; download the manifest anew")
+    if odd := [name for name in (row["id"], row["filename"]) if "/" in name or name in (".", "..")]:
+        # With a mirror in a folder it would lead out of that.
+        raise ConfigError(f"{uri}: row {number} has {odd[0]!r}, a path and no name; download the manifest anew")
     barcode = _BARCODE.match(row["filename"])
     told = {"patient": barcode[1], "site": barcode[2], "cohort": "tcga"} if barcode else {}
     size = row.get("size", "")

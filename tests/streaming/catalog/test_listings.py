@@ -69,6 +69,8 @@ def test_a_table_names_files_and_series_and_only_known_columns_come_along(
         ("slide,b\n", "has no rows"),
         ("slide,b\n,2\n", "row 1 has no 'slide'"),
         ("id\tfilename\nx\t\n", "row 1 has no id or no filename"),
+        ("id\tfilename\n../x\ta.svs\n", "row 1 has '../x', a path and no name"),
+        ("id\tfilename\nx\t..\n", "row 1 has '..', a path and no name"),
         ("", "has no rows"),
         ("slide,b\n,,\n , \n", "has no rows"),
         ("slide,b\na.svs,1\n,\n,2\n", "row 3 has no 'slide'"),
