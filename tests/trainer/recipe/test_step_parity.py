@@ -72,7 +72,7 @@ def made(
     name: str, values: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, *, few_kernels: bool = False
 ) -> DinoModule:
     heads, registers, ffn = name.split("-")
-    monkeypatch.setattr("trainer.recipe.module.build_backbone", lambda *_, **__: tiny(int(registers), ffn))
+    monkeypatch.setattr("trainer.recipe.recipe.build_backbone", lambda *_, **__: tiny(int(registers), ffn))
     separate: dict[str, Any] = {"separate_heads": True, "ibot_prototypes": 20, "ibot_bottleneck": 8}
     model = ModelConfig(
         num_prototypes=24, head_hidden=24, head_bottleneck=10, **(separate if heads == "separate" else {})
