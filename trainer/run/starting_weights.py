@@ -13,7 +13,7 @@ import math
 import pickle
 import re
 from argparse import Namespace
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
@@ -121,13 +121,7 @@ def read_weights(uri: str, options: storage.StorageOptions | None = None) -> Wei
         CheckpointError: it is damaged, or holds something else.
         StorageError: it can't be read.
     """
-    nbytes = storage.stat(uri, options).size
-    with storage.reading(uri, options) as file, _no_weights(uri, nbytes):
-        if not uri.endswith(".safetensors"):
-            with torch.serialization.safe_globals(_HARMLESS):
-                return backbone_weights(torch.load(file, map_location="cpu", weights_only=True))
-        entries = _entries(file, nbytes)
-        return backbone_weights({name: _tensor(file, *entry) for name, entry in entries.items()})
+    return _read(uri, options, "cpu", _tensor)
 
 
 def read_shapes(uri: str, options: storage.StorageOptions | None = None) -> Weights:
@@ -136,15 +130,23 @@ def read_shapes(uri: str, options: storage.StorageOptions | None = None) -> Weig
     Raises:
         CheckpointError, StorageError: as `read_weights`.
     """
+    return _read(uri, options, "meta", lambda _file, _start, entry: torch.empty(entry["shape"], device="meta"))
+
+
+def _read(
+    uri: str,
+    options: storage.StorageOptions | None,
+    device: str,
+    tensor: Callable[[BinaryIO, int, dict[str, Any]], Tensor],
+) -> Weights:
+    """A backbone's tensors on a device; `tensor` makes each of a .safetensors file, from its entry in the header."""
     nbytes = storage.stat(uri, options).size
     with storage.reading(uri, options) as file, _no_weights(uri, nbytes):
         if not uri.endswith(".safetensors"):
             with torch.serialization.safe_globals(_HARMLESS):
-                return backbone_weights(torch.load(file, map_location="meta", weights_only=True))
+                return backbone_weights(torch.load(file, map_location=device, weights_only=True))
         entries = _entries(file, nbytes)
-        return backbone_weights(
-            {name: torch.empty(entry["shape"], device="meta") for name, (_, entry) in entries.items()}
-        )
+        return backbone_weights({name: tensor(file, *entry) for name, entry in entries.items()})
 
 
 def _entries(file: BinaryIO, nbytes: int) -> dict[str, tuple[int, dict[str, Any]]]:

@@ -209,7 +209,24 @@ def _compare(uri: str, piece: Piece, sha256: str) -> None:
         raise damaged(uri, f"{piece.file}, of bytes {piece.start:,} to {piece.start + piece.nbytes:,},")
 
 
-class _Writer(StorageWriter):
+class _PlansAsTheyAre:
+    """What torch asks of a writer and of a reader, that folders need not."""
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: Any) -> Any:
+        return plan
+
+    def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003 — torch's seam
+        return True
+
+
+class _Writer(_PlansAsTheyAre, StorageWriter):
     """Writes a rank's pieces into one file."""
 
     def __init__(
@@ -254,24 +271,11 @@ class _Writer(StorageWriter):
             pieces[result.index.fqn].append(result.storage_data)
         self._finish(Index(self._state, pieces))
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        pass
-
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
 
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return plans
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003 — torch's seam
-        return True
-
-
-class _Reader(StorageReader):
+class _Reader(_PlansAsTheyAre, StorageReader):
     """Reads the pieces that a rank wants."""
 
     def __init__(self, uri: str, index: Index, options: storage.StorageOptions | None) -> None:
@@ -326,21 +330,8 @@ class _Reader(StorageReader):
             tensor = tensor.narrow(dim, offset, length)
         return tensor
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        pass
-
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         pass
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003 — torch's seam
-        return True
 
 
 @contextlib.contextmanager
