@@ -151,7 +151,7 @@ def test_a_node_of_each_kind_is_examined_in_a_cluster(
     assert list(told) == ["role=reader, 0 GPUs; one of 2", "role=trainer, 2 GPUs"]
     wrong = [(finding.check, finding.state) for finding in nodes if finding.state == "mend"]
     assert wrong == [("staging", "mend"), ("gpu", "mend")], nodes
-    (staging,) = (finding for finding in nodes if finding.check == "staging")
+    (staging,) = (finding for finding in nodes if (finding.check, finding.state) == ("staging", "mend"))
     assert f"{shared}: others may write into it" in staging.what
 
 
