@@ -1,5 +1,6 @@
 """A step on tensors that have a device, a type and a shape, and no memory."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -11,14 +12,15 @@ from torch.utils._pytree import tree_map_only
 
 from trainer.recipe import image_ops
 from trainer.recipe.module import DinoModule
-from trainer.recipe.step_input import StepInput
+from trainer.recipe.step_input import Drawn
 from trainer.run.config import Config
 from trainer.run.fit import bare_module
+from trainer.run.strategy import uncompiled
 
 
 @contextmanager
-def fake_step(device: str, config: Config) -> Iterator[tuple[DinoModule, StepInput]]:
-    """A module and its input on a fake device, at step 3, which logs nothing.
+def fake_step(device: str, config: Config) -> Iterator[tuple[DinoModule, Drawn]]:
+    """A module and what is drawn for it on a fake device, at step 3, which logs nothing.
 
     What image operations keep for later steps is forgotten before, and after: a fake constant would make the losses of
     all real steps of this process nan.
@@ -26,13 +28,14 @@ def fake_step(device: str, config: Config) -> Iterator[tuple[DinoModule, StepInp
     module = bare_module(config, few_kernels=True)
     micro, side = config.train.shape.micro, config.data.tile_size
     tiles = torch.zeros(micro, side, side, 3, dtype=torch.uint8)
-    made = module.step_input({"tile": tiles, "index": torch.arange(micro)})
+    made = module.drawn({"tile": tiles, "index": torch.arange(micro)})
     _forget()
     try:
         with (
             patch.object(DinoModule, "global_step", 3),
             patch.object(DinoModule, "is_logged", lambda self, step: False),
             FakeTensorMode(allow_non_fake_inputs=True),
+            uncompiled(),  # which would have fakes of its own
         ):
             module = module.to_empty(device=device)
             yield (
@@ -45,4 +48,4 @@ def fake_step(device: str, config: Config) -> Iterator[tuple[DinoModule, StepInp
 
 def _forget() -> None:
     for held in (image_ops.constant, image_ops._reflected):
-        held.cache_clear()
+        inspect.unwrap(held, stop=lambda one: hasattr(one, "cache_clear")).cache_clear()  # pyright: ignore[reportFunctionMemberAccess]

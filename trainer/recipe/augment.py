@@ -29,6 +29,7 @@ _AREA, _ASPECT, _TOP, _LEFT, _HFLIP, _VFLIP, _TURN = 0, 10, 20, 21, 22, 23, 24
 _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GREY, _BLUR, _SIGMA, _SOLARISE, _ORDER = range(30, 40)
 _HED, _HED_SCALE, _HED_SHIFT, _REINHARD, _LAB_MEAN, _LAB_STD, _ECT_SCALE, _ECT_ASPECT = 40, 41, 44, 50, 51, 54, 60, 61
 _NUM_DRAWS = 62
+_EVERYTHING = (slice(None), slice(None))
 
 
 class Crops(NamedTuple):
@@ -273,17 +274,37 @@ class Augmentation:
             return Crops(*(self._crops(*part, few_kernels=few_kernels) for part in parts))
 
     def _crops(self, images: Tensor, drawn: Parameters, size: int, longest: int, *, few_kernels: bool) -> Tensor:
-        crops = torch.empty(*drawn.top.shape, 3, size, size, device=images.device)
-        taps = _taps(drawn, size, longest)
-        for piece in _pieces(crops, None if few_kernels else images.shape[1]):
-            some, own = images[piece[1]].float().div_(255), partial(_flat, piece)
-            sample = torch.arange(len(some), device=images.device).repeat(crops[piece].shape[0])
-            x = image_ops.resample(some, sample, *(Taps(own(one.position), own(one.weight)) for one in taps))
-            # Columns come first: what is not to be turned is turned back.
-            apply = image_ops.on_all if few_kernels else image_ops.on_chosen
-            x = apply(x.clamp_(0, 1), own(drawn.turns) % 2 == 0, image_ops.transposed)
-            self._normalise(self._coloured(x, drawn, own, few_kernels=few_kernels), crops[piece])
+        shape, taps = (*drawn.top.shape, 3, size, size), _taps(drawn, size, longest)
+        if few_kernels and len(drawn.top):
+            x = self._changed(images, drawn, taps, partial(_flat, _EVERYTHING), few_kernels=True)
+            of_channels = zip(self.mean, self.std, strict=True)
+            lowest, factor = zip(*((-mean / std, 1 / std) for mean, std in of_channels), strict=True)
+            lowest, factor = (image_ops.constant(one, x.device)[:, None, None] for one in (lowest, factor))
+            return torch.addcmul(lowest, x, factor).view(shape)
+        crops = torch.empty(shape, device=images.device)
+        for piece in _pieces(crops, images.shape[1]):
+            self._normalise(
+                self._changed(images[piece[1]], drawn, taps, partial(_flat, piece), few_kernels=False), crops[piece]
+            )
         return crops
+
+    def _changed(
+        self,
+        images: Tensor,
+        drawn: Parameters,
+        taps: tuple[Taps, Taps],
+        own: Callable[[Tensor], Tensor],
+        *,
+        few_kernels: bool,
+    ) -> Tensor:
+        """Crops (n, 3, size, size) in 0..1 of some images, all views of them or some; `own` picks their parameters."""
+        some, num_views = images.float().div_(255), len(own(drawn.top)) // len(images)
+        sample = torch.arange(len(some), device=images.device).repeat(num_views)
+        x = image_ops.resample(some, sample, *(Taps(own(one.position), own(one.weight)) for one in taps))
+        # Columns come first: what is not to be turned is turned back.
+        apply = image_ops.on_all if few_kernels else image_ops.on_chosen
+        x = apply(x.clamp_(0, 1), own(drawn.turns) % 2 == 0, image_ops.transposed)
+        return self._coloured(x, drawn, own, few_kernels=few_kernels)
 
     def _coloured(
         self,
@@ -436,16 +457,14 @@ def _channels_last(tiles: Tensor) -> Tensor:
     raise ValueError(f"tiles {tiles.dtype} {tuple(tiles.shape)}: uint8 (B, S, S, 3) or (B, 3, S, S) is needed")
 
 
-def _pieces(crops: Tensor, tile_px: int | None) -> list[tuple[slice, slice]]:
-    """Views and samples of crops (V, B, …) that are worked on at once: all, or of tiles of tile_px what caches hold.
+def _pieces(crops: Tensor, tile_px: int) -> list[tuple[slice, slice]]:
+    """Views and samples of crops (V, B, …) that are worked on at once: of tiles of tile_px what caches hold.
 
     Caches must hold crops whose rows are resampled but not yet their columns.
     """
     num_views, num_samples = crops.shape[:2]
     if not crops.numel():
         return []
-    if tile_px is None:
-        return [(slice(None), slice(None))]
     at_once = max(_CACHED // (3 * tile_px * crops.shape[-1]), 1)
     views, samples = min(at_once, num_views), max(at_once // num_views, 1)
     return [

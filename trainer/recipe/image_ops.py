@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +28,29 @@ _XYZ_OF_RGB = (
     (0.212671, 0.715160, 0.072169),
     (0.019334 / 1.08883, 0.119193 / 1.08883, 0.950227 / 1.08883),
 )
+
+
+def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function whose tensors are made once and stay on their device.
+
+    The compiler would warn of the cache; what it compiles has them made within its kernels, from numbers.
+    """
+    cached = lru_cache(maxsize=256)(make)
+
+    @wraps(cached)
+    def kept(*args: Any) -> Tensor:
+        return make(*args) if torch.compiler.is_compiling() else cached(*args)
+
+    return kept
+
+
+def _inverse(matrix: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
+    """Of a small matrix of numbers, in float64."""
+    return tuple(tuple(row) for row in np.linalg.inv(np.array(matrix, dtype=np.float64)).tolist())
+
+
+_UNMIXING = _inverse(_STAINS)
+_RGB_OF_XYZ = _inverse(_XYZ_OF_RGB)
 
 
 def _cubic(x: Tensor) -> Tensor:
@@ -108,10 +131,12 @@ def _per_image(parameter: Tensor) -> Tensor:
     return parameter[:, None, None, None]
 
 
-@lru_cache(maxsize=256)
+@_kept
 def constant(value: Any, device: torch.device) -> Tensor:
-    """A number, or nested tuples of them, in float32 on a device, where it stays: sending it waits for the device."""
-    return torch.tensor(value, dtype=torch.float32, device=device)
+    """A number, or nested tuples of them, in float32 on a device; nothing is sent there, which would wait for it."""
+    if isinstance(value, tuple):
+        return torch.stack([constant(part, device) for part in value])
+    return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def on_all(images: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
@@ -263,7 +288,7 @@ def jitter_stains(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     colours that no mixture of stains has) are kept, so that doing nothing is exact. Source: Tellez et al., arXiv
     1902.06543; stain colours of Ruifrok and Johnston, as in scikit-image.
     """
-    colours, unmixing = constant(_STAINS, images.device), constant(_inverse(_STAINS), images.device)
+    colours, unmixing = constant(_STAINS, images.device), constant(_UNMIXING, images.device)
     # Unmix, scale and mix again are one 3×3 matrix a sample, applied to columns of pixels.
     matrix = colours.T @ (scale[:, :, None] * unmixing.T)
     density = images.clamp(min=_DARKEST).log().flatten(2)
@@ -286,7 +311,7 @@ def lab_to_rgb(lab: Tensor) -> Tensor:
     y = (lightness + 16) / 116
     f = torch.stack([y + a / 500, y, (y - b / 200).clamp(min=0)], dim=1)
     xyz = torch.where(f > 0.2068966, f**3, (f - 16 / 116) / 7.787)
-    linear = _mix_channels(xyz, _inverse(_XYZ_OF_RGB))
+    linear = _mix_channels(xyz, _RGB_OF_XYZ)
     bright = 1.055 * linear.clamp(min=0.0031308) ** (1 / 2.4) - 0.055
     return torch.where(linear > 0.0031308, bright, linear * 12.92).clamp(0, 1)
 
@@ -304,12 +329,6 @@ def match_lab(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 def _mix_channels(images: Tensor, matrix: tuple[tuple[float, ...], ...]) -> Tensor:
     return torch.einsum("oc,nchw->nohw", constant(matrix, images.device), images)
-
-
-@lru_cache
-def _inverse(matrix: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
-    """Of a small matrix of numbers, in float64 on the host."""
-    return tuple(tuple(row) for row in np.linalg.inv(np.array(matrix, dtype=np.float64)).tolist())
 
 
 def gaussian_kernels(sigma: Tensor, size: int) -> Tensor:
@@ -332,8 +351,8 @@ def _blur_down(images: Tensor, kernels: Tensor) -> Tensor:
     return _weighted_rows(table, (rows + planes).flatten(0, 1), weight).view(images.shape)
 
 
-@lru_cache(maxsize=16)
+@_kept
 def _reflected(height: int, size: int, device: torch.device) -> Tensor:
     """The rows, int64 (height, size), under a kernel of that size on each row of an image with reflected borders."""
-    rows = torch.arange(height)[:, None] + torch.arange(size) - size // 2
-    return (height - 1 - (height - 1 - rows.abs()).abs()).to(device)
+    rows = torch.arange(height, device=device)[:, None] + torch.arange(size, device=device) - size // 2
+    return height - 1 - (height - 1 - rows.abs()).abs()

@@ -19,7 +19,7 @@ from trainer.recipe.masks import Masks
 from trainer.recipe.network import Network
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.schedule import Schedules, parameter_groups, set_group_values
-from trainer.recipe.step_input import StepInput
+from trainer.recipe.step_input import Drawn, StepInput
 
 Prepare = Callable[[Network, DeviceMesh | None], None]
 """Makes a network ready for its ranks, to be sharded over a mesh if there is one."""
@@ -42,6 +42,7 @@ class DinoModule(pl.LightningModule):
         log_every: steps between two for which the metrics are to be complete.
         few_kernels: whether a step is of few large kernels, as a GPU wants it: crops of all sizes go through the
             backbone together, colours are changed for all images at once. Only rounding depends on it.
+        compile_crops: whether crops are cut by one compiled function, which takes few kernels.
         prepare: makes student and teacher ready for their ranks, once.
         fill: is asked once they are.
 
@@ -58,6 +59,7 @@ class DinoModule(pl.LightningModule):
         batch: int,
         log_every: int = 1,
         few_kernels: bool = False,
+        compile_crops: bool = False,
         prepare: Prepare | None = None,
         fill: Fill | None = None,
     ) -> None:
@@ -66,6 +68,9 @@ class DinoModule(pl.LightningModule):
         self._steps, self._log_every, self._prepare, self._fill = steps, log_every, prepare, fill
         self._few_kernels = few_kernels
         augment, model = recipe.augment, recipe.model
+        self._cut = augment.crops
+        if compile_crops:
+            self._cut = torch.compile(augment.crops, fullgraph=True, dynamic=False)
         self.student = recipe.network(seed)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.teacher.predictor = None
@@ -77,24 +82,26 @@ class DinoModule(pl.LightningModule):
         self.schedules = Schedules(recipe.optim, steps, batch)
         self.step_metrics: dict[str, Tensor | float] = {}
 
-    def step_input(self, batch: Mapping[str, Tensor]) -> StepInput:
-        """What a step needs of a micro-batch on the host: `tile` uint8 (B, S, S, 3), `index` int64 (B,).
+    def drawn(self, batch: Mapping[str, Tensor]) -> Drawn:
+        """All that is drawn for a micro-batch on the host: `tile` uint8 (B, S, S, 3), `index` int64 (B,).
 
         Where local crops are cut from other tiles, these are `local_tile`.
         """
         branches, local_tiles = self.student.backbone.num_branches, batch.get("local_tile")
-        return self.recipe.step_input(
+        return self.recipe.drawn(
             batch["tile"], batch["index"], self.patch_grid, branches, self._seed, local_tiles=local_tiles
         )
+
+    def step_input(self, drawn: Drawn) -> StepInput:
+        """What a step needs of it, on the device that it is on."""
+        local_tiles = drawn.local_tile[0] if drawn.local_tile else None
+        crops = self._cut(drawn.tile, drawn.draws, local_tiles=local_tiles, few_kernels=self._few_kernels)
+        return StepInput(crops, drawn.sample_index, drawn.masks, drawn.kept)
 
     def training_step(self, batch: StepInput, batch_idx: int) -> Tensor:
         """The loss of one micro-batch on the module's device; nothing is drawn, sent or asked for on the way."""
         temperature = self.schedules.at(self.global_step).teacher_temp
-        return self.loss(self._crops(batch), batch.masks, temperature, batch.kept)
-
-    def _crops(self, batch: StepInput) -> Crops:
-        others, few_kernels = batch.local_tile[0] if batch.local_tile else None, self._few_kernels
-        return self.recipe.augment.crops(batch.tile, batch.draws, local_tiles=others, few_kernels=few_kernels)
+        return self.loss(batch.crops, batch.masks, temperature, batch.kept)
 
     @torch.no_grad()
     def validation_terms(self, batch: StepInput) -> dict[str, Tensor]:
@@ -105,7 +112,7 @@ class DinoModule(pl.LightningModule):
         temperature = self.schedules.at(max(self.global_step - 1, 0)).teacher_temp
         was_training = self.training
         self.eval()
-        crops, masks = self._crops(batch), batch.masks
+        crops, masks = batch.crops, batch.masks
         _, class_targets, patch_targets = self._targets(crops.global_, masks, temperature)
         terms = self._terms(crops, masks, class_targets, patch_targets)
         self.train(was_training)

@@ -123,14 +123,21 @@ class Network(nn.Module):
             sizes = zip(images, masks, of_size, strict=True)
             tokens = [self.backbone(image, mask, branches) for image, mask, branches in sizes]
         cls, patches = [one.cls for one in tokens], tokens[0].patches.flatten(0, 1).index_select(0, chosen)
-        if self._regresses:
-            foretold = patches if self.predictor is None else self.predictor(patches)
-            return cls, self._logits(self.dino_head, cls), foretold
-        if self.ibot_head is None:
-            *class_logits, patch_logits = self._logits(self.dino_head, [*cls, patches])
-            return cls, class_logits, patch_logits
-        return cls, self._logits(self.dino_head, cls), self.ibot_head(patches)
+        is_shared = self.ibot_head is None and not self._regresses
+        seen = [*cls, patches] if is_shared else cls
+        together = torch.cat(seen)
+        own_cls, logits = _parts(together, seen)[: len(cls)], _parts(self.dino_head(together), seen)
+        if is_shared:
+            return own_cls, logits[:-1], logits[-1]
+        if self.ibot_head is not None:
+            return own_cls, logits, self.ibot_head(patches)
+        return own_cls, logits, patches if self.predictor is None else self.predictor(patches)
 
-    @staticmethod
-    def _logits(head: nn.Module, tokens: list[Tensor]) -> list[Tensor]:
-        return list(head(torch.cat(tokens)).split([len(part) for part in tokens]))
+
+def _parts(whole: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """As many rows as each of the others has, in turn, in the same memory; nobody may change them in place.
+
+    To autograd they are no views: those that a sharded module returns would be lost if they were changed, and FSDP
+    warns of them.
+    """
+    return list(torch.unsafe_split_with_sizes(whole, [len(part) for part in like]))

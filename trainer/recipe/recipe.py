@@ -12,7 +12,7 @@ from trainer.recipe.losses import LossConfig
 from trainer.recipe.masks import Masking, block_masks, located
 from trainer.recipe.network import ModelConfig, Network, build_backbone
 from trainer.recipe.schedule import OptimConfig
-from trainer.recipe.step_input import StepInput
+from trainer.recipe.step_input import Drawn
 from trainer.recipe.stochastic_depth import kept_crops
 
 
@@ -50,7 +50,7 @@ class Recipe:
         masks = block_masks(index.cpu(), patch_grid, self.mask, seed).to(index.device)
         return self.augment.multi_crop(tiles, index, seed, local_tiles=local_tiles), masks
 
-    def step_input(
+    def drawn(
         self,
         tiles: Tensor,
         index: Tensor,
@@ -58,14 +58,14 @@ class Recipe:
         num_branches: int,
         seed: int,
         local_tiles: Tensor | None = None,
-    ) -> StepInput:
-        """What a step sees of tiles and indices on the host, with all that is drawn for it; `views` says the shapes.
+    ) -> Drawn:
+        """Tiles and indices on the host with all that is drawn for a step on them; `views` says the shapes.
 
         num_branches: the residual branches of the backbone.
         """
         augment, rate = self.augment, self.model.drop_path
         sizes = [range(NUM_GLOBAL), augment.local_views][: 2 if augment.num_local else 1]
-        return StepInput(
+        return Drawn(
             tiles,
             () if local_tiles is None else (local_tiles,),
             index,

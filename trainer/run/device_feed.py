@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from trainer.recipe.step_input import StepInput
+from trainer.recipe.step_input import Drawn, StepInput
 
 Batch = dict[str, Tensor]
 T = TypeVar("T")
@@ -20,36 +20,42 @@ _ALIGNED = 64  # bytes: where a tensor may begin within a piece of memory
 
 
 class DeviceFeed:
-    """What steps need, on the device, in order; the next one is on its way while the present one is trained on.
+    """What steps need, on the device, in order.
 
     Args:
         source: micro-batches on the host.
-        make: makes of one what a step needs, on the host.
+        draw: draws all for one, on the host.
+        make: makes of it, on the device, what a step needs.
         device: where to.
         waited: is told the seconds that each wait for the source took.
-        beside: whether a thread of its own asks the source, makes and sends; each input then goes as one piece, on a
-            GPU through pinned memory and on a stream of its own, so that none of it takes time of the step's. A CPU's
-            cores have the step to do: there, it is done between two steps.
+        beside: whether a thread of its own asks the source, draws and sends. What it sends goes as one piece, on a GPU
+            through pinned memory, and the GPU makes an input on a stream of its own while the one before is trained on,
+            so that none of it takes time of the step's. A CPU's cores have the step to do: there, it is done between
+            two steps.
     """
 
     def __init__(
         self,
         source: Iterable[Batch],
-        make: Callable[[Batch], StepInput],
+        draw: Callable[[Batch], Drawn],
+        make: Callable[[Drawn], StepInput],
         device: torch.device,
         waited: Callable[[float], None] = lambda _: None,
         *,
         beside: bool = False,
     ) -> None:
-        self._source, self._make, self._device = source, make, device
+        self._source, self._draw, self._make, self._device = source, draw, make, device
         self._waited, self._beside = waited, beside
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __iter__(self) -> Iterator[StepInput]:
         """Inputs on the device."""
         if not self._beside:
-            return _one_ahead(self._sent(batch) for batch in self._timed(iter(self._source)))
-        made = self._timed(_in_thread(self._packed(self._make(batch)) for batch in self._source))
+            sent = (self._sent(batch) for batch in self._timed(iter(self._source)))
+            return (self._arrived(*self._made(*one)) for one in sent)
+        sent = self._timed(_in_thread(self._packed(self._draw(batch)) for batch in self._source))
+        # In this thread: another one would take turns with the step's at giving the GPU its work.
+        made = _one_ahead(self._made(*one) for one in sent)
         return (self._arrived(*one) for one in made)
 
     def _timed(self, items: Iterator[T]) -> Iterator[T]:
@@ -61,13 +67,14 @@ class DeviceFeed:
             self._waited(time.perf_counter() - asked)
             yield item
 
-    def _sent(self, batch: Batch) -> StepInput:
-        tensors, structure = tree_flatten(self._make(batch))
-        return tree_unflatten([tensor.to(self._device) for tensor in tensors], structure)
+    def _sent(self, batch: Batch) -> tuple[list[Tensor], Any]:
+        tensors, structure = tree_flatten(self._draw(batch))
+        with torch.cuda.stream(self._stream):
+            return [tensor.to(self._device) for tensor in tensors], structure
 
-    def _packed(self, made: StepInput) -> tuple[Tensor, list[Tensor], Any]:
-        """All of it in one piece of memory on the device, or on its way there; its tensors; and how they make it up."""
-        tensors, structure = tree_flatten(made)
+    def _packed(self, drawn: Drawn) -> tuple[list[Tensor], Any]:
+        """Its tensors, all in one piece of memory on the device, or on its way there; and how they make it up."""
+        tensors, structure = tree_flatten(drawn)
         starts, end = list[int](), 0
         for tensor in tensors:
             starts.append(end)
@@ -77,14 +84,21 @@ class DeviceFeed:
             part.copy_(tensor)
         with torch.cuda.stream(self._stream):
             piece = piece.to(self._device, non_blocking=True)
-        return piece, _parts(piece, starts, tensors), structure
+        return _parts(piece, starts, tensors), structure
 
-    def _arrived(self, piece: Tensor, tensors: list[Tensor], structure: Any) -> StepInput:
-        if self._stream is not None:
+    def _made(self, tensors: list[Tensor], structure: Any) -> tuple[StepInput, torch.Event | None]:
+        """A step's input, or what will be that once the event has come."""
+        with torch.cuda.stream(self._stream):
+            made = self._make(tree_unflatten(tensors, structure))
+        return made, self._stream.record_event() if self._stream is not None else None
+
+    def _arrived(self, made: StepInput, event: torch.Event | None) -> StepInput:
+        if event is not None:
             here = torch.cuda.current_stream(self._device)
-            here.wait_stream(self._stream)
-            piece.record_stream(here)
-        return tree_unflatten(tensors, structure)
+            here.wait_event(event)
+            for tensor in tree_leaves(made):
+                tensor.record_stream(here)
+        return made
 
 
 def _parts(piece: Tensor, starts: list[int], like: list[Tensor]) -> list[Tensor]:

@@ -42,6 +42,7 @@ def bare_module(config: Config, *, few_kernels: bool = False, fill: Fill | None 
             batch=train.batch,
             log_every=train.log_every,
             few_kernels=few_kernels,
+            compile_crops=few_kernels and train.compile,
             prepare=partial(prepare, train),
             fill=fill,
         )
@@ -143,7 +144,7 @@ def fit(
     else:  # with the checkpoint's
         fill = partial(DinoModule.to_empty, device=device)
     module = bare_module(config, few_kernels=few_kernels, fill=fill)
-    feed = DeviceFeed(batches, module.step_input, device, batches.note_wait, beside=few_kernels)
+    feed = DeviceFeed(batches, module.drawn, module.step_input, device, batches.note_wait, beside=few_kernels)
     try:
         with garbage_left_to_steps():
             trainer.fit(module, train_dataloaders=feed, ckpt_path=resume, weights_only=True)

@@ -66,7 +66,7 @@ class Validation:
         """
         found = [
             module.validation_terms(
-                tree_map_only(Tensor, lambda part: part.to(module.device), module.step_input(batch))
+                module.step_input(tree_map_only(Tensor, lambda part: part.to(module.device), module.drawn(batch)))
             )
             for batch in self.batches
         ]

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from functools import partial
 from itertools import permutations
 from typing import Any
@@ -185,6 +186,29 @@ def test_both_forms_give_the_same_crops_but_for_rounding(recipe: dict[str, Any])
     for a, b in zip(many, few, strict=True):
         close = (a - b).abs() < 1e-4
         assert close.float().mean() > 0.999, "all but pixels on solarising's threshold"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [{}, {"hed_prob": 0.5, "reinhard_prob": 0.5, "solarise_prob": 0.5, "num_local": 0}])
+def test_crops_of_few_kernels_are_one_graph_for_all_batches_that_sends_nothing(recipe: dict[str, Any]) -> None:
+    augmentation = Augmentation(**SMALL | recipe)
+    graphs = list[torch.fx.GraphModule]()
+
+    def keep(graph: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(augmentation.crops, fullgraph=True, dynamic=False, backend=keep)
+    for index in (torch.arange(6), torch.arange(50, 56)):
+        given = tiles(), augmentation.draws(index, 0, 48)
+        for found, wanted in zip(
+            compiled(*given, few_kernels=True), augmentation.crops(*given, few_kernels=True), strict=True
+        ):
+            assert torch.equal(found, wanted)
+    (graph,) = graphs
+    # A number of the host that became a tensor within would be sent at each call.
+    assert not [node for node in graph.graph.nodes if node.target in (torch.tensor, torch.as_tensor)]
+    assert [*graph.buffers()] == []
 
 
 def test_both_tile_layouts_give_the_same_crops_as_normalised_float32() -> None:

@@ -172,7 +172,8 @@ def test_one_pass_over_two_crop_sizes_gives_the_tokens_and_gradients_of_two_pass
     torch.testing.assert_close(one_pass, two_passes)
     assert found.keys() == expected.keys() == dict(model.named_parameters()).keys()
     for name, gradient in found.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
+        rounding = 1e-5 * max(float(expected[name].abs().max()), 1)  # sums over all tokens, in another order
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=rounding)
 
 
 def test_swiglu_has_the_hidden_width_of_dinov2() -> None:

@@ -17,13 +17,24 @@ from torch.utils._pytree import tree_leaves
 
 from tests.trainer.fake_step import fake_step
 from trainer.recipe.module import DinoModule
-from trainer.recipe.step_input import StepInput
+from trainer.recipe.step_input import Drawn
 from trainer.run.config import Config, read_config
 
 # What only looks at memory otherwise, or sets some aside, starts no kernel.
 _NO_KERNELS = {
     *("view", "_unsafe_view", "_reshape_alias", "view_as", "expand", "permute", "transpose", "t", "slice", "select"),
-    *("unsqueeze", "squeeze", "squeeze_", "split", "split_with_sizes", "unbind", "detach", "alias", "as_strided"),
+    *(
+        "unsqueeze",
+        "squeeze",
+        "squeeze_",
+        "split",
+        "split_with_sizes",
+        "unsafe_split_with_sizes",
+        "unbind",
+        "detach",
+        "alias",
+        "as_strided",
+    ),
     *("empty", "empty_strided", "empty_like", "new_empty", "lift_fresh", "is_same_size", "unfold"),
 }
 _WAITS = {"_local_scalar_dense", "nonzero", "_unique2", "masked_select", "linalg_inv_ex", "is_nonzero", "equal"}
@@ -65,21 +76,21 @@ EVERYTHING = ["--augment.reinhard_prob", "0.2", "--augment.hed_prob", "0.5", "--
 Counts = dict[str, Counted]
 
 
-def on_fake(device: str, config: Config, use: Callable[[DinoModule, StepInput], Counts]) -> Counts:
+def on_fake(device: str, config: Config, use: Callable[[DinoModule, Drawn], Counts]) -> Counts:
     """What a second step counts: the first one may send constants."""
     with fake_step(device, config) as (module, sent):
         use(module, sent)
         return use(module, sent)
 
 
-def forward(module: DinoModule, sent: StepInput) -> tuple[dict[str, Counted], Tensor]:
+def forward(module: DinoModule, sent: Drawn) -> tuple[dict[str, Counted], Tensor]:
     counts = {name: Counted() for name in ("augmentation", "forward", "backward", "end")}
     # Without a GPU, autocast for one turns itself off, with a warning.
     with torch.autocast("cpu", torch.bfloat16, enabled=sent.tile.device.type == "cpu"):
         with counts["augmentation"]:
-            crops = module._crops(sent)
+            made = module.step_input(sent)
         with counts["forward"]:
-            loss = module.loss(crops, sent.masks, 0.05, sent.kept)
+            loss = module.training_step(made, 0)
     return counts, loss
 
 
@@ -95,7 +106,7 @@ def end(module: DinoModule) -> None:
     ("preset", "more"), [("vits14", []), ("vits14", EVERYTHING), ("midnight-12k", []), ("openmidnight", [])]
 )
 def test_a_step_sends_nothing_to_the_gpu_and_asks_nothing_of_it(preset: str, more: list[str]) -> None:
-    def use(module: DinoModule, sent: StepInput) -> dict[str, Counted]:
+    def use(module: DinoModule, sent: Drawn) -> dict[str, Counted]:
         counts, _ = forward(module, sent)
         for parameter in module.student.parameters():
             parameter.grad = torch.empty_like(parameter)
@@ -113,7 +124,7 @@ CEILINGS = {"augmentation": 360, "forward": 930, "backward": 980}
 
 
 def test_a_step_of_depth_12_starts_no_more_kernels_than_now() -> None:
-    def use(module: DinoModule, sent: StepInput) -> dict[str, Counted]:
+    def use(module: DinoModule, sent: Drawn) -> dict[str, Counted]:
         counts, loss = forward(module, sent)
         module.zero_grad()
         with counts["backward"]:

@@ -27,12 +27,12 @@ def module() -> DinoModule:
 
 
 def feed(module: DinoModule, source: Any, *, beside: bool, device: str = "cpu") -> DeviceFeed:
-    return DeviceFeed(source, module.step_input, torch.device(device), beside=beside)
+    return DeviceFeed(source, module.drawn, module.step_input, torch.device(device), beside=beside)
 
 
 def assert_equal_inputs(one: StepInput, two: StepInput) -> None:
     first, second = tree_leaves(one), tree_leaves(two)
-    assert len(first) == len(second) > 20
+    assert len(first) == len(second) > 6
     for a, b in zip(first, second, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b.cpu())
@@ -43,19 +43,21 @@ def test_inputs_come_once_in_order_and_whole(module: DinoModule, beside: bool) -
     found = list(feed(module, batches([], 5), beside=beside))
     assert len(found) == 5
     for one, batch in zip(found, batches([], 5), strict=True):
-        assert_equal_inputs(module.step_input(batch), one)
+        assert_equal_inputs(module.step_input(module.drawn(batch)), one)
     assert list(feed(module, batches([], 0), beside=beside)) == []
 
 
 @both_forms
 def test_the_next_batch_is_on_its_way_while_the_present_one_is_used(module: DinoModule, beside: bool) -> None:
     taken, asked = list[int](), list[float]()
-    source = DeviceFeed(batches(taken, 4), module.step_input, torch.device("cpu"), asked.append, beside=beside)
+    source = DeviceFeed(
+        batches(taken, 4), module.drawn, module.step_input, torch.device("cpu"), asked.append, beside=beside
+    )
     inputs = iter(source)
     first, second = next(inputs), next(inputs)
     assert (int(first.sample_index[0]), int(second.sample_index[0])) == (0, 4)
     assert taken[:2] == [0, 1]
-    assert len(taken) <= 3, "and no more than that"
+    assert len(taken) <= 3 + beside, "and no more than that: its crops, and beside them the next tiles"
     assert len(list(inputs)) == 2
     assert len(asked) == 4
 
@@ -74,5 +76,5 @@ def test_an_error_of_the_source_reaches_the_one_who_waits(module: DinoModule, be
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_inputs_arrive_whole_on_a_gpu(module: DinoModule) -> None:
     for one, batch in zip(feed(module, batches([], 6), beside=True, device="cuda"), batches([], 6), strict=True):
-        assert one.tile.device.type == "cuda"
-        assert_equal_inputs(module.step_input(batch), one)
+        assert one.crops.global_.device.type == "cuda"
+        assert_equal_inputs(module.step_input(module.drawn(batch)), one)

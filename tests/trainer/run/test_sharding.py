@@ -2,12 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -54,8 +56,8 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[int]:
     dist.destroy_process_group()
 
 
-def step(config: Config) -> tuple[DinoModule, list[Sent]]:
-    """A step of two rounds of one rank; what each of them sent."""
+def step(config: Config, *, look: bool = True) -> tuple[DinoModule, list[Sent]]:
+    """A step of two rounds of one rank; what each of them sent, if one is to look, which nothing compiles beneath."""
     train = config.train
     module = DinoModule(config.recipe, 0, steps=9, batch=train.batch, few_kernels=True, prepare=partial(prepare, train))
     module._device_mesh = ranks_mesh(train, "cpu")
@@ -66,8 +68,9 @@ def step(config: Config) -> tuple[DinoModule, list[Sent]]:
     tiles = torch.zeros(micro, 64, 64, 3, dtype=torch.uint8)
 
     def one(number: int) -> None:
-        sent = module.step_input({"tile": tiles, "index": number * micro + torch.arange(micro)})
-        with Sent() as seen:
+        sent = module.step_input(module.drawn({"tile": tiles, "index": number * micro + torch.arange(micro)}))
+        seen = Sent()
+        with seen if look else nullcontext():
             loss = module.training_step(sent, number)
             seen.counts_reductions = True
             loss.backward()
@@ -79,7 +82,7 @@ def step(config: Config) -> tuple[DinoModule, list[Sent]]:
     return module, rounds
 
 
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")  # its logits are views; nothing changes them in place
+@pytest.mark.filterwarnings("error:FSDP2-wrapped module")
 @pytest.mark.parametrize("ranks", [32, 128], indirect=True)
 @pytest.mark.parametrize("shard_ranks", [8, None])
 def test_a_step_sends_what_first_principles_say(
@@ -109,3 +112,27 @@ def test_a_step_sends_what_first_principles_say(
     assert second.num["allreduce_"] == (num_parts if ranks > shares else 0)
     if ranks > shares:
         assert second.nbytes["allreduce_"] == second.nbytes["_reduce_scatter_base_"] / shares
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at all that a tensor has
+@pytest.mark.parametrize("ranks", [32], indirect=True)
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_blocks_of_replicas_of_shards_are_compiled_once_for_all_rounds(
+    ranks: int, checkpointing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DinoModule, "global_step", 3)
+    monkeypatch.setattr(DinoModule, "is_logged", lambda self, step: False)
+    given = ["--train.ranks", str(ranks), "--train.batch", str(4 * ranks), "--train.shard_ranks", "8"]
+    given += ["--train.compile", "true", "--train.activation_checkpointing", checkpointing]
+    torch._dynamo.reset()
+    counters.clear()
+    backend = torch.compiler.get_default_backend()
+    torch.compiler.set_default_backend("aot_eager")
+    try:
+        step(read_config("debug", [*SMALL, *given]), look=False)
+        assert counters["stats"]["unique_graphs"] == 2, "the student's and the teacher's"
+        assert counters["graph_break"] == {}
+    finally:
+        torch.compiler.set_default_backend(backend)
+        torch._dynamo.reset()

@@ -55,7 +55,7 @@ def test_global_crops_are_of_one_view_and_local_crops_of_another_and_depend_on_t
     config = config_with(catalog, tmp_path, *overrides)
     module = make_module(config, few_kernels=few_kernels)
     batch = batch_of(config, 5, 9, 2)
-    crops = module._crops(module.step_input(for_step(batch, config.augment)))
+    crops = module.step_input(module.drawn(for_step(batch, config.augment))).crops
     by_view = {
         name: config.augment.multi_crop(batch[name], batch["index"], config.run.seed, few_kernels=few_kernels)
         for name in (of_global, of_local)
@@ -63,7 +63,7 @@ def test_global_crops_are_of_one_view_and_local_crops_of_another_and_depend_on_t
     assert torch.equal(crops.global_, by_view[of_global].global_)
     assert torch.equal(crops.local, by_view[of_local].local)
     assert not torch.equal(crops.local, by_view[of_global].local)
-    alone = module._crops(module.step_input(for_step(batch_of(config, 9), config.augment)))
+    alone = module.step_input(module.drawn(for_step(batch_of(config, 9), config.augment))).crops
     assert torch.allclose(alone.local[:, 0], crops.local[:, 1], atol=1e-6)
 
 

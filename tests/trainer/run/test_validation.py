@@ -65,7 +65,7 @@ def test_validation_terms_are_those_of_a_step_without_stochastic_depth(catalog: 
     assert terms == second.terms(module, lambda mean: mean[None])
     # Six tiles, in whole micro-batches of four: eight.
     assert [batch["index"].tolist() for batch in first.batches] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    inputs = [module.step_input(batch) for batch in first.batches]
+    inputs = [module.step_input(module.drawn(batch)) for batch in first.batches]
     expected = torch.stack([module.training_step(one, 0).detach() for one in inputs]).mean()
     assert terms["validation_loss"] == pytest.approx(expected.item(), rel=1e-5)
     dropping = make_module(replace(config, model=replace(config.model, drop_path=0.5), loss=LossConfig()))
