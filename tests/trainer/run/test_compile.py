@@ -15,6 +15,7 @@ import torch
 import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import Callback
 from torch._dynamo.utils import counters
+from torch._inductor import metrics
 from torch.distributed.tensor import DTensor
 
 from streaming.catalog import Catalog
@@ -140,3 +141,19 @@ def test_generated_code_trains_as_plain_blocks_do_and_keeps_their_names(
     assert plain.keys() == compiled.keys()
     for key, weight in plain.items():
         torch.testing.assert_close(compiled[key], weight, rtol=0, atol=2e-4, msg=key)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_generated_code_cuts_the_same_crops_with_fewer_than_250_loops() -> None:
+    augment = read_config("vits14", ["--augment.hed_prob", "0.5"]).augment
+    noise = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    tiles = torch.nn.functional.interpolate(noise, size=256, mode="bilinear").mul(255).to(torch.uint8)
+    torch._dynamo.reset()
+    metrics.reset()
+    compiled = torch.compile(augment.crops, fullgraph=True, dynamic=False)
+    for index in (torch.arange(2), torch.arange(7, 9)):
+        draws = augment.draws(index, 0, 256)
+        for found, wanted in zip(compiled(tiles, draws, few_kernels=True), augment.crops(tiles, draws), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    assert 100 < metrics.generated_kernel_count < 250
