@@ -35,8 +35,9 @@ def make_folds(samples: Samples, num_folds: int = 5, seed: int = 0) -> list[Fold
     if samples.parts is not None:
         check_leaks(samples)
         return [_given(samples)]
-    groups = samples.groups
-    groups = np.arange(len(samples)) if groups is None else groups
+    files = np.unique(_files(samples), return_inverse=True)[1].astype(np.int64)
+    groups = files if samples.groups is None else samples.groups
+    _check_owners(samples, files, groups)
     num_groups = len(np.unique(groups))
     if num_groups < 2:
         raise ConfigError(
@@ -94,8 +95,7 @@ def check_leaks(samples: Samples) -> None:
         ConfigError: naming one of them.
     """
     assert samples.parts is not None, "there is a split"
-    files = np.array([f"{tile.uri} {tile.region or ''}".strip() for tile in samples.tiles])
-    for kind, names in _kinds(samples, files):
+    for kind, names in _kinds(samples):
         for one, other in combinations(sorted(set(samples.parts.tolist())), 2):
             both = np.intersect1d(names[samples.parts == one], names[samples.parts == other])
             if len(both):
@@ -105,12 +105,35 @@ def check_leaks(samples: Samples) -> None:
                 )
 
 
-def _kinds(samples: Samples, files: NDArray[np.str_]) -> Iterator[tuple[str, NDArray[np.str_]]]:
+def _files(samples: Samples) -> NDArray[np.str_]:
+    """What each sample is read from; the same name twice is the same pixels."""
+    return np.array([f"{tile.uri} {tile.region or ''}".strip() for tile in samples.tiles])
+
+
+def _check_owners(samples: Samples, files: Ints, groups: Ints) -> None:
+    """Refuses a file of two patients (or slides): folds by these would have it on both sides.
+
+    Raises:
+        ConfigError: naming one.
+    """
+    first = np.unique(files, return_index=True)[1][files]
+    if len(other := np.flatnonzero(groups != groups[first])):
+        names = samples.patients if samples.patients is not None else samples.slides
+        assert names is not None, "without, each file is a group"
+        kind = "patients" if samples.patients is not None else "slides"
+        i = int(other[0])
+        raise ConfigError(
+            f"{samples.source}: {samples.tiles[i].uri} is of two {kind}, {names[first[i]]} and {names[i]} "
+            f"({len(other)} such rows); keep one of them"
+        )
+
+
+def _kinds(samples: Samples) -> Iterator[tuple[str, NDArray[np.str_]]]:
     if samples.patients is not None:
         yield "patient", samples.patients
     if samples.slides is not None:
         yield "slide", samples.slides
-    yield "file", files
+    yield "file", _files(samples)
 
 
 def _given(samples: Samples) -> Fold:
@@ -147,7 +170,7 @@ def _check_classes(samples: Samples, labels: Ints, fold: Fold) -> None:
     if len(missing):
         raise ConfigError(
             f"{samples.source}: class {samples.classes[missing[0]]!r} is to be scored, and not to be learnt from; "
-            "give a split column, or fewer --folds"
+            "give another split, or fewer --folds"
         )
     if len(np.unique(labels[fold.train])) < 2:
         raise ConfigError(f"{samples.source}: what is to be learnt from has one class; give another split column")

@@ -120,3 +120,17 @@ def test_a_test_class_that_is_not_learnt_is_refused(table: Table) -> None:
     rows[3]["split"] = "test"
     with pytest.raises(ConfigError, match="class 'c' is to be scored, and not to be learnt from"):
         make_folds(read_dataset(table(rows), AnnotatedTiles()))
+
+
+def test_the_same_file_twice_is_on_one_side(table: Table) -> None:
+    rows = [{"path": f"{i % 10}.png", "label": "ab"[i % 2]} for i in range(20)]
+    samples = read_dataset(table(rows), AnnotatedTiles())
+    for fold in make_folds(samples):
+        assert not set(fold.train % 10) & set(fold.test % 10)
+
+
+@pytest.mark.parametrize("kind", ["patient", "slide"])
+def test_a_file_of_two_patients_is_refused(table: Table, kind: str) -> None:
+    rows = [{"path": f"{i % 10}.png", "label": "ab"[i % 2], kind: f"p{i}"} for i in range(11)]
+    with pytest.raises(ConfigError, match=rf"0\.png is of two {kind}s, p0 and p10 \(1 such rows\)"):
+        make_folds(read_dataset(table(rows), AnnotatedTiles()))
