@@ -15,7 +15,7 @@ import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, BinaryIO, Literal, cast
 
 import h5py
 import numpy as np
@@ -75,6 +75,18 @@ def find_features(sources: Sequence[str], options: storage.StorageOptions | None
     return found
 
 
+def check_alike(source: str, files: Sequence[FeatureFile]) -> None:
+    """Refuses files whose embeddings differ in width, which are of several models.
+
+    Raises:
+        ConfigError: naming one of each.
+    """
+    of_width = {file.width: file.uri for file in files}
+    if len(of_width) > 1:
+        named = " and ".join(f"of {width} numbers ({uri})" for width, uri in sorted(of_width.items()))
+        raise ConfigError(f"{source}: embeddings {named}; embed all alike, or name those of one model")
+
+
 def read_features(file: FeatureFile, options: storage.StorageOptions | None = None) -> NDArray[np.float32]:
     """The embeddings (n, D) of a file, and nothing else of it.
 
@@ -89,7 +101,7 @@ def read_features(file: FeatureFile, options: storage.StorageOptions | None = No
             values = rows.flatten().to_numpy(zero_copy_only=False)
         else:
             values = opened["X" if file.maker == "LazySlide" else "features"][:]
-    features = np.asarray(values, dtype=np.float32).reshape(file.num, file.width)
+        features = np.asarray(values, dtype=np.float32).reshape(file.num, file.width)
     check_finite(file.uri, features)
     return features
 
@@ -102,7 +114,7 @@ def _opened(uri: str, options: storage.StorageOptions | None) -> Generator[Any]:
             return
         with storage.reading(uri, options) as file:
             if uri.endswith(SUFFIXES["h5"]):
-                with cast(Any, h5py.File(file)) as opened:
+                with _hdf5(file) as opened:
                     yield opened
             else:
                 yield pq.ParquetFile(file)
@@ -111,6 +123,14 @@ def _opened(uri: str, options: storage.StorageOptions | None) -> Generator[Any]:
             raise
         reason = " ".join(str(error).split())
         raise ConfigError(f"{uri}: no whole file of embeddings ({reason}); make it again, or take it away") from error
+
+
+def _hdf5(file: BinaryIO) -> Any:
+    """Opened; what is wrong with its content is told as that, not as the storage's fault."""
+    try:
+        return h5py.File(file)
+    except OSError as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def _opened_table(uri: str) -> Any:
@@ -142,7 +162,7 @@ def _of_parquet(uri: str, file: pq.ParquetFile) -> FeatureFile | None:
 def _of_hdf5(uri: str, file: Any) -> FeatureFile | None:
     if "features" not in file:
         return None
-    shape = file["features"].shape
+    shape = getattr(file["features"], "shape", ())  # which a group has not
     if len(shape) == 3 and shape[0] == 1:
         shape = shape[1:]
     if len(shape) != 2:
@@ -176,10 +196,11 @@ def read_slides(
     """All that files and folders hold; the slides of others' files are looked for by name.
 
     Raises:
-        ConfigError: there is none, one is broken, or the slide of another's file is not found.
+        ConfigError: there is none, one is broken, they differ in width, or the slide of another's file is not found.
         TilestreamError: something can't be read.
     """
     files = find_features(sources, options)
+    check_alike(", ".join(sources), files)
     return [read_embeddings(f.uri, options) if f.maker == "tilestream" else _foreign(f, slides, options) for f in files]
 
 
@@ -202,6 +223,7 @@ def _foreign(file: FeatureFile, slides: TableSlides, options: storage.StorageOpt
     finally:
         slide.close()
     assert slide_mpp is not None, "it is opened with one"
+    _check_places(file, tiles, width, height)
     embedded = Embedded(
         slide=slide.uri,
         name=keys(file.slide)[-1],
@@ -219,6 +241,25 @@ def _foreign(file: FeatureFile, slides: TableSlides, options: storage.StorageOpt
     return SlideEmbeddings(file.uri, embedded, tiles.corners, read_features(file, options), None)
 
 
+def _check_places(file: FeatureFile, tiles: _Tiles, width: int, height: int) -> None:
+    """Refuses tiles that are not one an embedding, or that lie beside the slide (width, height in level-0 px).
+
+    Raises:
+        ConfigError: what is wrong.
+    """
+    if len(tiles.corners) != file.num:
+        raise ConfigError(f"{file.uri}: {file.num} embeddings and {len(tiles.corners)} coords; make it again")
+    if min(tiles.extent, tiles.size) <= 0:
+        raise ConfigError(f"{file.uri}: tiles of {tiles.extent:g} level-0 px and {tiles.size} px; make it again")
+    beside = ((tiles.corners <= -tiles.extent) | (tiles.corners >= (width, height))).any(axis=1)
+    if beside.any():
+        x, y = tiles.corners[beside.argmax()].tolist()
+        raise ConfigError(
+            f"{file.uri}: {beside.sum():,} of {file.num:,} tiles lie beside the slide of {width} × {height} px (x {x}, "
+            f"y {y}); is it of another slide called {keys(file.slide)[-1]}?"
+        )
+
+
 @dataclass(frozen=True)
 class _Tiles:
     """What a file of others tells of its tiles."""
@@ -234,7 +275,10 @@ class _Tiles:
 
 def _tiles_of_hdf5(file: FeatureFile, options: storage.StorageOptions | None) -> _Tiles:
     with _opened(file.uri, options) as opened:
-        corners = opened["coords"][:].reshape(-1, 2).astype(np.int64)
+        corners = np.asarray(opened["coords"][:], dtype=np.float64).reshape(-1, 2)
+        if not np.isfinite(corners).all():
+            raise ValueError("some coords are not finite")
+        corners = corners.astype(np.int64)
         about, encoder = dict(opened["coords"].attrs), opened["features"].attrs.get("encoder", file.maker)
     extent = int(about.get("patch_size_level0", _step(corners)))
     return _Tiles(corners, extent, int(about.get("patch_size", extent)), str(encoder))

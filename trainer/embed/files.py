@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from streaming import storage
+from streaming.catalog.sources import is_of_system
 from streaming.catalog.tiling import rows_and_columns, tile_extent
 from streaming.errors import ConfigError
 from trainer.embed.options import Format, Precision, Token
@@ -236,19 +237,29 @@ def find_embeddings(sources: Sequence[str], options: storage.StorageOptions | No
 
 
 def listed(sources: Sequence[str], options: storage.StorageOptions | None = None) -> list[str]:
-    """All files that files and folders name, sorted.
+    """All files that files and folders name, sorted, but for what other programs leave in folders.
 
     Raises:
         StorageError: a source can't be reached.
     """
-    found = (info.uri for source in sources for info in storage.expand(storage.canonical(source), options)[0])
-    return sorted({*found})
+    found = set[str]()
+    for source in map(storage.canonical, sources):
+        infos, named_outright = storage.expand(source, options)
+        found |= {info.uri for info in infos if named_outright or not _is_left_behind(source, info.uri)}
+    return sorted(found)
+
+
+def _is_left_behind(folder: str, uri: str) -> bool:
+    """Whether a file below a folder is a system's, hidden, or in such a folder, as the list of rejected slides is."""
+    uri = storage.canonical(uri)
+    if not uri.startswith(folder):
+        return False  # of a pattern, which names what it wants
+    return any(map(is_of_system, uri.removeprefix(folder).split("/")))
 
 
 def files_of_embeddings(uris: Iterable[str]) -> list[str]:
     """Those that may hold embeddings, by their names; what lies in a zarr store is a part of it."""
-    of_us = (uri for uri in uris if uri.endswith(tuple(SUFFIXES.values())) and STORE_S not in uri)
-    return [uri for uri in of_us if storage.name_of(uri) != storage.name_of(REJECTED)]
+    return [uri for uri in uris if uri.endswith(tuple(SUFFIXES.values())) and STORE_S not in uri]
 
 
 def read_embeddings(uri: str, options: storage.StorageOptions | None = None) -> SlideEmbeddings:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from streaming import storage
 from streaming.catalog.known import keys, keys_of_series
 from streaming.errors import ConfigError, SlideError
-from trainer.embed.feature_files import FeatureFile, find_features, read_features
+from trainer.embed.feature_files import FeatureFile, check_alike, find_features, read_features
 from trainer.evaluate.datasets import Samples
 from trainer.evaluate.scores import Score, auroc, balanced_accuracy
 from trainer.evaluate.scratch import Scratch
@@ -65,11 +65,10 @@ def read_bags(folder: str, samples: Samples, room: Scratch, options: storage.Sto
     """
     found = find_features([folder], options)
     chosen = _chosen(folder, found, samples)
-    if len(widths := {file.width for file in chosen}) > 1:
-        raise ConfigError(f"{folder}: embeddings of {' and '.join(map(str, sorted(widths)))} numbers; embed all alike")
+    check_alike(folder, chosen)
     makers = sorted({file.maker for file in chosen})
     sys.stderr.write(f"{folder}: {len(chosen):,} files of embeddings, as {' and '.join(makers)} write them\n")
-    held = room.array("embeddings", (sum(file.num for file in chosen), widths.pop()), np.float32)
+    held = room.array("embeddings", (sum(file.num for file in chosen), chosen[0].width), np.float32)
     ends = np.cumsum([file.num for file in chosen]).tolist()
     bags = [held[end - file.num : end] for end, file in zip(ends, chosen, strict=True)]
     for bag, file in zip(bags, chosen, strict=True):

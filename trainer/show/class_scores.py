@@ -33,6 +33,10 @@ def class_scores(
         TilestreamError: the dataset can't be read.
     """
     about = slides[0].about
+    if others := [slide.uri for slide in slides if not slide.about.model_sha256]:
+        raise ConfigError(
+            f"{others[0]}: of another program, which tells no model to score labelled tiles by; take `tilestream embed`"
+        )
     samples = read_dataset(dataset, AnnotatedTiles(mpp=about.mpp, size=about.size), options, opener)
     if samples.labels is None or name not in samples.classes:
         have = ", ".join(samples.classes) or "none"

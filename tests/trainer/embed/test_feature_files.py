@@ -1,10 +1,11 @@
-"""Embeddings that LazySlide wrote: a store of its own (`lazyslide_store.py`), and what may be wrong with one."""
+"""Embeddings that others wrote, LazySlide's in a store of its own (`lazyslide_store.py`), and what may be wrong."""
 
 import shutil
 import sys
 from pathlib import Path
 from typing import Any, cast
 
+import h5py
 import numpy as np
 import pytest
 import zarr
@@ -75,3 +76,63 @@ def test_what_is_wrong_with_a_store_is_told_in_one_line(
     shutil.rmtree(store / TABLE)
     assert main(command) == 2
     assert "no file here holds embeddings" in capsys.readouterr().err
+
+
+FEATURES, COORDS = np.eye(4, dtype=np.float32)[None], np.array([[0, 0], [64, 0], [0, 64], [64, 64]], np.int32)
+
+
+def hdf5(path: Path, level0: int | None = None, **content: Any) -> None:
+    with cast(Any, h5py.File(path, "w")) as file:
+        for name, values in content.items():
+            if values is None:
+                file.create_group(name)
+            else:
+                file[name] = values
+        if level0 is not None:
+            file["coords"].attrs["patch_size_level0"] = level0
+
+
+def test_what_systems_and_programs_leave_beside_embeddings_is_passed_over(tmp_path: Path) -> None:
+    folder = tmp_path / ".cache" / "features"  # a hidden folder above is the user's own
+    for junk in ("._a.h5", "__MACOSX/a.h5", "@eaDir/a.h5", ".rejected/rejected.parquet"):
+        (folder / junk).parent.mkdir(parents=True, exist_ok=True)
+        (folder / junk).write_bytes(b"junk")
+    hdf5(folder / "a.h5", features=FEATURES)
+    for source in (str(folder), f"{folder}/*.h5", f"{folder}/a.h5"):
+        assert [file.uri for file in find_features([source])] == [str(folder / "a.h5")]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"features": None}, r"features of shape \(\); they are \(tiles, numbers\)"),
+        ({"features": [[b"a", b"b"]] * 4, "coords": COORDS}, "no whole file of embeddings .*could not convert"),
+        ({"features": FEATURES}, "no whole file of embeddings .*coords"),
+        ({"features": FEATURES, "coords": COORDS[:3]}, "4 embeddings and 3 coords"),
+        ({"features": FEATURES, "coords": COORDS * np.nan}, "some coords are not finite"),
+        ({"features": FEATURES, "coords": COORDS, "level0": 0}, "tiles of 0 level-0 px"),
+        ({"features": FEATURES, "coords": COORDS + 2000}, r"4 of 4 tiles lie beside the slide .*x 2000, y 2000"),
+    ],
+)
+def test_what_is_wrong_with_the_hdf5_of_others_is_told(
+    tmp_path: Path, slides: list[Path], content: dict[str, Any], told: str
+) -> None:
+    path = tmp_path / f"{slides[0].stem}.h5"
+    hdf5(path, **content)
+    with pytest.raises(ConfigError, match=rf"{path}: .*{told}"):
+        read_slides([str(tmp_path)], TableSlides(SlideOptions(slides_in=(str(slides[0]),))))
+
+
+@pytest.mark.parametrize("size", [0, 9, 900])
+def test_a_file_cut_short_is_not_the_network_s_fault(tmp_path: Path, size: int) -> None:
+    hdf5(tmp_path / "a.h5", features=FEATURES)
+    (tmp_path / "a.h5").write_bytes((tmp_path / "a.h5").read_bytes()[:size])
+    with pytest.raises(ConfigError, match=r"a\.h5: no whole file of embeddings .*; make it again, or take it away"):
+        find_features([str(tmp_path)])
+
+
+def test_embeddings_of_two_models_are_told_apart(tmp_path: Path) -> None:
+    for name, width in (("a", 4), ("b", 3)):
+        hdf5(tmp_path / f"{name}.h5", features=FEATURES[..., :width])
+    with pytest.raises(ConfigError, match=r"of 3 numbers \(.*b\.h5\) and of 4 numbers \(.*a\.h5\); embed all alike"):
+        read_slides([str(tmp_path)], TableSlides())

@@ -149,6 +149,9 @@ def test_embeddings_of_others_are_drawn_where_their_tiles_lie(
     assert main([*command, "--slides-in", str(slides[0].parent)]) == 0
     (written,) = (tmp_path / "out").iterdir()
     assert written.name == f"{slides[0].stem}.geojson"
+    scored = [*command, "--slides-in", str(slides[0].parent), "--dataset", "tiles.csv", "--class", "a"]
+    assert main(scored) == 2
+    assert "of another program, which tells no model to score labelled tiles by" in capsys.readouterr().err
     rings = [np.array(one["geometry"]["coordinates"][0]) for one in json.loads(written.read_text())["features"]]
     assert [ring.min(axis=0).tolist() for ring in rings] == ours.corners.tolist()
     assert {tuple(np.ptp(ring, axis=0)) for ring in rings} == {(128, 128)}
@@ -286,6 +289,7 @@ def test_what_can_not_be_drawn_is_told_in_one_line(
         (["heatmap", file], "--dataset LABELLED-TILES --class NAME"),
         (["neighbours", file, "--k", "10000"], "too few for 10000 neighbours"),
         (["map", str(tmp_path / "other.parquet")], "other.parquet"),
+        (["map", file, "--seed=-1"], "seed -1; it must be from 0"),
     ):
         assert main(["picture", *arguments, "--out", str(tmp_path / "out")]) == 2
         assert line in capsys.readouterr().err
