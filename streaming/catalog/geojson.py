@@ -194,14 +194,14 @@ def _shapes(feature: dict[str, Any], unnamed: str) -> list[Shape] | None:
 
 def _flat(geometry: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
     """A geometry, or those of a collection; nothing of none or an empty one."""
-    if geometry is None:
+    if not geometry:
         return
     if geometry["type"] == "GeometryCollection":
-        for one in geometry["geometries"]:
+        for one in geometry.get("geometries") or ():
             yield from _flat(one)
     elif geometry["type"] not in _GEOMETRIES:
         raise ValueError(f"a geometry of type {geometry['type']!r}")
-    elif geometry["coordinates"]:
+    elif geometry.get("coordinates"):
         yield geometry
 
 
@@ -234,7 +234,7 @@ def _class(about: dict[str, Any]) -> str:
     found: Any = about.get("classification")
     if isinstance(found, dict):
         # A derived class ("Tumor: Positive") has the names of its parts instead.
-        found = found.get("name") or ": ".join(found.get("names") or ())
+        found = found.get("name") or ": ".join(filter(None, found.get("names") or ()))
     if not found and "annotation" in about:
         label = about.get("label")
         found = (label.get("value") if isinstance(label, dict) else label) or about.get("group")

@@ -42,14 +42,15 @@ def read_rows(
         found: list[dict[Any, Any]] = storage.read_table(uri, options).to_pylist()
     else:
         found = _of_text(uri, _text(uri, storage.read_bytes(uri, options)))
-    if not found:
-        raise ConfigError(f"{uri}: has no rows; a table has a line with the names of its columns, and lines of values")
     for number, row in enumerate(found, start=1):
         if any(row.get(None) or ()):  # a short line of a CSV lacks its last values, a long one has some without a name
             raise ConfigError(
                 f"{uri}: row {number} has more cells than the header; put what holds a comma in double quotes"
             )
     rows = [{str(k): _value(v) for k, v in row.items() if k is not None} for row in found]
+    rows = [row for row in rows if any(row.values())]  # spreadsheets save lines of `,,,`
+    if not rows:
+        raise ConfigError(f"{uri}: has no rows; a table has a line with the names of its columns, and lines of values")
     names = {name: re.sub(r"\s+", "_", name.strip().lower()) for name in rows[0]}
     _check_names(uri, list(names.values()))
     for name, plain in list(names.items()):

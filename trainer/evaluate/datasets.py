@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ _WHOLE_PATH = re.compile(rf"/|.*://|{_DRIVE.pattern}")
 _PARTS: dict[str, Part] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 IGNORED = 255
 """Value of a mask where nothing is known."""
+_LARGEST = 1 << 15  # px of a tile's side, of which a thread holds one: what is larger is a slip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,10 +192,16 @@ def _labelled(uri: str, base: str, rows: Sequence[Row]) -> Samples:
 def _region(uri: str, row: Row) -> Region:
     try:
         x, y, size = (int(float(row[name])) for name in ("x", "y", "size"))
-        return Region(x=x, y=y, mpp=float(row["mpp"]), size=size)
-    except ValueError as error:
+        mpp = float(row["mpp"])
+        if not (0 < mpp < math.inf and 0 < size <= _LARGEST):
+            raise ValueError("not in their range")
+    except (ValueError, OverflowError) as error:
         values = ", ".join(f"{name} {row[name]!r}" for name in ("x", "y", "mpp", "size"))
-        raise ConfigError(f"{uri}: {row['path']}: {values}: all must be numbers") from error
+        raise ConfigError(
+            f"{uri}: {row['path']}: {values}: all must be numbers, mpp above 0, and size (px of the tile) from 1 to "
+            f"{_LARGEST:,}"
+        ) from error
+    return Region(x=x, y=y, mpp=mpp, size=size)
 
 
 def _of_folder(uri: str, options: storage.StorageOptions | None) -> Samples:
@@ -208,11 +216,13 @@ def _of_folder(uri: str, options: storage.StorageOptions | None) -> Samples:
         if PurePosixPath(image).suffix.lower() in IMAGE_SUFFIXES and not any(map(is_of_system, parts))
     }
     images, inside = list(of_image), list(of_image.values())
+    if not images:
+        raise ConfigError(f"{uri}: holds no image ({', '.join(IMAGE_SUFFIXES)}); a dataset is CLASS/image or a table")
     by_part = bool(inside) and all(parts[0].lower() in _PARTS for parts in inside)
     paths = [parts[by_part:] for parts in inside]
     _check_folders(uri, images, inside, paths)
-    if not images or min(map(len, paths)) < 2:
-        loose = next((image for image, parts in zip(images, paths, strict=True) if len(parts) < 2), "no image")
+    if min(map(len, paths)) < 2:
+        loose = next(image for image, parts in zip(images, paths, strict=True) if len(parts) < 2)
         raise ConfigError(f"{uri}: {loose} is in no class; a dataset is CLASS/image, CLASS/PATIENT/image or a table")
     classes, labels = _coded(uri, [parts[0] for parts in paths])
     return Samples(
@@ -300,10 +310,11 @@ def _annotated(
     has_points = any(shape.points is not None for one in found for shape in one.shapes.shapes)
     target = wanted.target or ("points" if has_points else "class")
     classes, skipped = class_names(found, target), sum(one.skipped for one in found)
-    if len(classes) < (1 if target == "points" else 2):
+    fewest, kind = (1, "points or cells") if target == "points" else (2, "areas")
+    if len(classes) < fewest:
         raise ConfigError(
-            f"{uri}: its annotations have {len(classes)} class for this task; it needs two or more ({skipped} objects "
-            "have no class or no place)"
+            f"{uri}: its annotations have {len(classes)} class of {kind}; this task needs {fewest} or more ({skipped} "
+            "objects have no class or no place); give them classes, or take another --task"
         )
     if skipped:
         sys.stderr.write(f"{uri}: {skipped:,} objects of its annotations have no class or no place; left out\n")

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streaming import storage
+from streaming.catalog.tiling import tile_extent
 from streaming.counters import Counters
 from streaming.errors import SlideError
 from streaming.reading.slide_pool import SlidePool
@@ -21,7 +22,7 @@ from streaming.slide.resample import Pixels, resize
 from trainer.embed.model import Model
 from trainer.embed.passes import Passes, check_finite
 from trainer.embed.table_slides import TableSlides
-from trainer.evaluate.datasets import Tile
+from trainer.evaluate.datasets import Region, Tile
 from trainer.evaluate.image_files import read_image
 from trainer.evaluate.scratch import Scratch
 
@@ -69,16 +70,21 @@ class TileFiles:
     ) -> None:
         self._options, self._fit, self._slides = options, fit, slides or TableSlides(None, options)
         self._pool: SlidePool[tuple[str, float]] = SlidePool(self._open)
+        self._sizes: dict[str, tuple[int, int, float]] = {}
+        """width and height of slides in level-0 px, µm/px"""
 
     def _open(self, key: tuple[str, float], count: Counters) -> Slide:
-        return self._slides.open(*key, count)
+        slide = self._slides.open(*key, count)
+        assert slide.mpp is not None, "it is opened with one"
+        self._sizes[key[0]] = (*slide.level_dimensions[0], slide.mpp)
+        return slide
 
     def read(self, tile: Tile) -> Shown:
         """One tile.
 
         Raises:
             ConfigError: its slide is not found.
-            SlideError: it can't be read, or the slide lacks its resolution.
+            SlideError: it can't be read, lies beside the slide, or the slide lacks its resolution.
             StorageError: it can't be reached.
         """
         region = tile.region
@@ -87,8 +93,20 @@ class TileFiles:
         else:
             pixels = np.empty((region.size, region.size, 3), dtype=np.uint8)
             key = tile.uri, region.mpp
-            self._pool.begin_tile(key, region.x, region.y, region.mpp, region.size, tolerance=0.0).fill(pixels)
+            pending = self._pool.begin_tile(key, region.x, region.y, region.mpp, region.size, tolerance=0.0)
+            self._check_inside(tile.uri, region)
+            pending.fill(pixels)
         return self._fit(pixels)
+
+    def _check_inside(self, uri: str, region: Region) -> None:
+        """Refuses a tile of which the slide shows nothing: it would be scored as glass."""
+        width, height, mpp = self._sizes[uri]
+        extent = tile_extent(region.size, region.mpp, mpp)
+        if not (-extent < region.x < width and -extent < region.y < height):
+            raise SlideError(
+                f"{uri}: a tile at x {region.x}, y {region.y} lies beside the slide of {width} × {height} px; x and y "
+                "are the level-0 pixel of its corner"
+            )
 
     def batches(self, tiles: Sequence[Tile], batch: int) -> Iterator[tuple[Pixels, list[tuple[int, int]]]]:
         """Tiles uint8 (n, H, W, 3) and the size of the whole of each, so many at once, in order, read ahead.

@@ -73,6 +73,8 @@ class EvaluateOptions:
                 raise ConfigError(f"protocol eva has its own {changed[0]}; leave out --{changed[0]}")
         if not self.radius > 0:
             raise ConfigError(f"radius is {self.radius}; it must be above 0")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed is {self.seed}; it must be from 0 to {2**32 - 1}")
         if self.folds < 2:
             raise ConfigError(f"folds is {self.folds}; it must be at least 2")
 

@@ -45,5 +45,7 @@ class PictureOptions:
             raise ConfigError("--dataset and --class go together: labelled tiles, and the class that is scored")
         if self.kind == "heatmap" and self.dataset is None:
             raise ConfigError("a heatmap shows the score of a class; give --dataset LABELLED-TILES --class NAME")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed {self.seed}; it must be from 0 to {2**32 - 1}")
         if min(self.queries, self.k, self.most) < 1:
             raise ConfigError(f"queries {self.queries}, k {self.k}, most {self.most}: all at least 1")

@@ -148,8 +148,14 @@ def test_a_region_bounds_where_points_are_looked_for(annotated: Callable[..., Sa
 @pytest.mark.parametrize(
     ("features", "wanted", "error", "named"),
     [
-        ([feature(rectangle(0, 0, 9, 9), None)], {}, ConfigError, r"0 class for this task.*\(1 objects have no class"),
-        ([feature(rectangle(0, 0, 512, 512), "Tumor")], {}, ConfigError, "have 1 class for this task"),
+        ([feature(rectangle(0, 0, 9, 9), None)], {}, ConfigError, r"0 class of areas.*\(1 objects have no class"),
+        ([feature(rectangle(0, 0, 512, 512), "Tumor")], {}, ConfigError, "1 class of areas; this task needs 2"),
+        (
+            [feature(rectangle(0, 0, 512, 512), "Tumor")],
+            {"target": "points"},
+            ConfigError,
+            "0 class of points or cells; this task needs 1",
+        ),
         (
             [feature(rectangle(0, 0, 9, 9), "Tumor"), feature(rectangle(0, 9, 9, 18), "Stroma")],
             {},

@@ -218,6 +218,30 @@ def test_a_slide_without_the_resolution_is_refused(
     assert f"{slides[0]}: has 0.25 µm/px at best: for tiles of 0.1 it would be enlarged 2.5 times, over 2;" in line
 
 
+@pytest.mark.parametrize("x", [90_000, -90_000])
+def test_a_tile_beside_its_slide_is_no_glass(
+    capsys: pytest.CaptureFixture[str], run_folder: str, slides: list[Path], table: Table, x: int
+) -> None:
+    rows = [
+        {
+            "path": slides[i % 2],
+            "x": x if i == 5 else 64 * i - 32,
+            "y": 0,
+            "mpp": 0.5,
+            "size": 32,
+            "label": "ab"[i // 4],
+        }
+        for i in range(8)
+    ]
+    line = refusal(capsys, run_folder, table(rows))
+    assert f"{slides[1]}: a tile at x {x}, y 0 lies beside the slide of 2048 × 1536 px" in line
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_out_of_range_is_told(capsys: pytest.CaptureFixture[str], coloured: Path, seed: int) -> None:
+    assert f"seed is {seed}; it must be from 0" in refusal(capsys, "run", coloured, f"--seed={seed}")
+
+
 @pytest.mark.parametrize("kind", ["regions", "annotations"])
 def test_slides_are_what_a_catalog_says_of_them(
     capsys: pytest.CaptureFixture[str],

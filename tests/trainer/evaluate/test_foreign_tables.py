@@ -109,3 +109,27 @@ def test_a_folder_that_is_laid_out_in_two_ways_is_refused(coloured: Path, tmp_pa
     shutil.copy(next(coloured.rglob("*.png")), folder / odd)
     with pytest.raises(ConfigError, match=named):
         samples(folder)
+
+
+def test_lines_of_nothing_as_spreadsheets_save_them_are_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("path,label\na.png,a\n,\nb.png,b\n,,,\n , \n")
+    assert len(samples(tmp_path / "a.csv")) == 2
+    (tmp_path / "a.csv").write_text("path,label\n,\n")
+    with pytest.raises(ConfigError, match="has no rows"):
+        samples(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("odd", [{"x": "inf"}, {"mpp": "0"}, {"mpp": "inf"}, {"size": "-3"}, {"size": "1000000"}])
+def test_a_square_that_is_none_is_told_with_its_numbers(tmp_path: Path, odd: dict[str, str]) -> None:
+    whole = {"path": "a.svs", "label": "a", "x": "0", "y": "0", "mpp": "0.5", "size": "32"}
+    pd.DataFrame([{**whole, "label": "b"}, {**whole, **odd}]).to_csv(tmp_path / "a.csv", index=False)
+    ((name, value),) = odd.items()
+    with pytest.raises(ConfigError, match=rf"a\.svs: .*{name} '{value}'.*: all must be numbers"):
+        samples(tmp_path / "a.csv")
+
+
+def test_a_folder_without_images_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "notes.txt").write_text("none")
+    with pytest.raises(ConfigError, match="holds no image"):
+        samples(tmp_path)
