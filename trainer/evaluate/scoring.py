@@ -102,9 +102,14 @@ def _folds(samples: Samples, options: EvaluateOptions) -> tuple[list[Fold], str 
     """What is learnt from and scored by the protocol, and what is to be told of it; errors as `make_folds`."""
     if options.protocol == "eva":
         fold, warning = eva.eva_fold(samples)
-        if options.probe_steps != PROBE_STEPS:
-            warning = f"{options.probe_steps:,} steps at most instead of {PROBE_STEPS:,}: the scores are not eva's"
-        return [fold], warning
+        if options.probe_steps == PROBE_STEPS:
+            return [fold], warning
+        if samples.labels is None or samples.whole_slides:
+            raise ConfigError(
+                f"{samples.source}: protocol eva has its own steps for masks and slides; leave out --probe-steps"
+            )
+        short = f"{options.probe_steps:,} steps at most instead of {PROBE_STEPS:,}: the scores are not eva's"
+        return [fold], f"{warning}; {short}" if warning else short
     return make_folds(samples, options.folds, options.seed), leak_warning(samples)
 
 

@@ -82,7 +82,7 @@ def write_report(
     # A run's own file holds no secrets.
     config = changed(checkpoints.read_config(checkpoint, storage_options), [], storage_options or {})
     folder = checkpoint.rpartition("/checkpoints/")[0]  # not `run.out`: runs are moved
-    metrics = storage.read_table(storage.join(folder, METRICS), storage_options)
+    metrics = _metrics_of(folder, storage_options)
     scored = [_scores_of(folder, storage_options) for folder in scores]
     drawn = read_embeddings(find_embeddings(embeddings, storage_options)[0], storage_options) if embeddings else None
     catalog = Catalog.load(config.data.catalog or "", config.data.storage_options)
@@ -284,11 +284,25 @@ def _failures(folder: str, options: storage.StorageOptions | None, most: int = 1
     return _section("Failures", text, _table(("slide", "reason", "tiles"), rows))
 
 
+def _metrics_of(folder: str, options: storage.StorageOptions | None) -> pa.Table:
+    uri = storage.join(folder, METRICS)
+    if not storage.exists(uri, options) or not (found := storage.read_table(uri, options)).num_rows:
+        raise ConfigError(f"{uri}: no step of this run is logged yet; let it go on, and ask again")
+    if missing := {"step", "next_index", "loss", "tiles_per_s", "data_wait_share"} - {*found.column_names}:
+        raise ConfigError(f"{uri}: has no {', '.join(sorted(missing))}; it is no run's own file: name another run")
+    return found
+
+
 def _scores_of(folder: str, options: storage.StorageOptions | None) -> dict[str, Any]:
     uri = storage.join(folder, SCORES_JSON)
     if not storage.exists(uri, options):
         raise ConfigError(f"{folder}: no {SCORES_JSON} here; name a folder of `tilestream evaluate --out`")
-    return json.loads(storage.read_bytes(uri, options))
+    try:
+        found = json.loads(storage.read_bytes(uri, options))
+        _scores([found])
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ConfigError(f"{uri}: not what `tilestream evaluate --out` writes ({error}); evaluate again") from error
+    return found
 
 
 def _scores(found: Sequence[dict[str, Any]]) -> str:

@@ -198,6 +198,15 @@ def test_what_eva_has_not_is_refused(
     assert told in capsys.readouterr().err
 
 
+def test_steps_that_only_tiles_have_are_refused_for_slides(
+    table: Table, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    rows = [{"slide": f"s{i}", "label": "ab"[i % 2], "split": "test" if i > 3 else "train"} for i in range(8)]
+    asked = ["--protocol", "eva", "--probe-steps", "100"]
+    assert main(["evaluate", str(tmp_path), table(rows), *asked]) == 2
+    assert "own steps for masks and slides; leave out --probe-steps" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images of three textures, of no square shape, in a split by patients; as a table, and as folders for eva."""
@@ -325,6 +334,7 @@ def test_the_command_prints_and_writes_scores_of_runs(
     printed = capsys.readouterr()
     assert "± of runs" in printed.out
     assert "100 steps at most instead of 12,500: the scores are not eva's" in printed.err
+    assert "also chose when training ends" in printed.err
     accuracy, area = pq.read_table(f"{out}/scores.parquet").to_pylist()
     for row, metric in ((accuracy, "balanced accuracy"), (area, "AUROC")):
         assert row["metric"] == metric

@@ -81,7 +81,19 @@ def test_a_report_without_its_parts_is_refused_before_anything_is_written(
     assert f"{tmp_path}: no scores.json here; name a folder of `tilestream evaluate --out`" in capsys.readouterr().err
     assert main(["report", str(tmp_path), "--out", str(out)]) == 2
     assert "no checkpoint here" in capsys.readouterr().err
+    for broken in ("", "[]", '{"model": "m"}', json.dumps({"model": "m", "dataset": "d", "scores": [{"task": "knn"}]})):
+        (tmp_path / "scores.json").write_text(broken)
+        assert main(["report", str(run), "--scores", str(tmp_path), "--out", str(out)]) == 2
+        assert "scores.json: not what `tilestream evaluate --out` writes" in capsys.readouterr().err
+    metrics = storage.read_table(str(run / "metrics.parquet"))
+    for odd, told in (
+        (metrics.slice(0, 0), "metrics.parquet: no step of this run is logged yet"),
+        (metrics.drop_columns("loss"), "metrics.parquet: has no loss"),
+    ):
+        storage.write_table(str(run / "metrics.parquet"), odd)
+        assert main(["report", str(run), "--out", str(out)]) == 2
+        assert told in capsys.readouterr().err
     (run / "metrics.parquet").unlink()
     assert main(["report", str(run), "--out", str(out)]) == 2
-    assert "metrics.parquet" in capsys.readouterr().err
+    assert "metrics.parquet: no step of this run is logged yet" in capsys.readouterr().err
     assert not out.exists()
