@@ -81,7 +81,9 @@ def export(
         for file in (file for file, wanted in asked.items() if wanted):
             content = benchmarks.benchmark_file(file, options.name, about["embedding_dim"])
             (folder / file).write_text(content, encoding="utf-8")
-        # The configuration last: a folder without it is no model to anybody.
+        # The configuration last: a folder without it is no model to anybody. That of an export before goes first.
+        for name in ("config.json", "preprocessor_config.json"):
+            storage.remove(storage.join(out, name), storage_options)
         names = sorted((path.name for path in folder.iterdir()), key=lambda name: name == "config.json")
         written = [storage.join(out, name) for name in names]
         for name, uri in zip(names, written, strict=True):

@@ -348,10 +348,7 @@ def _embeddings(slide: SlideEmbeddings, config: Config) -> str:
         painted[top:bottom, left:right] = (colour * 255).astype(np.uint8)
     num, width = slide.features.shape
     caption = f"{num:,} tiles, {width} dimensions; {explained:.0%} of the variance in three components"
-    text = (
-        f"The teacher's embedding of every tissue tile of {name}; its three principal components "
-        "are red, green and blue. A small ViT after so few steps knows little more than colour and texture."
-    )
+    text = f"{name}, its tiles as {about.model} embeds them; red, green and blue are their three principal components."
     figures = _figure(image, name) + _figure(painted, caption)
     return _section("Embeddings", text, f'<div class="row two">{figures}</div>')
 

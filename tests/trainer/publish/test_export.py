@@ -197,3 +197,10 @@ def test_a_folder_of_something_else_and_a_missing_checkpoint_are_refused(tmp_pat
         export(str(tmp_path / "nothing"), str(tmp_path / "thesis"))
     with pytest.raises(ConfigError, match="layout 'onnx'"):
         replace(ExportOptions(), layout="onnx")
+
+
+def test_an_export_in_the_place_of_one_in_another_layout_is_whole(tmp_path: Path) -> None:
+    run, out = saved(tmp_path / "run"), str(tmp_path / "export")
+    export(run, out, ExportOptions(layout="transformers"))
+    written = export(run, out)
+    assert sorted(written) == sorted(str(path) for path in (tmp_path / "export").iterdir())
