@@ -122,7 +122,7 @@ class KnownSlides:
         numbers = next((self._numbers[key] for key in named if key in self._numbers), [])
         if len(numbers) > 1:
             one, other = (self.slides[number].info.uri for number in numbers[:2])
-            raise ConfigError(f"{name}: {one} and {other} have that name; give the whole address")
+            raise ConfigError(f"{name}: {one} and {other} have that name; give the whole address, or fewer slides")
         return numbers[0] if numbers else None
 
 

@@ -125,7 +125,7 @@ def in_plane(vectors: Floats, method: Method, seed: int = 0) -> NDArray[np.float
         ConfigError: there are too few.
     """
     if len(vectors) < _FEWEST:
-        raise ConfigError(f"{len(vectors)} tiles are too few for a map; embed at least {_FEWEST}")
+        raise ConfigError(f"{len(vectors)} tiles are too few for a map; it takes at least {_FEWEST}")
     with np.errstate(invalid="ignore"):  # shares of a variance of 0, which nobody asks for
         reduced = PCA(n_components=min(_REDUCED_TO, *vectors.shape), random_state=seed).fit_transform(vectors)
     if method == "tsne":
