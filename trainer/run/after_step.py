@@ -90,10 +90,9 @@ class AfterStep(Callback):
         self._since, self._waited_s, self._logged_step = time.perf_counter(), 0.0, batches.start
         self._saved = [batches.start] if batches.start else []
         self._saved_at = self._looked_at = time.monotonic()
-        self._has_left = False
         self._has_stepped = False
-        self.leaves_for_more = False
-        """whether training has ended so that it can go on with more ranks"""
+        self.leaves_to_return = False
+        """whether training has ended so that it can go on at once: with more ranks, or on other machines"""
         self._peak_tiles_per_s: float | None = None
         self._probe: Probe | None = None
         self._validation: Validation | None = None
@@ -134,16 +133,16 @@ class AfterStep(Callback):
         self._note_finite(pl_module)
         if pl_module.is_logged(step):
             self._log(trainer, pl_module, step, index)
-        wishes = self._agreement.exchange(self._wishes())
+        wishes, leaving = self._agreement.exchange(self._wishes()), False
         if wishes.look:
             self._looked_at = time.monotonic()
-            leaving = not self._has_left and self._signals.leaving()
-            self._has_left |= leaving
-            wishes = wishes._replace(save=wishes.save or leaving)
-        if wishes.save or wishes.stop or step % train.checkpoint_every == 0 or step == train.steps:
+            # At once: what is trained after this checkpoint would be lost with the machine, where nothing new, such as
+            # the next segment's dataset, can be started any more.
+            leaving = self._signals.leaving()
+        if wishes.save or wishes.stop or leaving or step % train.checkpoint_every == 0 or step == train.steps:
             self._save(trainer, pl_module, step)
-            self.leaves_for_more = wishes.more and not wishes.stop and step < train.steps
-        trainer.should_stop |= wishes.stop or self.leaves_for_more
+            self.leaves_to_return = (wishes.more or leaving) and not wishes.stop and step < train.steps
+        trainer.should_stop |= wishes.stop or self.leaves_to_return
 
     def _wishes(self) -> Wishes:
         now, minutes = time.monotonic(), self._config.train.checkpoint_minutes

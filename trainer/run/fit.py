@@ -111,7 +111,7 @@ def fit(
     """Trains to the last step, or until told to stop, in this process: alone, or as a rank at its place.
 
     also: who else looks on, behind what is done after each step anyway. Returns whether it stopped so that it can go on
-    with more ranks.
+    at once, with more ranks or on other machines.
     """
     # Its advice (more workers for the loader, a product to try) does not apply here.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -150,4 +150,4 @@ def fit(
             trainer.fit(module, train_dataloaders=feed, ckpt_path=resume, weights_only=True)
     finally:
         to_storage.teardown()
-    return after_step.leaves_for_more
+    return after_step.leaves_to_return

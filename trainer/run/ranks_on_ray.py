@@ -38,7 +38,7 @@ from trainer.run.messages import Failed, Ranks
 from trainer.run.metrics_log import MetricsLog
 from trainer.run.placement import lacking, watched
 from trainer.run.profiling import profiles
-from trainer.run.restarts import ElasticRanks, MoreRanks, RanksTrainer, Restarts, put_in
+from trainer.run.restarts import ElasticRanks, RanksTrainer, Restarts, StartedAgain, put_in
 from trainer.run.resuming import resume_point
 from trainer.run.slide_sources import SlideSource, slide_sources
 from trainer.run.step_batches import StepBatches
@@ -98,7 +98,7 @@ def _worker(loop: _Loop) -> None:
     report = loop.messages.put
     also = profiles(config, start, loop.profile_steps, report)
     if fit(config, to_storage, batches, resume, report, signals, place, loop.probe, also):
-        raise MoreRanks(f"{num_ranks} ranks have saved and left, to be started again as more")
+        raise StartedAgain(f"{num_ranks} ranks have saved and left, to be started again")
 
 
 def _group(train: TrainConfig) -> range:

@@ -34,8 +34,8 @@ _ANSWER_S = 30.0
 _ABORT_S = 15.0
 
 
-class MoreRanks(NodeError):
-    """All ranks have saved and left, to be started again as more: no failure, and not counted as one."""
+class StartedAgain(NodeError):
+    """All ranks have saved and left, to be started as more or on other nodes: no failure, and not counted as one."""
 
 
 class Restarts(DefaultFailurePolicy):
@@ -58,7 +58,7 @@ class Restarts(DefaultFailurePolicy):
 
     def _decided(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         cause = root_cause(training_failed_error)
-        if isinstance(cause, MoreRanks):
+        if isinstance(cause, StartedAgain):
             return FailureDecision.RETRY
         if isinstance(cause, TilestreamError):
             return FailureDecision.RAISE  # they would meet it again

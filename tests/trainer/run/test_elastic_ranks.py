@@ -24,7 +24,7 @@ from trainer.run import checkpoints
 from trainer.run.agreement import limit_waits
 from trainer.run.config import read_config
 from trainer.run.execution import TrainConfig
-from trainer.run.restarts import ElasticRanks, MoreRanks, Restarts
+from trainer.run.restarts import ElasticRanks, Restarts, StartedAgain
 
 RETRY, RAISE = FailureDecision.RETRY, FailureDecision.RAISE
 
@@ -107,7 +107,7 @@ def test_restarts_are_counted_from_the_last_new_checkpoint_and_not_for_more_rank
     lost = RuntimeError("connection reset by peer")
     assert [decide(lost), decide(lost)] == [RETRY, RETRY]
     save(10)
-    assert [decide(lost), decide(MoreRanks("more")), decide(lost)] == [RETRY] * 3
+    assert [decide(lost), decide(StartedAgain("more")), decide(lost)] == [RETRY] * 3
     save(20)
     assert [decide(lost), decide(lost), decide(lost)] == [RETRY, RETRY, RAISE]
     save(30)
