@@ -8,7 +8,7 @@ import re
 from streaming import storage
 from streaming.catalog import tables
 from streaming.catalog.named import Named
-from streaming.catalog.tables import OF_CLAM, read_rows
+from streaming.catalog.tables import OF_CLAM, Row, read_rows
 from streaming.errors import ConfigError
 from streaming.slide import SLIDE_SUFFIXES
 
@@ -33,20 +33,17 @@ def read_listing(
         ConfigError: it is no such table, or names no slide.
         StorageError: it can't be read.
     """
-    read = enumerate(read_rows(uri, options, {"case_id": OF_CLAM["case_id"]}), start=1)
-    rows = [(number, row) for number, row in read if any(row.values())]
-    if not rows:
-        raise ConfigError(f"{uri}: has no rows; name the slides there, one a row")
-    names = list(rows[0][1])
+    rows = read_rows(uri, options, {"case_id": OF_CLAM["case_id"]})
+    names = list(rows[0])
     address = next((name for name in _ADDRESS if name in names), None)
     if address is not None:
-        return [_of_row(uri, number, row, address) for number, row in rows]
+        return [_of_row(uri, row, address) for row in rows]
     if not {"id", "filename"} <= set(names):
         raise ConfigError(
             f"{uri}: no column of addresses ({', '.join(_ADDRESS)}), nor `id` and `filename` as a manifest of the GDC; "
             f"its columns: {', '.join(names)}"
         )
-    found = [_of_gdc(uri, number, row) for number, row in rows]
+    found = [_of_gdc(uri, row) for row in rows]
     suffixes = [posixpath.splitext(named.uri)[1].lower() for named in found]
     slides = [named for named, suffix in zip(found, suffixes, strict=True) if suffix in SLIDE_SUFFIXES]
     if not slides:
@@ -57,12 +54,12 @@ def read_listing(
     return slides
 
 
-def _of_gdc(uri: str, number: int, row: dict[str, str]) -> Named:
+def _of_gdc(uri: str, row: Row) -> Named:
     if not (row["id"] and row["filename"]):
-        raise ConfigError(f"{uri}: row {number} has no id or no filename; download the manifest anew")
+        raise ConfigError(f"{uri}: row {row.number} has no id or no filename; download the manifest anew")
     if odd := [name for name in (row["id"], row["filename"]) if "/" in name or name in (".", "..")]:
         # With a mirror in a folder it would lead out of that.
-        raise ConfigError(f"{uri}: row {number} has {odd[0]!r}, a path and no name; download the manifest anew")
+        raise ConfigError(f"{uri}: row {row.number} has {odd[0]!r}, a path and no name; download the manifest anew")
     barcode = _BARCODE.match(row["filename"])
     told = {"patient": barcode[1], "site": barcode[2], "cohort": "tcga"} if barcode else {}
     size = row.get("size", "")
@@ -73,9 +70,9 @@ def _of_gdc(uri: str, number: int, row: dict[str, str]) -> Named:
     )
 
 
-def _of_row(uri: str, number: int, row: dict[str, str], address: str) -> Named:
+def _of_row(uri: str, row: Row, address: str) -> Named:
     if not row[address]:
-        raise ConfigError(f"{uri}: row {number} has no {address!r}; fill it in or leave the row out")
+        raise ConfigError(f"{uri}: row {row.number} has no {address!r}; fill it in or leave the row out")
     place = row[address]
     if storage.is_local(place) and not place.startswith(("/", "~", "file:", "local:")):
         place = storage.beside(storage.canonical(uri), place)

@@ -37,10 +37,10 @@ def read_metadata(uri: str, options: storage.StorageOptions | None) -> Metadata:
         raise ConfigError(f"{uri}: a table with a column of slides and at least one more is needed, not {names}")
     key = next((name for name in _KEY_COLUMNS if name in names), names[0])
     metadata: dict[str, dict[str, str]] = {}
-    for number_of_row, row in enumerate(rows, start=1):
+    for row in rows:
         values = {name: value for name, value in row.items() if name and name != key and value}
         if values and not row[key]:
-            raise ConfigError(f"{uri}: row {number_of_row} has no {key}; fill it in, or leave the row out")
+            raise ConfigError(f"{uri}: row {row.number} has no {key}; fill it in, or leave the row out")
         if metadata.setdefault(row[key], values) != values:
             raise ConfigError(f"{uri}: two different rows for slide {row[key]!r}; keep one")
     return metadata

@@ -14,8 +14,6 @@ from typing import Any
 from streaming import storage
 from streaming.errors import ConfigError
 
-Row = dict[str, str]
-
 SUFFIXES = (".csv", ".tsv", ".parquet")
 OF_CLAM = {"case_id": "patient", "slide_id": "slide"}
 """what CLAM's tables call our columns"""
@@ -25,10 +23,19 @@ _TOLD = re.compile(r"sep=(.)\r?\n", re.IGNORECASE)  # for Excel alone
 _WHOLE = re.compile(r"-?\d+\.0")
 
 
+class Row(dict[str, str]):
+    """The values of a row by the names of their columns."""
+
+    def __init__(self, values: Mapping[str, str], number: int) -> None:
+        super().__init__(values)
+        self.number = number
+        """of its table, counted from 1, with rows of nothing"""
+
+
 def read_rows(
     uri: str, options: storage.StorageOptions | None = None, renamed: Mapping[str, str] | None = None
 ) -> list[Row]:
-    """The rows of a table; what is missing is empty.
+    """The rows of a table, but those of nothing; what is missing is empty.
 
     Names of columns are in small letters, with `_` for spaces, and as `renamed` has them unless there is such a column.
     Values stay text (`0012` is a name), but numbers that are whole in all of a column lose their `.0`, which they got
@@ -47,7 +54,10 @@ def read_rows(
             raise ConfigError(
                 f"{uri}: row {number} has more cells than the header; put what holds a comma in double quotes"
             )
-    rows = [{str(k): _value(v) for k, v in row.items() if k is not None} for row in found]
+    rows = [
+        Row({str(k): _value(v) for k, v in row.items() if k is not None}, number)
+        for number, row in enumerate(found, start=1)
+    ]
     rows = [row for row in rows if any(row.values())]  # spreadsheets save lines of `,,,`
     if not rows:
         raise ConfigError(f"{uri}: has no rows; a table has a line with the names of its columns, and lines of values")
@@ -58,7 +68,10 @@ def read_rows(
         if ours and ours not in names.values():
             names[name] = ours
     whole = {name for name in names if _is_whole([row[name] for row in rows])}
-    return [{plain: row[name].removesuffix(".0" * (name in whole)) for name, plain in names.items()} for row in rows]
+    return [
+        Row({plain: row[name].removesuffix(".0" * (name in whole)) for name, plain in names.items()}, row.number)
+        for row in rows
+    ]
 
 
 def _check_names(uri: str, names: Sequence[str]) -> None:

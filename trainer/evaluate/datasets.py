@@ -133,14 +133,13 @@ def _column(uri: str, rows: Sequence[Row], name: str) -> list[str]:
     Raises:
         ConfigError: some have none.
     """
-    values = [row.get(name, "") for row in rows]
-    if missing := [i for i, value in enumerate(values) if not value]:
-        first = rows[missing[0]].get("path") or rows[missing[0]].get("slide") or "?"
+    if missing := [row for row in rows if not row.get(name)]:
+        first = missing[0].get("path") or missing[0].get("slide") or "?"
         raise ConfigError(
-            f"{uri}: {len(missing)} of {len(rows)} rows have no {name} (first: row {missing[0] + 1}, {first}); "
+            f"{uri}: {len(missing)} of {len(rows)} rows have no {name} (first: row {missing[0].number}, {first}); "
             "fill them in or leave those rows out"
         )
-    return values
+    return [row[name] for row in rows]
 
 
 def _places(base: str, values: Sequence[str]) -> list[str]:

@@ -45,7 +45,7 @@ def test_the_estimate_of_activations_is_what_a_step_has_alive_at_most(precision:
     config = read_config("vits14", [*given, "--model.drop_path", drop_path])
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "32-true")
     with fake_step("cpu", config) as (module, sent), LiveMemory() as seen, autocast:
-        module.training_step(sent, 0).backward()
+        module.training_step(module.step_input(sent), 0).backward()
     estimate = memory(config, model_size(config))
     wanted = sum(estimate[name][0] for name in ("activations of blocks", "activations of heads"))
     assert wanted == pytest.approx(seen.peak, rel=0.15)
