@@ -143,6 +143,9 @@ def fit(
         fill = partial(first_weights.fill, config, device)
     else:  # with the checkpoint's
         fill = partial(DinoModule.to_empty, device=device)
+    if train.compile:
+        # Few graphs are compiled of a function: those of another run in this process, such as a sweep's, don't count.
+        torch.compiler.reset()
     module = bare_module(config, few_kernels=few_kernels, fill=fill)
     feed = DeviceFeed(batches, module.drawn, module.step_input, device, batches.note_wait, beside=few_kernels)
     try:

@@ -143,6 +143,21 @@ def test_generated_code_trains_as_plain_blocks_do_and_keeps_their_names(
         torch.testing.assert_close(compiled[key], weight, rtol=0, atol=2e-4, msg=key)
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_runs_of_other_shapes_in_one_process_all_compile(
+    catalog: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 2)  # a student's block and a teacher's
+    torch.compiler.set_default_backend("eager")
+    short = ("--model.backbone", "test_vit", "--train.steps", "1", "--optim.warmup_steps", "0")
+    short += ("--train.compile", "true", "--train.few_kernels", "true")
+    try:
+        ends = [train(tiny(catalog, tmp_path / n, *short, "--train.batch", n), debug=True).steps for n in ("4", "8")]
+    finally:
+        torch.compiler.set_default_backend(None)
+    assert ends == [1, 1]
+
+
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_generated_code_cuts_the_same_crops_with_fewer_than_250_loops() -> None:
