@@ -2,8 +2,9 @@
 
 `step-00000030/state.ckpt` is Lightning's checkpoint without its tensors' values, which `state_files` keeps beside it,
 and `meta.json` is written last and vouches for both: step, next sample index, catalog, SHA-256, libraries. A folder
-without it is an upload that did not finish, and is passed over; so is one that does not match its checksums. Of the
-first version, `state.ckpt` has the tensors, too. `background_checkpoints` writes them while training goes on.
+without it is an upload that did not finish, and is passed over; so is one that does not match its checksums, or whose
+configuration is lost. Of the first version, `state.ckpt` has the tensors, too. `background_checkpoints` writes them while
+training goes on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pickle
 import re
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -85,11 +86,12 @@ def latest(run: str, options: storage.StorageOptions | None = None) -> str | Non
 
 
 def newest_good(run: str, options: storage.StorageOptions | None = None) -> str | None:
-    """The URI of a run's newest checkpoint that matches its checksum; damaged ones are passed over with a warning."""
+    """The URI of a run's newest checkpoint that is whole; damaged ones are passed over with a warning."""
     for step in reversed(steps_of(run, options)):
         uri = checkpoint_uri(run, step)
         try:
             verify(uri, options)
+            _config_values(uri, options)
         except CheckpointError as error:
             _LOG.warning("passed over: %s", error)
         else:
@@ -178,15 +180,25 @@ def read_config(uri: str, options: storage.StorageOptions | None = None) -> Conf
     Raises:
         CheckpointError: it is missing, or of another version of this project.
     """
+    values = _config_values(uri, options)
+    # Not today's default: a run that did not know the field trained as with these.
+    for section, fields in _BEFORE_THE_FIELD.items():
+        values[section] = fields | values.get(section, {})
+    try:
+        return parse_config(values, [], storage.join(uri, CONFIG))
+    except ConfigError as error:
+        raise CheckpointError(f"{error}; the checkpoint is of another version of tilestream") from error
+
+
+def _config_values(uri: str, options: storage.StorageOptions | None) -> dict[str, Any]:
     path = storage.join(uri, CONFIG)
     try:
-        values = yaml.safe_load(storage.read_bytes(path, options))
-        # Not today's default: a run that did not know the field trained as with these.
-        for section, fields in _BEFORE_THE_FIELD.items():
-            values[section] = fields | values.get(section, {})
-        return parse_config(values, [], path)
-    except (ConfigError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{error}; the checkpoint is of another version of tilestream") from error
+        values = yaml.safe_load(storage.read_bytes(path, options)) if storage.exists(path, options) else None
+    except yaml.YAMLError:
+        values = None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: missing or damaged; delete this folder to go on from the one before")
+    return cast("dict[str, Any]", values)
 
 
 def verify(uri: str, options: storage.StorageOptions | None = None) -> None:

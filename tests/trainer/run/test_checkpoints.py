@@ -177,6 +177,18 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(config: Config, capl
     assert newest_good(config.run.out) is None
 
 
+@pytest.mark.parametrize("content", [b"", bytes(4096), None])
+def test_a_checkpoint_whose_configuration_was_lost_is_passed_over(
+    config: Config, caplog: pytest.LogCaptureFixture, content: bytes | None
+) -> None:
+    whole, damaged = save(config, 1), Path(save(config, 2), checkpoints.CONFIG)
+    damaged.unlink() if content is None else damaged.write_bytes(content)
+    assert resume_point(config, "c0ffee") == (1, whole)
+    assert f"{damaged}: missing or damaged" in caplog.text
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        checkpoints.read_config(str(damaged.parent))
+
+
 def test_a_damaged_later_checkpoint_does_not_cost_the_one_just_written(config: Config) -> None:
     config = replace(config, train=replace(config.train, keep_checkpoints=1))
     damage(save(config, 9))
