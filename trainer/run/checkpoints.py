@@ -3,8 +3,8 @@
 `step-00000030/state.ckpt` is Lightning's checkpoint without its tensors' values, which `state_files` keeps beside it,
 and `meta.json` is written last and vouches for both: step, next sample index, catalog, SHA-256, libraries. A folder
 without it is an upload that did not finish, and is passed over; so is one that does not match its checksums, or whose
-configuration is lost. Of the first version, `state.ckpt` has the tensors, too. `background_checkpoints` writes them while
-training goes on.
+configuration is lost. Of the first version, `state.ckpt` has the tensors, too. `background_checkpoints` writes them
+while training goes on.
 """
 
 from __future__ import annotations
