@@ -149,15 +149,15 @@ class NodeRoom:
 def room_of_node(config: Config, size: Size, ranks: int) -> NodeRoom:
     """The room for so many ranks of a configuration on one node.
 
-    The most is needed when a run goes on: the first rank holds its checkpoint's bytes and the state that is read from
-    them, 16 bytes a parameter each (weights, teacher, two moments), and each rank the model, 8 bytes a parameter,
-    before it goes to the GPU. What a process of torch and CUDA takes by itself is an estimate.
+    The most is needed while checkpoints are written: the first rank, or the ranks of the first replica together, hold a
+    copy of the state, 16 bytes a parameter (weights, teacher, two moments), and another one where the next is due
+    before the first lies in storage. What a process of torch and CUDA takes by itself is an estimate.
     """
     tiles, _ = memory(config, size)["tiles in object store"]
     init = config.model.init or ""
     from_hub = init and "/" not in init and not init.endswith(starting_weights.FILES)
     return NodeRoom(
-        memory=2 * 16 * size.parameters + ranks * (8 * size.parameters + _PROCESS_NBYTES),
+        memory=2 * 16 * size.parameters + ranks * _PROCESS_NBYTES,
         store=round(tiles) * ranks,
         weights=4 * size.backbone if from_hub else 0,
     )
@@ -203,7 +203,7 @@ def describe(
     yield f"readers       {least} to {most}, of {config.data.reader_cpus:g} CPU each"
     yield from _memory_lines(memory(config, size), formulae=formulae)
     first, other = (room_of_node(config, size, ranks).memory / _GIB for ranks in (1, 2))
-    yield f"on the host   {first:.2f} GiB the first rank, {other - first:.2f} each other, when a run goes on"
+    yield f"on the host   {first:.2f} GiB the first rank, {other - first:.2f} each other, while it saves"
     yield from _time_lines(config, prices)
     if schedules is not None:
         drawn = draw(Schedules(config.optim, train.steps, train.batch))

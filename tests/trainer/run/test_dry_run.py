@@ -18,7 +18,7 @@ from tests.conftest import write_catalog
 from trainer.cli import main
 from trainer.recipe.schedule import Schedules
 from trainer.run.config import read_config
-from trainer.run.dry_run import describe, draw, memory, model_size
+from trainer.run.dry_run import describe, draw, memory, model_size, room_of_node
 from trainer.run.fit import make_module
 
 
@@ -52,6 +52,15 @@ def test_the_estimate_shares_the_weights_among_shards_and_saves_activations() ->
     assert shared["weights"][0] == size.parameters
     assert shared["activations of blocks"][0] < whole["activations of blocks"][0]
     assert size.parameters == sum(p.numel() for p in make_module(base).student.parameters())
+
+
+def test_a_rank_more_on_a_node_costs_its_host_no_model() -> None:
+    config = read_config("debug", [])
+    size = model_size(config)
+    large = replace(size, backbone=10 * size.backbone)
+    (one, two), (of_large, more) = ([room_of_node(config, s, ranks).memory for ranks in (1, 2)] for s in (size, large))
+    assert two - one == more - of_large
+    assert of_large - one == 2 * 16 * 9 * size.backbone
 
 
 def test_curves_are_drawn_for_one_step_too() -> None:
