@@ -144,10 +144,8 @@ def test_generated_code_trains_as_plain_blocks_do_and_keeps_their_names(
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_runs_of_other_shapes_in_one_process_all_compile(
-    catalog: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 2)  # a student's block and a teacher's
+@torch._dynamo.config.patch(recompile_limit=2)  # a student's block and a teacher's
+def test_runs_of_other_shapes_in_one_process_all_compile(catalog: str, tmp_path: Path) -> None:
     torch.compiler.set_default_backend("eager")
     short = ("--model.backbone", "test_vit", "--train.steps", "1", "--optim.warmup_steps", "0")
     short += ("--train.compile", "true", "--train.few_kernels", "true")
