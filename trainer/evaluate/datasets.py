@@ -217,7 +217,7 @@ def _of_folder(uri: str, options: storage.StorageOptions | None) -> Samples:
     images, inside = list(of_image), list(of_image.values())
     if not images:
         raise ConfigError(f"{uri}: holds no image ({', '.join(IMAGE_SUFFIXES)}); a dataset is CLASS/image or a table")
-    by_part = bool(inside) and all(parts[0].lower() in _PARTS for parts in inside)
+    by_part = all(parts[0].lower() in _PARTS for parts in inside)
     paths = [parts[by_part:] for parts in inside]
     _check_folders(uri, images, inside, paths)
     if min(map(len, paths)) < 2:

@@ -6,11 +6,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from trainer.recipe.step_input import Drawn, StepInput
 
@@ -51,11 +51,11 @@ class DeviceFeed:
     def __iter__(self) -> Iterator[StepInput]:
         """Inputs on the device."""
         if not self._beside:
-            sent = (self._sent(batch) for batch in self._timed(iter(self._source)))
-            return (self._arrived(*self._made(*one)) for one in sent)
+            sent = (self._sent(self._draw(batch)) for batch in self._timed(iter(self._source)))
+            return (self._arrived(*self._made(drawn)) for drawn in sent)
         sent = self._timed(_in_thread(self._packed(self._draw(batch)) for batch in self._source))
         # In this thread: another one would take turns with the step's at giving the GPU its work.
-        made = _one_ahead(self._made(*one) for one in sent)
+        made = _one_ahead(self._made(drawn) for drawn in sent)
         return (self._arrived(*one) for one in made)
 
     def _timed(self, items: Iterator[T]) -> Iterator[T]:
@@ -67,13 +67,12 @@ class DeviceFeed:
             self._waited(time.perf_counter() - asked)
             yield item
 
-    def _sent(self, batch: Batch) -> tuple[list[Tensor], Any]:
-        tensors, structure = tree_flatten(self._draw(batch))
+    def _sent(self, drawn: Drawn) -> Drawn:
         with torch.cuda.stream(self._stream):
-            return [tensor.to(self._device) for tensor in tensors], structure
+            return tree_map_only(Tensor, lambda tensor: tensor.to(self._device), drawn)
 
-    def _packed(self, drawn: Drawn) -> tuple[list[Tensor], Any]:
-        """Its tensors, all in one piece of memory on the device, or on its way there; and how they make it up."""
+    def _packed(self, drawn: Drawn) -> Drawn:
+        """The same, all in one piece of memory on the device, or on its way there."""
         tensors, structure = tree_flatten(drawn)
         starts, end = list[int](), 0
         for tensor in tensors:
@@ -84,12 +83,12 @@ class DeviceFeed:
             part.copy_(tensor)
         with torch.cuda.stream(self._stream):
             piece = piece.to(self._device, non_blocking=True)
-        return _parts(piece, starts, tensors), structure
+        return tree_unflatten(_parts(piece, starts, tensors), structure)
 
-    def _made(self, tensors: list[Tensor], structure: Any) -> tuple[StepInput, torch.Event | None]:
+    def _made(self, drawn: Drawn) -> tuple[StepInput, torch.Event | None]:
         """A step's input, or what will be that once the event has come."""
         with torch.cuda.stream(self._stream):
-            made = self._make(tree_unflatten(tensors, structure))
+            made = self._make(drawn)
         return made, self._stream.record_event() if self._stream is not None else None
 
     def _arrived(self, made: StepInput, event: torch.Event | None) -> StepInput:
